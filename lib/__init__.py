@@ -1,0 +1,1 @@
+"""What is not SparseOcc's own: geometry, class tables, ray casting, run set-up. Imports neither models nor loaders."""

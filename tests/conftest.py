@@ -1,0 +1,38 @@
+"""Fixtures shared by all tests: where golden files and real samples are, and a tiny toy data set."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope='session')
+def golden_dir():
+    """Folder of golden files: $SPARSEOCC_GOLDEN_DIR, or tests/data/golden."""
+    return Path(os.environ.get('SPARSEOCC_GOLDEN_DIR', ROOT / 'tests' / 'data' / 'golden'))
+
+
+@pytest.fixture(scope='session')
+def real_dir():
+    """Folder of real nuScenes samples, kept outside the project: $SPARSEOCC_REAL_DIR, or ../shared/real."""
+    path = Path(os.environ.get('SPARSEOCC_REAL_DIR', ROOT.parent / 'shared' / 'real'))
+    if not path.is_dir():
+        pytest.skip('real samples not found at %s (set SPARSEOCC_REAL_DIR)' % path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def toy_root(tmp_path_factory):
+    """Data root of a tiny toy nuScenes: 3 scenes x 3 keyframes with sweeps at 320x180, fully prepared."""
+    root = tmp_path_factory.mktemp('toy') / 'nuscenes'
+    run = lambda *args: subprocess.run([sys.executable, *args], cwd=str(ROOT), check=True)  # noqa: E731
+    run('tools/make_toy_nuscenes.py', '--out', str(root), '--scenes', '3', '--keyframes', '3',
+        '--image-size', '320x180', '--seed', '7')
+    run('gen_sweep_info.py', '--data-root', str(root), '--version', 'v1.0-mini')
+    run('gen_instance_info.py', '--data-root', str(root), '--version', 'v1.0-mini')
+    return root
