@@ -71,6 +71,12 @@ def _labels(task: Task, generator: torch.Generator):
     return semantics, instances, torch.tensor(class_ids, dtype=torch.int64)
 
 
+def synthetic_meta(task: Task, index: int, seed: int = 0) -> Dict:
+    """The ``img_metas`` entry of keyframe ``index`` of the imaginary drive; frame t is keyframe ``index - t``."""
+    keys = ['synthetic/%d/%d/%s' % (seed, index - t, name) for t in range(task.num_frames) for name in task.cameras]
+    return dict(sample_token='synthetic-%d' % index, scene_name='synthetic', index=index, frame_keys=keys)
+
+
 def synthetic_batch(task: Task, batch_size: int = 1, seed: int = 0, with_labels: bool = False,
                     first_index: int = 0) -> Dict:
     """A batch as ``loaders.collate`` returns it, of random images.
@@ -91,9 +97,7 @@ def synthetic_batch(task: Task, batch_size: int = 1, seed: int = 0, with_labels:
             generator = torch.Generator().manual_seed(seed * 1000003 + index - t + frames)
             images.append(torch.randint(0, 256, (len(cameras), 3) + task.image_size, dtype=torch.uint8,
                                         generator=generator))
-        keys = ['synthetic/%d/%d/%s' % (seed, index - t, name) for t in range(frames) for name in cameras]
-        metas.append(dict(sample_token='synthetic-%d' % index, scene_name='synthetic', index=index,
-                          frame_keys=keys))
+        metas.append(synthetic_meta(task, index, seed))
     batch = dict(img=torch.stack(images).view((batch_size, frames * len(cameras), 3) + task.image_size),
                  lidar2img=torch.from_numpy(lidar2img).repeat(batch_size, 1, 1, 1),
                  ego2lidar=torch.from_numpy(ego2lidar).repeat(batch_size, 1, 1, 1), img_metas=metas)
