@@ -1,0 +1,20 @@
+"""NumPy names that mmdet, mmdet3d and nuscenes-devkit still use, on a NumPy that has dropped them."""
+import warnings
+
+import numpy
+
+# removed name -> what it meant
+_SCALARS = {'bool': bool, 'int': int, 'float': float, 'complex': complex, 'object': object, 'str': str, 'long': int}
+_RENAMED = {'int0': 'intp', 'in1d': 'isin', 'float_': 'float64', 'product': 'prod', 'Inf': 'inf', 'NaN': 'nan'}
+
+
+def restore() -> None:
+    """Add each missing alias to ``numpy``; names that exist keep their meaning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # old NumPy warns when a deprecated alias is looked at
+        for name, scalar in _SCALARS.items():
+            if not hasattr(numpy, name):
+                setattr(numpy, name, scalar)
+        for name, current in _RENAMED.items():
+            if not hasattr(numpy, name):
+                setattr(numpy, name, getattr(numpy, current))

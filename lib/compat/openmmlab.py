@@ -1,0 +1,94 @@
+"""Make OpenMMLab 1.x importable, with compiled mmcv ops where they exist and without where not."""
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+
+from ..errors import UserError
+from . import mmcv_ext, numpy_aliases
+
+# Newest mmcv that mmdet3d 1.0.0rc6 accepts; its code works with the later 1.7.x.
+_NEWEST_MMCV_FOR_MMDET3D = '1.7.0'
+_prepared = False
+
+
+def prepare_openmmlab() -> None:
+    """Make ``import mmdet``, ``mmdet3d`` and ``nuscenes`` work here. Cheap when called again.
+
+    - The compiled ``mmcv._ext`` is used where it can be imported, else a stand-in takes its place.
+    - NumPy aliases these libraries need come back.
+    - mmdet3d accepts mmcv 1.7.1 and 1.7.2.
+    - Warnings they raise while being imported are not shown.
+
+    Raises:
+        UserError: mmcv or torch is not installed.
+    """
+    global _prepared
+    if _prepared:
+        return
+    numpy_aliases.restore()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        _import_mmcv()
+        _use_compiled_ops_or_stand_in()
+        _import_mmdet3d()
+    _prepared = True
+
+
+def has_compiled_ops() -> bool:
+    """mmcv's compiled ops are installed and can be imported."""
+    prepare_openmmlab()
+    return not mmcv_ext.is_registered()
+
+
+def _import_mmcv():
+    try:
+        importlib.import_module('torch')  # first: the compiled ops are linked against its libraries
+        with _without_note_on_missing_gpu():
+            importlib.import_module('torch.utils.cpp_extension')  # mmcv imports it
+        importlib.import_module('mmcv')
+    except ModuleNotFoundError as error:
+        raise UserError('the Python package %r is not installed; run "make install" and use .venv/bin/python'
+                        % error.name) from error
+
+
+@contextlib.contextmanager
+def _without_note_on_missing_gpu():
+    """Keep PyTorch from remarking, on import of its extension builder, that there is a CUDA toolkit but no GPU."""
+    logger = logging.getLogger('torch.utils.cpp_extension')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # before torch 2.2 the remark is printed
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _use_compiled_ops_or_stand_in():
+    try:
+        importlib.import_module(mmcv_ext.NAME)
+    except ModuleNotFoundError:
+        mmcv_ext.register()
+    except (ImportError, OSError) as error:  # built for another torch or CUDA
+        mmcv_ext.register()
+        print('note: the compiled ops of mmcv cannot be loaded and are not used (%s); '
+              '"make install MMCV_OPS=1" compiles them for the torch present' % str(error).splitlines()[0])
+
+
+def _import_mmdet3d():
+    """Import mmdet3d's top module (small) while mmcv, if newer, shows the version that it asserts."""
+    mmcv = importlib.import_module('mmcv')
+    version = mmcv.__version__
+    parts = tuple(int(part) for part in version.split('.')[:3] if part.isdigit())
+    if parts <= tuple(int(part) for part in _NEWEST_MMCV_FOR_MMDET3D.split('.')):
+        return
+    mmcv.__version__ = _NEWEST_MMCV_FOR_MMDET3D
+    try:
+        importlib.import_module('mmdet3d')
+    except ModuleNotFoundError as error:
+        if error.name != 'mmdet3d':
+            raise
+    finally:
+        mmcv.__version__ = version
