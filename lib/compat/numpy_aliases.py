@@ -4,8 +4,8 @@ import warnings
 import numpy
 
 # removed name -> what it meant
-_SCALARS = {'bool': bool, 'int': int, 'float': float, 'complex': complex, 'object': object, 'str': str, 'long': int}
-_RENAMED = {'int0': 'intp', 'in1d': 'isin', 'float_': 'float64', 'product': 'prod', 'Inf': 'inf', 'NaN': 'nan'}
+_SCALARS = {'bool': bool, 'int': int, 'float': float, 'object': object, 'long': int}
+_RENAMED = {'int0': 'intp', 'in1d': 'isin'}
 
 
 def restore() -> None:

@@ -55,7 +55,7 @@ def _import_mmcv():
 
 @contextlib.contextmanager
 def _without_note_on_missing_gpu():
-    """Keep PyTorch from remarking, on import of its extension builder, that there is a CUDA toolkit but no GPU."""
+    """Importing PyTorch's extension builder remarks on a CUDA toolkit without a GPU; not here."""
     logger = logging.getLogger('torch.utils.cpp_extension')
     level = logger.level
     logger.setLevel(logging.ERROR)
