@@ -1,0 +1,299 @@
+"""Configs: mmcv Python files with ``_base_``, checked, with typed ``--override key=value``.
+
+A config may have the top-level keys of ``TOP_LEVEL_KEYS``; names that start with ``_`` are its own helpers
+and dropped. What a class of a registry takes is checked when it is built (``build_checked``).
+"""
+import ast
+import importlib
+import inspect
+import os
+import pprint
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any, List, Optional, Sequence, Tuple
+
+from .errors import ConfigError
+from .names import check_keys, did_you_mean
+from .run.settings import EvaluationSettings, TrainSettings, setting_names
+
+TOP_LEVEL_KEYS = (
+    'task', 'model', 'data', 'optimizer', 'optimizer_config', 'lr_config', 'runner', 'total_batch_size', 'train',
+    'evaluation', 'load_from', 'revise_keys', 'resume_from', 'seed', 'custom_imports', 'published', 'debug')
+
+# Sections whose keys are known here. Every other mapping is checked by the class that takes it.
+SECTION_KEYS = {
+    'data': ('workers_per_gpu', 'train', 'val', 'test'),
+    'runner': ('max_epochs', 'max_iters'),
+    'optimizer_config': ('grad_clip',),
+    'custom_imports': ('imports',),
+    'train': setting_names(TrainSettings),
+    'evaluation': setting_names(EvaluationSettings),
+}
+
+# Mappings an override may add a key to although the config does not mention it: their taker checks them.
+_OPEN_SECTIONS = ('task', 'optimizer', 'lr_config', 'optimizer_config.grad_clip', 'model.data_aug',
+                  'model.test_cfg', 'published')
+
+
+def load_config(path: str, overrides: Sequence[str] = ()):
+    """Config read from a Python file, overridden and checked.
+
+    Args:
+        path: ``.py`` file.
+        overrides: strings ``a.b.c=value``. The value is a Python literal, or else a string. List items are
+            addressed by number. The path must exist in the config, unless its parent is a section or a
+            component whose keys are checked elsewhere.
+
+    Returns:
+        mmcv.Config with only allowed top-level keys.
+
+    Raises:
+        ConfigError: missing file, error inside it, unknown key, or a bad override.
+    """
+    check_config_file(path)
+    config = _read(path)
+    for name in list(config):
+        if name.startswith('_'):
+            config.pop(name)
+    check_keys(config, TOP_LEVEL_KEYS, path)
+    for text in overrides or ():
+        apply_override(config, text)
+    _check_sections(config)
+    _import_modules(config.get('custom_imports'))
+    return _as_mmcv(config, path)
+
+
+def check_config_file(path: str) -> None:
+    """Raise ConfigError unless ``path`` is a Python file without syntax errors. Imports nothing heavy."""
+    if not os.path.isfile(path):
+        raise ConfigError('config file %s does not exist; give the path of a .py file, e.g. one of configs/'
+                          % path)
+    if not str(path).endswith('.py'):
+        raise ConfigError('config file %s is not a Python file; configs end in .py' % path)
+    try:
+        with open(path, encoding='utf-8') as f:
+            ast.parse(f.read(), filename=str(path))
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        line = getattr(error, 'lineno', None)
+        raise ConfigError('config file %s%s is not valid Python: %s'
+                          % (path, ', line %d,' % line if line else '', getattr(error, 'msg', None) or error))
+
+
+def _read(path) -> dict:
+    """The file's top-level dict with ``_base_`` merged, as mmcv reads it."""
+    from .compat import prepare_openmmlab
+    prepare_openmmlab()
+    from mmcv import Config
+    search_path = list(sys.path)
+    try:
+        return Config.fromfile(str(path), import_custom_modules=False)._cfg_dict.to_dict()
+    except Exception as error:  # a config is a program and may raise anything
+        message = _describe(error, path)
+        _close_temporary_files(error)
+    finally:
+        sys.path[:] = search_path  # mmcv leaves its temporary folder there when a config fails
+    raise ConfigError(message)
+
+
+def _describe(error, path) -> str:
+    """One sentence about an error raised while mmcv reads ``path`` or one of its bases."""
+    culprit, line = path, ''
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == '_file2dict':
+            culprit = os.path.relpath(frame.f_locals['filename'])
+        line = '' if 'mmcv' in frame.f_code.co_filename else ', line %d' % number
+    if isinstance(error, FileNotFoundError):
+        return 'config file %s: the file %s that it builds on does not exist; correct its _base_' % (path, culprit)
+    return 'config file %s%s cannot be read: %s: %s' % (culprit, line, type(error).__name__, error)
+
+
+def _close_temporary_files(error) -> None:
+    """Let go of mmcv's temporary file now, or its end would print that its folder is gone already."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        file = frame.f_locals.get('temp_config_file')
+        if frame.f_code.co_name == '_file2dict' and file is not None:
+            try:
+                file.close()
+            except FileNotFoundError:
+                continue
+
+
+def _as_mmcv(config: dict, path: str):
+    from mmcv import Config
+    with open(path, encoding='utf-8') as f:
+        return Config(config, cfg_text=f.read(), filename=str(path))
+
+
+def _import_modules(custom_imports) -> None:
+    """Import the modules of ``custom_imports = dict(imports=[...])``, which register components of the user's."""
+    if custom_imports is None:
+        return
+    check_keys(custom_imports, SECTION_KEYS['custom_imports'], 'custom_imports')
+    names = custom_imports.get('imports', [])
+    for name in [names] if isinstance(names, str) else names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError('custom_imports: module %r cannot be imported (%s); install it or correct its name'
+                              % (name, error)) from error
+
+
+def _check_sections(config):
+    for section, keys in SECTION_KEYS.items():
+        value = config.get(section)
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError('%s must be a dict, got %r' % (section, value))
+        check_keys(value, keys, section)
+    TrainSettings.from_config(config.get('train'))
+    EvaluationSettings.from_config(config.get('evaluation'))
+
+
+def apply_override(config: dict, text: str) -> None:
+    """Set one ``a.b.c=value`` in a nested dict, in place.
+
+    Raises:
+        ConfigError: no ``=``, or a path that does not exist.
+    """
+    name, equals, value = text.partition('=')
+    if not equals or not name.strip():
+        raise ConfigError('override %r is not of the form key=value' % text)
+    parts = name.strip().split('.')
+    parent = config
+    for depth, part in enumerate(parts[:-1]):
+        parent = _step(parent, parts[:depth], part, text)
+    _assign(parent, parts, parse_value(value.strip()), text)
+
+
+def parse_value(text: str) -> Any:
+    """Python literal if it is one (``3``, ``1e-4``, ``None``, ``[1, 2]``), true/false, or else the text itself."""
+    if text.lower() in ('true', 'false'):
+        return text.lower() == 'true'
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _step(parent, path, part, text):
+    """The child ``part`` of ``parent``; known but absent sections are created."""
+    key = _index(parent, path, part, text) if isinstance(parent, (list, tuple)) else part
+    if isinstance(parent, Mapping) and parent.get(part) is None and _is_section(path + [part]):
+        parent[part] = {}
+    if isinstance(parent, Mapping) and part not in parent:
+        raise _unknown_path(parent, path, part, text)
+    child = parent[key]
+    if not isinstance(child, (Mapping, list)):
+        raise ConfigError('override %r: %s is %r, not a dict or list' % (text, '.'.join(path + [part]), child))
+    return child
+
+
+def _assign(parent, parts, value, text):
+    path, last = parts[:-1], parts[-1]
+    if isinstance(parent, list):
+        parent[_index(parent, path, last, text)] = value
+        return
+    if last not in parent and not _accepts(parent, path, last):
+        raise _unknown_path(parent, path, last, text)
+    parent[last] = value
+
+
+def _is_section(path) -> bool:
+    """Whether the mapping at ``path`` is one that a config may leave out and an override may begin."""
+    return '.'.join(path) in _OPEN_SECTIONS or '.'.join(path) in SECTION_KEYS
+
+
+def _accepts(parent, path, key) -> bool:
+    """Whether ``key`` may be added to the mapping at ``path``: someone downstream knows and checks its keys."""
+    dotted = '.'.join(path)
+    if not path:
+        return key in TOP_LEVEL_KEYS
+    if dotted in SECTION_KEYS:
+        return key in SECTION_KEYS[dotted]
+    return 'type' in parent or dotted in _OPEN_SECTIONS
+
+
+def _index(items, path, part, text):
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError('override %r: %s is a list of %d items, numbered from 0; %r is none of them'
+                          % (text, '.'.join(path), len(items), part))
+    return int(part)
+
+
+def _unknown_path(parent, path, key, text):
+    known = list(parent) + list(SECTION_KEYS.get('.'.join(path), ())) + list(() if path else TOP_LEVEL_KEYS)
+    where = '.'.join(path) or 'the config'
+    return ConfigError('override %r: %s has no key %r%s (the keys are %s)'
+                       % (text, where, key, did_you_mean(key, known), ', '.join(sorted(set(map(str, known))))))
+
+
+def dump_config(cfg, path: str) -> None:
+    """Write a config as one flat Python file that ``load_config`` reads back to the same values."""
+    plain = cfg._cfg_dict.to_dict() if hasattr(cfg, '_cfg_dict') else dict(cfg)
+    with open(path, 'w', encoding='utf-8') as f:
+        for name, value in plain.items():
+            f.write('%s = %s\n\n' % (name, pprint.pformat(value, width=110, compact=True)))
+
+
+def build_checked(cfg: Mapping, registry, default_args: Optional[Mapping] = None, where: str = ''):
+    """Build a registered class from ``dict(type=..., ...)``; wrong keys become a ConfigError.
+
+    Args:
+        cfg: config of the component.
+        registry: mmcv Registry.
+        default_args: arguments the builder adds (e.g. ``task``); the config must not repeat them.
+        where: where in the config the component stands, for the message.
+
+    Raises:
+        ConfigError: no or unknown ``type``, an unknown key, or a required key that is missing.
+    """
+    where = '%s: ' % where if where else ''
+    if not isinstance(cfg, Mapping) or 'type' not in cfg:
+        raise ConfigError("%sa %s needs a dict with key 'type', got %r" % (where, registry.name, cfg))
+    args = {key: value for key, value in cfg.items() if key != 'type'}
+    added = dict(default_args or {})
+    cls = _registered(cfg['type'], registry, where)
+    _check_arguments(cls, args, added, where)
+    args.update(added)
+    try:
+        return cls(**args)
+    except TypeError as error:
+        if 'unexpected keyword argument' in str(error) or 'required positional argument' in str(error):
+            raise ConfigError('%s%s: %s; correct its config' % (where, cls.__name__, error)) from error
+        raise
+
+
+def _registered(name, registry, where):
+    if inspect.isclass(name) or inspect.isfunction(name):
+        return name
+    cls = registry.get(name)
+    if cls is None:
+        raise ConfigError('%sunknown type %r%s (not registered as a %s)'
+                          % (where, name, did_you_mean(name, registry.module_dict), registry.name))
+    return cls
+
+
+def _check_arguments(cls, args, added, where):
+    names, required, open_ended = _parameters(cls)
+    repeated = sorted(set(args) & set(added))
+    if repeated:
+        raise ConfigError('%s%s: key %r is filled in by the program; remove it from the config'
+                          % (where, cls.__name__, repeated[0]))
+    if not open_ended:
+        check_keys(args, [n for n in names if n not in added], where + cls.__name__)
+    missing = [n for n in required if n not in args and n not in added]
+    if missing:
+        raise ConfigError('%s%s: key %r is missing; its keys are %s'
+                          % (where, cls.__name__, missing[0], ', '.join(names)))
+
+
+def _parameters(cls) -> Tuple[List[str], List[str], bool]:
+    """(all, required, takes any keyword) of a class's constructor or a function."""
+    function = cls.__init__ if inspect.isclass(cls) else cls
+    parameters = list(inspect.signature(function).parameters.values())
+    parameters = parameters[1:] if inspect.isclass(cls) else parameters
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return ([p.name for p in named], [p.name for p in named if p.default is p.empty],
+            any(p.kind == p.VAR_KEYWORD for p in parameters))

@@ -1,0 +1,26 @@
+"""Checks of user-given names, with the nearest known name suggested."""
+import difflib
+from typing import Iterable, Mapping
+
+from .errors import ConfigError
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` with the known name nearest to ``name``, or an empty string if none is near."""
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
+    return '; did you mean %r?' % near[0] if near else ''
+
+
+def check_keys(given: Mapping, allowed: Iterable[str], where: str) -> None:
+    """Raise ConfigError naming the first key of ``given`` that is not ``allowed``.
+
+    Args:
+        given: mapping from a config.
+        allowed: keys it may have.
+        where: how the user knows the mapping, e.g. ``train`` or ``configs/a.py``.
+    """
+    allowed = sorted(allowed)
+    for key in given:
+        if key not in allowed:
+            raise ConfigError('%s: unknown key %r%s (the keys are %s)'
+                              % (where, key, did_you_mean(key, allowed), ', '.join(allowed)))

@@ -1,0 +1,99 @@
+"""Settings of a run: the config's ``train`` and ``evaluation`` sections with their defaults, checked."""
+from dataclasses import dataclass, fields
+from typing import Mapping, Optional, Tuple, Union
+
+from ..errors import ConfigError
+from ..names import check_keys
+
+
+def _choice(where, value, choices):
+    if value not in choices:
+        raise ConfigError('%s must be one of %s, got %r' % (where, ', '.join(repr(c) for c in choices), value))
+
+
+def _at_least(where, value, low):
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError('%s must be an integer of at least %d, got %r' % (where, low, value))
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How training runs; nothing here changes what is learned but ``amp``, ``tf32`` and skipped samples.
+
+    Attributes:
+        amp: None (float32), 'fp16' (with loss scaling) or 'bf16'.
+        tf32: 'default' (PyTorch's own: convolutions yes, matrix products no), 'off' or 'on' (both).
+        cudnn_benchmark: let cuDNN time its algorithms; faster, and not repeatable to the bit.
+        log_interval: optimizer steps between two log lines.
+        checkpoint_interval: epochs between two checkpoints; the last epoch always writes one.
+        checkpoint_interval_iters: optimizer steps between two checkpoints inside an epoch; 0 writes none.
+        max_keep_ckpts: newest checkpoints kept in the run folder; 0 keeps all.
+        on_save_error: 'continue' training when a checkpoint cannot be written (disk full), or 'stop'.
+        on_data_error: 'stop' at an unreadable sample, or 'skip' it (the next readable one takes its place).
+        max_skipped: samples that may be skipped in a run before it stops all the same.
+        accumulate: micro-batches per optimizer step, or 'auto'.
+        max_samples_per_gpu: with accumulate='auto', the most samples in one forward pass; 0 sets no limit.
+        find_unused_parameters: passed on to DistributedDataParallel.
+        tensorboard: write TensorBoard event files if the package is installed.
+    """
+    amp: Optional[str] = None
+    tf32: str = 'default'
+    cudnn_benchmark: bool = False
+    log_interval: int = 50
+    checkpoint_interval: int = 1
+    checkpoint_interval_iters: int = 0
+    max_keep_ckpts: int = 1
+    on_save_error: str = 'continue'
+    on_data_error: str = 'stop'
+    max_skipped: int = 10
+    accumulate: Union[str, int] = 'auto'
+    max_samples_per_gpu: int = 0
+    find_unused_parameters: bool = False
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        _choice('train.amp', self.amp, (None, 'fp16', 'bf16'))
+        _choice('train.tf32', self.tf32, ('default', 'off', 'on'))
+        _choice('train.on_save_error', self.on_save_error, ('continue', 'stop'))
+        _choice('train.on_data_error', self.on_data_error, ('stop', 'skip'))
+        for name, low in (('log_interval', 1), ('checkpoint_interval', 1), ('checkpoint_interval_iters', 0),
+                          ('max_keep_ckpts', 0), ('max_skipped', 0), ('max_samples_per_gpu', 0)):
+            _at_least('train.' + name, getattr(self, name), low)
+        if self.accumulate != 'auto':
+            _at_least('train.accumulate', self.accumulate, 1)
+
+    @classmethod
+    def from_config(cls, cfg: Optional[Mapping]) -> 'TrainSettings':
+        return _from_config(cls, cfg, 'train')
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """When and how a run is evaluated.
+
+    Attributes:
+        interval: epochs between two evaluations during training; 0 evaluates at the end only, -1 never.
+        metrics: names that the evaluator knows; None takes what suits the task.
+    """
+    interval: int = 0
+    metrics: Optional[Tuple[str, ...]] = None
+
+    def __post_init__(self):
+        _at_least('evaluation.interval', self.interval, -1)
+        if self.metrics is not None:
+            object.__setattr__(self, 'metrics', tuple(self.metrics))
+
+    @classmethod
+    def from_config(cls, cfg: Optional[Mapping]) -> 'EvaluationSettings':
+        return _from_config(cls, cfg, 'evaluation')
+
+
+def setting_names(cls) -> Tuple[str, ...]:
+    """Keys that the section of ``cls`` may have."""
+    return tuple(f.name for f in fields(cls))
+
+
+def _from_config(cls, cfg, where):
+    cfg = dict(cfg or {})
+    check_keys(cfg, setting_names(cls), where)
+    return cls(**cfg)
