@@ -1,0 +1,62 @@
+"""The few facts about the other processes that code outside the run set-up may need.
+
+Everything works in a single process, where torch.distributed is not initialised.
+"""
+import contextlib
+from typing import Iterator
+
+import torch.distributed as torch_dist
+from torch import Tensor
+
+_share = None  # this process's part of the samples being processed by all; None: equal parts
+
+
+def is_distributed() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def rank() -> int:
+    return torch_dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if is_distributed() else 1
+
+
+def reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean of a tensor over the processes, for loss normalisers such as the number of instances.
+
+    When the processes hold unequal numbers of samples (3 GPUs, total batch 8), it is the sum over the
+    processes times this process's share of the samples. The gradient, in which each process's loss weighs
+    by its share, is then the one of a single process with the whole batch. ``share_of_batch`` sets the share.
+
+    Args:
+        tensor: any shape, floating point; on the device of the process group's backend.
+
+    Returns:
+        A detached tensor of the same shape; the input's values in a single process.
+    """
+    result = tensor.detach().clone()
+    if world_size() == 1:
+        return result
+    torch_dist.all_reduce(result, op=torch_dist.ReduceOp.SUM)
+    return result * (1.0 / world_size() if _share is None else _share)
+
+
+@contextlib.contextmanager
+def share_of_batch(share: float) -> Iterator[None]:
+    """Within the block, this process holds the fraction ``share`` of the samples of all processes."""
+    global _share
+    before, _share = _share, share
+    try:
+        yield
+    finally:
+        _share = before
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum of a tensor over the processes, as a new tensor."""
+    result = tensor.detach().clone()
+    if world_size() > 1:
+        torch_dist.all_reduce(result, op=torch_dist.ReduceOp.SUM)
+    return result
