@@ -26,8 +26,9 @@ help:
 install: $(STAMP)
 
 $(STAMP): $(PINS)
-	@test -n "$(PYTHON)" || { echo "error: none of $(NAMES) runs here with its venv module; on Debian and Ubuntu:" \
-	  "apt install python3.11 python3.11-venv; or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: none of $(NAMES) runs here with its venv module;" \
+	  "on Debian and Ubuntu: apt install python3.11 python3.11-venv;" \
+	  "or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) tools/install.py --venv $(VENV) --stack $(STACK) $(if $(filter 1,$(MMCV_OPS)),--mmcv-ops)
 	@touch $@
 

@@ -57,7 +57,7 @@ def check_python(stack):
     """The Python that runs this is one the stack was tested with."""
     tested = STACKS[stack][2]
     if sys.version_info[:2] not in tested:
-        raise InstallError('%s is Python %d.%d; the %s stack needs Python %s. Name one: make PYTHON=/path/to/it'
+        raise InstallError('%s is Python %d.%d; stack %s needs Python %s. Name it: make PYTHON=/path/to/it'
                            % ((sys.executable,) + sys.version_info[:2]
                               + (stack, ' or '.join('%d.%d' % version for version in tested))))
 
@@ -127,8 +127,8 @@ def _step(what, python, arguments, **environment):
     start = time.time()
     command = [python, '-m', 'pip', '--disable-pip-version-check', '--no-input'] + arguments[:1] + ['-q']
     if subprocess.call(command + arguments[1:], cwd=ROOT, env=dict(os.environ, **environment)) != 0:
-        raise InstallError('could not install %s (see the messages of pip above). Is the package index '
-                           'reachable, and is there room on the disk? Then run the same command again.' % what)
+        raise InstallError('could not install %s (see pip above). Is the package index reachable, and is '
+                           'there room on the disk? Then run the same command again.' % what)
     print('  %.0f s' % (time.time() - start), flush=True)
 
 

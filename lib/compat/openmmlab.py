@@ -1,6 +1,7 @@
 """Make OpenMMLab 1.x importable, with compiled mmcv ops where they exist and without where not."""
 import contextlib
 import importlib
+import inspect
 import io
 import logging
 import warnings
@@ -18,7 +19,7 @@ def prepare_openmmlab() -> None:
 
     - The compiled ``mmcv._ext`` is used where it can be imported, else a stand-in takes its place.
     - NumPy aliases these libraries need come back.
-    - mmdet3d accepts mmcv 1.7.1 and 1.7.2.
+    - mmdet3d accepts mmcv 1.7.1 and 1.7.2; mmcv's ``Config.pretty_text`` works with every yapf.
     - Warnings they raise while being imported are not shown.
 
     Raises:
@@ -33,6 +34,7 @@ def prepare_openmmlab() -> None:
         _import_mmcv()
         _use_compiled_ops_or_stand_in()
         _import_mmdet3d()
+    _let_config_use_any_yapf()
     _prepared = True
 
 
@@ -60,7 +62,7 @@ def _without_note_on_missing_gpu():
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # before torch 2.2 the remark is printed
+        with contextlib.redirect_stdout(io.StringIO()):  # older PyTorch prints the remark
             yield
     finally:
         logger.setLevel(level)
@@ -92,3 +94,16 @@ def _import_mmdet3d():
             raise
     finally:
         mmcv.__version__ = version
+
+
+def _let_config_use_any_yapf():
+    """yapf 0.40.2 dropped the argument ``verify`` of FormatCode, which mmcv before 1.7.2 gives."""
+    config = importlib.import_module('mmcv.utils.config')
+    format_code = config.FormatCode
+    if 'verify' in inspect.signature(format_code).parameters:
+        return
+
+    def format_without_verify(text, style_config=None, verify=None):
+        return format_code(text, style_config=style_config)
+
+    config.FormatCode = format_without_verify

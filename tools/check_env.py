@@ -1,0 +1,225 @@
+"""Show what is installed here beside what was tested, and what to do about each problem.
+
+    make check-env
+    python tools/check_env.py
+
+Exits with 1 if something that is required is missing or does not work. Needs nothing installed to run.
+"""
+import ast
+import contextlib
+import importlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from typing import List, NamedTuple, Sequence, Tuple
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+OK, DIFFERS, MISSING, BROKEN, NOTE = 'ok', 'other version', 'MISSING', 'BROKEN', '-'
+PYTHONS = ('3.8', '3.10', '3.11', '3.12')
+
+
+class Row(NamedTuple):
+    """A line of the table. ``remedy`` is empty where nothing needs doing; only ``required`` rows fail the check."""
+    name: str
+    found: str
+    tested: str
+    state: str
+    remedy: str = ''
+    required: bool = False
+
+
+def main() -> None:
+    rows = [python_row()]
+    rows += package_rows(requirement_files(), required=True)
+    rows += package_rows(['test.txt', 'accel.txt'], required=False)
+    rows += [libraries_row()] + gpu_rows() + compiled_rows()
+    print(render(rows))
+    sys.exit(1 if any(row.required and row.state in (MISSING, BROKEN) for row in rows) else 0)
+
+
+# ---- what was tested: the requirement files ----
+
+def requirement_folder() -> str:
+    """Folder of the pins for this Python, relative to the repository."""
+    return 'requirements/py38' if sys.version_info[:2] == (3, 8) else 'requirements'
+
+
+def requirement_files() -> List[str]:
+    """Files of required packages, in the folder of this Python."""
+    torch_files = [name for name in sorted(os.listdir(os.path.join(ROOT, requirement_folder())))
+                   if name.startswith('torch')]
+    return ['build.txt'] + torch_files + ['base.txt', 'openmmlab.txt']
+
+
+def tested_versions(names: Sequence[str]) -> List[Tuple[str, str]]:
+    """(package, version tested) of requirement files; several versions are joined by a comma."""
+    versions = {}
+    for name in names:
+        path = os.path.join(ROOT, requirement_folder(), name)
+        if not os.path.exists(path):
+            path = os.path.join(ROOT, 'requirements', name)
+        with open(path) as lines:
+            for line in lines:
+                match = re.match(r'([A-Za-z0-9_.-]+)\s*([=>]=)\s*([^\s;#]+)', line)
+                if match:
+                    package, operator, version = match.groups()
+                    version = version if operator == '==' else operator + version
+                    versions.setdefault(package, []).append(version)
+    return [(package, ', '.join(found)) for package, found in versions.items()]
+
+
+# ---- what is here ----
+
+def installed_version(package: str) -> str:
+    """Version of an installed distribution, '' if it is not installed."""
+    from importlib import metadata
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ''
+
+
+def python_row() -> Row:
+    found = '%d.%d.%d' % sys.version_info[:3]
+    if '%d.%d' % sys.version_info[:2] in PYTHONS:
+        return Row('Python', found, ', '.join(PYTHONS), OK, required=True)
+    return Row('Python', found, ', '.join(PYTHONS), DIFFERS,
+               'not tested with this Python; make install PYTHON=python3.11 VENV=.venv311', required=True)
+
+
+def package_rows(files: Sequence[str], required: bool) -> List[Row]:
+    """A row per package of the requirement files; mmcv's stands for mmcv or mmcv-full."""
+    tested = tested_versions(files)
+    rows = [package_row(package, version, required) for package, version in tested]
+    return rows + ([mmcv_row()] if required else [])
+
+
+def package_row(package: str, tested: str, required: bool) -> Row:
+    found = installed_version(package)
+    if not found:
+        remedy = 'make install' if required else ''
+        return Row(package, 'no', tested, MISSING if required else NOTE, remedy, required)
+    same = tested.startswith('>=') or found.split('+')[0] in tested.split(', ')
+    return Row(package, found, tested, OK if same else DIFFERS, required=required)
+
+
+def mmcv_row() -> Row:
+    tested = ', '.join('%s %s' % item for item in tested_versions(['mmcv.txt', 'mmcv-ops.txt']))
+    found = [(name, installed_version(name)) for name in ('mmcv', 'mmcv-full') if installed_version(name)]
+    text = ', '.join('%s %s' % item for item in found)
+    if not found:
+        return Row('mmcv', 'no', tested, MISSING, 'make install', required=True)
+    if len(found) == 2:
+        return Row('mmcv', text, tested, BROKEN, 'two packages in one folder: pip uninstall mmcv mmcv-full, '
+                                                 'remove %s, make install' % stamp_hint(), required=True)
+    return Row('mmcv', text, tested, OK if text in tested else DIFFERS, required=True)
+
+
+def stamp_hint() -> str:
+    return os.path.join(os.path.basename(sys.prefix), '.installed-*')
+
+
+def libraries_row() -> Row:
+    """OpenMMLab and nuscenes-devkit can be imported, as the project imports them."""
+    name = 'import mmdet, nuscenes'
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            from lib.compat import prepare_openmmlab
+            prepare_openmmlab()
+            for module in ('mmdet.models', 'mmdet.datasets', 'nuscenes.nuscenes'):
+                importlib.import_module(module)
+    except Exception as error:  # whatever a broken library raises belongs in the table
+        remedy = '%s (make install, or in a new place: make install VENV=.venv2)' % first_line(error)
+        return Row(name, 'no', '', BROKEN, remedy, required=True)
+    return Row(name, 'yes', '', OK, required=True)
+
+
+def first_line(error: Exception) -> str:
+    return ('%s: %s' % (type(error).__name__, error)).splitlines()[0]
+
+
+def gpu_rows() -> List[Row]:
+    try:
+        torch = importlib.import_module('torch')
+    except (ImportError, OSError):
+        return [Row('GPU', 'unknown', '', NOTE)]
+    built_for = 'torch for CUDA %s' % torch.version.cuda if torch.version.cuda else 'torch without CUDA'
+    if not torch.cuda.is_available():
+        remedy = ('a GPU is here, but this torch cannot use it: see docs/install.md for other CUDA versions'
+                  if shutil.which('nvidia-smi') else '')
+        return [Row('GPU', 'none (%s)' % built_for, 'H200', NOTE, remedy), nvcc_row(torch)]
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    found = '%d x %s (%s)' % (len(names), names[0], built_for)
+    return [Row('GPU', found, 'H200', OK), nvcc_row(torch)]
+
+
+def nvcc_row(torch) -> Row:
+    version = nvcc_version()
+    wanted = torch.version.cuda or ''
+    if not version:
+        return Row('nvcc', 'no', wanted, NOTE)
+    same_major = version.split('.')[0] == wanted.split('.')[0]
+    remedy = '' if same_major else 'to compile the ops, set CUDA_HOME to a toolkit of CUDA %s' % wanted
+    return Row('nvcc', version, wanted, OK if same_major else DIFFERS, remedy)
+
+
+def nvcc_version() -> str:
+    """Release of the CUDA compiler on the path or under CUDA_HOME, '' if there is none."""
+    home = os.environ.get('CUDA_HOME') or os.environ.get('CUDA_PATH')
+    nvcc = os.path.join(home, 'bin', 'nvcc') if home else shutil.which('nvcc')
+    try:
+        text = subprocess.check_output([nvcc or 'nvcc', '--version'], universal_newlines=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ''
+    match = re.search(r'release (\d+\.\d+)', text)
+    return match.group(1) if match else ''
+
+
+def compiled_rows() -> List[Row]:
+    """mmcv's ops and the project's two CUDA extensions: compiled or not."""
+    optional = 'not needed; make install MMCV_OPS=1 compiles them'
+    build = 'make build-ops (used on a GPU only)'
+    checks = (
+        ('mmcv compiled ops', 'lib.compat', 'has_compiled_ops', optional),
+        ('CUDA sampling', 'models.csrc.msmv_sampling', 'extension_available', build),
+        ('CUDA ray casting', 'lib.raycast', 'extension_available', build),
+    )
+    return [compiled_row(*check) for check in checks]
+
+
+def compiled_row(name: str, module: str, function: str, remedy: str) -> Row:
+    try:
+        compiled = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # as above: an extension built for another torch raises what it likes
+        return Row(name, 'no', '', NOTE, '%s (%s)' % (first_line(error), remedy))
+    return Row(name, 'yes' if compiled else 'no', '', OK if compiled else NOTE, '' if compiled else remedy)
+
+
+# ---- the table ----
+
+def render(rows: Sequence[Row]) -> str:
+    """The table, then one line per remedy."""
+    header = Row('', 'found', 'tested', '')
+    widths = [max(len(row[column]) for row in list(rows) + [header]) for column in range(4)]
+    lines = ['SparseOcc %s' % project_version()]
+    for row in [header] + list(rows):
+        lines.append('  '.join(text.ljust(width) for text, width in zip(row[:4], widths)).rstrip())
+    remedies = ['%s: %s' % (row.name, row.remedy) for row in rows if row.remedy]
+    return '\n'.join(lines + [''] + (remedies or ['Nothing to mend.']))
+
+
+def project_version() -> str:
+    with open(os.path.join(ROOT, 'lib', 'version.py')) as file:
+        for statement in ast.parse(file.read()).body:
+            if isinstance(statement, ast.Assign) and statement.targets[0].id == '__version__':
+                return ast.literal_eval(statement.value)
+    raise ValueError('lib/version.py does not set __version__')
+
+
+if __name__ == '__main__':
+    main()
