@@ -1,0 +1,179 @@
+"""Sparse voxel decoder: coarse blocks are split in eight and thinned out, stage by stage (paper section 3.2).
+
+Shapes: B batch, Q blocks going into a stage, K children kept by it, C channels, T frames, G groups.
+Block coordinates are the full-resolution voxel indices of a block's lower corner.
+"""
+from dataclasses import dataclass
+from typing import List, Optional, Sequence
+
+import torch
+from mmcv.cnn.bricks.transformer import FFN
+from mmcv.runner import BaseModule, ModuleList
+from torch import Tensor, nn
+
+from lib.errors import ConfigError
+from lib.task import Task
+from models.layers import AdaptiveMixing, DistanceAttention
+from models.layers.attention import plane_distance
+from models.sampling import BlockSampling, ImageFeatures
+
+# Child order: the corner itself, then one step along x, y, z, xy, xz, yz, xyz.
+_CHILDREN = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
+
+
+@dataclass
+class VoxelStage:
+    """What one stage keeps, in candidate order (parent order, then child order).
+
+    Attributes:
+        coords: int64 [B, K, 3], at the stage's own resolution: full-resolution index // scale.
+        seg_logits: [B, K, classes], float32. Without free in release 1.0, with free (last) in 1.1.
+        features: [B, K, C].
+        scale: edge of a kept block in voxels.
+        occ_logits: [B, K] float32, release 1.0 only.
+    """
+    coords: Tensor
+    seg_logits: Tensor
+    features: Tensor
+    scale: int
+    occ_logits: Optional[Tensor] = None
+
+
+class SparseVoxelDecoderLayer(BaseModule):
+    """Position, self-attention (not in the last stage), sampling and mixing, FFN.
+
+    Args:
+        embed_dims: C.
+        num_points: P, sampled points per group.
+        interval: edge of a block in voxels.
+        with_attention: whether the blocks attend to each other.
+    """
+
+    def __init__(self, task: Task, embed_dims: int, num_groups: int, num_points: int, num_levels: int,
+                 interval: int, with_attention: bool, dropout: float, mixing_chunk: int,
+                 published_weight_order: bool):
+        super().__init__()
+        self.voxel_size, self.interval = task.voxel_size, interval
+        self.position_encoder = nn.Sequential(
+            nn.Linear(3, embed_dims), nn.LayerNorm(embed_dims), nn.ReLU(inplace=True),
+            nn.Linear(embed_dims, embed_dims), nn.LayerNorm(embed_dims), nn.ReLU(inplace=True))
+        self.self_attn = DistanceAttention(embed_dims, dropout=dropout) if with_attention else None
+        self.sampling = BlockSampling(embed_dims, num_groups, num_points, num_levels, task.num_cameras,
+                                      published_weight_order)
+        in_points = num_points * task.num_frames
+        self.mixing = AdaptiveMixing(embed_dims, in_points, in_points * num_groups, num_groups, mixing_chunk)
+        self.ffn = FFN(embed_dims, feedforward_channels=2 * embed_dims, ffn_drop=dropout)
+        self.norm1 = nn.LayerNorm(embed_dims) if with_attention else None
+        self.norm2 = nn.LayerNorm(embed_dims)
+        self.norm3 = nn.LayerNorm(embed_dims)
+        self.register_buffer('range_min', torch.tensor(task.point_cloud_range[:3]), persistent=False)
+        self.register_buffer('grid_shape', torch.tensor(task.grid_shape, dtype=torch.float32), persistent=False)
+
+    def forward(self, query: Tensor, coords: Tensor, features: ImageFeatures) -> Tensor:
+        """query [B, Q, C], coords int64 [B, Q, 3] full-resolution lower corners -> [B, Q, C]."""
+        corners = coords.float() * self.voxel_size
+        query = query + self.position_encoder(coords.float() / self.grid_shape)
+        if self.self_attn is not None:
+            query = self.norm1(self.self_attn(query, plane_distance(corners)))
+        block_size = self.interval * self.voxel_size
+        centres = corners + self.range_min + block_size / 2
+        sampled = self.sampling(query, centres, block_size, features)
+        query = self.norm2(self.mixing(sampled, query))
+        return self.norm3(self.ffn(query))
+
+
+class SparseVoxelDecoder(BaseModule):
+    """Stages of intervals 8, 4, 2 voxels; each keeps the top k of its blocks' children.
+
+    Args:
+        task: grid, range, cameras, frames, classes.
+        scoring: 'semantic' (release 1.1: 1 - probability of free) or 'occupancy' (release 1.0: own head).
+        topk_training, topk_testing: children kept by each stage; their length is the number of stages.
+        num_points: P of the first stage; halved from stage to stage.
+        mixing_chunk: see ``AdaptiveMixing``.
+    """
+
+    def __init__(self, task: Task, embed_dims: int, num_groups: int, num_points: int, num_levels: int,
+                 topk_training: Sequence[int], topk_testing: Sequence[int], scoring: str, dropout: float = 0.1,
+                 mixing_chunk: int = 0, published_weight_order: bool = True):
+        super().__init__()
+        if scoring not in ('semantic', 'occupancy'):
+            raise ConfigError("transformer.scoring must be 'semantic' or 'occupancy', got %r" % (scoring,))
+        if len(topk_training) != len(topk_testing) or not topk_training:
+            raise ConfigError('transformer.topk_training and topk_testing must have one number per stage, got '
+                              '%r and %r' % (topk_training, topk_testing))
+        self.topk_training, self.topk_testing = tuple(topk_training), tuple(topk_testing)
+        self.embed_dims, self.scoring = embed_dims, scoring
+        stages = len(self.topk_training)
+        self.intervals = tuple(2 ** (stages - i) for i in range(stages))
+        _check_divisible(task, self.intervals[0])
+        self.decoder_layers = ModuleList([SparseVoxelDecoderLayer(
+            task, embed_dims, num_groups, max(1, num_points >> i), num_levels, interval, i < stages - 1, dropout,
+            mixing_chunk, published_weight_order) for i, interval in enumerate(self.intervals)])
+        self.lift_feat_heads = ModuleList([nn.Sequential(
+            nn.Linear(embed_dims, 8 * embed_dims), nn.ReLU(inplace=True)) for _ in self.intervals])
+        if scoring == 'occupancy':
+            self.occ_pred_heads = ModuleList([nn.Linear(embed_dims, 1) for _ in self.intervals])
+        labels = task.label_set
+        classes = labels.num_occupied if scoring == 'occupancy' else labels.num_classes
+        self.seg_pred_heads = ModuleList([nn.Linear(embed_dims, classes) for _ in self.intervals])
+        self.register_buffer('start', _block_corners(task.grid_shape, self.intervals[0]), persistent=False)
+        self.register_buffer('child_steps', torch.tensor(_CHILDREN), persistent=False)
+
+    def forward(self, features: ImageFeatures) -> List[VoxelStage]:
+        """One ``VoxelStage`` per stage, from coarse to fine."""
+        batch = features.ego2img.shape[0]
+        coords = self.start.unsqueeze(0).expand(batch, -1, -1)
+        query = features.ego2img.new_zeros(batch, coords.shape[1], self.embed_dims)
+        stages = []
+        for i in range(len(self.intervals)):
+            query = self.decoder_layers[i](query, coords, features)
+            stage = self._split_and_keep(i, query, coords)
+            stages.append(stage)
+            query, coords = stage.features.detach(), stage.coords * stage.scale
+        return stages
+
+    def _split_and_keep(self, i: int, query: Tensor, coords: Tensor) -> VoxelStage:
+        """Children of the blocks of stage i, scored, the best k kept in candidate order."""
+        batch, scale = query.shape[0], self.intervals[i] // 2
+        children = self.lift_feat_heads[i](query).view(batch, -1, self.embed_dims)
+        coords = (coords // scale).unsqueeze(2) + self.child_steps
+        coords = coords.flatten(1, 2)
+        topk = (self.topk_training if self.training else self.topk_testing)[i]
+        if self.scoring == 'occupancy':
+            scores = self.occ_pred_heads[i](children).squeeze(-1).float()
+            keep = top_in_order(scores, topk)
+            features = _take(children, keep)
+            return VoxelStage(_take(coords, keep), self.seg_pred_heads[i](features).float(), features, scale,
+                              occ_logits=scores.gather(1, keep))
+        logits = self.seg_pred_heads[i](children).float()
+        keep = top_in_order(1 - logits.softmax(-1)[..., -1], topk)
+        return VoxelStage(_take(coords, keep), _take(logits, keep), _take(children, keep), scale)
+
+
+def top_in_order(scores: Tensor, k: int) -> Tensor:
+    """Indices int64 [B, min(k, n)] of the k largest of scores [B, n], in index order."""
+    if k >= scores.shape[1]:
+        return torch.arange(scores.shape[1], device=scores.device).expand(scores.shape[0], -1)
+    return scores.detach().topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """values [B, n, c], index [B, k] -> [B, k, c]."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def _block_corners(grid_shape, interval: int) -> Tensor:
+    """int64 [blocks, 3]: lower corners of all blocks, z fastest, then y, then x."""
+    axes = [torch.arange(0, size, interval) for size in grid_shape]
+    grid = torch.stack([axes[0].view(-1, 1, 1).expand([len(a) for a in axes]),
+                        axes[1].view(1, -1, 1).expand([len(a) for a in axes]),
+                        axes[2].view(1, 1, -1).expand([len(a) for a in axes])], dim=-1)
+    return grid.reshape(-1, 3)
+
+
+def _check_divisible(task: Task, interval: int):
+    if any(size % interval for size in task.grid_shape):
+        raise ConfigError('the grid of %s voxels (task.point_cloud_range / task.voxel_size) cannot be cut into '
+                          'blocks of %d voxels; make each side a multiple of %d'
+                          % ('x'.join(map(str, task.grid_shape)), interval, interval))

@@ -1,0 +1,65 @@
+"""Draws of the mask-guided sampling: which voxels of its mask a query looks at.
+
+The published code draws at random also at test time, so that its results change from run to run. Ours are
+repeatable by default: ``even``. A strategy is any object with the two methods of :class:`RandomDraws`.
+"""
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+from lib.errors import ConfigError
+
+
+class RandomDraws:
+    """Uniform random numbers, as in training."""
+
+    def fractions(self, batch: int, queries: int, count: int, device: torch.device) -> Tensor:
+        """float32 [B, Q, count] in [0, 1): fraction u takes the floor(u * n)-th of a query's n voxels."""
+        return torch.rand(batch, queries, count, device=device)
+
+    def positions(self, batch: int, queries: int, count: int, device: torch.device) -> Tensor:
+        """float32 [B, Q, count, 3] in [0, 1): places in the volume for a query without any voxel."""
+        return torch.rand(batch, queries, count, 3, device=device)
+
+
+class EvenDraws:
+    """A fixed, evenly spread set, the same for every query: u_j = (j + 0.5) / count."""
+
+    def fractions(self, batch: int, queries: int, count: int, device: torch.device) -> Tensor:
+        """float32 [B, Q, count], the same for every query."""
+        steps = torch.arange(count, device=device, dtype=torch.float32)
+        return ((steps + 0.5) / count).expand(batch, queries, count)
+
+    def positions(self, batch: int, queries: int, count: int, device: torch.device) -> Tensor:
+        """float32 [B, Q, count, 3], a Kronecker sequence that fills the unit cube evenly."""
+        steps = torch.arange(1, count + 1, device=device, dtype=torch.float32).unsqueeze(1)
+        ratios = torch.tensor([0.8191725134, 0.6710436067, 0.5497004779], device=device)
+        return (steps * ratios).frac().expand(batch, queries, count, 3)
+
+
+STRATEGIES = {'even': EvenDraws, 'random': RandomDraws}
+
+
+def build_draws(name: str):
+    """Strategy from its name in ``model.test_cfg.draws``."""
+    if name not in STRATEGIES:
+        raise ConfigError('model.test_cfg.draws must be one of %s, got %r' % (sorted(STRATEGIES), name))
+    return STRATEGIES[name]()
+
+
+def select_valid(valid: Tensor, fractions: Tensor) -> Tuple[Tensor, Tensor]:
+    """The floor(u * n)-th valid entry of each row, in index order, without leaving the device.
+
+    Args:
+        valid: bool [B, Q, K].
+        fractions: float32 [B, Q, count] in [0, 1).
+
+    Returns:
+        index int64 [B, Q, count] (any index where a row has no valid entry), and bool [B, Q]: no valid entry.
+    """
+    running = valid.cumsum(-1, dtype=torch.int32)
+    total = running[..., -1:]
+    rank = torch.min((fractions * total).floor().to(torch.int32), (total - 1).clamp(min=0))
+    index = torch.searchsorted(running, rank + 1)
+    return index.clamp(max=valid.shape[-1] - 1), total.squeeze(-1) == 0

@@ -1,0 +1,4 @@
+"""Prediction heads."""
+from .sparseocc_head import SparseOccHead
+
+__all__ = ['SparseOccHead']

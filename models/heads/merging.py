@@ -1,0 +1,100 @@
+"""From mask predictions to labels: one semantic map, and panoptic segments (paper section 3.4).
+
+Shapes: Q queries, K kept voxels, C classes without free. Everything stays on the device, and no shape
+depends on the values, so that nothing waits for the GPU.
+"""
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+_MIN_SEMANTIC_SCORE = 0.01
+_MASK_THRESHOLD = 0.5
+
+
+class PanopticMap(NamedTuple):
+    """Panoptic labels of the kept voxels.
+
+    instances  int16 [K], segment id from 1, 0 = none
+    semantics  uint8 [K], class id, free where there is no segment
+    """
+    instances: Tensor
+    semantics: Tensor
+
+
+def merge_semantic(class_logits: Tensor, mask_logits: Tensor, score_threshold: float) -> Tensor:
+    """Class of each voxel: arg max over classes of the sum over queries of class score x mask.
+
+    Args:
+        class_logits: [Q, C] float32, before the sigmoid.
+        mask_logits: [Q, K] float32, before the sigmoid.
+        score_threshold: queries whose best class score is not above this do not count.
+
+    Returns:
+        uint8 [K], C (free) where the best class has less than 0.01.
+    """
+    scores = class_logits.sigmoid()
+    scores = torch.where(scores.max(-1, keepdim=True).values > score_threshold, scores, torch.zeros_like(scores))
+    best = torch.einsum('qc,qk->ck', scores, mask_logits.sigmoid()).max(0)
+    free = torch.full_like(best.indices, class_logits.shape[1])
+    return torch.where(best.values < _MIN_SEMANTIC_SCORE, free, best.indices).to(torch.uint8)
+
+
+def merge_panoptic(class_logits: Tensor, mask_logits: Tensor, thing_ids: Sequence[int], score_threshold: float,
+                   overlap_threshold: float, label_merged_stuff: bool) -> PanopticMap:
+    """Segments: each voxel goes to the query with the largest score x mask; overruled queries are dropped.
+
+    Args:
+        class_logits: [Q, C] float32, before the sigmoid.
+        mask_logits: [Q, K] float32, before the sigmoid.
+        thing_ids: classes counted one by one; queries of any other class merge into one segment per class.
+        score_threshold: queries whose best class score is not above this do not count.
+        overlap_threshold: least ratio of the voxels a query won to those of its own mask.
+        label_merged_stuff: False is the published behaviour (a quirk that published numbers contain): the
+            second and later queries of a stuff class give their voxels the segment's id but leave them free.
+    """
+    masks = mask_logits.sigmoid()
+    scores, classes = class_logits.sigmoid().max(-1)
+    candidate = scores > score_threshold
+    weighted = scores.masked_fill(~candidate, -1.0).unsqueeze(1) * masks
+    winner = weighted.argmax(0, keepdim=True)
+    inside = masks >= _MASK_THRESHOLD
+    labelled = inside.gather(0, winner).squeeze(0)
+    winner = winner.squeeze(0)
+    survives = candidate & _holds_its_mask(winner, labelled, inside, overlap_threshold)
+    is_thing = _membership(thing_ids, class_logits)[classes]
+    segment, opens = _number_segments(classes, survives, is_thing)
+    labelled = labelled & survives[winner]
+    names_voxels = labelled if label_merged_stuff else labelled & opens[winner]
+    none, free = torch.zeros_like(winner), torch.full_like(winner, class_logits.shape[1])
+    return PanopticMap(torch.where(labelled, segment[winner], none).to(torch.int16),
+                       torch.where(names_voxels, classes[winner], free).to(torch.uint8))
+
+
+def _holds_its_mask(winner: Tensor, labelled: Tensor, inside: Tensor, overlap_threshold: float) -> Tensor:
+    """bool [Q]: the query won some voxel of its mask, and (all it won) / (its mask) reaches the threshold."""
+    counts = torch.zeros(2, inside.shape[0], device=winner.device)
+    ones = torch.ones(winner.shape, device=winner.device)
+    counts[0].scatter_add_(0, winner, ones)
+    counts[1].scatter_add_(0, winner, labelled.to(ones.dtype))
+    mask_area = inside.sum(1).to(ones.dtype)
+    return (counts[1] > 0) & (counts[0] / mask_area.clamp(min=1) >= overlap_threshold)
+
+
+def _membership(ids: Sequence[int], class_logits: Tensor) -> Tensor:
+    """bool [C], True at ``ids``."""
+    classes = torch.arange(class_logits.shape[1], device=class_logits.device)
+    member = torch.zeros_like(classes, dtype=torch.bool)
+    for class_id in ids:
+        member = member | (classes == class_id)
+    return member
+
+
+def _number_segments(classes: Tensor, survives: Tensor, is_thing: Tensor):
+    """Segment id int64 [Q] (from 1, in query order), and bool [Q]: the query opens its segment."""
+    same = (classes.unsqueeze(0) == classes.unsqueeze(1)) & survives
+    first_of_class = same.to(torch.uint8).argmax(1)
+    position = torch.arange(len(classes), device=classes.device)
+    opens = survives & (is_thing | (first_of_class == position))
+    number = opens.cumsum(0)
+    return torch.where(is_thing, number, number[first_of_class]), opens

@@ -1,0 +1,99 @@
+"""The head: transformer, losses, and merging of its predictions.
+
+Shapes: B batch, K kept voxels of the last stage; X, Y, Z the grid.
+"""
+from dataclasses import dataclass
+from typing import Dict, List, Mapping, Optional
+
+import torch
+from mmcv.runner import BaseModule
+from mmdet.models.builder import HEADS, build_loss
+from mmdet.models.utils.builder import TRANSFORMER
+from torch import Tensor
+
+from lib.errors import ConfigError
+from lib.task import Task
+from models.heads.merging import merge_panoptic, merge_semantic
+from models.losses import OccupancyTargets, VoxelLosses
+from models.sampling import ImageFeatures
+from models.transformer import TransformerOutput
+
+MERGE_STUFF = ('published', 'labelled')
+
+
+@dataclass
+class MergedPrediction:
+    """Labels of the kept voxels of one sample, on the device.
+
+    Attributes:
+        voxels: int64 [K, 3], full-resolution indices.
+        semantics: uint8 [K], ``sem_pred``.
+        pano_inst: int16 [K], panoptic tasks only.
+        pano_sem: uint8 [K], panoptic tasks only.
+    """
+    voxels: Tensor
+    semantics: Tensor
+    pano_inst: Optional[Tensor] = None
+    pano_sem: Optional[Tensor] = None
+
+
+@HEADS.register_module()
+class SparseOccHead(BaseModule):
+    """Sparse voxels and masks, their losses, and their merging into labels.
+
+    Args:
+        task: classes, range, grid, cameras, frames.
+        transformer: config of ``SparseOccTransformer``.
+        loss_cfgs: configs of ``loss_mask2former`` and, for release 1.1, ``loss_geo_scal`` and
+            ``loss_sem_scal``.
+        embed_dims: C.
+        merge_stuff: 'published' or 'labelled', see ``merge_panoptic``.
+        overlap_threshold, score_threshold: see ``merge_panoptic``.
+        draws: test-time draws of the mask-guided sampling, 'even' or 'random'.
+    """
+
+    def __init__(self, task: Task, transformer: Mapping, loss_cfgs: Mapping, embed_dims: int = 256,
+                 merge_stuff: str = 'published', overlap_threshold: float = 0.8, score_threshold: float = 0.3,
+                 draws: str = 'even'):
+        super().__init__()
+        if merge_stuff not in MERGE_STUFF:
+            raise ConfigError('model.test_cfg.merge_stuff must be one of %s, got %r'
+                              % (list(MERGE_STUFF), merge_stuff))
+        self.task, self.merge_stuff = task, merge_stuff
+        self.overlap_threshold, self.score_threshold = overlap_threshold, score_threshold
+        self.transformer = TRANSFORMER.build(dict(transformer, task=task, embed_dims=embed_dims, draws=draws))
+        loss_cfgs = dict(loss_cfgs)
+        if 'loss_mask2former' not in loss_cfgs:
+            raise ConfigError("model.pts_bbox_head.loss_cfgs: key 'loss_mask2former' is missing")
+        self.loss_mask2former = build_loss(loss_cfgs.pop('loss_mask2former'))
+        self.voxel_losses = VoxelLosses(task.label_set, self.transformer.voxel_decoder.scoring, loss_cfgs)
+
+    def forward(self, features: ImageFeatures) -> TransformerOutput:
+        """Predictions of every stage and layer."""
+        return self.transformer(features)
+
+    def loss(self, output: TransformerOutput, targets: OccupancyTargets) -> Dict[str, Tensor]:
+        """Every loss term by name; names end in the stage or layer number."""
+        with torch.autocast(targets.semantics.device.type, enabled=False):
+            losses = {}
+            for i, stage in enumerate(output.stages):
+                for name, value in self.voxel_losses(stage, targets).items():
+                    losses['%s_%d' % (name, i)] = value
+            losses.update(self.loss_mask2former(output.layers, output.stages[-1], targets))
+            return losses
+
+    def merge(self, output: TransformerOutput) -> List[MergedPrediction]:
+        """Labels of each sample from the last layer's prediction."""
+        with torch.autocast(output.stages[-1].coords.device.type, enabled=False):
+            return [self._merge_sample(output, b) for b in range(output.stages[-1].coords.shape[0])]
+
+    def _merge_sample(self, output: TransformerOutput, b: int) -> MergedPrediction:
+        stage, last = output.stages[-1], output.layers[-1]
+        class_logits, mask_logits = last.class_logits[b], last.mask_logits[b]
+        merged = MergedPrediction(stage.coords[b] * stage.scale,
+                                  merge_semantic(class_logits, mask_logits, self.score_threshold))
+        if self.task.panoptic:
+            merged.pano_inst, merged.pano_sem = merge_panoptic(
+                class_logits, mask_logits, self.task.label_set.thing_ids, self.score_threshold,
+                self.overlap_threshold, label_merged_stuff=self.merge_stuff == 'labelled')
+        return merged

@@ -1,0 +1,7 @@
+"""Losses of the voxel decoder (per stage) and of the mask decoder (per prediction)."""
+from .mask2former import Mask2FormerLoss
+from .scene_affinity import GeoScalLoss, SemScalLoss
+from .targets import OccupancyTargets
+from .voxel import VoxelLosses
+
+__all__ = ['GeoScalLoss', 'Mask2FormerLoss', 'OccupancyTargets', 'SemScalLoss', 'VoxelLosses']

@@ -1,0 +1,191 @@
+"""The detector: images and calibration in, losses or sparse occupancy out.
+
+Shapes: B batch, T frames newest first, N cameras, image index t*N + n; X, Y, Z the grid.
+"""
+from dataclasses import dataclass
+from typing import Dict, List, Mapping, Optional, Sequence, Union
+
+import numpy as np
+import torch
+from mmcv.runner import BaseModule
+from mmdet.models.builder import DETECTORS, build_backbone, build_head, build_neck
+from torch import Tensor
+
+from lib.errors import ConfigError, DataError
+from lib.task import Task
+from models.feature_cache import FeatureCache
+from models.heads.sparseocc_head import MergedPrediction
+from models.image_input import ImageInput
+from models.losses import OccupancyTargets
+from models.sampling import ImageFeatures
+from models.transformer import TransformerOutput
+
+HISTORY = ('full', 'cached')
+_TEST_KEYS = ('history', 'draws', 'merge_stuff', 'overlap_threshold', 'score_threshold')
+
+
+@dataclass
+class RawPrediction:
+    """Everything on the way from images to labels, for tests and analysis.
+
+    Attributes:
+        features: image features and projection matrices.
+        output: stages of the voxel decoder, layers of the mask decoder.
+        merged: labels per sample.
+    """
+    features: ImageFeatures
+    output: TransformerOutput
+    merged: List[MergedPrediction]
+
+
+@DETECTORS.register_module()
+class SparseOcc(BaseModule):
+    """Fully sparse 3-D occupancy from multi-view video (arXiv 2312.17118).
+
+    Args:
+        task: ``Task``, or the dict that makes one.
+        img_backbone, img_neck, pts_bbox_head: configs of the parts.
+        data_aug: what happens to the images on the device, see ``ImageInput.from_config``.
+        use_mask_camera: train on camera-visible voxels only.
+        test_cfg: history ('cached' keeps the features of earlier frames between calls with batch 1, 'full'
+            encodes all frames of every sample), draws ('even' or 'random'), merge_stuff ('published' or
+            'labelled'), overlap_threshold, score_threshold.
+        train_cfg, pretrained: accepted for mmdet's builders; must be None.
+    """
+
+    def __init__(self, task: Union[Task, Mapping], img_backbone: Mapping, img_neck: Mapping,
+                 pts_bbox_head: Mapping, data_aug: Mapping, use_mask_camera: bool = False,
+                 test_cfg: Optional[Mapping] = None, train_cfg: Optional[Mapping] = None,
+                 pretrained: Optional[str] = None):
+        super().__init__()
+        if train_cfg is not None or pretrained is not None:
+            raise ConfigError('model.train_cfg and model.pretrained are not used; remove them (weights to start '
+                              'from are given by load_from)')
+        self.task = task if isinstance(task, Task) else Task.from_config(task)
+        test_cfg = _checked_test_cfg(test_cfg or {})
+        self.history = test_cfg.pop('history', 'full')
+        self.use_mask_camera = use_mask_camera
+        self.image_input = ImageInput.from_config(data_aug)
+        self.img_backbone = build_backbone(dict(img_backbone))
+        self.img_neck = build_neck(dict(img_neck))
+        self.pts_bbox_head = build_head(dict(pts_bbox_head, task=self.task, **test_cfg))
+        for part in (self.img_backbone, self.img_neck):  # the layout that the sampling reads
+            part.to(memory_format=torch.channels_last)
+        self._cache = FeatureCache(capacity=self.task.num_frames)
+        self._register_load_state_dict_pre_hook(self._forget_history)
+
+    def forward(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
+                img_metas: Optional[Sequence[Mapping]] = None, voxel_semantics: Optional[Tensor] = None,
+                voxel_instances: Optional[Tensor] = None,
+                instance_class_ids: Optional[Sequence[Tensor]] = None, mask_camera: Optional[Tensor] = None,
+                return_loss: bool = True):
+        """Losses, or predictions.
+
+        Args:
+            img: uint8 [B, T*N, 3, H, W] BGR.
+            lidar2img: [B, T*N, 4, 4], LIDAR_TOP (metres) to pixels of that image.
+            ego2lidar: [B, T*N, 4, 4], ego to LIDAR_TOP, both of the current keyframe, metres.
+            img_metas: per sample a dict; ``frame_keys`` (T*N image names) is what the cache goes by.
+            voxel_semantics: uint8 [B, X, Y, Z], 255 = ignore. Not needed for predictions.
+            voxel_instances: uint8 or int16 [B, X, Y, Z], 255 = none.
+            instance_class_ids: B tensors int64 [n_i], class of each instance.
+            mask_camera: bool [B, X, Y, Z], needed with ``use_mask_camera``.
+            return_loss: losses if True, predictions if False.
+
+        Returns:
+            dict of scalar losses, to be summed; or per sample a dict of numpy arrays: sem_pred uint8 [1, K],
+            occ_loc [1, K, 3] voxel indices and, for panoptic tasks, pano_inst int16 [1, K] and pano_sem
+            uint8 [1, K].
+        """
+        if return_loss:
+            targets = self._targets(voxel_semantics, voxel_instances, instance_class_ids, mask_camera)
+            return self.loss(img, lidar2img, ego2lidar, targets)
+        with torch.no_grad():
+            return self.predict(img, lidar2img, ego2lidar, img_metas)
+
+    def loss(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, targets: OccupancyTargets):
+        """Every loss term by name; arguments as in :meth:`forward`."""
+        features = self._features(self.extract_features(img), img, lidar2img, ego2lidar)
+        return self.pts_bbox_head.loss(self.pts_bbox_head(features), targets)
+
+    def predict(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
+                img_metas: Optional[Sequence[Mapping]] = None) -> List[Dict[str, np.ndarray]]:
+        """Predictions per sample; arguments and result as in :meth:`forward`."""
+        raw = self.predict_raw(img, lidar2img, ego2lidar, img_metas)
+        return [self._to_numpy(merged) for merged in raw.merged]
+
+    def predict_raw(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
+                    img_metas: Optional[Sequence[Mapping]] = None) -> RawPrediction:
+        """Intermediate results and labels; arguments as in :meth:`forward`."""
+        features = self._features(self._test_maps(img, img_metas), img, lidar2img, ego2lidar)
+        output = self.pts_bbox_head(features)
+        return RawPrediction(features, output, self.pts_bbox_head.merge(output))
+
+    def extract_features(self, img: Tensor) -> List[Tensor]:
+        """img uint8 [B, n, 3, H, W] BGR -> L feature maps [B, n, H_l, W_l, C], channels last."""
+        batch, count = img.shape[:2]
+        maps = self.img_neck(self.img_backbone(self.image_input(img.flatten(0, 1))))
+        maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
+        return [level.view((batch, count) + level.shape[1:]) for level in maps]
+
+    def reset_history(self):
+        """Forget the features of earlier frames."""
+        self._cache.clear()
+
+    def train(self, mode: bool = True):
+        """Switch mode; leaving or entering training forgets the features of earlier frames."""
+        self.reset_history()
+        return super().train(mode)
+
+    def _forget_history(self, *_):
+        self.reset_history()
+
+    def _test_maps(self, img: Tensor, img_metas: Optional[Sequence[Mapping]]) -> List[Tensor]:
+        """Feature maps of all frames; those of frames seen before come from the cache if it may be used."""
+        keys = self._frame_keys(img, img_metas)
+        if keys is None:
+            return self.extract_features(img)
+        frames = img.view((len(keys), -1) + img.shape[2:])
+        maps = self._cache.fetch(keys, lambda missing: self.extract_features(frames[missing]))
+        return [level.flatten(0, 1).unsqueeze(0) for level in maps]
+
+    def _frame_keys(self, img: Tensor, img_metas) -> Optional[List]:
+        """A key per frame, or None where the cache cannot be used: batch above 1, no keys, training."""
+        if self.history != 'cached' or self.training or img.shape[0] != 1 or not img_metas:
+            return None
+        names = img_metas[0].get('frame_keys')
+        if not names:
+            return None
+        cameras = self.task.num_cameras
+        precision = (str(img.device), torch.is_autocast_enabled(), tuple(img.shape[-2:]))
+        return [(tuple(names[i:i + cameras]), precision) for i in range(0, len(names), cameras)]
+
+    def _features(self, maps: List[Tensor], img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
+        ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
+        return ImageFeatures(maps, ego2img, self.image_input.padded_size(img.shape[-2:]))
+
+    def _targets(self, voxel_semantics, voxel_instances, instance_class_ids, mask_camera) -> OccupancyTargets:
+        if voxel_semantics is None or voxel_instances is None or instance_class_ids is None:
+            raise DataError('the batch has no labels, which training needs; put LoadOccGTFromFile into the '
+                            'pipeline of data.train')
+        if self.use_mask_camera and mask_camera is None:
+            raise DataError('model.use_mask_camera is set, but the label files have no mask_camera; use labels '
+                            'that have it or set model.use_mask_camera=False')
+        return OccupancyTargets(voxel_semantics, voxel_instances, tuple(instance_class_ids),
+                                mask_camera if self.use_mask_camera else None)
+
+    def _to_numpy(self, merged: MergedPrediction) -> Dict[str, np.ndarray]:
+        index_type = torch.uint8 if max(self.task.grid_shape) <= 256 else torch.int16
+        arrays = dict(sem_pred=merged.semantics, occ_loc=merged.voxels.to(index_type),
+                      pano_inst=merged.pano_inst, pano_sem=merged.pano_sem)
+        return {name: value.unsqueeze(0).cpu().numpy() for name, value in arrays.items() if value is not None}
+
+
+def _checked_test_cfg(test_cfg: Mapping) -> Dict:
+    test_cfg = dict(test_cfg)
+    unknown = set(test_cfg) - set(_TEST_KEYS)
+    if unknown:
+        raise ConfigError('model.test_cfg: unknown keys %s; the keys are %s' % (sorted(unknown), list(_TEST_KEYS)))
+    if test_cfg.get('history', 'full') not in HISTORY:
+        raise ConfigError('model.test_cfg.history must be one of %s, got %r' % (list(HISTORY), test_cfg['history']))
+    return test_cfg

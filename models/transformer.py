@@ -1,0 +1,61 @@
+"""Both decoders, one after the other."""
+from typing import List, NamedTuple, Sequence
+
+from mmcv.runner import BaseModule
+from mmdet.models.utils.builder import TRANSFORMER
+
+from lib.task import Task
+from models.decoders import MaskDecoder, MaskPrediction, SparseVoxelDecoder, VoxelStage
+from models.draws import RandomDraws, build_draws
+from models.sampling import ImageFeatures
+
+
+class TransformerOutput(NamedTuple):
+    """Everything the decoders predict.
+
+    stages  kept voxels of each stage of the voxel decoder, from coarse to fine
+    layers  predictions of the mask decoder over the last stage's voxels, the final one last
+    """
+    stages: List[VoxelStage]
+    layers: List[MaskPrediction]
+
+
+@TRANSFORMER.register_module()
+class SparseOccTransformer(BaseModule):
+    """Sparse voxel decoder, then mask decoder.
+
+    Args:
+        task: classes, range, grid, cameras, frames.
+        embed_dims: C.
+        num_layers: applications of the mask decoder's layer (4 in release 1.0, 2 in 1.1).
+        num_groups: G.
+        num_points: P, per group.
+        num_queries: Q, mask queries.
+        num_levels: L, pyramid levels.
+        topk_training, topk_testing: voxels kept by each stage.
+        scoring: 'semantic' (release 1.1) or 'occupancy' (release 1.0).
+        dropout: of the voxel decoder's attention and of the FFNs.
+        draws: test-time draws of the mask-guided sampling, 'even' or 'random'.
+        mixing_chunk: blocks per checkpointed piece of the mixing in training; 0 keeps all intermediates.
+        published_weight_order: keep the level-weight order that released weights were trained with.
+    """
+
+    def __init__(self, task: Task, embed_dims: int = 256, num_layers: int = 2, num_groups: int = 4,
+                 num_points: int = 4, num_queries: int = 100, num_levels: int = 4,
+                 topk_training: Sequence[int] = (4000, 16000, 64000),
+                 topk_testing: Sequence[int] = (2000, 8000, 32000), scoring: str = 'semantic',
+                 dropout: float = 0.1, draws: str = 'even', mixing_chunk: int = 4096,
+                 published_weight_order: bool = True):
+        super().__init__()
+        self.voxel_decoder = SparseVoxelDecoder(
+            task, embed_dims, num_groups, num_points, num_levels, topk_training, topk_testing, scoring, dropout,
+            mixing_chunk, published_weight_order)
+        self.decoder = MaskDecoder(task, embed_dims, num_layers, num_queries, num_groups, num_points, num_levels,
+                                   dropout, published_weight_order=published_weight_order)
+        self.training_draws, self.testing_draws = RandomDraws(), build_draws(draws)
+
+    def forward(self, features: ImageFeatures) -> TransformerOutput:
+        """Voxels and masks of every sample of the batch."""
+        stages = self.voxel_decoder(features)
+        draws = self.training_draws if self.training else self.testing_draws
+        return TransformerOutput(stages, self.decoder(stages[-1], draws, features))
