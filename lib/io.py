@@ -1,0 +1,205 @@
+"""Reading files from outside as data, and writing files so that a half-written one is never seen."""
+import contextlib
+import errno
+import json
+import os
+import pickle
+import re
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Dict, Iterable, Iterator, Optional, Union
+
+import numpy as np
+
+from .errors import DataError, UserError
+
+PathLike = Union[str, os.PathLike]
+
+_SAFE_BUILTINS = frozenset(('bool', 'bytearray', 'bytes', 'complex', 'dict', 'float', 'frozenset', 'int', 'list',
+                            'range', 'set', 'slice', 'str', 'tuple'))
+_SAFE_NUMPY = frozenset(('_frombuffer', '_reconstruct', 'dtype', 'ndarray', 'scalar'))
+_SAFE_OTHER = frozenset((('collections', 'OrderedDict'), ('_codecs', 'encode')))
+# Modules in which the names of _SAFE_NUMPY live; NumPy 2 moved numpy.core to numpy._core.
+_NUMPY_MODULES = ('numpy', 'numpy.core.multiarray', 'numpy.core.numeric', 'numpy._core.multiarray',
+                  'numpy._core.numeric')
+_CANNOT_WRITE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR,
+                           errno.EISDIR, errno.ENAMETOOLONG))
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Builds plain containers and numpy arrays; refuses every other class or function a pickle names."""
+
+    def find_class(self, module: str, name: str):
+        if module in ('builtins', '__builtin__') and name in _SAFE_BUILTINS:
+            return super().find_class('builtins', name)
+        if module in _NUMPY_MODULES and _is_safe_numpy_name(name):
+            return _find_in_numpy(super().find_class, module, name)
+        if module == 'numpy.dtypes' and name.endswith('DType'):
+            return super().find_class(module, name)
+        if (module, name) in _SAFE_OTHER:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError('it names %s.%s' % (module, name))
+
+
+def _is_safe_numpy_name(name):
+    if name in _SAFE_NUMPY:
+        return True
+    kind = getattr(np, name, None)
+    return isinstance(kind, type) and issubclass(kind, np.generic)
+
+
+def _find_in_numpy(find_class, module, name):
+    """Look the name up where this NumPy keeps it: numpy.core became numpy._core in NumPy 2."""
+    core = 'numpy._core' if int(np.__version__.split('.')[0]) >= 2 else 'numpy.core'
+    return find_class(re.sub(r'^numpy\._?core\b', core, module), name)
+
+
+def load_pickle_safe(path: PathLike, allow_any: bool = False):
+    """Object from a pickle that may hold only plain containers, numbers, strings and numpy arrays.
+
+    Args:
+        path: file to read.
+        allow_any: trust the file and let it build (and so run) anything.
+
+    Raises:
+        DataError: missing or damaged file, or one that asks for another class or function.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError('%s does not exist; check the path (data_root, ann_file), or make the info files with '
+                        'gen_sweep_info.py' % path)
+    try:
+        with open(str(path), 'rb') as stream:
+            return (pickle.Unpickler if allow_any else _RestrictedUnpickler)(stream).load()
+    except pickle.UnpicklingError as error:
+        if 'it names' not in str(error):
+            raise DataError('%s is not a readable pickle (%s); make or fetch it again' % (path, error)) from error
+        raise DataError('%s was refused: %s, and only plain data and numpy arrays are read from pickles; if you '
+                        'trust where the file is from, set allow_any_pickle=True (--allow-any-pickle)'
+                        % (path, error)) from error
+    except (EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError, ImportError, OSError,
+            MemoryError, OverflowError, UnicodeDecodeError) as error:
+        raise DataError('%s is not a readable pickle (%s: %s); make or fetch it again'
+                        % (path, type(error).__name__, error)) from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; when the block ends well it replaces ``path`` in one step.
+
+    A crash, a full disk or an exception in the block leaves ``path`` as it was. The temporary name keeps
+    the suffix, because np.savez and others add one that is missing. Missing folders are made.
+
+    Raises:
+        UserError: the file cannot be written (disk full, no permission, ...).
+    """
+    path = Path(path)
+    temporary = path.with_name('.%s.%d.tmp%s' % (path.stem, os.getpid(), path.suffix))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(str(temporary), str(path))
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise UserError('cannot write %s: %s; free some space or choose another folder (an earlier file of '
+                        'that name is untouched)' % (path, os.strerror(error.errno))) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _flush_to_disk(path):
+    descriptor = os.open(str(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_pickle(path: PathLike, value) -> None:
+    """Write ``value`` as a pickle (protocol 4: Python 3.8 reads it), atomically."""
+    with atomic_write(path) as temporary:
+        with open(str(temporary), 'wb') as stream:
+            pickle.dump(value, stream, protocol=4)
+
+
+def save_npz(path: PathLike, arrays: Dict[str, np.ndarray]) -> None:
+    """Write arrays as a compressed ``.npz``, atomically."""
+    with atomic_write(path) as temporary:
+        np.savez_compressed(str(temporary), **arrays)
+
+
+def write_json(path: PathLike, value) -> None:
+    """Write ``value`` as indented JSON, atomically. NumPy numbers and arrays become plain ones."""
+    with atomic_write(path) as temporary:
+        with open(str(temporary), 'w', encoding='utf-8') as stream:
+            json.dump(value, stream, indent=2, default=_to_plain)
+            stream.write('\n')
+
+
+def _to_plain(value):
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError('%s cannot be written as JSON' % type(value).__name__)
+
+
+def read_json(path: PathLike):
+    """Value of a JSON file.
+
+    Raises:
+        DataError: missing or damaged file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError('%s does not exist; check the path' % path)
+    try:
+        with open(str(path), encoding='utf-8') as stream:
+            return json.load(stream)
+    except (ValueError, OSError) as error:
+        raise DataError('%s is not readable JSON (%s); make or fetch it again' % (path, error)) from error
+
+
+def load_npz_checked(path: PathLike, required: Iterable[str] = (),
+                     optional: Optional[Iterable[str]] = None) -> Dict[str, np.ndarray]:
+    """Arrays of an ``.npz`` file; objects in it are never unpickled.
+
+    Args:
+        path: file to read.
+        required: keys that must be there.
+        optional: further keys to read where present; None reads everything.
+
+    Raises:
+        DataError: missing or damaged file, or a required key is not in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError('%s does not exist; check the path, or fetch the file' % path)
+    try:
+        with np.load(str(path), allow_pickle=False) as archive:
+            missing = [key for key in required if key not in archive.files]
+            if missing:
+                raise DataError('%s has no %r (it holds %s); is it a file of another kind?'
+                                % (path, missing[0], ', '.join(sorted(archive.files)) or 'nothing'))
+            wanted = archive.files if optional is None else [k for k in archive.files
+                                                             if k in set(required) | set(optional)]
+            return {key: archive[key] for key in wanted}
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError, AttributeError) as error:
+        raise DataError('%s is damaged or no .npz file (%s); make or fetch it again' % (path, error)) from error
+
+
+def path_inside(folder: PathLike, *parts: str) -> Path:
+    """``folder/parts...``, where the parts come from data and must be plain names.
+
+    Raises:
+        UserError: a part is empty, '.' or '..', or holds a path separator or a zero byte.
+    """
+    for part in parts:
+        if part in ('', '.', '..') or any(c in part for c in ('/', '\\', '\0')):
+            raise UserError('%r is no plain file or folder name, so nothing is read or written under it in %s; '
+                            'the file that it comes from is damaged' % (part, folder))
+    return Path(folder, *parts)

@@ -1,0 +1,104 @@
+"""Image files to pixels: one function per decoder, all giving BGR uint8 [H, W, 3]."""
+import io
+import os
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from lib.errors import ConfigError, DataError
+
+_JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
+_TRAILER = 4096  # bytes at the end of a file in which the end mark of a JPEG is looked for
+
+
+class DecodedImage(NamedTuple):
+    """Pixels of an image file.
+
+    Attributes:
+        pixels: BGR uint8 [H, W, 3].
+        factor: pixels of this array per pixel of the file, 1.0 or 0.5.
+    """
+    pixels: np.ndarray
+    factor: float
+
+
+def read_image(path, decoder: str = 'cv2', half_covers: Optional[Tuple[int, int]] = None) -> DecodedImage:
+    """Decode an image file.
+
+    Args:
+        path: JPEG (any decoder) or another format (``cv2``, ``pillow``).
+        decoder: ``cv2``, ``pillow`` or ``turbojpeg``.
+        half_covers: (height, width); a JPEG of even size whose half is at least that large is decoded at half
+            the size, which skips most of the work (its pixels are about the means of 2x2 blocks).
+
+    Raises:
+        DataError: missing, truncated or otherwise unreadable file.
+        ConfigError: unknown decoder, or its package is not installed.
+    """
+    if decoder not in _DECODERS:
+        raise ConfigError('unknown image decoder %r; use one of %s' % (decoder, sorted(_DECODERS)))
+    content = _read_bytes(path)
+    is_jpeg = content[:2] == _JPEG_START
+    if is_jpeg and _JPEG_END not in content[-_TRAILER:]:
+        raise DataError('image %s is truncated (no end mark after %d bytes); fetch it again' % (path, len(content)))
+    try:
+        half = is_jpeg and half_covers is not None and _half_is_enough(content, half_covers)
+        pixels = _DECODERS[decoder](content, half)
+    except (OSError, ValueError, cv2.error, SyntaxError) as error:
+        raise DataError('image %s cannot be decoded (%s); fetch it again' % (path, error)) from error
+    if pixels is None:
+        raise DataError('image %s cannot be decoded (%d bytes, no known format); fetch it again'
+                        % (path, len(content)))
+    return DecodedImage(pixels, 0.5 if half else 1.0)
+
+
+def _half_is_enough(content, size):
+    width, height = Image.open(io.BytesIO(content)).size  # reads the header only
+    return width % 2 == 0 and height % 2 == 0 and height >= 2 * size[0] and width >= 2 * size[1]
+
+
+def _read_bytes(path):
+    try:
+        with open(os.fspath(path), 'rb') as stream:
+            return stream.read()
+    except FileNotFoundError as error:
+        raise DataError('image %s does not exist; check data_root, and that its samples/ and sweeps/ are complete'
+                        % path) from error
+    except OSError as error:
+        raise DataError('image %s cannot be read (%s)' % (path, error)) from error
+
+
+def _decode_cv2(content, half):
+    flags = cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR
+    return cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
+def _decode_pillow(content, half):
+    image = Image.open(io.BytesIO(content))
+    if half:
+        image.draft('RGB', ((image.width + 1) // 2, (image.height + 1) // 2))
+    return np.ascontiguousarray(np.asarray(image.convert('RGB'))[..., ::-1])
+
+
+def _decode_turbojpeg(content, half):
+    return _turbojpeg().decode(content, scaling_factor=(1, 2) if half else None)
+
+
+_turbojpeg_decoder = []
+
+
+def _turbojpeg():
+    """The process's libjpeg-turbo handle, made on first use."""
+    if not _turbojpeg_decoder:
+        try:
+            from turbojpeg import TurboJPEG
+            _turbojpeg_decoder.append(TurboJPEG())
+        except (ImportError, RuntimeError, OSError) as error:
+            raise ConfigError("decoder='turbojpeg' needs the package PyTurboJPEG and the library libturbojpeg (%s); "
+                              "install them, or use decoder='cv2'" % error) from error
+    return _turbojpeg_decoder[0]
+
+
+_DECODERS: Dict[str, Callable] = {'cv2': _decode_cv2, 'pillow': _decode_pillow, 'turbojpeg': _decode_turbojpeg}

@@ -1,0 +1,127 @@
+"""Label files ``<occ_gt_root>/<scene-name>/<sample-token>/labels.npz``: finding, reading and checking them."""
+import os
+from pathlib import Path
+from typing import Dict, Optional
+
+import numpy as np
+
+from lib.classes import IGNORE_LABEL
+from lib.errors import DataError
+from lib.io import load_npz_checked, path_inside, read_json
+from lib.task import Task
+
+LABEL_FILE = 'labels.npz'
+_MASKS = ('mask_camera', 'mask_lidar')
+
+
+class LabelFolder:
+    """Label files of one kind. Nothing is read or listed before the first label is asked for.
+
+    Args:
+        root: folder of the scenes' folders.
+        data_root: nuScenes folder, whose tables name the scene of a sample where the info file does not.
+        version: nuScenes version of the info file, e.g. ``v1.0-trainval``; '' if unknown.
+    """
+
+    def __init__(self, root, data_root, version: str = ''):
+        self.root = Path(root)
+        self._data_root = Path(data_root)
+        self._version = version
+        self._scene_names: Optional[Dict[str, str]] = None
+
+    def path(self, info: Dict) -> Path:
+        """Path of a keyframe's label file, which need not exist.
+
+        Raises:
+            DataError: the scene of the keyframe cannot be found out.
+        """
+        scene = info.get('scene_name') or self._look_up_scene(info['token'])
+        return path_inside(self.root, scene, info['token'], LABEL_FILE)
+
+    def _look_up_scene(self, token):
+        if self._scene_names is None:
+            self._scene_names = _scenes_from_tables(self._data_root, self._version) or _scenes_from_folder(self.root)
+        if token not in self._scene_names:
+            raise DataError('no label of keyframe %s in %s, and neither the info file nor %s names its scene; '
+                            'check occ_gt_root, or make the info file again with gen_sweep_info.py'
+                            % (token, self.root, self._data_root / (self._version or 'v1.0-*')))
+        return self._scene_names[token]
+
+
+def _scenes_from_tables(data_root, version):
+    """{sample token: scene name} from the nuScenes tables; empty without them."""
+    tables = data_root / version
+    if not version or not (tables / 'sample.json').is_file() or not (tables / 'scene.json').is_file():
+        return {}
+    names = {scene['token']: scene['name'] for scene in read_json(tables / 'scene.json')}
+    return {sample['token']: names[sample['scene_token']] for sample in read_json(tables / 'sample.json')}
+
+
+def _scenes_from_folder(root):
+    """{sample token: scene name} from the names of the label folders."""
+    if not root.is_dir():
+        raise DataError('label folder %s does not exist; correct occ_gt_root, or set occ_gt_root=None to run '
+                        'without labels' % root)
+    scenes = {}
+    for scene in sorted(os.listdir(str(root))):
+        folder = root / scene
+        if folder.is_dir():
+            scenes.update((token, scene) for token in os.listdir(str(folder)))
+    return scenes
+
+
+def read_labels(path, task: Task) -> Dict[str, np.ndarray]:
+    """Arrays of a label file, checked against the task.
+
+    Returns:
+        dict with ``semantics`` uint8 [X, Y, Z], and where the file has them ``instances`` int32 [X, Y, Z]
+        (0 = none), ``mask_camera`` and ``mask_lidar`` bool [X, Y, Z].
+
+    Raises:
+        DataError: missing or damaged file, wrong shape, or ids that the task's label set does not have.
+    """
+    required = ('semantics', 'instances') if task.panoptic else ('semantics',)
+    arrays = _load(path, required, task)
+    for key, array in arrays.items():
+        _check_shape(path, key, array, task)
+    _check_ids(path, arrays['semantics'], task)
+    labels = {'semantics': arrays['semantics'].astype(np.uint8)}
+    if 'instances' in arrays:
+        labels['instances'] = arrays['instances'].astype(np.int32)
+    labels.update((key, arrays[key].astype(bool)) for key in _MASKS if key in arrays)
+    return labels
+
+
+def _load(path, required, task):
+    try:
+        return load_npz_checked(path, required, optional=('instances',) + _MASKS)
+    except DataError as error:
+        if 'instances' in str(error) and task.panoptic:
+            raise DataError('%s has no instances, which task.panoptic needs; make labels that have them with '
+                            'gen_instance_info.py and point occ_gt_root at its output' % path) from error
+        raise
+
+
+def _check_shape(path, key, array, task):
+    if array.shape != task.grid_shape:
+        raise DataError('%s: %r has shape %s, but the task grid is %s; use labels of that grid, or change '
+                        'task.point_cloud_range and task.voxel_size'
+                        % (path, key, list(array.shape), list(task.grid_shape)))
+    if not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
+        raise DataError('%s: %r holds %s, integers are needed; the file is of another kind'
+                        % (path, key, array.dtype))
+
+
+def _check_ids(path, semantics, task):
+    labels = task.label_set
+    lowest, highest = int(semantics.min()), int(semantics.max())
+    if highest == IGNORE_LABEL and (semantics != IGNORE_LABEL).any():
+        highest = int(semantics[semantics != IGNORE_LABEL].max())
+    if lowest < 0 or highest > labels.free_id:
+        raise DataError("%s: 'semantics' holds id %d, but label set %r has ids 0..%d (free); these are labels of "
+                        'another set: set task.label_set, or point occ_gt_root at the right folder'
+                        % (path, lowest if lowest < 0 else highest, labels.name, labels.free_id))
+    if highest < labels.free_id:
+        raise DataError("%s: 'semantics' holds no free voxel (id %d of label set %r), its highest id is %d; these "
+                        'are labels of another set: set task.label_set, or point occ_gt_root at the right folder'
+                        % (path, labels.free_id, labels.name, highest))

@@ -1,0 +1,159 @@
+"""NuSceneOcc: keyframes of nuScenes with occupancy labels, as samples of the network's input."""
+import os
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+import numpy as np
+import torch
+from mmdet.datasets.builder import DATASETS
+
+from lib.errors import ConfigError, DataError
+from lib.task import Task
+
+from .ego_poses import scene_ray_origins, split_scenes
+from .formatting import format_sample
+from .history import History, history_limit
+from .infos import check_cameras, load_infos
+from .labels import LabelFolder, read_labels
+from .pipeline import build_pipeline
+from .skipping import SkipCounter
+
+
+@DATASETS.register_module()
+class NuSceneOcc(torch.utils.data.Dataset):
+    """Samples of an info file.
+
+    Opening it reads the info file and nothing else; files are looked for when a sample is asked for. A
+    sample's random draws depend on (seed, epoch, index) alone, so neither on workers nor on processes.
+
+    Args:
+        task: what is predicted, from which images.
+        data_root: nuScenes folder; it wins over whatever root the info file recorded.
+        ann_file: info pickle, absolute or relative to ``data_root``.
+        pipeline: configs of the steps, e.g. ``[dict(type='LoadMultiViewImageFromMultiSweeps'), ...]``.
+        occ_gt_root: label folder, absolute or relative to ``data_root``; None = no labels (evaluation only).
+        test_mode: evaluation: fixed frames and transforms, no draws.
+        load_interval: every so many-th keyframe is a sample; histories still use all keyframes.
+        max_samples: at most so many samples (the first); histories still use all keyframes.
+        seed: seed of all draws.
+        on_error: training with unreadable images or labels: ``stop`` raises, ``skip`` takes the next readable
+            sample instead and counts.
+        max_skipped: with ``skip``, the number of replaced samples (all workers of a process) that is too many.
+        allow_any_pickle: trust the info file and let it build any object.
+
+    Attributes:
+        infos: all keyframes of the info file, in time order (``load_interval`` and the like do not thin it).
+    """
+
+    def __init__(self, task: Task, data_root: str, ann_file: str, pipeline: Sequence[Dict],
+                 occ_gt_root: Optional[str] = None, test_mode: bool = False, load_interval: int = 1,
+                 max_samples: Optional[int] = None, seed: int = 0, on_error: str = 'stop', max_skipped: int = 100,
+                 allow_any_pickle: bool = False):
+        if on_error not in ('stop', 'skip'):
+            raise ConfigError("on_error must be 'stop' or 'skip', got %r" % (on_error,))
+        if test_mode and on_error == 'skip':
+            raise ConfigError("on_error='skip' replaces samples, which would falsify an evaluation; use 'stop' with "
+                              'test_mode=True')
+        if load_interval < 1 or (max_samples is not None and max_samples < 1):
+            raise ConfigError('load_interval and max_samples must be at least 1, got %r and %r'
+                              % (load_interval, max_samples))
+        self.task = task
+        self.data_root = Path(data_root)
+        self.ann_file = Path(data_root, ann_file)
+        self.test_mode = test_mode
+        self.seed = seed
+        self.infos, self.version = load_infos(self.ann_file, allow_any_pickle)
+        check_cameras(self.infos[0], task.cameras, self.ann_file)
+        self._samples = list(range(0, len(self.infos), load_interval))[:max_samples]
+        self._history = History(self.infos, task.cameras)
+        self._labels = None if occ_gt_root is None else \
+            LabelFolder(Path(data_root, occ_gt_root), self.data_root, self.version)
+        self._pipeline = build_pipeline(pipeline, task)
+        self._skips = SkipCounter(max_skipped) if on_error == 'skip' else None
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # seen by persistent workers too
+        self._origins: Dict[str, np.ndarray] = {}
+        self._scene_members: Optional[Dict[int, List[int]]] = None
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Dict:
+        """Sample ``index``: the tensors and metadata that ``collate`` makes a batch of (see ``format_sample``)."""
+        if not -len(self) <= index < len(self):
+            raise IndexError('sample %d of %d' % (index, len(self)))
+        index %= len(self)
+        if self._skips is None:
+            return self._load(index, index)
+        for step in range(len(self)):
+            try:
+                return self._load((index + step) % len(self), index)
+            except DataError as error:
+                self._skips.count(error)
+        raise DataError('not one of %d samples could be read; check data_root (%s)' % (len(self), self.data_root))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the draws of this epoch. Call before the epoch's first batch is fetched."""
+        self._epoch[0] = epoch
+
+    @property
+    def num_skipped(self) -> int:
+        """Unreadable samples replaced so far, by all workers of this process."""
+        return 0 if self._skips is None else self._skips.total
+
+    @property
+    def has_labels(self) -> bool:
+        return self._labels is not None
+
+    def info(self, index: int) -> Dict:
+        """The info of sample ``index``."""
+        return self.infos[self._samples[index]]
+
+    def sample_token(self, index: int) -> str:
+        return self.info(index)['token']
+
+    def label_path(self, index: int) -> Path:
+        """Path of the sample's label file.
+
+        Raises:
+            ConfigError: the data set has no ``occ_gt_root``.
+        """
+        if self._labels is None:
+            raise ConfigError('this data set has no labels; set occ_gt_root to the label folder')
+        return self._labels.path(self.info(index))
+
+    def ground_truth(self, index: int) -> Dict[str, np.ndarray]:
+        """Labels of sample ``index`` as in its file.
+
+        Returns:
+            ``semantics`` uint8 [X, Y, Z]; where the file has them ``instances`` int32 [X, Y, Z] (0 = none),
+            ``mask_camera`` and ``mask_lidar`` bool [X, Y, Z].
+        """
+        return read_labels(self.label_path(index), self.task)
+
+    def ray_origins(self, index: int) -> np.ndarray:
+        """Origins of the evaluation's rays, float64 [O, 3], metres, ego frame of the sample's keyframe."""
+        position = self._samples[index]
+        token = self.infos[position]['token']
+        if token not in self._origins:
+            if self._scene_members is None:
+                self._scene_members = {member: scene for scene in split_scenes(self.infos) for member in scene}
+            scene = [self.infos[member] for member in self._scene_members[position]]
+            self._origins.update(scene_ray_origins(scene, self.task.point_cloud_range))
+        return self._origins[token]
+
+    def history(self, index: int) -> List[Dict]:
+        """Entries ``{CAM: camera entry}`` before sample ``index`` in its scene, newest first (see ``History``)."""
+        return self._history.entries(self._samples[index], history_limit(self.task.num_frames - 1))
+
+    def _load(self, index, seed_index):
+        info = self.info(index)
+        sample = dict(
+            info=info, index=index, data_root=os.fspath(self.data_root), test_mode=self.test_mode,
+            history=self.history(index), label_path=self._labels.path(info) if self.has_labels else None,
+            rng=np.random.default_rng([self.seed, int(self._epoch[0]), seed_index]))
+        try:
+            for step in self._pipeline:
+                sample = step(sample)
+        except DataError as error:
+            raise DataError('keyframe %s: %s' % (info['token'], error)) from error
+        return format_sample(sample)

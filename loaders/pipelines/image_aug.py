@@ -1,0 +1,134 @@
+"""The 2-D transform of a sample's images: resize, crop and maybe mirror, one draw for all of them."""
+from typing import Dict, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from mmdet.datasets.builder import PIPELINES
+from PIL import Image
+
+from lib.errors import ConfigError
+from lib.task import Task
+
+REFERENCE_SOURCE = (900, 1600)   # (height, width) of nuScenes images
+REFERENCE_NETWORK = (256, 704)   # (height, width) of the published networks' input
+_ROUNDING = 1e-9  # keeps int(width * (w / width)) from falling one short of w
+
+
+class ImageTransform(NamedTuple):
+    """Resize, crop and mirror of one image.
+
+    Attributes:
+        scale: factor from file pixels to resized pixels.
+        resized: (height, width) after resizing, pixels.
+        left: crop x in the resized image; what lies outside the image is black.
+        top: crop y in the resized image.
+        size: (height, width) of the crop.
+        mirror: the crop is mirrored left to right.
+    """
+    scale: float
+    resized: Tuple[int, int]
+    left: int
+    top: int
+    size: Tuple[int, int]
+    mirror: bool
+
+    def matrix(self) -> np.ndarray:
+        """4x4 float64 that takes (u·d, v·d, d, 1) of the file's image to that of the result."""
+        matrix = np.eye(4)
+        matrix[0, 0] = matrix[1, 1] = self.scale
+        matrix[0, 2], matrix[1, 2] = -self.left, -self.top
+        if self.mirror:
+            mirror = np.eye(4)
+            mirror[0, 0], mirror[0, 2] = -1.0, self.size[1]
+            matrix = mirror @ matrix
+        return matrix
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [height, width, 3] of the result from the file's image, uint8 [H, W, 3]."""
+        height, width = self.resized
+        picture = Image.fromarray(image).resize((width, height), resample=Image.BICUBIC)
+        picture = picture.crop((self.left, self.top, self.left + self.size[1], self.top + self.size[0]))
+        result = np.asarray(picture)
+        return result[:, ::-1] if self.mirror else result
+
+
+def fitting_scale(source: Sequence[int], network: Sequence[int]) -> float:
+    """Smallest factor at which an image of size ``source`` (H, W) covers ``network`` (H, W)."""
+    return max(network[0] / source[0], network[1] / source[1])
+
+
+@PIPELINES.register_module()
+class RandomTransformImage:
+    """Resize, crop to the network's size, and (training) maybe mirror; ``lidar2img`` follows.
+
+    Evaluation: the smallest size that covers the network's, crop centred in x and at the bottom, no mirror.
+    Training: factor uniform in ``resize_lim``, crop x uniform over the valid range, crop at the bottom,
+    mirror with probability 0.5 if ``rand_flip``.
+
+    Args:
+        task: ``image_size`` of the network.
+        resize_lim: (lowest, highest) factor for 1600x900 images and a 704x256 network, as published. For
+            other sizes both are multiplied by (fitting factor there) / 0.44, so that the same share of the
+            picture is seen: e.g. 800x450 images need factors twice as large for the same network.
+        rand_flip: mirror half of the samples (release 1.1; release 1.0 never does).
+        training: True or False; None (default) follows the data set's ``test_mode``.
+        resize_reference: ((H, W) of the images, (H, W) of the network) that ``resize_lim`` is given for; None
+            takes ``resize_lim`` as plain factors for whatever the images are.
+    """
+
+    def __init__(self, task: Task, resize_lim: Sequence[float] = (0.38, 0.55), rand_flip: bool = False,
+                 training: Optional[bool] = None,
+                 resize_reference: Optional[Sequence[Sequence[int]]] = (REFERENCE_SOURCE, REFERENCE_NETWORK)):
+        if len(resize_lim) != 2 or not 0 < resize_lim[0] <= resize_lim[1]:
+            raise ConfigError('RandomTransformImage: resize_lim must be (lowest, highest), both above 0, got %r'
+                              % (resize_lim,))
+        self.size = task.image_size
+        self.resize_lim = tuple(float(v) for v in resize_lim)
+        self.rand_flip = rand_flip
+        self.training = training
+        self.resize_reference = resize_reference
+
+    def __call__(self, sample: Dict) -> Dict:
+        training = not sample['test_mode'] if self.training is None else self.training
+        zoom, shift, mirror = sample['rng'].random(3) if training else (None, None, None)
+        mirror = bool(training and self.rand_flip and mirror < 0.5)
+        transforms = {}
+        for image in sample['img']:
+            if image.shape not in transforms:
+                source = image.shape[:2]
+                transforms[image.shape] = self.train_transform(source, zoom, shift, mirror) if training \
+                    else self.test_transform(source)
+        matrices = np.stack([transforms[image.shape].matrix() for image in sample['img']])
+        sample['lidar2img'] = matrices @ sample['lidar2img']
+        sample['img'] = _apply_once_each(sample['img'], transforms)
+        return sample
+
+    def train_transform(self, source, zoom: float, shift: float, mirror: bool) -> ImageTransform:
+        """Transform of an image of size ``source`` (H, W) from two draws in 0..1 and the mirror's."""
+        factor = 1.0 if self.resize_reference is None else \
+            fitting_scale(source, self.size) / fitting_scale(*self.resize_reference)
+        lowest, highest = self.resize_lim
+        scale = (lowest + (highest - lowest) * zoom) * factor
+        resized = _resized(source, scale)
+        free_columns = max(0, resized[1] - self.size[1])
+        return ImageTransform(scale, resized, int(shift * (free_columns + 1)), resized[0] - self.size[0],
+                              self.size, mirror)
+
+    def test_transform(self, source) -> ImageTransform:
+        """Transform of an image of size ``source`` (H, W) in evaluation."""
+        scale = fitting_scale(source, self.size)
+        resized = _resized(source, scale)
+        return ImageTransform(scale, resized, max(0, resized[1] - self.size[1]) // 2, resized[0] - self.size[0],
+                              self.size, False)
+
+
+def _resized(source, scale):
+    return tuple(int(length * scale + _ROUNDING) for length in source)
+
+
+def _apply_once_each(images, transforms):
+    """Transformed images; an array that stands in the list several times is transformed once."""
+    done = {}
+    for image in images:
+        if id(image) not in done:
+            done[id(image)] = transforms[image.shape].apply(image)
+    return [done[id(image)] for image in images]

@@ -1,0 +1,1 @@
+"""Making the project's own files from nuScenes: info files with camera sweeps, panoptic labels."""

@@ -1,0 +1,48 @@
+"""Work on many items on all cores, with progress."""
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Callable, Iterator, Optional, Sequence
+
+from tqdm import tqdm
+
+from lib.errors import UserError
+
+_job = {}
+
+
+def parallel_map(function: Callable, items: Sequence, shared, label: str,
+                 processes: Optional[int] = None) -> Iterator:
+    """Yield ``function(shared, item)`` for each item, in order.
+
+    Args:
+        function: a module-level function.
+        items: small picklable things.
+        shared: what every call needs, however large; worker processes inherit it.
+        label: shown beside the progress bar.
+        processes: worker processes; None = all cores, 1 = none.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    processes = min(processes or len(os.sched_getaffinity(0)), len(items))
+    if processes <= 1:
+        for item in tqdm(items, desc=label):
+            yield function(shared, item)
+        return
+    context = multiprocessing.get_context('fork' if 'fork' in multiprocessing.get_all_start_methods() else None)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_keep, initargs=(function, shared)) as pool:
+        try:
+            yield from tqdm(pool.map(_call, items), total=len(items), desc=label)
+        except BrokenProcessPool as error:
+            raise UserError('%s: a worker process was killed, most likely for want of memory; run the command '
+                            'again with fewer --processes (now %d)' % (label, processes)) from error
+
+
+def _keep(function, shared):
+    _job.update(function=function, shared=shared)
+
+
+def _call(item):
+    return _job['function'](_job['shared'], item)
