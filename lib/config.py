@@ -18,8 +18,9 @@ from .names import check_keys, did_you_mean
 from .run.settings import EvaluationSettings, TrainSettings, setting_names
 
 TOP_LEVEL_KEYS = (
-    'task', 'model', 'data', 'optimizer', 'optimizer_config', 'lr_config', 'runner', 'total_batch_size', 'train',
-    'evaluation', 'load_from', 'revise_keys', 'resume_from', 'seed', 'custom_imports', 'published', 'debug')
+    'task', 'model', 'data', 'optimizer', 'optimizer_config', 'lr_config', 'runner', 'total_batch_size',
+    'train', 'evaluation', 'load_from', 'revise_keys', 'resume_from', 'seed', 'custom_imports', 'published',
+    'debug')
 
 # Sections whose keys are known here. Every other mapping is checked by the class that takes it.
 SECTION_KEYS = {
@@ -104,7 +105,8 @@ def _describe(error, path) -> str:
             culprit = os.path.relpath(frame.f_locals['filename'])
         line = '' if 'mmcv' in frame.f_code.co_filename else ', line %d' % number
     if isinstance(error, FileNotFoundError):
-        return 'config file %s: the file %s that it builds on does not exist; correct its _base_' % (path, culprit)
+        return ('config file %s: the file %s that it builds on does not exist; correct its _base_'
+                % (path, culprit))
     return 'config file %s%s cannot be read: %s: %s' % (culprit, line, type(error).__name__, error)
 
 
@@ -126,7 +128,7 @@ def _as_mmcv(config: dict, path: str):
 
 
 def _import_modules(custom_imports) -> None:
-    """Import the modules of ``custom_imports = dict(imports=[...])``, which register components of the user's."""
+    """Import the modules of ``custom_imports = dict(imports=[...])``, which register a user's components."""
     if custom_imports is None:
         return
     check_keys(custom_imports, SECTION_KEYS['custom_imports'], 'custom_imports')
@@ -135,8 +137,8 @@ def _import_modules(custom_imports) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ConfigError('custom_imports: module %r cannot be imported (%s); install it or correct its name'
-                              % (name, error)) from error
+            raise ConfigError('custom_imports: module %r cannot be imported (%s); install it or correct its '
+                              'name' % (name, error)) from error
 
 
 def _check_sections(config):
@@ -168,7 +170,7 @@ def apply_override(config: dict, text: str) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """Python literal if it is one (``3``, ``1e-4``, ``None``, ``[1, 2]``), true/false, or else the text itself."""
+    """Python literal if it is one (``3``, ``1e-4``, ``None``, ``[1, 2]``), true/false, or else the text."""
     if text.lower() in ('true', 'false'):
         return text.lower() == 'true'
     try:
@@ -186,7 +188,8 @@ def _step(parent, path, part, text):
         raise _unknown_path(parent, path, part, text)
     child = parent[key]
     if not isinstance(child, (Mapping, list)):
-        raise ConfigError('override %r: %s is %r, not a dict or list' % (text, '.'.join(path + [part]), child))
+        raise ConfigError('override %r: %s is %r, not a dict or list'
+                          % (text, '.'.join(path + [part]), child))
     return child
 
 
@@ -206,7 +209,7 @@ def _is_section(path) -> bool:
 
 
 def _accepts(parent, path, key) -> bool:
-    """Whether ``key`` may be added to the mapping at ``path``: someone downstream knows and checks its keys."""
+    """Whether ``key`` may be added to the mapping at ``path``: its taker knows and checks its keys."""
     dotted = '.'.join(path)
     if not path:
         return key in TOP_LEVEL_KEYS
@@ -223,10 +226,10 @@ def _index(items, path, part, text):
 
 
 def _unknown_path(parent, path, key, text):
-    known = list(parent) + list(SECTION_KEYS.get('.'.join(path), ())) + list(() if path else TOP_LEVEL_KEYS)
+    known = set(map(str, parent)) | set(SECTION_KEYS.get('.'.join(path), () if path else TOP_LEVEL_KEYS))
     where = '.'.join(path) or 'the config'
     return ConfigError('override %r: %s has no key %r%s (the keys are %s)'
-                       % (text, where, key, did_you_mean(key, known), ', '.join(sorted(set(map(str, known))))))
+                       % (text, where, key, did_you_mean(key, known), ', '.join(sorted(known))))
 
 
 def dump_config(cfg, path: str) -> None:

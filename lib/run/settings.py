@@ -8,7 +8,7 @@ from ..names import check_keys
 
 def _choice(where, value, choices):
     if value not in choices:
-        raise ConfigError('%s must be one of %s, got %r' % (where, ', '.join(repr(c) for c in choices), value))
+        raise ConfigError('%s must be one of %s, got %r' % (where, ', '.join(map(repr, choices)), value))
 
 
 def _at_least(where, value, low):

@@ -147,6 +147,7 @@ def test_build_checked():
 ])
 def test_build_checked_names_the_key(cfg, words):
     with pytest.raises(ConfigError) as error:
-        build_checked(cfg, REGISTRY, dict(task='t') if cfg.get('type') != 'Nested' else None, where='model.part')
+        added = dict(task='t') if cfg.get('type') != 'Nested' else None
+        build_checked(cfg, REGISTRY, added, where='model.part')
     for word in words + ['model.part']:
         assert word in str(error.value)

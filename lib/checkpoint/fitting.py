@@ -1,0 +1,122 @@
+"""Fitting a checkpoint's weights to a model, and saying whose they are when they do not fit."""
+from collections import Counter, OrderedDict
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
+
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .reading import read_checkpoint, state_dict_of
+
+_NAMES_SHOWN = 4
+
+
+def load_model_weights(model: nn.Module, path: str, strict: bool = True, trust: bool = False) -> Dict:
+    """Load a checkpoint's weights into a model of the same config.
+
+    Args:
+        model: receives the weights, on whatever device it is.
+        path: checkpoint of ours, of mmcv's format or a bare state dict.
+        strict: every name and shape must agree; otherwise only what fits is loaded.
+        trust: see ``read_checkpoint``.
+
+    Returns:
+        The checkpoint's ``meta`` (plain dict, maybe empty).
+
+    Raises:
+        CheckpointError: as ``read_checkpoint``; or the weights belong to another model, which is named.
+    """
+    checkpoint = read_checkpoint(path, trust)
+    weights = state_dict_of(checkpoint, path)
+    fit_weights(model, weights, path, strict)
+    meta = checkpoint.get('meta')
+    return dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, strict: bool = True) -> None:
+    """Copy weights into a model; see ``load_model_weights``."""
+    difference = compare(model.state_dict(), weights)
+    if strict and any(difference):
+        raise CheckpointError(_misfit(path, model.state_dict(), weights, difference))
+    skip = set(difference.unexpected) | set(name for name, _, _ in difference.reshaped)
+    model.load_state_dict(OrderedDict((k, v) for k, v in weights.items() if k not in skip), strict=False)
+
+
+class Difference(NamedTuple):
+    """How a state dict differs from a model's.
+
+    missing: names that only the model has. unexpected: names that only the checkpoint has.
+    reshaped: (name, shape in the checkpoint, shape in the model).
+    """
+    missing: List[str]
+    unexpected: List[str]
+    reshaped: List[Tuple[str, tuple, tuple]]
+
+
+def compare(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Difference:
+    """How a checkpoint's weights differ from a model's; batch norm counters that old files lack are ignored."""
+    missing = [k for k in own if k not in weights and not k.endswith('num_batches_tracked')]
+    unexpected = [k for k in weights if k not in own]
+    reshaped = [(k, tuple(weights[k].shape), tuple(own[k].shape)) for k in own
+                if k in weights and weights[k].shape != own[k].shape]
+    return Difference(missing, unexpected, reshaped)
+
+
+def _misfit(path, own, weights, difference) -> str:
+    theirs, ours = describe_weights(weights), describe_weights(own)
+    if theirs is None:
+        return ('checkpoint %s is not of a SparseOcc (it holds %s); for a pretrained backbone set load_from '
+                'in the config' % (path, count_modules(weights)))
+    if ours is not None and theirs != ours:
+        return ('checkpoint %s is of %s, but the config builds %s; use %s instead'
+                % (path, theirs.in_words(), ours.in_words(),
+                   theirs.config() or 'the config it was trained with'))
+    return ('checkpoint %s does not fit the model of the config: %s; use the config it was trained with'
+            % (path, _list_difference(difference)))
+
+
+def _list_difference(difference) -> str:
+    reshaped = ['%s is %s there and %s here' % (name, list(theirs), list(ours))
+                for name, theirs, ours in difference.reshaped]
+    parts = [('missing', difference.missing), ('unexpected', difference.unexpected),
+             ('of another shape', reshaped)]
+    return '; '.join('%d %s (%s%s)' % (len(names), title, ', '.join(names[:_NAMES_SHOWN]),
+                                       ', ...' if len(names) > _NAMES_SHOWN else '')
+                     for title, names in parts if names)
+
+
+class WeightsKind(NamedTuple):
+    """What the names and shapes of a SparseOcc's weights tell.
+
+    release: '1.0' (children scored by occupancy) or '1.1'. num_occupied: classes without free.
+    Semantic and panoptic models have the same weights, so nothing tells these apart.
+    """
+    release: str
+    num_occupied: int
+
+    def in_words(self) -> str:
+        return 'a release %s model with %d classes' % (self.release, self.num_occupied)
+
+    def config(self) -> Optional[str]:
+        return _CONFIGS.get(self)
+
+
+_CONFIGS = {
+    WeightsKind('1.0', 17): 'configs/r50_nuimg_704x256_8f.py (or _pano.py)',
+    WeightsKind('1.1', 17): 'configs/r50_nuimg_704x256_8f_v1.1.py (or _v1.1_pano.py)',
+    WeightsKind('1.1', 16): 'configs/r50_nuimg_704x256_8f_openocc.py',
+}
+
+
+def describe_weights(weights: Mapping[str, Tensor]) -> Optional[WeightsKind]:
+    """Release and class count of a SparseOcc's weights; None for another network's."""
+    classifier = [v for k, v in weights.items() if k.endswith('decoder_layer.classifier.weight')]
+    if not classifier:
+        return None
+    release = '1.0' if any('.occ_pred_heads.' in k for k in weights) else '1.1'
+    return WeightsKind(release, int(classifier[0].shape[0]))
+
+
+def count_modules(names: Iterable[str]) -> str:
+    """Names of weights in short: ``img_backbone 318, img_neck 16``."""
+    counts = Counter(name.split('.')[0] for name in names)
+    return ', '.join('%s %d' % item for item in counts.most_common(6)) or 'none'

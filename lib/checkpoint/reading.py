@@ -1,0 +1,126 @@
+"""Reading checkpoints as data: tensors and plain values, never code, and nothing that is damaged.
+
+A file holds ``dict(meta=..., state_dict=..., ...)`` as mmcv's do, or a bare state dict; names may begin with
+``module.``.
+"""
+import contextlib
+import inspect
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from typing import Dict, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from . import torch_pickle
+
+_UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, IndexError, ValueError, TypeError, AttributeError,
+               ImportError, OverflowError, MemoryError, UnicodeDecodeError)
+
+
+def check_checkpoint_file(path: str) -> None:
+    """Raise CheckpointError unless ``path`` is an existing, non-empty file."""
+    if os.path.isdir(path):
+        raise CheckpointError('checkpoint %s is a folder; give the .pth file inside it' % path)
+    if not os.path.isfile(path):
+        raise CheckpointError('checkpoint %s does not exist; check the path, train one with train.py or '
+                              'download it' % path)
+    if os.path.getsize(path) == 0:
+        raise CheckpointError('checkpoint %s is empty; it was not written or fetched to its end' % path)
+
+
+def read_checkpoint(path: str, trust: bool = False) -> Dict:
+    """What a checkpoint file holds, on the CPU, read as data.
+
+    Args:
+        path: ``.pth`` file.
+        trust: let the file build (and so run) anything; only for files whose source is known.
+
+    Raises:
+        CheckpointError: missing or damaged file, or one that asks for code.
+    """
+    check_checkpoint_file(path)
+    check_archive(path)
+    try:
+        checkpoint = _torch_load(path, trust)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refusal(path, error)) from error
+    except _UNREADABLE as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError('checkpoint %s is damaged or no PyTorch checkpoint (%s: %s); fetch or write it '
+                              'again' % (path, type(error).__name__, (reason or [''])[0])) from error
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError('checkpoint %s holds a %s instead of a dict with weights'
+                              % (path, type(checkpoint).__name__))
+    return checkpoint
+
+
+def check_archive(path: str) -> None:
+    """Compare the check sums of a zip file (torch >= 1.6): PyTorch itself does not notice a changed byte.
+
+    Raises:
+        CheckpointError: the file is cut short or a byte in it has changed.
+    """
+    with open(path, 'rb') as stream:
+        if stream.read(4) != b'PK\x03\x04':
+            return  # PyTorch's old format, or no checkpoint at all
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError('checkpoint %s is cut short or damaged (%s); fetch or write it again'
+                              % (path, error)) from error
+    if damaged is not None:
+        raise CheckpointError('checkpoint %s is damaged (the check sum of %s is wrong); fetch or write it '
+                              'again' % (path, damaged))
+
+
+def _refusal(path, error) -> str:
+    asked = re.search(r'(?:GLOBAL|global:?)\s+(?:GLOBAL\s+)?(\w[\w.]*\w)', str(error))
+    if asked is None:
+        return ('checkpoint %s is damaged or not written by torch.save; fetch or write it again' % path)
+    return ('checkpoint %s was refused: it asks for %s, and only tensors and plain data are read; if you '
+            'trust where the file is from, add --trust-weights' % (path, asked.group(1)))
+
+
+def _torch_load(path, trust):
+    if 'weights_only' not in inspect.signature(torch.load).parameters:  # before torch 1.13
+        return torch.load(path, map_location='cpu', pickle_module=pickle if trust else torch_pickle)
+    if trust:
+        return torch.load(path, map_location='cpu', weights_only=False)
+    with _numpy_numbers_allowed():
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def _numpy_numbers_allowed():
+    """Files of mmcv hold NumPy numbers in ``meta``; torch >= 2.6 can be told that these are harmless."""
+    if tuple(int(n) for n in torch.__version__.split('.')[:2]) < (2, 6):
+        return contextlib.nullcontext()
+    scalar = np.float64(0).__reduce__()[0]
+    modules = ('numpy.core.multiarray', 'numpy._core.multiarray')  # as NumPy 1 and NumPy 2 write it
+    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    return torch.serialization.safe_globals([(scalar, '%s.scalar' % m) for m in modules] + [np.dtype] + kinds)
+
+
+def state_dict_of(checkpoint: Mapping, path: str) -> 'OrderedDict[str, Tensor]':
+    """The weights in a checkpoint, without a leading ``module.``.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    state = checkpoint
+    for key in ('state_dict', 'model'):
+        if isinstance(checkpoint.get(key), Mapping):
+            state = checkpoint[key]
+            break
+    weights = OrderedDict((re.sub(r'^module\.', '', name), value) for name, value in state.items()
+                          if isinstance(value, Tensor))
+    if not weights:
+        raise CheckpointError('checkpoint %s holds no weights (its keys: %s)'
+                              % (path, ', '.join(sorted(map(str, checkpoint))[:8]) or 'none'))
+    return weights

@@ -1,0 +1,36 @@
+"""Writing checkpoints so that none is ever half there."""
+import zipfile
+from typing import Mapping
+
+import torch
+
+from ..errors import CheckpointError, UserError
+from ..io import atomic_write
+from .reading import check_archive
+
+
+def save_checkpoint(path: str, checkpoint: Mapping) -> None:
+    """Write a checkpoint; it appears under its name only once it is complete and on the disk.
+
+    Raises:
+        UserError: it cannot be written (disk full, no permission); an older file of that name is untouched.
+    """
+    try:
+        with atomic_write(path) as temporary:
+            with open(str(temporary), 'wb') as stream:
+                torch.save(checkpoint, stream)
+    except RuntimeError as error:  # torch wraps a failed write
+        raise UserError('cannot write %s: %s; free some space or choose another folder (earlier checkpoints '
+                        'are untouched)' % (path, str(error).strip().splitlines()[0])) from error
+    except OSError as error:
+        raise UserError('cannot write %s: %s; free some space or choose another folder (earlier checkpoints '
+                        'are untouched)' % (path, error.strerror or error)) from error
+
+
+def is_complete(path: str) -> bool:
+    """Whether a checkpoint that this project wrote is whole: a zip archive whose check sums all agree."""
+    try:
+        check_archive(str(path))
+        return zipfile.is_zipfile(str(path))
+    except (CheckpointError, OSError):
+        return False
