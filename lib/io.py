@@ -24,7 +24,7 @@ _SAFE_OTHER = frozenset((('collections', 'OrderedDict'), ('_codecs', 'encode')))
 _NUMPY_MODULES = ('numpy', 'numpy.core.multiarray', 'numpy.core.numeric', 'numpy._core.multiarray',
                   'numpy._core.numeric')
 _CANNOT_WRITE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR,
-                           errno.EISDIR, errno.ENAMETOOLONG))
+                           errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG))
 
 
 class _RestrictedUnpickler(pickle.Unpickler):

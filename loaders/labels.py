@@ -82,9 +82,7 @@ def read_labels(path, task: Task) -> Dict[str, np.ndarray]:
     """
     required = ('semantics', 'instances') if task.panoptic else ('semantics',)
     arrays = _load(path, required, task)
-    for key, array in arrays.items():
-        _check_shape(path, key, array, task)
-    _check_ids(path, arrays['semantics'], task)
+    check_labels(path, arrays, task)
     labels = {'semantics': arrays['semantics'].astype(np.uint8)}
     if 'instances' in arrays:
         labels['instances'] = arrays['instances'].astype(np.int32)
@@ -100,6 +98,13 @@ def _load(path, required, task):
             raise DataError('%s has no instances, which task.panoptic needs; make labels that have them with '
                             'gen_instance_info.py and point occ_gt_root at its output' % path) from error
         raise
+
+
+def check_labels(path, arrays: Dict[str, np.ndarray], task: Task) -> None:
+    """Raise DataError unless all arrays have the task's grid and ``semantics`` only ids of its label set."""
+    for key, array in arrays.items():
+        _check_shape(path, key, array, task)
+    _check_ids(path, arrays['semantics'], task)
 
 
 def _check_shape(path, key, array, task):
