@@ -3,7 +3,6 @@ _base_ = './r50_nuimg_704x256_8f_v1.1.py'
 
 task = dict(panoptic=True)
 data = dict(train=dict(occ_gt_root='occ3d_panoptic'), val=dict(occ_gt_root='occ3d_panoptic'))
-evaluation = dict(metrics=['ray_iou', 'ray_pq', 'miou'])
 
 # Occ3D-nuScenes validation, as published (percent).
 published = dict(_delete_=True, release='1.1', ray_iou=35.9, ray_pq=14.0)

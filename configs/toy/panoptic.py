@@ -3,4 +3,3 @@ _base_ = './semantic.py'
 
 task = dict(panoptic=True)
 data = dict(train=dict(occ_gt_root='occ3d_panoptic'), val=dict(occ_gt_root='occ3d_panoptic'))
-evaluation = dict(metrics=['ray_iou', 'ray_pq', 'miou'])

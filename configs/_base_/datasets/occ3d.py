@@ -10,7 +10,7 @@ task = dict(
 
 _test_pipeline = [
     dict(type='LoadMultiViewImageFromMultiSweeps'),
-    dict(type='RandomTransformImage', training=False),
+    dict(type='RandomTransformImage'),
 ]
 
 data = dict(
@@ -23,7 +23,7 @@ data = dict(
         pipeline=[
             dict(type='LoadMultiViewImageFromMultiSweeps'),
             dict(type='LoadOccGTFromFile'),
-            dict(type='RandomTransformImage', training=True, resize_lim=(0.38, 0.55), rand_flip=False),
+            dict(type='RandomTransformImage', resize_lim=(0.38, 0.55), rand_flip=False),
         ],
         test_mode=False),
     val=dict(

@@ -6,6 +6,6 @@ data = dict(
         pipeline=[
             dict(type='LoadMultiViewImageFromMultiSweeps'),
             dict(type='LoadOccGTFromFile'),
-            dict(type='RandomTransformImage', training=True, resize_lim=(0.38, 0.55), rand_flip=True),
+            dict(type='RandomTransformImage', resize_lim=(0.38, 0.55), rand_flip=True),
             dict(type='BEVAug', rot_lim=(-22.5, 22.5), flip_dx_ratio=0.5, flip_dy_ratio=0.5),
         ]))

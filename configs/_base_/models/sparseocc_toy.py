@@ -11,5 +11,7 @@ model = dict(
         transformer=dict(
             embed_dims=_dim,
             num_queries=40,
+            dropout=0.0,
+            mixing_chunk=0,
             topk_training=[800, 3000, 12000],
             topk_testing=[800, 3000, 12000])))

@@ -7,6 +7,6 @@ train = dict(
     on_data_error='stop')  # or 'skip': unreadable samples are counted and left out, up to max_skipped
 evaluation = dict(
     interval=0,  # epochs; 0: after the last one only
-    metrics=['ray_iou', 'miou'])
+    metrics=None)  # what suits the task: ray_iou, miou, and ray_pq for panoptic ones
 seed = 0
 resume_from = None
