@@ -24,7 +24,7 @@ PYTHONS = ('3.8', '3.10', '3.11', '3.12')
 
 
 class Row(NamedTuple):
-    """A line of the table. ``remedy`` is empty where nothing needs doing; only ``required`` rows fail the check."""
+    """A line of the table. ``remedy``: what to do, if anything. Only ``required`` rows fail the check."""
     name: str
     found: str
     tested: str

@@ -39,7 +39,7 @@ class StandInExt(types.ModuleType):
 
 def _missing_op(name):
     def missing_op(*args, **kwargs):
-        raise MissingOpError('mmcv.ops needs the compiled op %r, and this mmcv was installed without compiled '
+        raise MissingOpError('mmcv.ops needs the compiled op %r, and this mmcv has no compiled '
                              'ops; run "make install MMCV_OPS=1" to compile them (about 20 minutes)' % name)
     missing_op.__name__ = name
     return missing_op

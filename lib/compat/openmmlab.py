@@ -6,6 +6,8 @@ import io
 import logging
 import warnings
 
+import numpy
+
 from ..errors import UserError
 from . import mmcv_ext, numpy_aliases
 
@@ -28,7 +30,7 @@ def prepare_openmmlab() -> None:
     global _prepared
     if _prepared:
         return
-    numpy_aliases.restore()
+    numpy_aliases.restore(numpy)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         _import_mmcv()

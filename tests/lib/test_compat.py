@@ -1,0 +1,136 @@
+"""OpenMMLab on current Python: the stand-in for compiled ops, aliases, version check, quiet imports."""
+import subprocess
+import sys
+import textwrap
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.compat import has_compiled_ops, mmcv_ext, numpy_aliases, prepare_openmmlab
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE_PACKAGES = {
+    'torch/__init__.py': '',
+    'torch/utils/__init__.py': '',
+    'torch/utils/cpp_extension.py': 'print("No CUDA runtime is found")',
+    'mmcv/__init__.py': 'import warnings; __version__ = "1.7.2"; warnings.warn("MMCV will release v2.0.0")',
+    'mmcv/utils/__init__.py': '',
+    'mmcv/utils/config.py': 'def FormatCode(text, style_config=None): return text, style_config',
+    'mmdet3d/__init__.py': 'import mmcv; assert mmcv.__version__ <= "1.7.0", "mmcv is too new"',
+}
+
+
+def run_with_fakes(folder, code, **extra):
+    """stdout, stderr of ``code`` where torch, mmcv 1.7.2 and mmdet3d are the tiny packages above."""
+    files = dict(FAKE_PACKAGES, **{name.replace('__', '/') + '.py': text for name, text in extra.items()})
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    code = 'import sys; sys.path[:0] = [%r, %r]\n%s' % (str(folder), str(ROOT), textwrap.dedent(code))
+    result = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            universal_newlines=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip(), result.stderr.strip()
+
+
+def test_compiled_ops_are_used_where_they_can_be_imported(tmp_path):
+    out, err = run_with_fakes(tmp_path, '''
+        from lib.compat import has_compiled_ops
+        print(has_compiled_ops())
+        import mmcv._ext
+        print(mmcv._ext.nms())
+    ''', mmcv___ext='def nms(): return "compiled"')
+    assert (out.split(), err) == (['True', 'compiled'], '')
+
+
+def test_ops_of_another_torch_give_way_to_the_stand_in_with_a_note(tmp_path):
+    out, _ = run_with_fakes(tmp_path, '''
+        from lib.compat import has_compiled_ops
+        print(has_compiled_ops())
+    ''', mmcv___ext='raise ImportError("undefined symbol: _ZN3c10")')
+    note, compiled = out.splitlines()
+    assert compiled == 'False'
+    assert 'undefined symbol' in note and 'make install MMCV_OPS=1' in note
+
+
+def test_mmdet3d_accepts_newer_mmcv_whose_version_stays(tmp_path):
+    out, err = run_with_fakes(tmp_path, '''
+        from lib.compat import prepare_openmmlab
+        prepare_openmmlab()
+        import mmcv, mmdet3d
+        print(mmcv.__version__)
+    ''')
+    assert (out, err) == ('1.7.2', '')  # nothing else shown: no warning, no remark on CUDA
+
+
+def test_config_text_needs_no_old_yapf(tmp_path):
+    out, _ = run_with_fakes(tmp_path, '''
+        from lib.compat import prepare_openmmlab
+        prepare_openmmlab()
+        from mmcv.utils.config import FormatCode
+        print(FormatCode('a = 1', style_config='pep8', verify=True))
+    ''')
+    assert out == "('a = 1', 'pep8')"
+
+
+def test_missing_mmcv_is_one_sentence(tmp_path):
+    out, _ = run_with_fakes(tmp_path, '''
+        sys.modules['mmcv'] = None
+        from lib.compat import prepare_openmmlab
+        from lib.errors import UserError
+        try:
+            prepare_openmmlab()
+        except UserError as error:
+            print(error)
+    ''')
+    assert 'mmcv' in out and 'make install' in out
+
+
+def test_stand_in_has_every_op_and_says_what_to_do_when_one_is_called():
+    ext = mmcv_ext.StandInExt()
+    assert hasattr(ext, 'sigmoid_focal_loss_forward') and not hasattr(ext, '__path__')
+    with pytest.raises(mmcv_ext.MissingOpError, match="op 'nms'.*MMCV_OPS=1"):
+        ext.nms(1, threshold=0.5)
+    assert ext.get_compiling_cuda_version() == 'not compiled'
+
+
+def test_real_libraries_are_prepared_once_and_mmcv_ops_import():
+    prepare_openmmlab()
+    first = sys.modules[mmcv_ext.NAME]
+    prepare_openmmlab()
+    assert sys.modules[mmcv_ext.NAME] is first
+    assert has_compiled_ops() == (not isinstance(first, mmcv_ext.StandInExt))
+    from mmcv.ops import sigmoid_focal_loss
+    assert callable(sigmoid_focal_loss)
+
+
+def test_importing_the_libraries_shows_nothing():
+    code = ('from lib.compat import prepare_openmmlab; prepare_openmmlab(); '
+            'import mmdet.models, mmdet.datasets, nuscenes.nuscenes')
+    for _ in range(2):  # in a first import Python remarks on the libraries' syntax while it compiles them
+        result = subprocess.run([sys.executable, '-c', code], cwd=str(ROOT), stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, universal_newlines=True, timeout=120)
+        if not result.stdout:
+            break
+    assert (result.returncode, result.stdout) == (0, '')
+
+
+def test_numpy_aliases_come_back_and_present_names_keep_their_meaning():
+    new = types.SimpleNamespace(bool='its own', intp=np.intp, isin=np.isin)
+    numpy_aliases.restore(new)
+    assert new.bool == 'its own'
+    assert (new.int, new.float, new.object) == (int, float, object)
+    assert (new.int0, new.in1d) == (np.intp, np.isin)
+
+
+def test_numpy_has_what_the_libraries_use():
+    prepare_openmmlab()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # NumPy 1.23 warns when np.int is looked at
+        assert np.array([1.5]).astype(np.float).dtype == np.float64
+        assert np.zeros(1, dtype=np.int).dtype == np.int64
+        assert np.int0(3.7) == 3 and np.ones(1, dtype=np.bool).all()

@@ -1,0 +1,154 @@
+"""The installation: pins, version, Makefile, report on the environment. Nothing here uses the network."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.version import __version__
+from tools import check_env
+
+ROOT = Path(__file__).resolve().parents[1]
+MAKE_VARIABLES = ('MAKEFLAGS', 'MFLAGS', 'MAKEOVERRIDES', 'PYTHON', 'VENV', 'STACK', 'MMCV_OPS')
+FOLDERS = ('requirements', 'requirements/py38')
+OTHER_STACK = 'current' if sys.version_info[:2] == (3, 8) else 'py38-torch2.0.0'
+
+
+def run(*command, **environment):
+    """The finished process. What "make test" was told is not passed on to a make that is tested."""
+    inherited = {name: value for name, value in os.environ.items() if name not in MAKE_VARIABLES}
+    return subprocess.run([str(part) for part in command], cwd=str(ROOT), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True, timeout=120,
+                          env=dict(inherited, **environment))
+
+
+def lines_of(path):
+    stripped = (line.split('#')[0].strip() for line in path.read_text().splitlines())
+    return [line for line in stripped if line]
+
+
+def name_of(requirement):
+    return re.match(r'[A-Za-z0-9_.-]+', requirement).group(0).lower()
+
+
+# ---- check_env ----
+
+def test_check_env_passes_here_and_lists_every_required_package():
+    result = run(sys.executable, 'tools/check_env.py')
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith('SparseOcc %s\n' % __version__)
+    table = result.stdout.lower()
+    for name in ('base.txt', 'openmmlab.txt'):
+        for requirement in lines_of(ROOT / 'requirements' / name):
+            assert '\n%s ' % name_of(requirement) in table
+    for row in ('gpu', 'mmcv compiled ops', 'cuda sampling', 'cuda ray casting'):
+        assert '\n%s ' % row in table
+
+
+def test_check_env_fails_and_tells_the_remedy_where_nothing_is_installed():
+    result = run(sys.executable, '-I', '-S', 'tools/check_env.py')  # -S: without site-packages
+    assert result.returncode == 1, result.stderr
+    assert re.search(r'^numpy +no +\S+ +MISSING$', result.stdout, re.M)
+    assert re.search(r'^torch: make install$', result.stdout, re.M)
+    assert 'Traceback' not in result.stderr
+
+
+def test_other_version_than_tested_is_shown_but_is_no_failure(monkeypatch):
+    monkeypatch.setattr(check_env, 'installed_version', lambda package: '9.9')
+    assert check_env.package_row('numpy', '1.26.4', required=True).state == check_env.DIFFERS
+    assert check_env.package_row('packaging', '>=23.0', required=True).state == check_env.OK
+    monkeypatch.setattr(check_env, 'installed_version', lambda package: '2.0.0+cu118')
+    assert check_env.package_row('torch', '1.10.2, 2.0.0', required=True).state == check_env.OK
+
+
+def test_mmcv_and_mmcv_full_side_by_side_are_broken(monkeypatch):
+    monkeypatch.setattr(check_env, 'installed_version', lambda package: '1.7.0')
+    assert check_env.mmcv_row().state == check_env.BROKEN
+    monkeypatch.setattr(check_env, 'installed_version', {'mmcv': '', 'mmcv-full': '1.7.2'}.get)
+    assert check_env.mmcv_row().found == 'mmcv-full 1.7.2'
+    monkeypatch.setattr(check_env, 'installed_version', lambda package: '')
+    assert check_env.mmcv_row().state == check_env.MISSING
+
+
+# ---- version and requirement files ----
+
+def test_version_is_the_same_everywhere_and_needs_no_torch():
+    code = ('import runpy, sys; sys.modules["torch"] = None; sys.argv = ["setup.py", "--version"]; '
+            'runpy.run_path("setup.py", run_name="__main__")')
+    result = run(sys.executable, '-c', code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == __version__ == check_env.project_version()
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_every_requirement_is_pinned(folder):
+    loose = [line for path in (ROOT / folder).glob('*.txt') for line in lines_of(path) if '==' not in line]
+    assert sorted(name_of(line) for line in loose) == ['packaging', 'pip']
+
+
+def test_both_folders_list_the_same_packages():
+    for name in ('build.txt', 'base.txt', 'mmcv.txt', 'mmcv-ops.txt', 'openmmlab.txt', 'test.txt'):
+        packages = [sorted(map(name_of, lines_of(ROOT / folder / name))) for folder in FOLDERS]
+        assert packages[0] == packages[1], name
+
+
+def test_ci_only_runs_make_test():
+    commands = [line for line in lines_of(ROOT / '.ci/run') if not line.startswith('#')]
+    assert commands[-1] == 'exec make test' and os.access(str(ROOT / '.ci/run'), os.X_OK)
+
+
+# ---- Makefile and installer ----
+
+def test_make_without_a_python_says_what_to_install(tmp_path):
+    result = run('make', 'install', 'PYTHON=', 'VENV=%s' % (tmp_path / 'venv'))
+    assert result.returncode != 0
+    assert 'apt install python3.11 python3.11-venv' in result.stderr
+    assert not (tmp_path / 'venv').exists()
+
+
+def test_make_passes_over_pythons_that_do_not_run(tmp_path):
+    """pyenv's shims are on the path for Pythons that are not active; they fail when started."""
+    for name, code in (('python3.11', 127), ('python3.12', 0)):
+        (tmp_path / name).write_text('#!/bin/sh\nexit %d\n' % code)
+        (tmp_path / name).chmod(0o755)
+    result = run('make', '-n', 'install', 'VENV=%s' % (tmp_path / 'venv'),
+                 PATH='%s:%s' % (tmp_path, os.environ['PATH']))
+    assert 'python3.12 tools/install.py' in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize('target', ['install', 'test', 'demo'])
+def test_make_installs_before_it_runs_anything(tmp_path, target):
+    venv = tmp_path / 'venv'
+    result = run('make', '-n', target, 'PYTHON=%s' % sys.executable, 'VENV=%s' % venv, 'MMCV_OPS=1')
+    assert result.returncode == 0, result.stderr
+    assert 'tools/install.py --venv %s --stack current --mmcv-ops' % venv in result.stdout
+
+
+def test_install_refuses_a_python_that_the_stack_was_not_tested_with(tmp_path):
+    result = run(sys.executable, 'tools/install.py', '--venv', tmp_path / 'venv', '--stack', OTHER_STACK)
+    assert result.returncode == 1
+    assert OTHER_STACK in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_install_does_not_touch_a_folder_that_is_no_environment(tmp_path):
+    (tmp_path / 'results.txt').write_text('keep')
+    result = run(sys.executable, 'tools/install.py', '--venv', tmp_path, '--stack', own_stack())
+    assert result.returncode == 1 and 'not a virtual environment' in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ['results.txt']
+
+
+def test_failed_download_is_plain_and_not_taken_as_installed(tmp_path):
+    pytest.importorskip('ensurepip')
+    venv = tmp_path / 'venv'
+    run(sys.executable, '-m', 'venv', '--without-pip', venv)  # what an early stop leaves behind
+    result = run('make', 'install', 'PYTHON=%s' % sys.executable, 'VENV=%s' % venv, 'STACK=%s' % own_stack(),
+                 PIP_NO_INDEX='1', PIP_FIND_LINKS=str(tmp_path), PIP_CONFIG_FILE=os.devnull)
+    assert result.returncode != 0
+    assert 'error: could not install build tools' in result.stderr, result.stderr
+    assert not list(venv.glob('.installed*'))
+
+
+def own_stack():
+    return 'py38-torch2.0.0' if sys.version_info[:2] == (3, 8) else 'current'
