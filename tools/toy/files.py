@@ -1,0 +1,51 @@
+"""Writing the toy data set's many small files: each appears whole or not at all, with bytes that repeat."""
+import io
+import os
+from pathlib import Path
+from typing import Dict
+
+import numpy as np
+from PIL import Image
+
+from lib.errors import UserError
+
+JPEG_QUALITY = 92
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, then rename it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = path.with_name('.%s.%d.tmp' % (path.name, os.getpid()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(str(temporary), str(path))
+    except OSError as error:
+        if temporary.exists():
+            temporary.unlink()
+        raise UserError('cannot write %s: %s; free some space or choose another --out' % (path, error.strerror)
+                        ) from error
+
+
+def write_jpeg(path: Path, image: np.ndarray) -> None:
+    """Write uint8 [height, width, 3] RGB."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, 'JPEG', quality=JPEG_QUALITY)
+    write_bytes(path, stream.getvalue())
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write uint8 [height, width]."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, 'PNG')
+    write_bytes(path, stream.getvalue())
+
+
+def write_npz(path: Path, arrays: Dict[str, np.ndarray]) -> None:
+    """Write a compressed .npz."""
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    write_bytes(path, stream.getvalue())

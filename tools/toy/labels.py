@@ -1,0 +1,259 @@
+"""Occupancy labels of a keyframe: the surfaces of the world as voxels, and which voxels the sensors see.
+
+Like Occ3D's, labels mark surfaces, not the inside of things. A voxel of which the surfaces of several things pass
+takes the one with a box before scenery before ground, and among equals the one with more surface in it.
+The grid is Occ3D's (``lib.task.Task``'s defaults), in the ego frame of the keyframe.
+"""
+from typing import Dict, List, NamedTuple
+
+import numpy as np
+
+from lib.classes import OCC3D, OPENOCC_V2
+from lib.task import Task
+
+from . import shapes as sh
+from .rig import Rig, lidar_directions
+from .road import NO_GROUND, lookup
+from .trace_voxels import mark_seen
+from .world import GROUND_CLASS_IDS, ToyObject, ToyWorld
+
+_TASK = Task(label_set='occ3d')
+GRID_SHAPE, VOXEL = _TASK.grid_shape, _TASK.voxel_size
+GRID_LOW, GRID_HIGH = np.array(_TASK.point_cloud_range[:3]), np.array(_TASK.point_cloud_range[3:])
+SPACING, WIDE_SPACING = 0.1, 0.13       # metres between surface samples, of objects and of buildings
+MIN_SAMPLES = 3                         # surface samples that make a voxel occupied
+_SUBCELLS = 4                           # ground samples per voxel edge
+_MASK_IMAGE = (400, 225)                # rays per camera for mask_camera
+_MASK_AZIMUTHS, _MASK_MOMENTS = 1080, (-1.0, -0.5, 0.0, 0.5, 1.0)   # scans (seconds) for mask_lidar
+
+
+class Labels(NamedTuple):
+    """Labels of one keyframe, all [X, Y, Z].
+
+    Attributes:
+        semantics: uint8 Occ3D class ids.
+        instances: int16, 1 + position of the object in ``world.annotated``; 0 where no such object is.
+        mask_lidar, mask_camera: uint8, 1 where a LiDAR / camera ray passes or ends.
+    """
+    semantics: np.ndarray
+    instances: np.ndarray
+    mask_lidar: np.ndarray
+    mask_camera: np.ndarray
+
+
+# ---- surface samples ----------------------------------------------------------------------------------------
+
+
+def _steps(length, spacing):
+    return np.linspace(0.0, 1.0, max(int(np.ceil(length / spacing)) + 1, 2))
+
+
+def _disc(radius, spacing):
+    """Points [m, 2] spread evenly over a disc."""
+    count = max(int(np.pi * radius ** 2 / spacing ** 2), 4)
+    k = np.arange(count) + 0.5
+    r, angle = radius * np.sqrt(k / count), k * 2.399963
+    return np.stack([r * np.cos(angle), r * np.sin(angle)], axis=1)
+
+
+def _box_surface(half, slope, spacing):
+    hx, hy, hz = half
+    a, b, up = (_steps(2 * h, spacing) for h in half)
+    points = []
+    for level in up:
+        z = (2 * level - 1) * hz
+        wx, wy = hx - slope[0] * (z + hz), hy - slope[1] * (z + hz)
+        x, y = (2 * a - 1) * wx, (2 * b - 1) * wy
+        for sign in (-1, 1):
+            points.append(np.stack([x, np.full_like(x, sign * wy), np.full_like(x, z)], axis=1))
+            points.append(np.stack([np.full_like(y, sign * wx), y, np.full_like(y, z)], axis=1))
+    for sign in (-1, 1):
+        wx, wy = hx - slope[0] * (sign * hz + hz), hy - slope[1] * (sign * hz + hz)
+        x, y = (g.ravel() for g in np.meshgrid((2 * a - 1) * wx, (2 * b - 1) * wy))
+        points.append(np.stack([x, y, np.full_like(x, sign * hz)], axis=1))
+    return np.concatenate(points)
+
+
+def _ellipsoid_surface(half, spacing):
+    area = 4 * np.pi * (np.prod(half) ** (2.0 / 3.0))
+    count = max(int(1.3 * area / spacing ** 2), 16)
+    k = np.arange(count) + 0.5
+    z, angle = 1 - 2 * k / count, k * 2.399963
+    r = np.sqrt(1 - z * z)
+    return np.stack([r * np.cos(angle), r * np.sin(angle), z], axis=1) * half
+
+
+def _cone_surface(radius, half_height, lean, spacing):
+    points = []
+    for level in _steps(2 * half_height, spacing):
+        z = (2 * level - 1) * half_height
+        r = radius - lean * (z + half_height)
+        angle = np.linspace(0, 2 * np.pi, max(int(2 * np.pi * r / spacing), 6), endpoint=False)
+        points.append(np.stack([r * np.cos(angle), r * np.sin(angle), np.full_like(angle, z)], axis=1))
+    for sign in (-1, 1):
+        disc = _disc(radius - lean * half_height * (1 + sign), spacing)
+        points.append(np.column_stack([disc, np.full(len(disc), sign * half_height)]))
+    return np.concatenate(points)
+
+
+def _shape_surface(table, i, spacing):
+    """Surface samples of shape i in its local frame."""
+    half, slope = table.half[i], table.slope[i]
+    if table.kind[i] == sh.BOX:
+        return _box_surface(half, slope, spacing)
+    if table.kind[i] == sh.ELLIPSOID:
+        return _ellipsoid_surface(half, spacing)
+    if table.kind[i] == sh.CONE:
+        return _cone_surface(half[0], half[2], slope[0], spacing)
+    return _cone_surface(half[0], half[1], 0.0, spacing)[:, [0, 2, 1]]
+
+
+def object_surface(item: ToyObject) -> np.ndarray:
+    """Samples float64 [m, 3] of the outer surface of an object, in its own frame, below the top of the grid."""
+    spacing = WIDE_SPACING if max(item.size) > 8 and item.type is None else SPACING
+    parts = []
+    for i in range(len(item.shapes)):
+        points = sh.from_local(_shape_surface(item.shapes, i, spacing), item.shapes, i)
+        points = points[points[:, 2] < GRID_HIGH[2] + 3.0]
+        for k in range(len(item.shapes)):
+            if k != i and len(points):
+                points = points[~sh.inside(points, item.shapes, k, margin=0.02)]
+        parts.append(points)
+    return np.concatenate(parts)
+
+
+# ---- labels -------------------------------------------------------------------------------------------------
+
+
+class Labeller:
+    """Makes the labels of a world's keyframes."""
+
+    def __init__(self, world: ToyWorld, rig: Rig):
+        self.world, self.rig = world, rig
+        self._surface = {o.index: object_surface(o) for o in world.objects}
+        self._instance = np.zeros(len(world.objects), dtype=np.int16)
+        for number, item in enumerate(world.annotated, start=1):
+            self._instance[item.index] = number
+        self._classes = np.array([o.occ_class for o in world.objects], dtype=np.uint8)
+
+    def labels(self, t: float) -> Labels:
+        """Labels of the keyframe at time t (seconds from the scene's first keyframe)."""
+        ego_to_map = self.world.ego_to_map(t)
+        semantics = self._ground_voxels(ego_to_map)
+        instances = np.zeros(GRID_SHAPE, dtype=np.int16)
+        voxels, owners = self._object_voxels(t, ego_to_map)
+        semantics.reshape(-1)[voxels] = self._classes[owners]
+        instances.reshape(-1)[voxels] = self._instance[owners]
+        occupied = semantics != OCC3D.free_id
+        return Labels(semantics, instances, self._seen_by_lidar(occupied, t, ego_to_map),
+                      self._seen_by_cameras(occupied))
+
+    def _ground_voxels(self, ego_to_map):
+        """Semantics with the ground alone."""
+        n = _SUBCELLS * GRID_SHAPE[0], _SUBCELLS * GRID_SHAPE[1]
+        x = GRID_LOW[0] + (np.arange(n[0]) + 0.5) * VOXEL / _SUBCELLS
+        y = GRID_LOW[1] + (np.arange(n[1]) + 0.5) * VOXEL / _SUBCELLS
+        x, y = np.meshgrid(x, y, indexing='ij')
+        z = self._ground_height(x, y, ego_to_map)
+        r, t = ego_to_map[:3, :3], ego_to_map[:3, 3]
+        codes = lookup(self.world.ground, r[0, 0] * x + r[0, 1] * y + r[0, 2] * z + t[0],
+                       r[1, 0] * x + r[1, 1] * y + r[1, 2] * z + t[1])
+        level = np.floor((z - GRID_LOW[2]) / VOXEL).astype(np.int64)
+        known = (level >= 0) & (level < GRID_SHAPE[2]) & (codes != NO_GROUND)
+        i, j = (np.arange(s) // _SUBCELLS for s in n)
+        column = (i[:, None] * GRID_SHAPE[1] + j[None, :])[known]
+        voxel = column * GRID_SHAPE[2] + level[known]
+        votes = np.bincount(voxel * 32 + GROUND_CLASS_IDS[codes[known]], minlength=np.prod(GRID_SHAPE) * 32)
+        votes = votes.reshape(GRID_SHAPE + (32,))
+        semantics = votes.argmax(axis=3).astype(np.uint8)
+        semantics[votes.sum(axis=3) < MIN_SAMPLES] = OCC3D.free_id
+        return semantics
+
+    def _ground_height(self, x, y, ego_to_map):
+        """Height of the ground in the ego frame at ego coordinates x, y."""
+        r, t = ego_to_map[:3, :3], ego_to_map[:3, 3]
+        z = np.zeros_like(x)
+        for _ in range(2):
+            mx = r[0, 0] * x + r[0, 1] * y + r[0, 2] * z + t[0]
+            my = r[1, 0] * x + r[1, 1] * y + r[1, 2] * z + t[1]
+            z = z + (self.world.waves.height(mx, my) - (r[2, 0] * x + r[2, 1] * y + r[2, 2] * z + t[2])) / r[2, 2]
+        return z
+
+    def _object_voxels(self, t, ego_to_map):
+        """Voxels (flat indices) with an object's surface, and the index of that object."""
+        inverse = np.linalg.inv(ego_to_map)
+        voxels, owners = [], []
+        for item in self.world.objects:
+            pose = item.pose(t)
+            if np.hypot(pose.x - ego_to_map[0, 3], pose.y - ego_to_map[1, 3]) > 58.0 + max(item.size):
+                continue
+            c, s = np.cos(pose.yaw), np.sin(pose.yaw)
+            to_map = np.array([[c, -s, 0, pose.x], [s, c, 0, pose.y], [0, 0, 1, pose.z], [0, 0, 0, 1]])
+            to_ego = inverse @ to_map
+            points = self._surface[item.index] @ to_ego[:3, :3].T + to_ego[:3, 3]
+            cell = np.floor((points - GRID_LOW) / VOXEL).astype(np.int64)
+            cell = cell[((cell >= 0) & (cell < GRID_SHAPE)).all(axis=1)]
+            flat, count = np.unique(np.ravel_multi_index(cell.T, GRID_SHAPE), return_counts=True)
+            voxels.append(np.stack([flat, count, np.full_like(flat, item.index)], axis=1)[count >= MIN_SAMPLES])
+        found = np.concatenate(voxels) if voxels else np.zeros((0, 3), dtype=np.int64)
+        boxed = self._instance[found[:, 2]] > 0
+        order = np.lexsort((found[:, 1], boxed, found[:, 0]))
+        found = found[order]
+        last = np.ones(len(found), dtype=bool)
+        last[:-1] = found[1:, 0] != found[:-1, 0]
+        return found[last, 0], found[last, 2]
+
+    def _seen_by_lidar(self, occupied, t, ego_to_map):
+        rays, _ = lidar_directions(_MASK_AZIMUTHS)
+        seen = np.zeros(GRID_SHAPE, dtype=np.uint8)
+        for offset in _MASK_MOMENTS:
+            moment = min(max(t + offset, 0.0), self.world.duration)
+            if offset and moment == min(max(t + offset + (0.5 if offset < 0 else -0.5), 0.0), self.world.duration):
+                continue
+            to_ego = np.linalg.inv(ego_to_map) @ self.world.ego_to_map(moment) @ self.rig.lidar_to_ego
+            self._mark(occupied, to_ego[:3, 3], rays @ to_ego[:3, :3].T, seen)
+        return seen
+
+    def _seen_by_cameras(self, occupied):
+        seen = np.zeros(GRID_SHAPE, dtype=np.uint8)
+        for camera in self.rig.cameras.values():
+            scale = np.array(_MASK_IMAGE) / np.array(camera.size)
+            u = (np.arange(_MASK_IMAGE[0]) + 0.5) / scale[0]
+            v = (np.arange(_MASK_IMAGE[1]) + 0.5) / scale[1]
+            u, v = (g.ravel() for g in np.meshgrid(u, v))
+            rays = np.stack([u, v, np.ones_like(u)], axis=1) @ np.linalg.inv(camera.intrinsic).T
+            rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+            self._mark(occupied, camera.to_ego[:3, 3], rays @ camera.to_ego[:3, :3].T, seen)
+        return seen
+
+    @staticmethod
+    def _mark(occupied, origin, rays, seen):
+        mark_seen(occupied, (origin - GRID_LOW) / VOXEL, rays, seen)
+
+
+def openocc_labels(labels: Labels, velocities: np.ndarray) -> Dict[str, np.ndarray]:
+    """The same labels in the form of OpenOcc v2 files.
+
+    Args:
+        labels: of the keyframe.
+        velocities: float64 [n, 2], metres per second along ego x and y, of ``world.annotated``.
+
+    Returns:
+        semantics int32 [X, Y, Z] (others become manmade), instances uint8 (objects, then one id per remaining
+        class; 0 free), flow float32 [X, Y, Z, 2].
+    """
+    names = [n if n in OPENOCC_V2.class_names else 'manmade' for n in OCC3D.class_names]
+    table = np.array([OPENOCC_V2.class_names.index(n) for n in names], dtype=np.int32)
+    semantics = table[labels.semantics]
+    instances = np.zeros(GRID_SHAPE, dtype=np.int64)
+    others = OCC3D.class_names.index('others')
+    boxed = (labels.instances > 0) & (labels.semantics != others)
+    ids: List[int] = list(np.unique(labels.instances[boxed]))
+    for number, instance in enumerate(ids, start=1):
+        instances[boxed & (labels.instances == instance)] = number
+    stuff = ~boxed & (semantics != OPENOCC_V2.free_id)
+    for number, class_id in enumerate(np.unique(semantics[stuff]), start=len(ids) + 1):
+        instances[stuff & (semantics == class_id)] = number
+    flow = np.zeros(GRID_SHAPE + (2,), dtype=np.float32)
+    flow[boxed] = velocities[labels.instances[boxed] - 1]
+    return dict(semantics=semantics, instances=instances.astype(np.uint8), flow=flow)

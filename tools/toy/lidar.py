@@ -1,0 +1,59 @@
+"""LiDAR scans of a toy world, and how much of each object is in view."""
+from typing import List, NamedTuple
+
+import numpy as np
+
+from .rig import LIDAR_AZIMUTHS, LIDAR_RANGE, Rig, lidar_directions
+from .trace import SKY, pack_scene
+from .trace_cpu import trace_rays
+from .world import ToyObject, ToyWorld
+
+_NOISE_METRES = 0.01
+
+
+class Scan(NamedTuple):
+    """One turn of the LiDAR, taken at one instant.
+
+    Attributes:
+        points: float32 [n, 5]: x, y, z (LIDAR_TOP, metres), intensity 0..255, ring.
+        owner: int32 [n], index of the object hit in ``world.objects``, or GROUND.
+    """
+    points: np.ndarray
+    owner: np.ndarray
+
+
+def scan(world: ToyWorld, rig: Rig, t: float, rng, azimuths: int = LIDAR_AZIMUTHS) -> Scan:
+    """The scan at time t (seconds from the scene's first keyframe); ``rng`` draws the range noise."""
+    to_map = world.ego_to_map(t) @ rig.lidar_to_ego
+    table = world.shapes_at(t, to_map[:3, 3], LIDAR_RANGE)
+    rays, ring = lidar_directions(azimuths)
+    scene = pack_scene(table, world.waves, to_map[:3, 3])
+    distance, hit = trace_rays(scene, rays @ to_map[:3, :3].T, LIDAR_RANGE)
+    distance += rng.normal(0.0, _NOISE_METRES, len(rays))
+    owner = np.where(hit >= 0, table.owner[np.maximum(hit, 0)], hit)
+    brightness = np.where(hit >= 0, 255.0 * table.colour[np.maximum(hit, 0)].mean(axis=1), 40.0)
+    found = hit != SKY
+    points = np.column_stack([rays * distance[:, None], np.floor(brightness), ring])
+    return Scan(points[found].astype(np.float32), owner[found].astype(np.int32))
+
+
+def visible_share(world: ToyWorld, t: float, eye: np.ndarray, items: List[ToyObject]) -> np.ndarray:
+    """Share float64 [n] of each object's box that nothing else hides from ``eye`` (map frame, float64 [3])."""
+    if not items:
+        return np.zeros(0)
+    steps = np.linspace(-0.35, 0.35, 3)
+    grid = np.stack(np.meshgrid(steps, steps, steps, indexing='ij'), axis=-1).reshape(-1, 3)
+    targets = []
+    for item in items:
+        pose = item.pose(t)
+        x, y, z = (grid * item.size).T
+        c, s = np.cos(pose.yaw), np.sin(pose.yaw)
+        targets.append(np.stack([c * x - s * y + pose.x, s * x + c * y + pose.y, z + pose.z + item.box_centre_z], axis=1))
+    offset = np.concatenate(targets) - eye
+    reach = np.linalg.norm(offset, axis=1)
+    table = world.shapes_at(t, eye)
+    distance, hit = trace_rays(pack_scene(table, world.waves, eye), offset / reach[:, None])
+    owner = np.where(hit >= 0, table.owner[np.maximum(hit, 0)], hit)
+    wanted = np.repeat([item.index for item in items], len(grid))
+    hidden = (owner != wanted) & (distance < reach)
+    return 1.0 - hidden.reshape(len(items), len(grid)).mean(axis=1)

@@ -1,0 +1,81 @@
+"""Names of the toy scenes: nuScenes' own, so that its devkit knows which split each belongs to."""
+from typing import List, NamedTuple, Optional
+
+from lib.errors import UserError
+
+MINI_TRAIN = ('scene-0061', 'scene-0553', 'scene-0655', 'scene-0757', 'scene-0796', 'scene-1077', 'scene-1094',
+              'scene-1100')
+MINI_VAL = ('scene-0103', 'scene-0916')
+SPLITS = ('both', 'train', 'val', 'test')
+VERSIONS = ('v1.0-mini', 'v1.0-trainval', 'v1.0-test')
+
+
+class ScenePlan(NamedTuple):
+    """Which scenes to make.
+
+    Attributes:
+        version: name of the tables' folder.
+        train, val, test: scene names by split.
+    """
+    version: str
+    train: List[str]
+    val: List[str]
+    test: List[str]
+
+    @property
+    def names(self) -> List[str]:
+        """All scene names: validation scenes spread among the training ones, so that both are alike."""
+        first, second = (self.train, self.val + self.test)
+        if not first or not second:
+            return list(first + second)
+        every = max(len(first) // len(second), 1)
+        names = []
+        rest = list(second)
+        for k, name in enumerate(first):
+            names.append(name)
+            if rest and (k + 1) % every == 0:
+                names.append(rest.pop(0))
+        return names + rest
+
+
+def plan_scenes(count: int, split: str = 'both', version: Optional[str] = None) -> ScenePlan:
+    """Choose the names of ``count`` scenes.
+
+    With ``split='both'`` about a fifth of the scenes, and at least one of two or more, are validation scenes.
+    Without ``version``, v1.0-mini is used while its ten scenes suffice, else v1.0-trainval (v1.0-test for
+    ``split='test'``).
+
+    Raises:
+        UserError: the version does not have that many scenes in that split.
+    """
+    version = version or _smallest_version(count, split)
+    train, val, test = _split_names(version)
+    if split == 'both':
+        wanted = 0 if count == 1 else max(1, round(count / 5))
+        wanted = dict(train=count - wanted, val=wanted, test=0) if version != 'v1.0-test' else dict(test=count)
+    else:
+        wanted = {split: count}
+    chosen = {}
+    for name, known in (('train', train), ('val', val), ('test', test)):
+        number = wanted.get(name, 0)
+        if number > len(known):
+            raise UserError('--scenes %d needs %d %s scenes, but %s has %d of them; ask for fewer, or for another '
+                            '--version or --split' % (count, number, name, version, len(known)))
+        chosen[name] = list(known[:number])
+    return ScenePlan(version, **chosen)
+
+
+def _smallest_version(count, split):
+    if split == 'test':
+        return 'v1.0-test'
+    room = {'both': 10, 'train': len(MINI_TRAIN), 'val': len(MINI_VAL)}[split]
+    return 'v1.0-mini' if count <= room else 'v1.0-trainval'
+
+
+def _split_names(version):
+    if version == 'v1.0-mini':
+        return MINI_TRAIN, MINI_VAL, ()
+    from nuscenes.utils import splits
+    if version == 'v1.0-trainval':
+        return tuple(splits.train), tuple(splits.val), ()
+    return (), (), tuple(splits.test)
