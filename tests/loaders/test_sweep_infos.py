@@ -1,0 +1,288 @@
+"""gen_sweep_info: infos from the tables against pyquaternion and a second reading of the tables."""
+import copy
+import pickle
+import sys
+
+import numpy as np
+import pytest
+from fake_nuscenes import SCENES, STEP, FakeNuScenes
+from pyquaternion import Quaternion
+
+from lib.cli import run_main
+from lib.errors import DataError, UserError
+from lib.io import load_pickle_safe, save_pickle
+from lib.task import NUSCENES_CAMERAS
+from loaders.history import History
+from loaders.infos import global_from_camera, load_infos
+from loaders.prepare.parallel import parallel_map
+from loaders.prepare.sweep_infos import write_sweep_infos
+
+EXACT = dict(rtol=0, atol=1e-9)  # poses are hundreds of metres: double precision leaves 1e-13 relative
+
+
+@pytest.fixture(scope='module')
+def fake(tmp_path_factory):
+    fake = FakeNuScenes(tmp_path_factory.mktemp('nuscenes'))
+    fake.write()
+    return fake
+
+
+@pytest.fixture(scope='module')
+def infos(fake):
+    write_sweep_infos(fake.root, 'v1.0-mini', fake.root, processes=1)
+    return load_pickle_safe(fake.root / 'nuscenes_infos_train_sweep.pkl')['infos']
+
+
+def _rows(fake, table):
+    return {row['token']: row for row in fake.tables[table]}
+
+
+def _records(fake, channel, scene):
+    """sample_data records of one sensor and scene, oldest first."""
+    return sorted((row for row in fake.tables['sample_data'] if '/%s__%s__' % (scene, channel) in row['filename']),
+                  key=lambda row: row['timestamp'])
+
+
+def _global(fake, record):
+    """(R, t) of a sensor in global, by pyquaternion."""
+    calibration = _rows(fake, 'calibrated_sensor')[record['calibrated_sensor_token']]
+    pose = _rows(fake, 'ego_pose')[record['ego_pose_token']]
+    to_ego, to_global = Quaternion(calibration['rotation']), Quaternion(pose['rotation'])
+    return (to_global * to_ego).rotation_matrix, \
+        to_global.rotate(np.array(calibration['translation'])) + pose['translation']
+
+
+def test_every_split_has_its_scenes_in_time_order(fake, infos):
+    content = load_pickle_safe(fake.root / 'nuscenes_infos_val_sweep.pkl')
+    assert content['metadata'] == dict(version='v1.0-mini')
+    assert [info['scene_name'] for info in content['infos']] == [SCENES[2]] * 3
+    assert [info['scene_name'] for info in infos] == [SCENES[0]] * 3 + [SCENES[1]] * 3
+    assert [info['timestamp'] for info in infos] == sorted(info['timestamp'] for info in infos)
+    assert not (fake.root / 'nuscenes_infos_test_sweep.pkl').exists()
+
+
+def test_sweeps_are_the_five_images_before_each_keyframe_newest_first(fake, infos):
+    """One image more or less, or the other order, fails here: every sweep is identified by its time."""
+    for info in infos:
+        for name in NUSCENES_CAMERAS:
+            if info is infos[0] or info is infos[3]:
+                assert info['sweeps'] == []
+                continue
+            times = [sweep[name]['timestamp'] for sweep in info['sweeps']]
+            assert times == [info['cams'][name]['timestamp'] - STEP * step for step in range(1, 6)]
+            paths = [sweep[name]['data_path'] for sweep in info['sweeps']]
+            assert all(path.startswith('data/nuscenes/sweeps/%s/%s' % (name, info['scene_name'])) for path in paths)
+
+
+def test_poses_are_kept_as_rows(fake, infos):
+    for info in infos[:3]:
+        for name in NUSCENES_CAMERAS:
+            records = {row['timestamp']: row for row in _records(fake, name, info['scene_name'])}
+            for entry in [info['cams'][name]] + [sweep[name] for sweep in info['sweeps']]:
+                rotation, translation = _global(fake, records[entry['timestamp']])
+                np.testing.assert_allclose(entry['sensor2global_rotation'], rotation.T, **EXACT)
+                np.testing.assert_allclose(entry['sensor2global_translation'], translation, **EXACT)
+                point = np.array([1.0, 2.0, 3.0])
+                np.testing.assert_allclose(
+                    point @ entry['sensor2global_rotation'] + entry['sensor2global_translation'],
+                    rotation @ point + translation, **EXACT)
+
+
+def test_camera_entries_have_the_documented_keys(infos):
+    sweep = infos[1]['sweeps'][0]['CAM_FRONT']
+    assert set(sweep) == {'data_path', 'sensor2global_rotation', 'sensor2global_translation', 'cam_intrinsic',
+                          'timestamp'}
+    assert set(infos[1]['cams']['CAM_FRONT']) == set(sweep) | {
+        'type', 'sample_data_token', 'sensor2lidar_rotation', 'sensor2lidar_translation'}
+
+
+def test_keyframes_refer_cameras_and_boxes_to_the_lidar(fake, infos):
+    for info in infos[:3]:
+        lidar_to_global = _global(fake, next(row for row in _records(fake, 'LIDAR_TOP', info['scene_name'])
+                                             if row['timestamp'] == info['timestamp'] + 6000))
+        for name, entry in info['cams'].items():
+            rotation, translation = _global(fake, _rows(fake, 'sample_data')[entry['sample_data_token']])
+            in_lidar = lidar_to_global[0].T @ (rotation @ [1.0, 2.0, 3.0] + translation - lidar_to_global[1])
+            np.testing.assert_allclose(
+                entry['sensor2lidar_rotation'] @ [1.0, 2.0, 3.0] + entry['sensor2lidar_translation'], in_lidar, **EXACT)
+        annotations = [row for row in fake.tables['sample_annotation'] if row['sample_token'] == info['token']]
+        assert len(annotations) == len(info['gt_boxes']) == 2
+        for box, annotation in zip(info['gt_boxes'], annotations):
+            centre = lidar_to_global[0].T @ (np.array(annotation['translation']) - lidar_to_global[1])
+            np.testing.assert_allclose(box[:3], centre, **EXACT)
+            width, length, height = annotation['size']
+            assert box[3:6].tolist() == [length, width, height]
+            turn = Quaternion(matrix=lidar_to_global[0].T) * Quaternion(annotation['rotation'])
+            np.testing.assert_allclose(box[6], turn.yaw_pitch_roll[0], **EXACT)
+
+
+def test_names_velocity_and_valid_flag(fake, infos):
+    names = {row['token']: row['name'] for row in fake.tables['category']}
+    instances = _rows(fake, 'instance')
+    short = {'vehicle.car': 'car', 'human.pedestrian.adult': 'pedestrian',
+             'human.pedestrian.stroller': 'human.pedestrian.stroller'}  # not a detection class: name kept
+    for info in infos:
+        annotations = [row for row in fake.tables['sample_annotation'] if row['sample_token'] == info['token']]
+        expected = [short[names[instances[row['instance_token']]['category_token']]] for row in annotations]
+        assert info['gt_names'].tolist() == expected
+        assert info['valid_flag'].tolist() == [row['num_lidar_pts'] > 0 for row in annotations]
+        assert info['gt_velocity'].shape == (2, 2) and np.isfinite(info['gt_velocity']).all()
+
+
+def test_processes_do_not_change_the_result(fake, infos, tmp_path):
+    write_sweep_infos(fake.root, 'v1.0-mini', tmp_path, processes=2)
+    _assert_same(load_pickle_safe(tmp_path / 'nuscenes_infos_train_sweep.pkl')['infos'], infos)
+
+
+def _as_mmdetection3d(fake, infos, lidar_sweep):
+    """The infos as MMDetection3D 1.0 writes them, in another order."""
+    base = copy.deepcopy(infos)
+    calibrations, poses, records = (_rows(fake, t) for t in ('calibrated_sensor', 'ego_pose', 'sample_data'))
+    for info in base:
+        for entry in info['cams'].values():
+            record = records[entry['sample_data_token']]
+            calibration, pose = calibrations[record['calibrated_sensor_token']], poses[record['ego_pose_token']]
+            del entry['sensor2global_rotation'], entry['sensor2global_translation']
+            entry.update(data_path='./data/nuscenes/' + record['filename'],
+                         sensor2ego_translation=calibration['translation'],
+                         sensor2ego_rotation=calibration['rotation'],
+                         ego2global_translation=pose['translation'], ego2global_rotation=pose['rotation'])
+        info['sweeps'] = [lidar_sweep] if info['sweeps'] else []
+        del info['scene_token'], info['scene_name']
+    return base[::-1]
+
+
+def _assert_same(a, b, path=''):
+    if isinstance(a, dict):
+        assert set(a) == set(b), path
+        for key in a:
+            _assert_same(a[key], b[key], '%s.%s' % (path, key))
+    elif isinstance(a, list) and a and isinstance(a[0], dict):
+        assert len(a) == len(b), path
+        for position, (x, y) in enumerate(zip(a, b)):
+            _assert_same(x, y, '%s[%d]' % (path, position))
+    else:
+        np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+def test_infos_of_mmdetection3d_are_extended_to_the_same(fake, infos, tmp_path):
+    base = _as_mmdetection3d(fake, infos, dict(data_path='x.bin', type='lidar'))
+    val = load_pickle_safe(fake.root / 'nuscenes_infos_val_sweep.pkl')['infos']
+    for split, some in (('train', base), ('val', _as_mmdetection3d(fake, val, dict(data_path='x.bin')))):
+        save_pickle(tmp_path / ('nuscenes_infos_%s.pkl' % split), dict(infos=some, metadata=dict(version='v1.0-mini')))
+    write_sweep_infos(fake.root, 'v1.0-mini', tmp_path, from_infos=tmp_path, processes=1)
+    _assert_same(load_pickle_safe(tmp_path / 'nuscenes_infos_train_sweep.pkl')['infos'], infos)
+
+
+def test_mmdetection3d_entries_give_the_same_pose(fake, infos):
+    base = _as_mmdetection3d(fake, infos, {})[::-1]
+    for info, extended in zip(base, infos):
+        for name, entry in info['cams'].items():
+            np.testing.assert_allclose(global_from_camera(entry), global_from_camera(extended['cams'][name]), **EXACT)
+
+
+def test_infos_of_another_version_are_refused(fake, infos, tmp_path):
+    strange = [dict(infos[0], token='elsewhere')]
+    for split in ('train', 'val'):
+        save_pickle(tmp_path / ('nuscenes_infos_%s.pkl' % split), dict(infos=strange, metadata={}))
+    with pytest.raises(DataError, match='nuscenes_infos_train.pkl holds keyframe elsewhere.*--version'):
+        write_sweep_infos(fake.root, 'v1.0-mini', tmp_path, from_infos=tmp_path, processes=1)
+
+
+def test_a_camera_that_starts_late_repeats_the_last_complete_sweep(tmp_path):
+    fake = FakeNuScenes(tmp_path, keyframes=2, scenes=SCENES[:1])
+    late = _records(fake, 'CAM_BACK', SCENES[0])
+    removed, first = late[:3], late[3]
+    first['prev'] = ''
+    fake.tables['sample_data'] = [row for row in fake.tables['sample_data'] if row not in removed[1:]]
+    fake.write()
+    write_sweep_infos(fake.root, 'v1.0-mini', fake.root, processes=1)
+    sweeps = load_infos(fake.root / 'nuscenes_infos_train_sweep.pkl').infos[1]['sweeps']
+    key = late[6]['timestamp']
+    assert [key - sweep['CAM_BACK']['timestamp'] for sweep in sweeps] == [STEP, 2 * STEP, 3 * STEP, 3 * STEP, 3 * STEP]
+    assert [sweep['CAM_FRONT']['timestamp'] for sweep in sweeps][2:] == [sweeps[2]['CAM_FRONT']['timestamp']] * 3
+
+
+def test_without_recorded_sweeps_the_keyframe_is_repeated_and_history_stays_at_2_hz(tmp_path):
+    FakeNuScenes(tmp_path, keyframes=3, sweeps=0, scenes=SCENES[:1]).write()
+    write_sweep_infos(tmp_path, 'v1.0-mini', tmp_path, processes=1)
+    infos = load_infos(tmp_path / 'nuscenes_infos_train_sweep.pkl').infos
+    entries = History(infos, NUSCENES_CAMERAS).entries(2, 100)
+    times = [entry['CAM_FRONT']['timestamp'] for entry in entries]
+    keys = [info['cams']['CAM_FRONT']['timestamp'] for info in infos]
+    assert times == [keys[2]] * 5 + [keys[1]] * 6 + [keys[0]]
+
+
+def test_any_version_with_splits_of_its_own(tmp_path):
+    fake = FakeNuScenes(tmp_path, keyframes=2, version='v1.0-mine', scenes=('alpha', 'beta'))
+    fake.write()
+    with pytest.raises(DataError, match='scene alpha belongs to no split.*splits.json'):
+        write_sweep_infos(tmp_path, 'v1.0-mine', tmp_path, processes=1)
+    (tmp_path / 'v1.0-mine' / 'splits.json').write_text('{"val": ["alpha"], "train": ["beta"]}')
+    written = write_sweep_infos(tmp_path, 'v1.0-mine', tmp_path, processes=1)
+    assert [(item.path.name, item.scenes, item.keyframes) for item in written] == [
+        ('nuscenes_infos_train_sweep.pkl', 1, 2), ('nuscenes_infos_val_sweep.pkl', 1, 2)]
+
+
+def test_a_version_without_annotations(tmp_path):
+    fake = FakeNuScenes(tmp_path, keyframes=2, version='v1.0-test', scenes=('scene-0077',))
+    fake.tables['sample_annotation'], fake.tables['instance'] = [], []
+    fake.write()
+    written = write_sweep_infos(tmp_path, 'v1.0-test', tmp_path, processes=1)
+    assert [item.path.name for item in written] == ['nuscenes_infos_test_sweep.pkl']
+    assert 'gt_boxes' not in load_infos(written[0].path).infos[0]
+
+
+def test_missing_tables_are_named(fake, tmp_path):
+    with pytest.raises(DataError, match=r'v1.0-trainval.*does not exist; check --data-root and --version '
+                                        r'\(versions there: v1.0-mini\)'):
+        write_sweep_infos(fake.root, 'v1.0-trainval', tmp_path)
+
+
+def test_damaged_tables_are_named(tmp_path):
+    fake = FakeNuScenes(tmp_path, keyframes=2)
+    fake.write()
+    (tmp_path / 'v1.0-mini' / 'sample_data.json').write_text('[{')
+    with pytest.raises(DataError, match='tables in .*v1.0-mini cannot be used'):
+        write_sweep_infos(tmp_path, 'v1.0-mini', tmp_path)
+
+
+def test_the_script_says_what_it_wrote_and_fails_in_one_line(fake, tmp_path, monkeypatch, capsys):
+    import gen_sweep_info
+
+    def run(*options):
+        monkeypatch.setattr(sys, 'argv', ['gen_sweep_info.py', '--data-root', str(fake.root)] + list(options))
+        run_main(gen_sweep_info.main)
+        return capsys.readouterr()
+    assert 'train_sweep.pkl: 2 scenes, 6 keyframes' in run('--version', 'v1.0-mini', '--out', str(tmp_path)).out
+    with pytest.raises(SystemExit) as stop:
+        run('--version', 'v1.0-none')
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
+
+
+def _kill_self(_, item):
+    import os
+    import signal
+    if item == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang():
+    with pytest.raises(UserError, match='a worker process was killed.*--processes'):
+        list(parallel_map(_kill_self, [0, 1, 2, 3], None, 'test', processes=2))
+
+
+def _square(shared, item):
+    return shared * item * item
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_results_come_in_order(processes):
+    assert list(parallel_map(_square, list(range(20)), 3, 'test', processes)) == [3 * i * i for i in range(20)]
+
+
+def test_pickles_are_of_a_protocol_that_python_3_8_reads(fake, infos):
+    content = (fake.root / 'nuscenes_infos_train_sweep.pkl').read_bytes()
+    assert content[:2] == b'\x80\x04' and pickle.loads(content)['infos'][0]['token'] == infos[0]['token']
