@@ -81,7 +81,7 @@ def check_archive(path: str) -> None:
 
 
 def _refusal(path, error) -> str:
-    asked = re.search(r'(?:GLOBAL|global:?)\s+(?:GLOBAL\s+)?(\w[\w.]*\w)', str(error))
+    asked = re.search(r'(?:GLOBAL|global:?|Unsupported class)\s+(?:GLOBAL\s+)?(\w[\w.]*\w)', str(error))
     if asked is None:
         return ('checkpoint %s is damaged or not written by torch.save; fetch or write it again' % path)
     return ('checkpoint %s was refused: it asks for %s, and only tensors and plain data are read; if you '

@@ -18,13 +18,34 @@ def save_checkpoint(path: str, checkpoint: Mapping) -> None:
     try:
         with atomic_write(path) as temporary:
             with open(str(temporary), 'wb') as stream:
-                torch.save(checkpoint, stream)
-    except RuntimeError as error:  # torch wraps a failed write
-        raise UserError('cannot write %s: %s; free some space or choose another folder (earlier checkpoints '
-                        'are untouched)' % (path, str(error).strip().splitlines()[0])) from error
+                patient = _PatientStream(stream)
+                torch.save(checkpoint, patient)
+                patient.raise_error()
     except OSError as error:
         raise UserError('cannot write %s: %s; free some space or choose another folder (earlier checkpoints '
                         'are untouched)' % (path, error.strerror or error)) from error
+
+
+class _PatientStream:
+    """Keeps the first error until asked for it: torch 1.10 dies of an exception inside torch.save."""
+
+    def __init__(self, stream):
+        self._stream, self._error = stream, None
+
+    def write(self, data):
+        if self._error is None:
+            try:
+                self._stream.write(data)
+            except OSError as error:
+                self._error = error
+        return len(data)
+
+    def flush(self):
+        """Closing the file flushes it, and raises what there is to raise."""
+
+    def raise_error(self):
+        if self._error is not None:
+            raise self._error
 
 
 def is_complete(path: str) -> bool:
