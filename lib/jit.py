@@ -1,0 +1,13 @@
+"""Compilation of numeric loops with Numba, on their first call."""
+import numba
+
+
+def jit(function):
+    """Compile ``function`` on first call, to run without the GIL; keep the result on disk where that is possible.
+
+    Strict floating point: nothing is reordered or fused, so results do not depend on the machine.
+    """
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder to keep it in can be written
+        return numba.njit(nogil=True)(function)
