@@ -137,7 +137,7 @@ class SparseVoxelDecoder(BaseModule):
         """Children of the blocks of stage i, scored, the best k kept in candidate order."""
         batch, scale = query.shape[0], self.intervals[i] // 2
         children = self.lift_feat_heads[i](query).view(batch, -1, self.embed_dims)
-        coords = (coords // scale).unsqueeze(2) + self.child_steps
+        coords = torch.div(coords, scale, rounding_mode='floor').unsqueeze(2) + self.child_steps
         coords = coords.flatten(1, 2)
         topk = (self.topk_training if self.training else self.topk_testing)[i]
         if self.scoring == 'occupancy':
