@@ -232,6 +232,17 @@ def _unknown_path(parent, path, key, text):
                        % (text, where, key, did_you_mean(key, known), ', '.join(sorted(known))))
 
 
+def require_keys(cfg, keys: Sequence[str]) -> None:
+    """Raise ConfigError naming the first of the dotted ``keys`` that a config does not have (or has as None)."""
+    for key in keys:
+        node = cfg
+        for part in key.split('.'):
+            node = node.get(part) if hasattr(node, 'get') else None
+        if node is None:
+            raise ConfigError('the config%s has no %r; add it, or build on a base that has it'
+                              % (' %s' % cfg.filename if getattr(cfg, 'filename', None) else '', key))
+
+
 def dump_config(cfg, path: str) -> None:
     """Write a config as one flat Python file that ``load_config`` reads back to the same values."""
     plain = cfg._cfg_dict.to_dict() if hasattr(cfg, '_cfg_dict') else dict(cfg)

@@ -53,7 +53,7 @@ class Difference(NamedTuple):
 
 
 def compare(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Difference:
-    """How a checkpoint's weights differ from a model's; batch norm counters that old files lack are ignored."""
+    """How a checkpoint's weights differ from a model's; batch norm counters old files lack do not count."""
     missing = [k for k in own if k not in weights and not k.endswith('num_batches_tracked')]
     unexpected = [k for k in weights if k not in own]
     reshaped = [(k, tuple(weights[k].shape), tuple(own[k].shape)) for k in own

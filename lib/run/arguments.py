@@ -1,0 +1,24 @@
+"""Checks of the files named on the command line, before anything slow is imported or built."""
+import os
+from typing import Optional
+
+from ..config import check_config_file
+from ..errors import CheckpointError
+
+
+def check_files(config: str, resume: Optional[str] = None, *weights: Optional[str]) -> None:
+    """Raise the sentence for the first of these files that is not there.
+
+    Args:
+        config: config file.
+        resume: 'auto', or a checkpoint file or run folder, or None.
+        weights: checkpoint files, or None.
+    """
+    check_config_file(config)
+    if resume and resume != 'auto' and not os.path.exists(resume):
+        raise CheckpointError('checkpoint %s (--resume) does not exist; give a .pth file, a run folder or auto'
+                              % resume)
+    from ..checkpoint import check_checkpoint_file
+    for path in weights:
+        if path:
+            check_checkpoint_file(path)

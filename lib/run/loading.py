@@ -1,0 +1,113 @@
+"""Loading batches: worker processes whose failures reach the user as one sentence."""
+import errno
+import sys
+from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import DataError, UserError
+from .signals import ignore_in_worker
+
+_TOO_MANY_FILES = ('too many open files in the data-loading workers; lower data.workers_per_gpu, or raise the limit '
+                   'with "ulimit -n 65536"')
+
+
+class Failure(NamedTuple):
+    """What a worker sends instead of a sample or a batch."""
+    message: str
+
+
+class _Guarded(Dataset):
+    """Samples, or a Failure where the user can mend what went wrong."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            return self.dataset[index]
+        except UserError as error:
+            return Failure(str(error))
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                return Failure(_TOO_MANY_FILES)
+            raise
+
+
+class _Collate:
+    """Collates samples unless one of them is a Failure."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, samples):
+        failures = [sample for sample in samples if isinstance(sample, Failure)]
+        return failures[0] if failures else self.collate(samples)
+
+
+def make_loader(dataset, batch_sampler: Iterable[List[int]], collate: Callable, workers: int,
+                device: torch.device, persistent: bool = False) -> DataLoader:
+    """Loader of batches, to be read with ``read_batches``.
+
+    Args:
+        dataset: map from an index to a sample.
+        batch_sampler: indices of each batch.
+        collate: list of samples to a batch.
+        workers: processes; 0 loads in this one.
+        device: where batches go; memory is pinned for a GPU.
+        persistent: keep the workers from one pass over the loader to the next.
+    """
+    options = dict(persistent_workers=persistent, worker_init_fn=_prepare_worker) if workers else {}
+    return DataLoader(_Guarded(dataset), batch_sampler=batch_sampler, collate_fn=_Collate(collate),
+                      num_workers=workers, pin_memory=device.type == 'cuda', **options)
+
+
+def read_batches(loader: DataLoader) -> Iterator[Any]:
+    """Batches of a loader made by ``make_loader``.
+
+    Raises:
+        DataError: a sample cannot be read, a worker was killed, or there are too many open files.
+    """
+    iterator = _translated(lambda: iter(loader))
+    while True:
+        try:
+            batch = _translated(lambda: next(iterator))
+        except StopIteration:
+            return
+        if isinstance(batch, Failure):
+            raise DataError(batch.message)
+        yield batch
+
+
+def _translated(action):
+    """Run ``action``; what PyTorch says about dead workers and open files becomes a DataError."""
+    try:
+        return action()
+    except (RuntimeError, OSError) as error:
+        message = _explain(error)
+        if message is None:
+            raise
+        raise DataError(message) from error
+
+
+def _explain(error) -> Optional[str]:
+    text = str(error)
+    if getattr(error, 'errno', None) in (errno.EMFILE, errno.ENFILE) or 'Too many open files' in text \
+            or 'received 0 items of ancdata' in text:
+        return _TOO_MANY_FILES
+    if 'DataLoader worker' in text and ('exited unexpectedly' in text or 'killed by signal' in text):
+        return ('a data-loading worker was killed (%s); usually memory or shared memory ran out: lower '
+                'data.workers_per_gpu, or give the container more (docker: --shm-size)'
+                % text.strip().splitlines()[0].rstrip('. '))
+    return None
+
+
+def _prepare_worker(worker_id):
+    ignore_in_worker()
+    torch.set_num_threads(1)
+    if 'cv2' in sys.modules:
+        sys.modules['cv2'].setNumThreads(0)

@@ -1,0 +1,56 @@
+"""Mixed precision and TF32, on PyTorch 1.10 and later."""
+import contextlib
+from typing import Optional
+
+import torch
+
+from ..errors import ConfigError
+
+_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
+def check_precision(amp: Optional[str], device: torch.device) -> None:
+    """Raise ConfigError if this device cannot compute in the asked-for precision."""
+    if amp is not None and amp not in _DTYPES:
+        raise ConfigError('amp must be fp16 or bf16, got %r' % (amp,))
+    if amp == 'fp16' and device.type == 'cpu':
+        raise ConfigError('--amp fp16 needs a GPU; use --amp bf16 or no --amp on the CPU')
+    if amp == 'bf16' and device.type == 'cuda' and not torch.cuda.is_bf16_supported():
+        raise ConfigError('--amp bf16: %s does not support bfloat16; use --amp fp16'
+                          % torch.cuda.get_device_name(device))
+
+
+def autocast(amp: Optional[str], device: torch.device):
+    """Context in which the forward pass runs in ``amp`` (None: float32) where that is safe."""
+    if amp is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_DTYPES[amp])
+
+
+def make_scaler(amp: Optional[str]):
+    """Loss scaler for fp16; a disabled one, which passes everything through, otherwise."""
+    if hasattr(torch, 'amp') and hasattr(torch.amp, 'GradScaler'):
+        return torch.amp.GradScaler('cuda', enabled=amp == 'fp16')
+    return torch.cuda.amp.GradScaler(enabled=amp == 'fp16')
+
+
+def set_tf32(policy: str) -> None:
+    """'default' leaves PyTorch's settings, 'on' and 'off' set convolutions and matrix products alike."""
+    if policy == 'default':
+        return
+    torch.backends.cuda.matmul.allow_tf32 = policy == 'on'
+    torch.backends.cudnn.allow_tf32 = policy == 'on'
+
+
+def describe_precision(amp: Optional[str], device: torch.device) -> str:
+    """One sentence for the log."""
+    text = {None: 'float32', 'fp16': 'mixed float16 with loss scaling', 'bf16': 'mixed bfloat16'}[amp]
+    if device.type == 'cuda':
+        text += '; TF32 in convolutions %s, in matrix products %s' % (
+            _on_off(torch.backends.cudnn.allow_tf32), _on_off(torch.backends.cuda.matmul.allow_tf32))
+        text += '; cuDNN benchmark %s' % _on_off(torch.backends.cudnn.benchmark)
+    return text
+
+
+def _on_off(flag):
+    return 'on' if flag else 'off'

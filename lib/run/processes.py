@@ -1,0 +1,107 @@
+"""The processes of a run: one, or those that torchrun started; each with its device."""
+import contextlib
+import datetime
+import os
+from dataclasses import dataclass, field
+from typing import Any, Iterator, List, Optional
+
+import torch
+import torch.distributed as torch_dist
+
+from ..errors import ConfigError
+
+_TIMEOUT = datetime.timedelta(minutes=60)  # rank 0 may evaluate or write for long while the others wait
+
+
+@dataclass
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: 0 .. world_size - 1.
+        world_size: number of processes.
+        device: where this process computes.
+        objects: process group over which Python objects travel; None in a single process.
+    """
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device('cpu'))
+    objects: Optional[Any] = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value) -> Optional[List]:
+        """Every process's ``value`` in rank order at rank 0, None elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        gathered = [None] * self.world_size
+        torch_dist.all_gather_object(gathered, value, group=self.objects)
+        return gathered if self.is_main else None
+
+    def broadcast(self, value):
+        """Rank 0's ``value`` in every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        torch_dist.broadcast_object_list(box, src=0, group=self.objects)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process gave True."""
+        if self.world_size == 1:
+            return flag
+        count = torch.tensor([int(flag)])
+        torch_dist.all_reduce(count, group=self.objects)
+        return bool(count.item())
+
+    def wait_for_all(self) -> None:
+        """Return once every process has come here."""
+        if self.world_size > 1:
+            torch_dist.barrier(group=self.objects)
+
+
+@contextlib.contextmanager
+def start_processes(device: Optional[str] = None) -> Iterator[Processes]:
+    """Join the process group that torchrun describes in the environment, if any; leave it afterwards.
+
+    NCCL between GPUs, gloo on the CPU and for Python objects.
+
+    Args:
+        device: 'cpu' or 'cuda'; None takes CUDA where there is one.
+
+    Raises:
+        ConfigError: there is no GPU, or not one for each process of this machine.
+    """
+    chosen = pick_device(device)
+    if 'WORLD_SIZE' not in os.environ or 'RANK' not in os.environ:
+        yield Processes(device=chosen)
+        return
+    backend = 'nccl' if chosen.type == 'cuda' else 'gloo'
+    torch_dist.init_process_group(backend, timeout=_TIMEOUT)
+    try:
+        objects = torch_dist.new_group(backend='gloo', timeout=_TIMEOUT)
+        yield Processes(torch_dist.get_rank(), torch_dist.get_world_size(), chosen, objects)
+    finally:
+        torch_dist.destroy_process_group()
+
+
+def pick_device(device: Optional[str] = None) -> torch.device:
+    """Device of this process; ``LOCAL_RANK`` chooses the GPU."""
+    if device == 'cpu' or (device is None and not torch.cuda.is_available()):
+        return torch.device('cpu')
+    if not torch.cuda.is_available():
+        raise ConfigError('--device cuda: PyTorch %s sees no GPU here; install a CUDA build and driver, or use '
+                          '--device cpu' % torch.__version__)
+    local_rank, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError('torchrun started process %d on a machine with %d GPUs; give --nproc_per_node %d'
+                          % (local_rank, count, count))
+    torch.cuda.set_device(local_rank)
+    return torch.device('cuda', local_rank)
+
+
+def rank_from_environment() -> int:
+    """Rank before any process group exists."""
+    return int(os.environ.get('RANK', 0))

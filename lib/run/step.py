@@ -1,0 +1,135 @@
+"""One optimizer step: forward and backward over its micro-batches, checks, clipping, update."""
+import contextlib
+import math
+from typing import Dict, List, Mapping, NamedTuple, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import to_device
+from ..dist import all_reduce_sum, share_of_batch
+from ..errors import ConfigError
+from ..names import check_keys
+from .batch_plan import BatchPlan
+from .precision import autocast
+from .processes import Processes
+from .seeding import seed_step
+
+_MOST_SKIPPED_STEPS = 50  # in a row, by the fp16 loss scaler
+
+
+class NonFinite(Exception):
+    """A loss or the gradient is NaN or infinite; the weights have not been touched."""
+
+    def __init__(self, what: str, values: Mapping[str, float]):
+        super().__init__(what)
+        self.values = dict(values)
+
+
+class StepResult(NamedTuple):
+    """losses: means over the total batch, ``loss`` their sum; grad_norm: before clipping, not finite where the
+    fp16 scaler skipped the step."""
+    losses: Dict[str, float]
+    grad_norm: float
+
+
+def clip_norm(optimizer_config) -> float:
+    """``optimizer_config.grad_clip.max_norm``; infinite without clipping.
+
+    Raises:
+        ConfigError: a norm other than the Euclidean, or none.
+    """
+    cfg = dict(optimizer_config or {}).get('grad_clip')
+    if cfg is None:
+        return math.inf
+    check_keys(cfg, ('max_norm', 'norm_type'), 'optimizer_config.grad_clip')
+    if cfg.get('norm_type', 2) != 2 or not cfg.get('max_norm', 0) > 0:
+        raise ConfigError('optimizer_config.grad_clip needs a positive max_norm (and norm_type=2), got %r' % dict(cfg))
+    return float(cfg['max_norm'])
+
+
+class Stepper:
+    """Runs optimizer steps.
+
+    Args:
+        model: as DDP or bare; ``model(**batch, return_loss=True)`` gives named scalar losses.
+        optimizer, scaler: see ``build_optimizer``, ``make_scaler``.
+        plan: sizes of the forward passes.
+        processes: this process among the others.
+        seed: of the run.
+        amp: precision of the forward pass.
+        max_norm: of the gradient.
+    """
+
+    def __init__(self, model: nn.Module, optimizer, scaler, plan: BatchPlan, processes: Processes, seed: int,
+                 amp, max_norm: float):
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.plan, self.processes, self.seed = plan, processes, seed
+        self.amp, self.max_norm = amp, max_norm
+        self._parameters = [p for group in optimizer.param_groups for p in group['params']]
+        self._skipped_in_a_row = 0
+
+    def run(self, iteration: int, batches: Sequence[Dict]) -> StepResult:
+        """One step on this process's micro-batches.
+
+        Args:
+            iteration: 0-based; seeds the draws.
+            batches: one per accumulation step, on the CPU.
+
+        Raises:
+            NonFinite: before any weight is changed.
+        """
+        self.optimizer.zero_grad()
+        terms: List[Dict[str, Tensor]] = []
+        for micro_step, batch in enumerate(batches):
+            terms.append(self._backward(iteration, micro_step, batch))
+        losses = self._reduce(terms)
+        if not all(math.isfinite(value) for value in losses.values()):
+            raise NonFinite('the loss is not finite', losses)
+        return StepResult(losses, self._update(losses))
+
+    def _backward(self, iteration, micro_step, batch) -> Dict[str, Tensor]:
+        """Backward of one micro-batch; its losses, weighted for the mean over the total batch."""
+        rank, device = self.processes.rank, self.processes.device
+        batch = to_device(batch, device)
+        seed_step(self.seed, iteration, rank, micro_step)
+        with self._communicates(micro_step), share_of_batch(self.plan.share(micro_step, rank)):
+            with autocast(self.amp, device):
+                losses = self.model(return_loss=True, **batch)
+            total = sum(value.float() for value in losses.values())
+            self.scaler.scale(total * self.plan.loss_factor(micro_step, rank)).backward()
+        part = self.plan.sizes[micro_step][rank] / self.plan.total
+        return {name: value.detach().float() * part for name, value in losses.items()}
+
+    def _communicates(self, micro_step):
+        """DDP exchanges gradients in the last backward pass of the step only."""
+        is_last = micro_step == self.plan.accumulate - 1
+        if is_last or not isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+    def _reduce(self, terms) -> Dict[str, float]:
+        """Losses over the total batch: one exchange, one wait for the device."""
+        names = list(terms[0])
+        values = torch.stack([sum(term[name] for term in terms).reshape(()) for name in names])
+        values = all_reduce_sum(values).tolist()
+        return dict(loss=sum(values), **dict(zip(names, values)))
+
+    def _update(self, losses) -> float:
+        """Clip and step; norm of the gradient before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self.max_norm))
+        if self.amp == 'fp16':
+            self._count_skips(norm, losses)
+        elif not math.isfinite(norm):
+            raise NonFinite('the gradient is not finite', dict(losses, grad_norm=norm))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm
+
+    def _count_skips(self, norm, losses):
+        """The scaler skips steps whose scaled gradient overflowed; a long row of them means it never fits."""
+        self._skipped_in_a_row = 0 if math.isfinite(norm) else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= _MOST_SKIPPED_STEPS:
+            raise NonFinite('the gradient was not finite in %d steps in a row, at loss scale %g'
+                            % (_MOST_SKIPPED_STEPS, self.scaler.get_scale()), dict(losses, grad_norm=norm))

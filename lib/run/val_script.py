@@ -1,0 +1,69 @@
+"""From the arguments of ``val.py`` to a table of scores."""
+import os
+import time
+from typing import Callable, Dict, Optional
+
+from ..checkpoint import load_model_weights
+from ..config import load_config
+from ..errors import UserError
+from ..io import write_json
+from .components import Components, default_metrics, open_dataset, read_task
+from .evaluation import EvaluationJob, evaluate, make_predictions_folder
+from .log import RunLog
+from .meters import duration
+from .precision import check_precision, describe_precision
+from .processes import Processes, start_processes
+from .settings import EvaluationSettings
+
+
+def run_validation(args, components: Callable[[], Components]) -> int:
+    """Evaluate as the arguments of ``val.py`` say; returns the exit status.
+
+    Raises:
+        UserError: bad input.
+    """
+    cfg = load_config(args.config, args.override)
+    with start_processes(args.device) as processes:
+        _validate(args, cfg, components(), processes)
+    return 0
+
+
+def _validate(args, cfg, components, processes: Processes) -> None:
+    log = RunLog(is_main=processes.is_main)
+    check_precision(args.amp, processes.device)
+    out = args.out or os.path.splitext(args.weights)[0] + '.eval.json'
+    _check_writable(out)
+    task = read_task(cfg)
+    model = components.build_model(cfg.model, task)
+    meta = load_model_weights(model, args.weights, trust=args.trust_weights)
+    folder = make_predictions_folder(args.save_predictions) if args.save_predictions else None
+    changes = {} if args.max_samples is None else dict(max_samples=args.max_samples)
+    dataset = open_dataset(components, cfg, args.split, task, dict(changes, test_mode=True),
+                           processes.is_main and not args.no_preflight)
+    metrics = args.metrics or EvaluationSettings.from_config(cfg.get('evaluation')).metrics or default_metrics(task)
+    evaluator = components.build_evaluator(task, metrics=metrics, device=processes.device)
+    log.say('%s, iteration %s, on %d samples of data.%s, %d processes; %s'
+            % (args.weights, meta.get('iteration', meta.get('iter', '?')), len(dataset), args.split,
+               processes.world_size, describe_precision(args.amp, processes.device)))
+    workers = cfg.data.get('workers_per_gpu', 0) if args.workers is None else args.workers
+    begin = time.monotonic()
+    result = evaluate(EvaluationJob(model.to(processes.device), dataset, components.collate, evaluator, task,
+                                    processes, log.say, workers, args.amp, folder))
+    if result is not None:
+        _report(result, out, args, meta, time.monotonic() - begin, folder)
+
+
+def _report(result, out, args, meta: Dict, seconds: float, folder: Optional[str]) -> None:
+    print(result.as_table())
+    about = dict(config=args.config, override=list(args.override), weights=args.weights, split=args.split,
+                 amp=args.amp, iteration=meta.get('iteration'), seconds=round(seconds, 1))
+    write_json(out, dict(result.as_dict(), run=about))
+    print('evaluated in %s; figures in %s%s'
+          % (duration(seconds), out, '; predictions in %s' % folder if folder else ''), flush=True)
+
+
+def _check_writable(path: str) -> None:
+    """Raise UserError now rather than after the evaluation."""
+    folder = os.path.dirname(path) or '.'
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError('cannot write the figures to %s; give a file in an existing, writable folder with --out' % path)
