@@ -1,0 +1,53 @@
+"""Predictions: dense volumes and files."""
+import numpy as np
+import pytest
+
+from lib.errors import DataError
+from lib.prediction import load_prediction, save_prediction, to_dense
+from lib.task import Task
+
+TASK = Task.from_config(dict(label_set='occ3d', point_cloud_range=[0, 0, 0, 4, 4, 2], voxel_size=1.0))
+
+
+def make(panoptic):
+    prediction = dict(sem_pred=np.array([[4, 17, 11]], np.uint8),
+                      occ_loc=np.array([[[0, 1, 0], [3, 3, 1], [2, 0, 1]]], np.uint8))
+    if panoptic:
+        prediction.update(pano_sem=np.array([[4, 17, 16]], np.uint8), pano_inst=np.array([[300, 0, 2]], np.int16))
+    return prediction
+
+
+def test_semantic_prediction_becomes_a_volume():
+    dense = to_dense(make(False), TASK)
+    assert set(dense) == {'semantics'} and dense['semantics'].shape == (4, 4, 2)
+    expected = np.full((4, 4, 2), 17, np.uint8)
+    expected[0, 1, 0], expected[2, 0, 1] = 4, 11
+    np.testing.assert_array_equal(dense['semantics'], expected)
+
+
+def test_panoptic_prediction_uses_its_own_classes():
+    dense = to_dense(make(True), TASK)
+    assert dense['semantics'][2, 0, 1] == 16 and dense['instances'].dtype == np.int16
+    assert dense['instances'][0, 1, 0] == 300 and (dense['instances'] > 0).sum() == 2
+
+
+def test_file_keeps_every_array(tmp_path):
+    save_prediction(tmp_path / 'a.npz', make(True))
+    loaded = load_prediction(tmp_path / 'a.npz')
+    assert set(loaded) == set(make(True))
+    for name, value in make(True).items():
+        np.testing.assert_array_equal(loaded[name], value)
+        assert loaded[name].dtype == value.dtype
+    assert [p.name for p in tmp_path.iterdir()] == ['a.npz']
+
+
+def test_bad_files_are_a_sentence(tmp_path):
+    with pytest.raises(DataError, match='missing.npz'):
+        load_prediction(tmp_path / 'missing.npz')
+    save_prediction(tmp_path / 'a.npz', make(False))
+    (tmp_path / 'half.npz').write_bytes((tmp_path / 'a.npz').read_bytes()[:100])
+    with pytest.raises(DataError, match='half.npz'):
+        load_prediction(tmp_path / 'half.npz')
+    np.savez(str(tmp_path / 'other.npz'), x=np.zeros(3))
+    with pytest.raises(DataError, match=r"no array \['sem_pred', 'occ_loc'\]"):
+        load_prediction(tmp_path / 'other.npz')

@@ -1,0 +1,251 @@
+"""The whole detector: batches, determinism, history, masks, other tasks, and errors a user can mend."""
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import ConfigError, DataError
+from lib.synthetic import synthetic_meta
+from models import build_model
+from models.losses import OccupancyTargets
+from small_model import CLASSES, sample_of, small_batch, small_config, small_model, small_task
+
+IMAGES = ('img', 'lidar2img', 'ego2lidar', 'img_metas')
+LABELS = ('voxel_semantics', 'voxel_instances', 'instance_class_ids')
+BOTH = pytest.mark.parametrize('scoring', ['semantic', 'occupancy'])
+
+
+def predict(model, batch):
+    return model.eval()(**{name: batch[name] for name in IMAGES}, return_loss=False)
+
+
+def assert_same_prediction(a, b):
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+@BOTH
+def test_prediction_has_the_documented_arrays(scoring):
+    model = small_model(scoring=scoring)
+    prediction, = predict(model, small_batch(model.task))
+    assert {name: (value.dtype.name, value.shape) for name, value in prediction.items()} == dict(
+        sem_pred=('uint8', (1, 200)), occ_loc=('uint8', (1, 200, 3)), pano_inst=('int16', (1, 200)),
+        pano_sem=('uint8', (1, 200)))
+    semantic = small_model(small_task(panoptic=False), scoring)
+    assert set(predict(semantic, small_batch(model.task))[0]) == {'sem_pred', 'occ_loc'}
+
+
+@BOTH
+def test_each_sample_of_a_batch_gets_the_result_it_has_alone(scoring):
+    model = small_model(scoring=scoring).eval()
+    batch = small_batch(model.task, 3, with_labels=False)
+    with torch.no_grad():
+        together = model.predict_raw(**batch).output
+        for b in range(3):
+            alone = model.predict_raw(**sample_of(batch, b)).output
+            for ours, theirs in zip(together.stages, alone.stages):
+                assert torch.equal(ours.coords[b], theirs.coords[0])
+                assert share_apart(ours.seg_logits[b], theirs.seg_logits[0]) < 0.02
+            first, last = ([output.layers[i].mask_logits for output in (together, alone)] for i in (0, -1))
+            assert share_apart(first[0][b], first[1][0]) < 0.02
+            assert share_apart(last[0][b], last[1][0]) < 0.25
+
+
+def share_apart(a, b):
+    """Share of entries that differ by more than rounding.
+
+    Products of other sizes add in another order. Where that moves a point across the border of an image, or
+    a voxel in or out of a mask that points are drawn from, a few entries change; mixed-up samples change all.
+    """
+    return ((a - b).abs() > 1e-3 * b.abs().max()).float().mean()
+
+
+def slice_output(output, b):
+    """The transformer's output for sample b as a batch of one."""
+    def part(record):
+        fields = {name: value[b:b + 1] if isinstance(value, torch.Tensor) else value
+                  for name, value in vars(record).items()}
+        return type(record)(**fields)
+    return type(output)([part(stage) for stage in output.stages], [part(layer) for layer in output.layers])
+
+
+@BOTH
+def test_losses_of_a_batch_are_those_of_its_samples(scoring):
+    """Voxel losses are means over the batch; mask losses are sums over instances by their number."""
+    model = small_model(scoring=scoring, topk_testing=[10 ** 6] * 3).eval()  # all voxels, so all instances are kept
+    batch = small_batch(model.task, 2)
+    batch['voxel_instances'][1][batch['voxel_instances'][1] == 3] = 255
+    counts = [sum(int((batch['voxel_instances'][b] == i).any()) for i in range(4)) for b in range(2)]
+    assert counts == [4, 3]
+    head, targets = model.pts_bbox_head, [batch[name] for name in LABELS]
+    with torch.no_grad():
+        output = model.predict_raw(**{name: batch[name] for name in IMAGES}).output
+    together = head.loss(output, OccupancyTargets(*targets))
+    alone = [head.loss(slice_output(output, b), OccupancyTargets(*[t[b:b + 1] for t in targets])) for b in range(2)]
+    for name, value in together.items():
+        masks = any(part in name for part in ('loss_mask', 'loss_dice', 'loss_class'))
+        weights = [n / sum(counts) for n in counts] if masks else [0.5, 0.5]
+        expected = sum(w * losses[name] for w, losses in zip(weights, alone))
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+
+
+@BOTH
+def test_two_runs_give_the_same_bits(scoring):
+    results = []
+    for _ in range(2):
+        model = small_model(scoring=scoring)
+        torch.manual_seed(11)
+        losses = model.train()(**small_batch(model.task, 2))
+        sum(losses.values()).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append((losses, gradients, predict(model, small_batch(model.task))))
+    (losses_a, gradients_a, prediction_a), (losses_b, gradients_b, prediction_b) = results
+    assert all(torch.equal(losses_a[name], losses_b[name]) for name in losses_a)
+    assert all(torch.equal(a, b) for a, b in zip(gradients_a, gradients_b))
+    assert_same_prediction(prediction_a[0], prediction_b[0])
+
+
+def test_every_parameter_learns():
+    """As DistributedDataParallel demands without find_unused_parameters."""
+    for scoring in ('semantic', 'occupancy'):
+        model = small_model(scoring=scoring)
+        sum(model(**small_batch(model.task)).values()).backward()
+        assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+def test_cached_history_equals_full_history():
+    task = small_task(num_frames=3)
+    model = small_model(task)
+    encoded = []
+    extract = model.extract_features
+    model.extract_features = lambda img: encoded.append(img.shape[0] * img.shape[1]) or extract(img)
+    drive = [small_batch(task, with_labels=False, first_index=index) for index in range(4)]
+    model.history = 'full'
+    full = [predict(model, batch)[0] for batch in drive]
+    assert encoded == [9, 9, 9, 9]
+    encoded.clear()
+    model.history = 'cached'
+    for batch, expected in zip(drive, full):
+        prediction, = predict_keeping_history(model, batch)
+        assert_same_prediction(prediction, expected)
+    assert encoded == [9, 3, 3, 3] and len(model._cache) == 3
+    model.reset_history()
+    predict_keeping_history(model, drive[0])
+    assert encoded[-1] == 9
+
+
+def predict_keeping_history(model, batch):
+    if model.training:
+        model.eval()
+    return model(**{name: batch[name] for name in IMAGES}, return_loss=False)
+
+
+def test_history_without_keys_or_with_a_batch_encodes_everything():
+    model = small_model().eval()
+    model.history = 'cached'
+    two = small_batch(model.task, 2, with_labels=False)
+    one = sample_of(two, 1)
+    results = predict_keeping_history(model, two)
+    assert len(results) == 2 and len(model._cache) == 0
+    expected, = predict_keeping_history(model, one)
+    model.reset_history()
+    one['img_metas'] = [dict(sample_token='x')]
+    assert_same_prediction(predict_keeping_history(model, one)[0], expected)
+    assert len(model._cache) == 0
+
+
+def test_repeated_frames_are_encoded_once_and_new_weights_forget_them():
+    model = small_model().eval()
+    model.history = 'cached'
+    batch = small_batch(model.task, with_labels=False)
+    batch['img'][:, 3:] = batch['img'][:, :3]
+    batch['img_metas'] = [dict(frame_keys=synthetic_meta(model.task, 5)['frame_keys'][:3] * 2)]
+    expected = predict_keeping_history(model, batch)
+    assert len(model._cache) == 1
+    model.load_state_dict(model.state_dict())
+    assert len(model._cache) == 0
+    model.history = 'full'
+    assert_same_prediction(expected[0], predict_keeping_history(model, batch)[0])
+
+
+def test_camera_mask_decides_which_labels_count():
+    task = small_task()
+    batch = small_batch(task, 2)
+    batch['mask_camera'][:, :, :12] = False
+    hidden = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    hidden['voxel_semantics'][:, :, :12] = 2  # labels that must not matter
+    hidden['voxel_instances'][:, :, :12] = 2
+    for scoring in ('semantic', 'occupancy'):
+        model = build_model(dict(small_config(scoring), use_mask_camera=True), task)
+        model.pts_bbox_head.transformer.training_draws = model.pts_bbox_head.transformer.testing_draws
+        seen, changed = model(**batch), model(**hidden)
+        assert all(torch.equal(seen[name], changed[name]) for name in seen)
+        model.use_mask_camera = False
+        assert any(not torch.equal(value, seen[name]) for name, value in model(**batch).items())
+
+
+def test_camera_mask_wanted_but_missing_is_a_sentence():
+    model = build_model(dict(small_config(), use_mask_camera=True), small_task())
+    batch = small_batch(model.task)
+    del batch['mask_camera']
+    with pytest.raises(DataError, match='no mask_camera'):
+        model(**batch)
+
+
+def test_training_leaves_the_batch_as_it_was():
+    model = small_model()
+    batch = small_batch(model.task, 2)
+    class_ids = list(batch['instance_class_ids'])
+    before = [value.clone() for value in batch.values() if isinstance(value, torch.Tensor)]
+    model(**batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, (v for v in batch.values() if isinstance(v, torch.Tensor))))
+    assert all(a is b for a, b in zip(class_ids, batch['instance_class_ids']))
+
+
+@pytest.mark.parametrize('changes', [
+    dict(point_cloud_range=[0.0, -9.6, -2.0, 25.6, 9.6, 4.4], voxel_size=0.8),
+    dict(cameras=['only'], num_frames=1), dict(num_frames=3, cameras=['a', 'b', 'c', 'd', 'e']),
+    dict(image_size=(96, 160)), dict(label_set='openocc_v2'), dict(label_set='occ3d', panoptic=False)])
+def test_other_grids_cameras_frames_sizes_and_classes(changes):
+    task = small_task(**changes)
+    model = small_model(task)
+    batch = small_batch(task, 2)
+    losses = model(**batch)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    prediction = predict(model, batch)[1]
+    assert (prediction['occ_loc'].max((0, 1)) < task.grid_shape).all()
+    assert prediction['sem_pred'].max() <= task.label_set.free_id
+
+
+def test_mixed_precision_stays_finite_and_keeps_losses_in_float32():
+    model = small_model()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        losses = model(**small_batch(model.task))
+        prediction, = predict(model, small_batch(model.task))
+    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
+    assert prediction['sem_pred'].shape == (1, 200)
+
+
+def test_builds_through_mmdet_with_the_task_as_a_dict():
+    from mmdet.models import build_detector  # importable once models has prepared OpenMMLab
+    task = dict(label_set=dict(name='small', class_names=CLASSES, things=CLASSES[:2]), panoptic=True,
+                point_cloud_range=[-4.0, -6.0, -1.0, 4.0, 6.0, 3.0], voxel_size=0.5, num_frames=2,
+                cameras=['CAM_FRONT', 'CAM_BACK', 'CAM_BACK_LEFT'], image_size=(64, 96))
+    model = build_detector(dict(small_config(), task=task))
+    assert model.task == small_task()
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(pts_bbox_hed={}), 'pts_bbox_hed'), (dict(type='SparceOcc'), 'SparceOcc'),
+    (dict(test_cfg=dict(histroy='full')), 'histroy'), (dict(test_cfg=dict(history='some')), "'some'"),
+    (dict(test_cfg=dict(merge_stuff='both')), 'merge_stuff'), (dict(task={}), 'top-level task')])
+def test_wrong_configs_are_a_sentence(change, message):
+    with pytest.raises(ConfigError, match=message):
+        build_model(dict(small_config(), **change), small_task())
+
+
+def test_training_without_labels_is_a_sentence():
+    model = small_model()
+    with pytest.raises(DataError, match='no labels'):
+        model(**small_batch(model.task, with_labels=False))

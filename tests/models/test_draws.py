@@ -1,0 +1,55 @@
+"""Draws of the mask-guided sampling."""
+import pytest
+import torch
+
+from lib.errors import ConfigError
+from models.draws import EvenDraws, RandomDraws, build_draws, select_valid
+
+
+def naive_selection(valid, fractions):
+    picks = []
+    for row, draws in zip(valid, fractions):
+        indices = row.nonzero().flatten().tolist()
+        picks.append([indices[int(u * len(indices))] for u in draws.tolist()] if indices else None)
+    return picks
+
+
+def test_selects_the_nth_valid_entry_in_index_order():
+    torch.manual_seed(0)
+    valid = torch.rand(3, 11, 50) < torch.linspace(0, 1, 11).view(1, 11, 1)
+    valid[:, 1] = False
+    valid[:, 1, 49] = True
+    fractions = torch.rand(3, 11, 16)
+    fractions[..., 0] = 0.0
+    fractions[..., 1] = 1 - 2 ** -24  # the largest float32 below 1
+    index, empty = select_valid(valid, fractions)
+    for b in range(3):
+        for q, expected in enumerate(naive_selection(valid[b], fractions[b])):
+            assert bool(empty[b, q]) == (expected is None)
+            if expected is not None:
+                assert index[b, q].tolist() == expected
+    assert empty[:, 0].all() and index.max() < 50
+
+
+def test_even_draws_are_the_same_for_every_query_and_call():
+    draws = EvenDraws()
+    fractions = draws.fractions(2, 3, 16, torch.device('cpu'))
+    assert fractions.shape == (2, 3, 16)
+    assert torch.equal(fractions[1, 2], (torch.arange(16) + 0.5) / 16)
+    positions = draws.positions(2, 3, 16, torch.device('cpu'))
+    assert positions.shape == (2, 3, 16, 3) and 0 <= positions.min() and positions.max() < 1
+    assert len(torch.unique(positions[0, 0], dim=0)) == 16
+    assert torch.equal(positions, draws.positions(2, 3, 16, torch.device('cpu')))
+
+
+def test_random_draws_differ_between_calls_and_follow_the_seed():
+    draws = RandomDraws()
+    torch.manual_seed(5)
+    first, second = (draws.fractions(1, 4, 16, torch.device('cpu')) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(first, draws.fractions(1, 4, 16, torch.device('cpu'))) and not torch.equal(first, second)
+
+
+def test_unknown_strategy_is_a_sentence():
+    with pytest.raises(ConfigError, match="draws must be one of .*'odd'"):
+        build_draws('odd')
