@@ -13,6 +13,14 @@ _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
 _TRAILER = 4096  # bytes at the end of a file in which the end mark of a JPEG is looked for
 
 
+def check_decoder(decoder: str) -> None:
+    """Raise ConfigError if the decoder is unknown or what it needs is not installed."""
+    if decoder not in _DECODERS:
+        raise ConfigError('unknown image decoder %r; use one of %s' % (decoder, sorted(_DECODERS)))
+    if decoder == 'turbojpeg':
+        _turbojpeg()
+
+
 class DecodedImage(NamedTuple):
     """Pixels of an image file.
 
@@ -29,16 +37,13 @@ def read_image(path, decoder: str = 'cv2', half_covers: Optional[Tuple[int, int]
 
     Args:
         path: JPEG (any decoder) or another format (``cv2``, ``pillow``).
-        decoder: ``cv2``, ``pillow`` or ``turbojpeg``.
+        decoder: ``cv2``, ``pillow`` or ``turbojpeg`` (see ``check_decoder``).
         half_covers: (height, width); a JPEG of even size whose half is at least that large is decoded at half
             the size, which skips most of the work (its pixels are about the means of 2x2 blocks).
 
     Raises:
         DataError: missing, truncated or otherwise unreadable file.
-        ConfigError: unknown decoder, or its package is not installed.
     """
-    if decoder not in _DECODERS:
-        raise ConfigError('unknown image decoder %r; use one of %s' % (decoder, sorted(_DECODERS)))
     content = _read_bytes(path)
     is_jpeg = content[:2] == _JPEG_START
     if is_jpeg and _JPEG_END not in content[-_TRAILER:]:

@@ -9,7 +9,7 @@ from lib.errors import ConfigError
 from lib.geometry import invert_rigid
 from lib.task import Task
 
-from ..decode import read_image
+from ..decode import check_decoder, read_image
 from ..history import choose_test_frames, choose_train_frames
 from ..infos import current_lidar2img, ego_from_lidar, frame_key, past_lidar2img, relocate
 
@@ -34,6 +34,7 @@ class LoadMultiViewImageFromMultiSweeps:
     def __init__(self, task: Task, decoder: str = 'cv2', fast_decode: bool = False, threads: int = 1):
         if threads < 1:
             raise ConfigError('LoadMultiViewImageFromMultiSweeps: threads must be at least 1, got %r' % threads)
+        check_decoder(decoder)
         self.task = task
         self.decoder = decoder
         self.fast_decode = fast_decode

@@ -45,6 +45,16 @@ class FakeNuScenes:
                 self._write_image(row)
         return self.root
 
+    def write_labels(self, task, folder='occ3d', **extra):
+        """Random labels of the task's grid for every keyframe, with masks and ``extra`` arrays."""
+        names = {row['token']: row['name'] for row in self.tables['scene']}
+        for sample in self.tables['sample']:
+            semantics = self.rng.integers(0, task.label_set.num_classes, task.grid_shape).astype(np.uint8)
+            path = self.root / folder / names[sample['scene_token']] / sample['token'] / 'labels.npz'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            masks = dict(mask_camera=semantics % 2, mask_lidar=semantics % 3 == 0)
+            np.savez_compressed(str(path), semantics=semantics, **masks, **extra)
+
     def _write_image(self, row):
         path = self.root / row['filename']
         path.parent.mkdir(parents=True, exist_ok=True)

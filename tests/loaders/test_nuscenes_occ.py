@@ -1,0 +1,415 @@
+"""NuSceneOcc: samples and batches of the agreed form, repeatable draws, subsets, relocation, faults."""
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from fake_nuscenes import FakeNuScenes
+from PIL import Image
+
+from lib.errors import ConfigError, DataError
+from lib.geometry import project_points
+from lib.io import load_pickle_safe, save_pickle
+from lib.task import NUSCENES_CAMERAS, Task
+from loaders import build_dataloader, build_dataset, collate
+from loaders.prepare.sweep_infos import write_sweep_infos
+
+TASK = Task('occ3d', point_cloud_range=(-8, -8, -1, 8, 8, 5.4), image_size=(32, 64), num_frames=3)
+TRAIN = [dict(type='LoadMultiViewImageFromMultiSweeps'), dict(type='LoadOccGTFromFile'), dict(type='BEVAug'),
+         dict(type='RandomTransformImage', rand_flip=True)]
+TEST = [dict(type='LoadMultiViewImageFromMultiSweeps'), dict(type='RandomTransformImage')]
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    """A prepared fake nuScenes; not to be changed."""
+    fake = FakeNuScenes(tmp_path_factory.mktemp('source'), keyframes=4)
+    fake.write()
+    fake.write_labels(TASK)
+    write_sweep_infos(fake.root, 'v1.0-mini', fake.root, processes=1)
+    return fake.root
+
+
+@pytest.fixture
+def root(source, tmp_path):
+    """A copy to spoil."""
+    shutil.copytree(str(source), str(tmp_path / 'nuscenes'))
+    return tmp_path / 'nuscenes'
+
+
+def _train(root, task=TASK, **options):
+    cfg = dict(type='NuSceneOcc', data_root=str(root), ann_file='nuscenes_infos_train_sweep.pkl',
+               occ_gt_root='occ3d', pipeline=TRAIN)
+    return build_dataset(dict(cfg, **options), task)
+
+
+def _test(root, task=TASK, **options):
+    return _train(root, task, **dict(dict(pipeline=TEST, test_mode=True), **options))
+
+
+def _image_path(root, key):
+    return os.path.join(str(root), key)
+
+
+# ---- form ------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_has_the_agreed_form(source):
+    batch = collate([_train(source)[i] for i in (1, 4)])
+    shapes = {key: (tuple(value.shape), value.dtype) for key, value in batch.items() if hasattr(value, 'shape')}
+    grid = (2,) + TASK.grid_shape
+    assert shapes == dict(
+        img=((2, 18, 3, 32, 64), torch.uint8), lidar2img=((2, 18, 4, 4), torch.float32),
+        ego2lidar=((2, 18, 4, 4), torch.float64), voxel_semantics=(grid, torch.uint8),
+        voxel_instances=(grid, torch.uint8), mask_camera=(grid, torch.bool))
+    assert [ids.dtype for ids in batch['instance_class_ids']] == [torch.int64] * 2
+    meta = batch['img_metas'][1]
+    assert set(meta) == {'sample_token', 'scene_token', 'scene_name', 'index', 'frame_keys'}
+    assert meta['index'] == 4 and meta['sample_token'] == 'sample-4' and meta['scene_name'] == 'scene-0553'
+    assert len(meta['frame_keys']) == 18 and len(set(meta['frame_keys'])) == 6  # first keyframe: no history
+    assert set(batch) == set(shapes) | {'instance_class_ids', 'img_metas'}
+
+
+def test_images_are_frame_major_newest_first_in_camera_order(source):
+    dataset = _test(source)
+    keys = dataset[2]['img_metas']['frame_keys']
+    assert [key.split('/')[1] for key in keys] == list(NUSCENES_CAMERAS) * 3
+    times = [int(key.rsplit('__', 1)[1][:-4]) for key in keys[::6]]
+    assert [times[0] - t for t in times] == [0, 6 * 83_333, 12 * 83_333]  # the keyframes before, at 2 Hz
+    assert all(key.startswith('samples/') for key in keys)
+
+
+def test_each_image_is_the_one_its_key_names_and_blue_comes_first(root):
+    key = _test(root)[1]['img_metas']['frame_keys'][8]
+    Image.new('RGB', (160, 90), (250, 120, 10)).save(_image_path(root, key))
+    image = _test(root)[1]['img'][8]
+    np.testing.assert_allclose(image.float().mean(dim=(1, 2)), [10, 120, 250], atol=3)  # JPEG keeps flat colours
+
+
+def test_projections_take_lidar_points_into_every_image_through_global(source):
+    """lidar2img against a chain of transforms by pyquaternion from the tables' own numbers."""
+    dataset = _test(source)
+    sample, info = dataset[2], dataset.info(2)
+    from pyquaternion import Quaternion
+    point = np.array([3.0, -2.0, 1.0])
+    ego = Quaternion(info['lidar2ego_rotation']).rotate(point) + info['lidar2ego_translation']
+    world = Quaternion(info['ego2global_rotation']).rotate(ego) + info['ego2global_translation']
+    entries = [info['cams'], dataset.history(2)[5], dataset.history(2)[11]]
+    for index in range(18):
+        entry = entries[index // 6][NUSCENES_CAMERAS[index % 6]]
+        rotation = np.asarray(entry['sensor2global_rotation']).T
+        camera = rotation.T @ (world - entry['sensor2global_translation'])
+        pixel = np.asarray(entry['cam_intrinsic']) @ camera
+        expected = pixel[:2] / pixel[2] * 0.4 - [0, 36 - 32]  # 160x90 to 64x36, lower 32 rows
+        found, depth = project_points(sample['lidar2img'][index].double().numpy(), point)
+        # float32 matrices, points hundreds of metres away in units of pixels: 1e-4 relative.
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=0.02)
+        np.testing.assert_allclose(depth, camera[2], rtol=1e-4, atol=1e-3)
+
+
+def test_labels_in_a_batch_are_those_of_the_file(source):
+    dataset = _train(source, pipeline=[s for s in TRAIN if s['type'] != 'BEVAug'])
+    sample, truth = dataset[3], dataset.ground_truth(3)
+    np.testing.assert_array_equal(sample['voxel_semantics'], truth['semantics'])
+    np.testing.assert_array_equal(sample['mask_camera'], truth['mask_camera'])
+    assert truth['mask_camera'].any() and not truth['mask_camera'].all()
+
+
+def test_label_files_without_masks_give_batches_without(root):
+    dataset = _train(root)
+    for index in range(len(dataset)):
+        path = dataset.label_path(index)
+        np.savez_compressed(str(path), semantics=np.load(str(path))['semantics'])
+    assert 'mask_camera' not in collate([dataset[0], dataset[1]])
+
+
+@pytest.mark.parametrize('cameras, frames', [(('CAM_FRONT', 'CAM_BACK'), 1), (('CAM_BACK_LEFT',), 5)])
+def test_other_cameras_and_frame_counts(source, cameras, frames):
+    task = Task('occ3d', point_cloud_range=TASK.point_cloud_range, image_size=(32, 64), cameras=cameras,
+                num_frames=frames)
+    sample = _train(source, task)[3]
+    assert sample['img'].shape[0] == len(cameras) * frames == len(sample['img_metas']['frame_keys'])
+    assert [key.split('/')[1] for key in sample['img_metas']['frame_keys'][:len(cameras)]] == list(cameras)
+
+
+def test_ray_origins_start_at_the_scene_and_belong_to_the_keyframe(source):
+    dataset = _test(source, load_interval=2)
+    from loaders.ego_poses import scene_ray_origins
+    everything = scene_ray_origins(dataset.infos, TASK.point_cloud_range)
+    for index in range(len(dataset)):
+        np.testing.assert_array_equal(dataset.ray_origins(index), everything[dataset.sample_token(index)])
+
+
+# ---- draws -----------------------------------------------------------------------------------------------
+
+
+def _same(a, b):
+    return all(torch.equal(a[key], b[key]) for key in ('img', 'lidar2img', 'ego2lidar', 'voxel_semantics'))
+
+
+def test_draws_depend_on_seed_epoch_and_index_alone(source):
+    first, again = _train(source, seed=5), _train(source, seed=5)
+    again[0], again[7]  # other samples fetched before change nothing
+    assert _same(first[2], again[2])
+    assert not _same(first[2], _train(source, seed=6)[2])
+    again.set_epoch(1)
+    assert not _same(first[2], again[2])
+    again.set_epoch(0)
+    assert _same(first[2], again[2])
+
+
+@pytest.mark.parametrize('workers, persistent', [(0, False), (2, False), (3, True)])
+def test_workers_do_not_change_the_draws(source, workers, persistent):
+    dataset = _train(source)
+    loader = build_dataloader(dataset, 1, workers, persistent_workers=persistent)
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        batches = list(loader)
+        for index in (1, 6):
+            assert _same(collate([dataset[index]]), batches[index])
+
+
+def test_evaluation_draws_nothing(source):
+    dataset = _test(source)
+    first = dataset[3]
+    dataset.set_epoch(4)
+    assert torch.equal(first['img'], dataset[3]['img'])
+
+
+# ---- subsets ---------------------------------------------------------------------------------------------
+
+
+def test_thinned_samples_keep_their_history(source):
+    full, thin = _test(source), _test(source, load_interval=3)
+    assert [thin.sample_token(i) for i in range(len(thin))] == ['sample-0', 'sample-3', 'sample-6']
+    assert len(thin.infos) == 8 and len(_test(source, max_samples=5)) == 5
+    for index in range(3):
+        assert torch.equal(thin[index]['img'], full[3 * index]['img'])
+        assert thin[index]['img_metas']['frame_keys'] == full[3 * index]['img_metas']['frame_keys']
+
+
+def test_a_shuffled_info_file_changes_nothing(root):
+    path = root / 'nuscenes_infos_train_sweep.pkl'
+    before = _test(root)
+    content = load_pickle_safe(path)
+    np.random.default_rng(0).shuffle(content['infos'])
+    save_pickle(path, content)
+    after = _test(root)
+    for index in range(8):
+        assert before[index]['img_metas'] == after[index]['img_metas']
+        np.testing.assert_array_equal(before.ray_origins(index), after.ray_origins(index))
+
+
+def test_pickles_without_scenes_give_the_same_histories(root):
+    """As published for SparseBEV and SparseOcc: no scene token or name, './data/nuscenes/' before every path."""
+    path = root / 'nuscenes_infos_train_sweep.pkl'
+    before = _train(root)
+    content = load_pickle_safe(path)
+    for info in content['infos']:
+        del info['scene_token'], info['scene_name']
+        for cams in [info['cams']] + info['sweeps']:
+            for entry in cams.values():
+                entry['data_path'] = './' + entry['data_path']
+    save_pickle(path, content)
+    after = _train(root)
+    for index in range(8):
+        assert before[index]['img_metas']['frame_keys'] == after[index]['img_metas']['frame_keys']
+        np.testing.assert_array_equal(before[index]['voxel_semantics'], after[index]['voxel_semantics'])
+
+
+def test_the_real_mini_pickle_opens_as_it_is(real_dir, tmp_path):
+    task = Task('occ3d')
+    dataset = build_dataset(dict(type='NuSceneOcc', data_root=str(tmp_path), test_mode=True, pipeline=TEST,
+                                 ann_file=str(real_dir / 'nuscenes_mini_infos_val.pkl')), task)
+    assert len(dataset) == 81 and not dataset.has_labels
+    starts = [index for index in range(81) if not dataset.history(index)]
+    assert len(starts) == 2 and starts[0] == 0
+    assert len(dataset.history(starts[1] - 1)) == 56  # as many as can matter
+    origins = dataset.ray_origins(40)
+    assert origins.shape[1] == 3 and 1 <= len(origins) <= 8
+
+
+# ---- where files are -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('recorded_root', ['/somewhere/else/nuscenes/', './data/nuscenes/', '',
+                                           '/data/samples/sweeps/old/', 'C:\\data\\'])
+def test_the_configured_root_wins(root, tmp_path, recorded_root):
+    path = root / 'nuscenes_infos_train_sweep.pkl'
+    content = load_pickle_safe(path)
+    for info in content['infos']:
+        for cams in [info['cams']] + info['sweeps']:
+            for entry in cams.values():
+                entry['data_path'] = entry['data_path'].replace('data/nuscenes/', recorded_root)
+    save_pickle(path, content)
+    before = _train(root)[5]
+    moved = tmp_path / 'samples' / 'moved'
+    moved.parent.mkdir()
+    shutil.move(str(root), str(moved))
+    after = _train(moved)[5]
+    assert _same(before, after) and before['img_metas'] == after['img_metas']
+    assert all(key.startswith(('samples/CAM', 'sweeps/CAM')) for key in after['img_metas']['frame_keys'])
+
+
+def test_info_and_label_folders_may_be_elsewhere(root, tmp_path):
+    shutil.move(str(root / 'occ3d'), str(tmp_path / 'labels'))
+    shutil.move(str(root / 'nuscenes_infos_train_sweep.pkl'), str(tmp_path / 'infos.pkl'))
+    dataset = _train(root, ann_file=str(tmp_path / 'infos.pkl'), occ_gt_root=str(tmp_path / 'labels'))
+    assert 'voxel_semantics' in dataset[0]
+
+
+def test_evaluation_needs_no_labels(root):
+    shutil.rmtree(str(root / 'occ3d'))
+    for options in (dict(occ_gt_root=None), dict(occ_gt_root=None, pipeline=TRAIN[:2] + TEST[1:]), dict()):
+        sample = _test(root, **options)[4]
+        assert set(sample) == {'img', 'lidar2img', 'ego2lidar', 'img_metas'}
+
+
+def test_opening_looks_at_the_info_file_only(root, monkeypatch):
+    for name in ('samples', 'sweeps', 'occ3d', 'v1.0-mini', 'maps'):
+        shutil.rmtree(str(root / name))
+    for name in ('listdir', 'scandir', 'walk'):
+        monkeypatch.setattr(os, name, lambda *_: pytest.fail('a folder was listed'))
+    assert len(_train(root)) == 8
+
+
+# ---- what is wrong is named ------------------------------------------------------------------------------
+
+
+def _spoil(root, index=2, kind='image'):
+    """Truncate the front image or the label of one training keyframe; returns its path."""
+    dataset = _train(root)
+    path = str(dataset.label_path(index)) if kind == 'label' else \
+        _image_path(root, 'samples/' + dataset.info(index)['cams']['CAM_FRONT']['data_path'].split('samples/')[1])
+    with open(path, 'rb+') as stream:
+        stream.truncate(50)
+    return path
+
+
+@pytest.mark.parametrize('kind', ['image', 'label'])
+def test_a_damaged_file_is_named_with_its_keyframe(root, kind):
+    path = _spoil(root, kind=kind)
+    with pytest.raises(DataError, match='^keyframe sample-2: .*%s' % os.path.basename(path).replace('.', r'\.')):
+        _train(root)[2]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_damage_found_by_a_worker_is_the_same_error(root, workers):
+    _spoil(root)
+    with pytest.raises(DataError, match='keyframe sample-2'):
+        list(build_dataloader(_train(root), 2, workers))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('kind', ['image', 'label'])
+def test_skipping_takes_the_next_readable_sample_and_counts(root, kind, workers, capfd):
+    _spoil(root, 3, kind)
+    _spoil(root, 4, kind)
+    one_frame = Task('occ3d', point_cloud_range=TASK.point_cloud_range, image_size=(32, 64), num_frames=1)
+    dataset = _train(root, one_frame, on_error='skip', max_skipped=10)
+    tokens = [batch['img_metas'][0]['sample_token'] for batch in build_dataloader(dataset, 1, workers)]
+    assert tokens == ['sample-%d' % n for n in (0, 1, 2, 5, 5, 5, 6, 7)]
+    assert dataset.num_skipped == 3  # 3, 4 in its place, and 4 itself
+    assert 'sample-3' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_too_many_skipped_samples_stop(root, workers):
+    _spoil(root, 3, 'label')
+    _spoil(root, 4, 'label')
+    with pytest.raises(DataError, match='more than max_skipped=2 allows; the last one: keyframe sample-4'):
+        list(build_dataloader(_train(root, on_error='skip', max_skipped=2), 1, workers))
+
+
+def test_a_data_set_without_one_readable_sample_stops(root):
+    shutil.rmtree(str(root / 'samples'))
+    with pytest.raises(DataError, match='not one of 8 samples could be read'):
+        _train(root, on_error='skip')[0]
+
+
+def test_evaluation_never_skips(source):
+    with pytest.raises(ConfigError, match='falsify'):
+        _test(source, on_error='skip')
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(on_error='ignore'), "on_error must be 'stop' or 'skip'"),
+    (dict(load_interval=0), 'load_interval and max_samples must be at least 1'),
+    (dict(max_samples=0), 'load_interval and max_samples must be at least 1'),
+    (dict(type='NuScenesOcc'), "unknown data set type 'NuScenesOcc'; did you mean 'NuSceneOcc'"),
+    (dict(pipelin=[]), 'pipelin'),
+    (dict(pipeline=[dict(type='LoadOccGtFromFile')]), "'LoadOccGtFromFile'; did you mean 'LoadOccGTFromFile'"),
+    (dict(pipeline=[dict(type='BEVAug', rot_limit=1)]), "BEVAug: unknown key 'rot_limit'; did you mean 'rot_lim'"),
+    (dict(pipeline=[dict(type='LoadMultiViewImageFromMultiSweeps', threads=0)]), 'threads must be at least 1'),
+])
+def test_wrong_options_are_named(source, options, message):
+    with pytest.raises(ConfigError, match=message):
+        _train(source, **options)
+
+
+def test_training_without_labels_says_what_to_set(source):
+    with pytest.raises(ConfigError, match='set occ_gt_root'):
+        _train(source, occ_gt_root=None)[0]
+    with pytest.raises(ConfigError, match='set occ_gt_root'):
+        _train(source, occ_gt_root=None).ground_truth(0)
+
+
+@pytest.mark.parametrize('content, message', [
+    (dict(data_list=[], metainfo={}), 'format of MMDetection3D 1.1'),
+    ([1, 2], 'holds no infos'), (dict(infos=[]), 'holds zero keyframes'),
+    (dict(infos=[dict(token='t', timestamp=1)]), r"info 0 \(token t\) has no 'cams'")])
+def test_wrong_info_files_are_named(source, tmp_path, content, message):
+    save_pickle(tmp_path / 'infos.pkl', content)
+    with pytest.raises(DataError, match=r'infos\.pkl.*' + message):
+        _train(source, ann_file=str(tmp_path / 'infos.pkl'))
+
+
+def test_a_camera_that_the_data_lacks_is_named(source):
+    task = Task('occ3d', cameras=('CAM_FRONT', 'CAM_ROOF'))
+    with pytest.raises(DataError, match="has no camera 'CAM_ROOF'.*task.cameras"):
+        _train(source, task)
+
+
+def test_indices_outside_are_refused_and_negative_ones_count_from_the_end(source):
+    dataset = _test(source)
+    assert dataset[-1]['img_metas']['sample_token'] == 'sample-7'
+    with pytest.raises(IndexError):
+        dataset[8]
+
+
+# ---- options of the image loader -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('options', [dict(threads=3), dict(decoder='pillow')])
+def test_loading_options_that_change_no_pixel(source, options):
+    pipeline = [dict(TEST[0], **options)] + TEST[1:]
+    assert torch.equal(_test(source)[3]['img'], _test(source, pipeline=pipeline)[3]['img'])
+
+
+def test_fast_decoding_keeps_the_projection_and_nearly_the_pixels(source):
+    exact = _test(source)[3]
+    fast = _test(source, pipeline=[dict(TEST[0], fast_decode=True)] + TEST[1:])[3]
+    # The product of the factors 0.5 and 0.8 is 0.4 up to rounding.
+    np.testing.assert_allclose(fast['lidar2img'], exact['lidar2img'], rtol=1e-6, atol=1e-4)
+    difference = (fast['img'].float() - exact['img'].float()).abs()
+    assert 0 < difference.mean() < 4  # flat areas agree, edges of 8-pixel blocks do not
+
+
+# ---- size ------------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_of_trainval_size_opens_in_three_seconds(source, tmp_path, monkeypatch):
+    """28,130 keyframes in 700 scenes. Measured apart from reading the pickle, which depends on the disk."""
+    from loaders import nuscenes_occ
+    some = load_pickle_safe(source / 'nuscenes_infos_train_sweep.pkl')['infos']
+    infos = [dict(some[1 if n % 40 else 0], token='t%d' % n, timestamp=n * 500_000,
+                  scene_token='s%d' % (n // 40), scene_name='scene-%04d' % (n // 40)) for n in range(28_130)]
+    from loaders import infos as infos_module
+    monkeypatch.setattr(infos_module, 'load_pickle_safe', lambda *_, **__: dict(infos=infos[::-1], metadata={}))
+    start = time.process_time()
+    dataset = nuscenes_occ.NuSceneOcc(TASK, str(source), 'x.pkl', TRAIN, occ_gt_root='occ3d')
+    seconds = time.process_time() - start
+    assert len(dataset) == 28_130 and len(dataset.history(39)) == 16
+    assert seconds < 3, 'opening took %.1f s' % seconds
