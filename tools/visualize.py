@@ -66,7 +66,7 @@ def camera_images(info, dataset, task):
     images = {}
     for name in task.cameras:
         try:
-            images[name] = read_image(relocate(info['cams'][name]['data_path'], dataset.data_root))[..., ::-1]
+            images[name] = read_image(relocate(info['cams'][name]['data_path'], dataset.data_root)).pixels[..., ::-1]
         except DataError as error:
             print('left out: %s' % error, file=sys.stderr)
     return images

@@ -1,0 +1,175 @@
+"""Images and calibration of one's own as nuScenes infos, so that inference runs on them with the same code.
+
+The JSON file (lengths in metres, times in seconds, quaternions w x y z, image paths relative to the file):
+
+    {
+      "cameras": {
+        "CAM_FRONT": {
+          "intrinsic": [[1266.4, 0, 816.3], [0, 1266.4, 491.5], [0, 0, 1]],
+          "camera2ego": {"rotation": [0.5, -0.5, 0.5, -0.5], "translation": [1.7, 0.0, 1.5]}
+        }, ...
+      },
+      "sequences": [
+        {"name": "drive-1",
+         "frames": [
+           {"timestamp": 0.0,
+            "ego2global": {"rotation": [1, 0, 0, 0], "translation": [0, 0, 0]},
+            "images": {"CAM_FRONT": "drive-1/front/000.jpg", ...}
+           }, ...
+         ]}
+      ]
+    }
+
+- Ego: x forward, y left, z up, origin on the ground (nuScenes: below the rear axle). Camera: x right, y down,
+  z forward. ``camera2ego`` takes camera coordinates to ego coordinates, ``ego2global`` ego to a fixed frame.
+- Intrinsics are those of the image files as they are; resizing is accounted for by the pipeline.
+- The released models learned from frames half a second apart: give them at about that interval.
+- An image taken noticeably before or after its frame's timestamp may carry the ego pose of its own moment:
+  ``{"path": "...", "ego2global": {...}}`` instead of the path alone.
+"""
+import os
+from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from .errors import DataError
+from .geometry import invert_rigid, pose_to_matrix
+from .io import read_json
+
+SWEEPS_PER_KEYFRAME = 5
+_IDENTITY = dict(rotation=[1.0, 0.0, 0.0, 0.0], translation=[0.0, 0.0, 0.0])
+
+
+class OwnData(NamedTuple):
+    """What a JSON file describes.
+
+    Attributes:
+        cameras: names in the file's order.
+        infos: one per frame, in order; sweeps are filled in such that the earlier frames are the history.
+        data_root: folder that the loader is to look for images from.
+    """
+    cameras: Tuple[str, ...]
+    infos: List[Dict]
+    data_root: str
+
+
+def read_own_data(path: str) -> OwnData:
+    """Cameras and frames of a JSON file of the format above.
+
+    Raises:
+        DataError: missing file or key, or a value of the wrong kind; names where.
+    """
+    content = read_json(path)
+    folder = os.path.dirname(os.path.abspath(path))
+    cameras = {name: _camera(camera, '%s: cameras.%s' % (path, name))
+               for name, camera in _get(content, 'cameras', dict, path).items()}
+    if not cameras:
+        raise DataError('%s: "cameras" is empty; list at least one camera with its calibration' % path)
+    infos, names = [], set()
+    for s, sequence in enumerate(_get(content, 'sequences', list, path)):
+        where = '%s: sequences[%d]' % (path, s)
+        name = _get(sequence, 'name', str, where)
+        if name in names or not name or not all(c.isalnum() or c in '._-' for c in name):
+            raise DataError('%s: name %r must be new and made of letters, digits, ".", "_" and "-"; it names '
+                            'the output files' % (where, name))
+        names.add(name)
+        infos += _sequence_infos(name, _get(sequence, 'frames', list, where), cameras, folder, where)
+    if not infos:
+        raise DataError('%s holds no frames; give at least one sequence with one frame' % path)
+    return OwnData(tuple(cameras), infos, _data_root(infos, folder, path))
+
+
+def _data_root(infos, folder, path) -> str:
+    """Root under which the loader finds every image.
+
+    The loader takes paths from their last ``samples`` or ``sweeps`` folder on, as nuScenes has them.
+    """
+    roots = set()
+    for info in infos:
+        for camera in info['cams'].values():
+            parts = camera['data_path'].split(os.sep)
+            marks = [i for i, part in enumerate(parts) if part in ('samples', 'sweeps')]
+            if marks:
+                roots.add(os.sep.join(parts[:marks[-1]]) or os.sep)
+    if len(roots) > 1:
+        raise DataError('%s: images lie in "samples" or "sweeps" folders of different places (%s); rename these '
+                        'folders, or put them side by side' % (path, ', '.join(sorted(roots))))
+    return roots.pop() if roots else folder
+
+
+def _get(mapping, key, kind, where):
+    if not isinstance(mapping, Mapping) or key not in mapping:
+        raise DataError('%s: "%s" is missing; see the format in lib/own_data.py' % (where, key))
+    value = mapping[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        names = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
+        raise DataError('%s: "%s" must be a %s, got %r' % (where, key, ' or '.join(names), value))
+    return value
+
+
+def _numbers(mapping, key, shape, where) -> np.ndarray:
+    try:
+        value = np.asarray(_get(mapping, key, list, where), dtype=np.float64)
+    except (ValueError, TypeError):
+        value = np.empty(0)
+    if value.shape != shape or not np.isfinite(value).all():
+        raise DataError('%s: "%s" must be %s finite numbers' % (where, key, ' x '.join(map(str, shape))))
+    return value
+
+
+def _pose(mapping, key, where) -> Tuple[Dict, np.ndarray]:
+    """A pose as given (lists) and as 4x4."""
+    pose, where = _get(mapping, key, dict, where), '%s.%s' % (where, key)
+    rotation, translation = _numbers(pose, 'rotation', (4,), where), _numbers(pose, 'translation', (3,), where)
+    if abs(np.linalg.norm(rotation) - 1) > 1e-2:
+        raise DataError('%s: "rotation" is no unit quaternion (w, x, y, z); its length is %.3f'
+                        % (where, np.linalg.norm(rotation)))
+    return (dict(rotation=rotation.tolist(), translation=translation.tolist()),
+            pose_to_matrix(rotation, translation))
+
+
+def _camera(camera, where) -> Dict:
+    return dict(intrinsic=_numbers(camera, 'intrinsic', (3, 3), where),
+                camera2ego=_pose(camera, 'camera2ego', where)[1])
+
+
+def _sequence_infos(name: str, frames: Sequence, cameras: Mapping, folder: str, where: str) -> List[Dict]:
+    infos, last_time = [], -np.inf
+    for f, frame in enumerate(frames):
+        here = '%s.frames[%d]' % (where, f)
+        seconds = float(_get(frame, 'timestamp', (int, float), here))
+        if not seconds > last_time:
+            raise DataError('%s: timestamp %r does not follow the one before; give frames in time order'
+                            % (here, seconds))
+        last_time = seconds
+        pose, ego2global = _pose(frame, 'ego2global', here)
+        images = _get(frame, 'images', dict, here)
+        cams = {camera: _camera_entry(images, camera, calibration, ego2global, seconds, folder, here)
+                for camera, calibration in cameras.items()}
+        # Earlier frames stand at every sixth place of a history, behind five sweeps.
+        sweeps = [infos[-1]['cams']] * SWEEPS_PER_KEYFRAME if infos else []
+        infos.append(dict(
+            token='%s_%05d' % (name, f), timestamp=int(round(seconds * 1e6)), scene_token=name, scene_name=name,
+            lidar_path='', lidar2ego_rotation=_IDENTITY['rotation'],
+            lidar2ego_translation=_IDENTITY['translation'], ego2global_rotation=pose['rotation'],
+            ego2global_translation=pose['translation'], cams=cams, sweeps=sweeps))
+    return infos
+
+
+def _camera_entry(images, camera, calibration, ego2global, seconds, folder, where) -> Dict:
+    """Camera entry of an info; LIDAR_TOP is the ego frame itself."""
+    image = _get(images, camera, (str, dict), '%s.images' % where)
+    where = '%s.images.%s' % (where, camera)
+    path = image if isinstance(image, str) else _get(image, 'path', str, where)
+    own_pose = ego2global if isinstance(image, str) or 'ego2global' not in image \
+        else _pose(image, 'ego2global', where)[1]
+    path = os.path.normpath(os.path.join(folder, path))
+    if not os.path.isfile(path):
+        raise DataError('%s: image %s does not exist; paths are relative to the JSON file' % (where, path))
+    camera2global = own_pose @ calibration['camera2ego']
+    camera2ego_now = invert_rigid(ego2global) @ camera2global
+    return dict(
+        data_path=path, type=camera, sample_data_token=path, timestamp=int(round(seconds * 1e6)),
+        cam_intrinsic=calibration['intrinsic'],
+        sensor2lidar_rotation=camera2ego_now[:3, :3], sensor2lidar_translation=camera2ego_now[:3, 3],
+        sensor2global_rotation=camera2global[:3, :3].T, sensor2global_translation=camera2global[:3, 3])

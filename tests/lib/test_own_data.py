@@ -1,0 +1,95 @@
+"""Own images and calibration as infos: geometry, history, and mistakes in the JSON named."""
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from lib.errors import DataError
+from lib.geometry import project_points, quaternion_to_matrix
+from lib.io import save_pickle
+from lib.own_data import read_own_data
+from lib.task import Task
+from loaders import build_dataset
+from loaders.infos import current_lidar2img, past_lidar2img
+
+FORWARD = [0.5, -0.5, 0.5, -0.5]  # camera (x right, y down, z forward) to ego (x forward, y left, z up)
+
+
+def _write(folder, frames=3, image_folder='images', change=None):
+    """A JSON file of one sequence: two cameras on a vehicle that drives 5 m along x per frame."""
+    intrinsic = [[100.0, 0, 80], [0, 100.0, 48], [0, 0, 1]]
+    content = dict(
+        cameras={name: dict(intrinsic=intrinsic, camera2ego=dict(rotation=FORWARD, translation=[1.0, y, 1.5]))
+                 for name, y in (('left', 0.5), ('right', -0.5))},
+        sequences=[dict(name='drive-1', frames=[dict(
+            timestamp=0.5 * i, ego2global=dict(rotation=[1, 0, 0, 0], translation=[5.0 * i, 0, 0]),
+            images={name: '%s/%s_%d.jpg' % (image_folder, name, i) for name in ('left', 'right')})
+            for i in range(frames)])])
+    (folder / image_folder).mkdir(parents=True, exist_ok=True)
+    for i in range(frames):
+        for name in ('left', 'right'):
+            cv2.imwrite(str(folder / image_folder / ('%s_%d.jpg' % (name, i))), np.full((96, 160, 3), 40 * i, np.uint8))
+    if change:
+        change(content)
+    path = folder / 'own.json'
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_forward_quaternion_of_the_documentation():
+    """The rotation of the format's example turns the camera's axes to the vehicle's."""
+    rotation = quaternion_to_matrix(FORWARD)
+    assert np.allclose(rotation @ [0, 0, 1], [1, 0, 0]) and np.allclose(rotation @ [1, 0, 0], [0, -1, 0])
+
+
+def test_points_land_where_calibration_and_motion_put_them(tmp_path):
+    """A point of the world, seen by the current frame and by the one before, 5 m further back."""
+    own = read_own_data(_write(tmp_path))
+    info, point = own.infos[2], np.array([12.0, 0.5, 1.5])  # ego frame of frame 2; straight ahead of 'left'
+    pixel, depth = project_points(current_lidar2img(info['cams']['left']), point)
+    assert np.allclose(pixel, [80, 48]) and depth == pytest.approx(11.0)
+    pixel, depth = project_points(past_lidar2img(info, own.infos[1]['cams']['right']), point)
+    assert depth == pytest.approx(16.0)  # 12 - 1 + 5 m
+    assert np.allclose(pixel, [80 - 100 * 1.0 / 16.0, 48])  # 1 m left of the right camera
+
+
+def test_an_image_may_have_its_own_pose(tmp_path):
+    def later(content):
+        frame = content['sequences'][0]['frames'][2]
+        frame['images']['left'] = dict(path=frame['images']['left'],
+                                       ego2global=dict(rotation=[1, 0, 0, 0], translation=[10.5, 0, 0]))
+    info = read_own_data(_write(tmp_path, change=later)).infos[2]
+    _, depth = project_points(current_lidar2img(info['cams']['left']), np.array([12.0, 0.5, 1.5]))
+    assert depth == pytest.approx(10.5)  # taken half a metre further on
+
+
+@pytest.mark.parametrize('folder', ['images', 'samples', 'run/samples/front'])
+def test_the_loader_reads_frames_newest_first(tmp_path, folder):
+    """History at test time is the earlier frames, also where folders are named as nuScenes names its own."""
+    own = read_own_data(_write(tmp_path, image_folder=folder))
+    save_pickle(tmp_path / 'infos.pkl', dict(infos=own.infos, metadata={}))
+    task = Task(label_set='occ3d', num_frames=4, cameras=own.cameras, image_size=(32, 64))
+    dataset = build_dataset(dict(
+        type='NuSceneOcc', data_root=own.data_root, ann_file=str(tmp_path / 'infos.pkl'), test_mode=True,
+        pipeline=[dict(type='LoadMultiViewImageFromMultiSweeps'), dict(type='RandomTransformImage')]), task)
+    assert [dataset.sample_token(i) for i in range(3)] == ['drive-1_00000', 'drive-1_00001', 'drive-1_00002']
+    means = dataset[2]['img'].float().mean(dim=(1, 2, 3)).round()[::2]
+    assert means.tolist() == [80, 40, 0, 0]  # frames 2, 1, 0, and the first again
+    assert dataset[0]['img'].float().mean().round() == 0  # no history: the frame itself
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda c: c.pop('cameras'), '"cameras" is missing'),
+    (lambda c: c['cameras']['left'].update(intrinsic=[[1, 2], [3, 4]]), 'cameras.left: "intrinsic" must be 3 x 3'),
+    (lambda c: c['cameras']['left']['camera2ego'].update(rotation=[2, 0, 0, 0]), 'unit quaternion'),
+    (lambda c: c['sequences'][0]['frames'][1].update(timestamp=0.0), 'frames[1]: timestamp'),
+    (lambda c: c['sequences'][0]['frames'][1]['images'].pop('right'), 'frames[1].images: "right" is missing'),
+    (lambda c: c['sequences'][0]['frames'][0]['images'].update(left='nowhere.jpg'), 'nowhere.jpg does not exist'),
+    (lambda c: c['sequences'][0].update(name='../x'), 'name'),
+    (lambda c: c.update(sequences=[]), 'no frames'),
+])
+def test_mistakes_are_named(tmp_path, change, words):
+    with pytest.raises(DataError) as error:
+        read_own_data(_write(tmp_path, change=change))
+    assert words in str(error.value)
