@@ -60,10 +60,11 @@ class Job(NamedTuple):
 
 
 class JobResult(NamedTuple):
-    """What the tables need to know of a job."""
+    """What the tables need to know of a job; ``categories`` by object index."""
     scene: int
     sensors: List[tables.SensorRecord]
     boxes: List[tables.BoxRecord]
+    categories: Dict[int, str]
 
 
 class _Moment(NamedTuple):
@@ -108,10 +109,11 @@ def _compile_tracers():
     """Run every compiled function once on next to nothing."""
     from .labels import mark_seen
     from .trace import PackedScene
-    from .trace_cpu import trace_image, trace_rays
+    from .trace_cpu import trace_fan, trace_image, trace_rays
     scene = PackedScene(np.zeros(1, np.int32), np.ones((1, 11), np.float32), np.zeros((5, 3), np.float32))
     trace_image(scene, np.eye(3), np.eye(3), (2, 2))
     trace_rays(scene, np.eye(3))
+    trace_fan(scene, np.eye(3), np.ones((1, 1, 3)), 10.0)
     mark_seen(np.zeros((2, 2, 2), bool), np.ones(3), np.eye(3), np.zeros((2, 2, 2), np.uint8))
 
 
@@ -145,10 +147,11 @@ def run_job(job: Job) -> JobResult:
     if o.plan.version != 'v1.0-test':
         _write_labels(job, scene)
         boxes = _boxes(job, scene)
-    return JobResult(job.scene, sensors, boxes)
+    return JobResult(job.scene, sensors, boxes, {o.index: o.type.category for o in scene.world.annotated})
 
 
 def _moments(job, delay_us, period_us, sweeps) -> List[_Moment]:
+    """The keyframe's moment, then those of its sweeps."""
     start = job.keyframe * KEYFRAME_US + delay_us
     moments = [_Moment(start, job.keyframe, True)]
     if job.options.sweeps and job.keyframe + 1 < job.options.keyframes:
@@ -174,10 +177,14 @@ def _record(job, scene, channel, moment, filename, size):
 
 def _camera_records(job, scene):
     records = []
-    for camera in scene.rig.cameras.values():
-        for moment in _moments(job, camera.delay_us, CAMERA_PERIOD_US, CAMERA_SWEEPS):
+    cameras = list(scene.rig.cameras.values())
+    moments = [_moments(job, camera.delay_us, CAMERA_PERIOD_US, CAMERA_SWEEPS) for camera in cameras]
+    for round_ in zip(*moments):    # all cameras fire within 50 ms and share one shadow map
+        shadows = scene.renderer.shadows(round_[0].offset_us * 1e-6)
+        for camera, moment in zip(cameras, round_):
             filename = _filename(job, camera.name, moment, 'jpg')
-            write_jpeg(job.options.out / filename, scene.renderer.view(camera, moment.offset_us * 1e-6).image)
+            view = scene.renderer.view(camera, moment.offset_us * 1e-6, shadows)
+            write_jpeg(job.options.out / filename, view.image)
             records.append(_record(job, scene, camera.name, moment, filename, camera.size))
     return records
 
@@ -259,13 +266,8 @@ def _scene_record(options, scene, results):
         name=name, description='Toy scene %d: a winding street with a crossing' % scene,
         timestamps=[_timestamp(scene, k * KEYFRAME_US) for k in range(options.keyframes)],
         rig=make_rig(options.seed, scene, options.size),
-        item_types=_item_types(options, scene), sensors=[r for result in results for r in result.sensors],
+        categories=results[0].categories, sensors=[r for result in results for r in result.sensors],
         boxes=[b for result in results for b in result.boxes], map_file=_map_file(name))
-
-
-def _item_types(options, scene):
-    world = ToyWorld(options.seed, scene, options.keyframes)
-    return {item.index: item.type.category for item in world.annotated}
 
 
 def default_workers() -> int:

@@ -58,20 +58,15 @@ def _disc(radius, spacing):
 
 def _box_surface(half, slope, spacing):
     hx, hy, hz = half
-    a, b, up = (_steps(2 * h, spacing) for h in half)
-    points = []
-    for level in up:
-        z = (2 * level - 1) * hz
-        wx, wy = hx - slope[0] * (z + hz), hy - slope[1] * (z + hz)
-        x, y = (2 * a - 1) * wx, (2 * b - 1) * wy
-        for sign in (-1, 1):
-            points.append(np.stack([x, np.full_like(x, sign * wy), np.full_like(x, z)], axis=1))
-            points.append(np.stack([np.full_like(y, sign * wx), y, np.full_like(y, z)], axis=1))
-    for sign in (-1, 1):
-        wx, wy = hx - slope[0] * (sign * hz + hz), hy - slope[1] * (sign * hz + hz)
-        x, y = (g.ravel() for g in np.meshgrid((2 * a - 1) * wx, (2 * b - 1) * wy))
-        points.append(np.stack([x, y, np.full_like(x, sign * hz)], axis=1))
-    return np.concatenate(points)
+    a, b, up = (2 * _steps(2 * h, spacing) - 1 for h in half)
+    lean_x, lean_y = 1 - slope[0] * hz * (up + 1) / hx, 1 - slope[1] * hz * (up + 1) / hy
+    faces = []
+    for sign in (-1.0, 1.0):
+        faces.append((hx * a * lean_x[:, None], sign * hy * lean_y[:, None], hz * up[:, None]))
+        faces.append((sign * hx * lean_x[:, None], hy * b * lean_y[:, None], hz * up[:, None]))
+        end = 0 if sign < 0 else -1
+        faces.append((hx * a * lean_x[end], hy * b[:, None] * lean_y[end], np.float64(sign * hz)))
+    return np.concatenate([np.stack(np.broadcast_arrays(*f), axis=-1).reshape(-1, 3) for f in faces])
 
 
 def _ellipsoid_surface(half, spacing):
@@ -84,12 +79,11 @@ def _ellipsoid_surface(half, spacing):
 
 
 def _cone_surface(radius, half_height, lean, spacing):
-    points = []
-    for level in _steps(2 * half_height, spacing):
-        z = (2 * level - 1) * half_height
-        r = radius - lean * (z + half_height)
-        angle = np.linspace(0, 2 * np.pi, max(int(2 * np.pi * r / spacing), 6), endpoint=False)
-        points.append(np.stack([r * np.cos(angle), r * np.sin(angle), np.full_like(angle, z)], axis=1))
+    up = 2 * _steps(2 * half_height, spacing) - 1
+    r = (radius - lean * half_height * (up + 1))[:, None]
+    angle = np.linspace(0, 2 * np.pi, max(int(2 * np.pi * radius / spacing), 6), endpoint=False)
+    side = np.stack(np.broadcast_arrays(r * np.cos(angle), r * np.sin(angle), half_height * up[:, None]), axis=-1)
+    points = [side.reshape(-1, 3)]
     for sign in (-1, 1):
         disc = _disc(radius - lean * half_height * (1 + sign), spacing)
         points.append(np.column_stack([disc, np.full(len(disc), sign * half_height)]))
@@ -112,10 +106,12 @@ def object_surface(item: ToyObject) -> np.ndarray:
     """Samples float64 [m, 3] of the outer surface of an object, in its own frame, below the top of the grid."""
     spacing = WIDE_SPACING if max(item.size) > 8 and item.type is None else SPACING
     parts = []
+    radius = item.shapes.radius
     for i in range(len(item.shapes)):
         points = sh.from_local(_shape_surface(item.shapes, i, spacing), item.shapes, i)
         points = points[points[:, 2] < GRID_HIGH[2] + 3.0]
-        for k in range(len(item.shapes)):
+        apart = np.linalg.norm(item.shapes.centre - item.shapes.centre[i], axis=1)
+        for k in np.flatnonzero(apart < radius + radius[i]):
             if k != i and len(points):
                 points = points[~sh.inside(points, item.shapes, k, margin=0.02)]
         parts.append(points)
@@ -123,6 +119,13 @@ def object_surface(item: ToyObject) -> np.ndarray:
 
 
 # ---- labels -------------------------------------------------------------------------------------------------
+
+
+def _between(rows, count):
+    """Linear interpolation of rows [n + 1, m] at the middles of ``count`` equal parts of every interval."""
+    share = ((np.arange(count) + 0.5) / count)[:, None]
+    parts = rows[:-1, None] * (1 - share) + rows[1:, None] * share
+    return parts.reshape(-1, rows.shape[1])
 
 
 class Labeller:
@@ -150,34 +153,38 @@ class Labeller:
 
     def _ground_voxels(self, ego_to_map):
         """Semantics with the ground alone."""
-        n = _SUBCELLS * GRID_SHAPE[0], _SUBCELLS * GRID_SHAPE[1]
-        x = GRID_LOW[0] + (np.arange(n[0]) + 0.5) * VOXEL / _SUBCELLS
-        y = GRID_LOW[1] + (np.arange(n[1]) + 0.5) * VOXEL / _SUBCELLS
-        x, y = np.meshgrid(x, y, indexing='ij')
-        z = self._ground_height(x, y, ego_to_map)
+        x, y = (GRID_LOW[a] + (np.arange(_SUBCELLS * GRID_SHAPE[a]) + 0.5) * VOXEL / _SUBCELLS for a in (0, 1))
+        x, y = x[:, None], y[None, :]
+        z = self._ground_height(ego_to_map)
         r, t = ego_to_map[:3, :3], ego_to_map[:3, 3]
-        codes = lookup(self.world.ground, r[0, 0] * x + r[0, 1] * y + r[0, 2] * z + t[0],
-                       r[1, 0] * x + r[1, 1] * y + r[1, 2] * z + t[1])
-        level = np.floor((z - GRID_LOW[2]) / VOXEL).astype(np.int64)
+        codes = lookup(self.world.ground, r[0, 0] * x + (r[0, 1] * y + t[0]) + r[0, 2] * z,
+                       r[1, 0] * x + (r[1, 1] * y + t[1]) + r[1, 2] * z)
+        level = np.floor((z - GRID_LOW[2]) / VOXEL).astype(np.int32)
         known = (level >= 0) & (level < GRID_SHAPE[2]) & (codes != NO_GROUND)
-        i, j = (np.arange(s) // _SUBCELLS for s in n)
-        column = (i[:, None] * GRID_SHAPE[1] + j[None, :])[known]
-        voxel = column * GRID_SHAPE[2] + level[known]
-        votes = np.bincount(voxel * 32 + GROUND_CLASS_IDS[codes[known]], minlength=np.prod(GRID_SHAPE) * 32)
-        votes = votes.reshape(GRID_SHAPE + (32,))
-        semantics = votes.argmax(axis=3).astype(np.uint8)
+        i, j = (np.arange(len(a)) // _SUBCELLS for a in (x[:, 0], y[0]))
+        voxel = (i[:, None] * GRID_SHAPE[1] + j[None, :])[known] * GRID_SHAPE[2] + level[known]
+        classes, code = np.unique(GROUND_CLASS_IDS, return_inverse=True)
+        votes = np.bincount(voxel * len(classes) + code[codes[known]], minlength=np.prod(GRID_SHAPE) * len(classes))
+        votes = votes.reshape(GRID_SHAPE + (len(classes),))
+        semantics = classes[votes.argmax(axis=3)]
         semantics[votes.sum(axis=3) < MIN_SAMPLES] = OCC3D.free_id
         return semantics
 
-    def _ground_height(self, x, y, ego_to_map):
-        """Height of the ground in the ego frame at ego coordinates x, y."""
+    def _ground_height(self, ego_to_map):
+        """Height of the ground in the ego frame at every ground sample, float64 [n, m].
+
+        It is worked out on a net of voxel corners, 2 m apart, and interpolated: the ground is that smooth.
+        """
+        stride = 5
+        x, y = np.meshgrid(*(GRID_LOW[a] + VOXEL * np.arange(0, GRID_SHAPE[a] + 1, stride) for a in (0, 1)),
+                           indexing='ij')
         r, t = ego_to_map[:3, :3], ego_to_map[:3, 3]
         z = np.zeros_like(x)
         for _ in range(2):
             mx = r[0, 0] * x + r[0, 1] * y + r[0, 2] * z + t[0]
             my = r[1, 0] * x + r[1, 1] * y + r[1, 2] * z + t[1]
             z = z + (self.world.waves.height(mx, my) - (r[2, 0] * x + r[2, 1] * y + r[2, 2] * z + t[2])) / r[2, 2]
-        return z
+        return _between(_between(z, stride * _SUBCELLS).T, stride * _SUBCELLS).T
 
     def _object_voxels(self, t, ego_to_map):
         """Voxels (flat indices) with an object's surface, and the index of that object."""

@@ -5,7 +5,7 @@ import numpy as np
 
 from .rig import LIDAR_AZIMUTHS, LIDAR_RANGE, Rig, lidar_directions
 from .trace import SKY, pack_scene
-from .trace_cpu import trace_rays
+from .trace_cpu import trace_fan, trace_rays
 from .world import ToyObject, ToyWorld
 
 _NOISE_METRES = 0.01
@@ -28,7 +28,8 @@ def scan(world: ToyWorld, rig: Rig, t: float, rng, azimuths: int = LIDAR_AZIMUTH
     table = world.shapes_at(t, to_map[:3, 3], LIDAR_RANGE)
     rays, ring = lidar_directions(azimuths)
     scene = pack_scene(table, world.waves, to_map[:3, 3])
-    distance, hit = trace_rays(scene, rays @ to_map[:3, :3].T, LIDAR_RANGE)
+    directions = (rays @ to_map[:3, :3].T).reshape(azimuths, -1, 3)
+    distance, hit = (a.reshape(-1) for a in trace_fan(scene, to_map[:3, :3], directions, LIDAR_RANGE))
     distance += rng.normal(0.0, _NOISE_METRES, len(rays))
     owner = np.where(hit >= 0, table.owner[np.maximum(hit, 0)], hit)
     brightness = np.where(hit >= 0, 255.0 * table.colour[np.maximum(hit, 0)].mean(axis=1), 40.0)

@@ -99,7 +99,7 @@ def truck(rng) -> List[Shape]:
     hl, hw = length / 2, width / 2
     split = hl - 1.9
     return [
-        _block((-hl + 0.05, hl), (-0.8 * hw, 0.8 * hw), (0.45, 0.85), (0.15, 0.15, 0.16)),
+        _block((-hl + 0.05, hl - 0.06), (-0.8 * hw, 0.8 * hw), (0.45, 0.85), (0.15, 0.15, 0.16)),
         _block((split + 0.1, hl - 0.03), (-0.96 * hw, 0.96 * hw), (0.5, 1.5), cab),
         _block((split + 0.1, hl - 0.03), (-0.94 * hw, 0.94 * hw), (1.5, 2.15), GLASS_BLUE, GLASS, (0.9, 0.95)),
         _block((split + 0.1, hl - 0.25), (-0.88 * hw, 0.88 * hw), (2.15, 2.4), cab),

@@ -89,27 +89,28 @@ def paint_map(road: Road, zones, crossing: float) -> np.ndarray:
     image = np.full((rows, columns), GRASS, dtype=np.uint8)
     d = np.arange(-PAINTED_REACH, PAINTED_REACH, 0.06)
     for first in np.arange(road.s[0], road.s[-1], 20.0):
-        s = np.arange(first, min(first + 20.0, road.s[-1]), 0.05)
-        grid_s, grid_d = np.meshgrid(s, d, indexing='ij')
-        x, y, _ = road.at(grid_s, grid_d)
-        image[(y / CELL).astype(int), (x / CELL).astype(int)] = _codes(grid_s, grid_d, zones)
+        s = np.arange(first, min(first + 20.0, road.s[-1]), 0.06)[:, None]
+        x, y, heading = road.at(s, 0.0)
+        row = ((y + d * np.cos(heading)) / CELL).astype(np.int32)
+        column = ((x - d * np.sin(heading)) / CELL).astype(np.int32)
+        image[row, column] = _codes(s, d[None, :], zones)
     _paint_cross_street(image, road, crossing)
     return image
 
 
 def _codes(s, d, zones):
-    """Ground codes at road coordinates (s, d)."""
+    """Ground codes [len(s), len(d)] at road coordinates s [n, 1], d [1, m]."""
     wide = np.abs(d)
-    codes = np.full(s.shape, GRASS, dtype=np.uint8)
+    codes = np.full((s.shape[0], d.shape[1]), GRASS, dtype=np.uint8)
     for zone in zones:
         code = {'park': GRASS, 'dirt': DIRT, 'plaza': TILES, 'building': PAVING}[zone.kind]
         reach = {'park': 40.0, 'dirt': 26.0, 'plaza': 22.0, 'building': 12.0}[zone.kind]
-        codes[(s >= zone.start) & (s < zone.end) & (d * zone.side > 0) & (wide < reach)] = code
-    codes[wide < SIDEWALK_EDGE] = PAVING
-    codes[wide < ROAD_EDGE + 0.2] = KERB
-    codes[wide < ROAD_EDGE] = ASPHALT
-    codes[(np.abs(wide - LANE_WIDTH) < 0.08) & (np.mod(s, 6.0) < 3.0)] = WHITE_PAINT
-    codes[wide < 0.10] = YELLOW_PAINT
+        rows, columns = (s[:, 0] >= zone.start) & (s[:, 0] < zone.end), (d[0] * zone.side > 0) & (wide[0] < reach)
+        codes[np.ix_(rows, columns)] = code
+    for code, reach in ((PAVING, SIDEWALK_EDGE), (KERB, ROAD_EDGE + 0.2), (ASPHALT, ROAD_EDGE)):
+        codes[:, wide[0] < reach] = code
+    codes[np.ix_(np.mod(s[:, 0], 6.0) < 3.0, np.abs(wide[0] - LANE_WIDTH) < 0.08)] = WHITE_PAINT
+    codes[:, wide[0] < 0.10] = YELLOW_PAINT
     return codes
 
 

@@ -67,7 +67,7 @@ class SceneRecord(NamedTuple):
         description: a few words.
         timestamps: of the keyframes, microseconds.
         rig: calibration.
-        item_types: object index -> key of ``OBJECT_TYPES``' values by category.
+        categories: category of every annotated object, by its index in the scene.
         sensors, boxes: in any order.
         map_file: relative to the data root.
     """
@@ -75,7 +75,7 @@ class SceneRecord(NamedTuple):
     description: str
     timestamps: Sequence[int]
     rig: Rig
-    item_types: Dict[int, str]
+    categories: Dict[int, str]
     sensors: List[SensorRecord]
     boxes: List[BoxRecord]
     map_file: str
@@ -188,7 +188,7 @@ class TableWriter:
         for item, boxes in by_item.items():
             instance = instance_token(self._seed, scene.name, item)
             keys = [self.token('annotation', scene.name, item, b.keyframe) for b in boxes]
-            category = scene.item_types[item]
+            category = scene.categories[item]
             self._add('instance', instance, category_token=self.token('category', category),
                       nbr_annotations=len(boxes), first_annotation_token=keys[0], last_annotation_token=keys[-1])
             for k, box in enumerate(boxes):

@@ -1,7 +1,7 @@
 """Ray tracing of shapes and ground on the CPU (numba, compiled on first use and cached).
 
-``trace_image`` tests each shape only against the pixels of its image bounds; ``trace_rays`` takes any bundle of
-rays from one point. Both report a distance t (the hit is t * direction) and a hit index.
+``trace_image`` tests each shape only against the pixels of its image bounds, ``trace_fan`` only against the columns
+of a scan that may meet it; ``trace_rays`` takes any bundle of rays from one point. All report a distance t (the hit is t * direction) and a hit index.
 """
 import math
 from typing import Tuple
@@ -78,8 +78,8 @@ def _hit_cone(ox, oy, oz, dx, dy, dz, radius, hz, lean):
 @_jit
 def _hit_shape(kind, s, dx, dy, dz):
     """Distance to shape ``s`` (its row of numbers) from the origin along (dx, dy, dz); _MISS if none."""
-    c, n = s[3], s[4]
-    ox, oy, oz = -(c * s[0] + n * s[1]), n * s[0] - c * s[1], -s[2]
+    c, n = float(s[3]), float(s[4])
+    ox, oy, oz = -(c * s[0] + n * s[1]), n * s[0] - c * s[1], -float(s[2])
     lx, ly = c * dx + n * dy, c * dy - n * dx
     if kind == BOX:
         return _hit_box(ox, oy, oz, lx, ly, dz, s[5], s[6], s[7], s[8], s[9])
@@ -145,16 +145,20 @@ def _bounds(s, rotation, fx, fy, cx, cy, width, height, near):
 
 
 @_jit
-def _trace_image(kind, numbers, waves, rotation, fx, fy, cx, cy, distance, hit):
+def _trace_image(kind, numbers, waves, rotation, fx, fy, cx, cy, ground, distance, hit):
     height, width = distance.shape
     distance[:] = FAR
     hit[:] = SKY
-    for i in range(len(kind)):
+    nearest = rotation[0, 2] * numbers[:, 0] + rotation[1, 2] * numbers[:, 1] + rotation[2, 2] * numbers[:, 2] \
+        - numbers[:, 10]
+    for i in np.argsort(nearest):       # front to back, so that hidden shapes are skipped
         s = numbers[i]
         c0, c1, r0, r1 = _bounds(s, rotation, fx, fy, cx, cy, width, height, NEAR)
         for r in range(r0, r1):
             v = (r + 0.5 - cy) / fy
             for c in range(c0, c1):
+                if distance[r, c] < nearest[i]:
+                    continue
                 u = (c + 0.5 - cx) / fx
                 t = _hit_shape(kind[i], s, rotation[0, 0] * u + rotation[0, 1] * v + rotation[0, 2],
                                rotation[1, 0] * u + rotation[1, 1] * v + rotation[1, 2],
@@ -162,6 +166,8 @@ def _trace_image(kind, numbers, waves, rotation, fx, fy, cx, cy, distance, hit):
                 if t < distance[r, c]:
                     distance[r, c] = t
                     hit[r, c] = i
+    if not ground:
+        return
     for r in range(height):
         v = (r + 0.5 - cy) / fy
         for c in range(width):
@@ -174,8 +180,8 @@ def _trace_image(kind, numbers, waves, rotation, fx, fy, cx, cy, distance, hit):
                 hit[r, c] = GROUND
 
 
-def trace_image(scene: PackedScene, rotation: np.ndarray, intrinsic: np.ndarray,
-                size: Tuple[int, int]) -> Tuple[np.ndarray, np.ndarray]:
+def trace_image(scene: PackedScene, rotation: np.ndarray, intrinsic: np.ndarray, size: Tuple[int, int],
+                ground: bool = True) -> Tuple[np.ndarray, np.ndarray]:
     """What every pixel of a camera at the scene's viewpoint sees.
 
     Args:
@@ -183,6 +189,7 @@ def trace_image(scene: PackedScene, rotation: np.ndarray, intrinsic: np.ndarray,
         rotation: float64 [3, 3], camera frame to map axes.
         intrinsic: float64 [3, 3].
         size: (width, height).
+        ground: look for the ground too.
 
     Returns:
         depth float32 [height, width] along the optical axis, metres (FAR: nothing hit), and hit int32
@@ -191,7 +198,59 @@ def trace_image(scene: PackedScene, rotation: np.ndarray, intrinsic: np.ndarray,
     distance, hit = np.empty(size[::-1], dtype=np.float32), np.empty(size[::-1], dtype=np.int32)
     rotation = np.ascontiguousarray(rotation, dtype=np.float64)
     fx, fy, cx, cy = (float(intrinsic[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    _trace_image(scene.kind, scene.numbers, scene.waves, rotation, fx, fy, cx, cy, distance, hit)
+    _trace_image(scene.kind, scene.numbers, scene.waves, rotation, fx, fy, cx, cy, ground, distance, hit)
+    return distance, hit
+
+
+@_jit
+def _trace_fan(kind, numbers, waves, axes, directions, limit, distance, hit):
+    columns, rings = distance.shape
+    distance[:] = limit
+    hit[:] = SKY
+    for i in range(len(kind)):
+        s = numbers[i]
+        x = axes[0, 0] * s[0] + axes[1, 0] * s[1] + axes[2, 0] * s[2]
+        y = axes[0, 1] * s[0] + axes[1, 1] * s[1] + axes[2, 1] * s[2]
+        across = math.sqrt(x * x + y * y)
+        first, count = 0, columns
+        if across > s[10]:
+            middle, reach = math.atan2(y, x) * columns / (2 * math.pi), math.asin(s[10] / across) * columns / (2 * math.pi)
+            first = int(math.floor(middle - reach))
+            count = min(int(math.ceil(middle + reach)) - first + 1, columns)
+        square = s[0] * s[0] + s[1] * s[1] + s[2] * s[2] - s[10] * s[10]
+        for k in range(first, first + count):
+            column = k % columns
+            for r in range(rings):
+                dx, dy, dz = directions[column, r, 0], directions[column, r, 1], directions[column, r, 2]
+                along = s[0] * dx + s[1] * dy + s[2] * dz
+                if along * along < square or along - s[10] > distance[column, r]:
+                    continue
+                t = _hit_shape(kind[i], s, dx, dy, dz)
+                if t < distance[column, r]:
+                    distance[column, r], hit[column, r] = t, i
+    for column in range(columns):
+        for r in range(rings):
+            t = _hit_ground(waves, directions[column, r, 0], directions[column, r, 1], directions[column, r, 2],
+                            distance[column, r])
+            if t < distance[column, r]:
+                distance[column, r], hit[column, r] = t, GROUND
+
+
+def trace_fan(scene: PackedScene, axes: np.ndarray, directions: np.ndarray,
+              limit: float) -> Tuple[np.ndarray, np.ndarray]:
+    """What the rays of a turning scanner at the scene's viewpoint meet within ``limit`` metres.
+
+    Args:
+        axes: float64 [3, 3], scanner frame to map axes.
+        directions: float64 [columns, rings, 3] unit vectors, map axes; the rays of column k point at azimuth
+            2 pi k / columns of the scanner frame.
+
+    Returns:
+        distance float64 [columns, rings], metres (``limit`` where nothing is hit), and hit int32 of that shape.
+    """
+    distance, hit = np.empty(directions.shape[:2]), np.empty(directions.shape[:2], dtype=np.int32)
+    _trace_fan(scene.kind, scene.numbers, scene.waves, np.ascontiguousarray(axes, dtype=np.float64),
+               np.ascontiguousarray(directions, dtype=np.float64), float(limit), distance, hit)
     return distance, hit
 
 

@@ -1,35 +1,41 @@
 """Which voxels rays pass on their way to the first occupied one (numba, compiled on first use and cached)."""
+import math
+
 import numba
 import numpy as np
 
 
 @numba.njit(cache=True, nogil=True)
+def _first_border(origin, direction):
+    """Voxel index, step, distance to the next voxel border and between borders, along one axis."""
+    cell = int(math.floor(origin))
+    if direction > 0.0:
+        return cell, 1, (cell + 1 - origin) / direction, 1.0 / direction
+    if direction < 0.0:
+        return cell, -1, (cell - origin) / direction, -1.0 / direction
+    return cell, 0, math.inf, math.inf
+
+
+@numba.njit(cache=True, nogil=True)
 def _mark_seen(occupied, origin, rays, seen):
-    shape = occupied.shape
+    nx, ny, nz = occupied.shape
     for r in range(len(rays)):
-        cell = np.empty(3, np.int64)
-        step = np.empty(3, np.int64)
-        ahead, stride = np.empty(3), np.empty(3)
-        for a in range(3):
-            cell[a] = int(np.floor(origin[a]))
-            direction = rays[r, a]
-            step[a] = 1 if direction > 0 else -1
-            if direction == 0.0:
-                ahead[a], stride[a] = np.inf, np.inf
-            else:
-                border = cell[a] + (1 if direction > 0 else 0)
-                ahead[a], stride[a] = (border - origin[a]) / direction, abs(1.0 / direction)
-        while 0 <= cell[0] < shape[0] and 0 <= cell[1] < shape[1] and 0 <= cell[2] < shape[2]:
-            seen[cell[0], cell[1], cell[2]] = 1
-            if occupied[cell[0], cell[1], cell[2]]:
+        x, step_x, next_x, stride_x = _first_border(origin[0], rays[r, 0])
+        y, step_y, next_y, stride_y = _first_border(origin[1], rays[r, 1])
+        z, step_z, next_z, stride_z = _first_border(origin[2], rays[r, 2])
+        while 0 <= x < nx and 0 <= y < ny and 0 <= z < nz:
+            seen[x, y, z] = 1
+            if occupied[x, y, z]:
                 break
-            a = 0
-            if ahead[1] < ahead[a]:
-                a = 1
-            if ahead[2] < ahead[a]:
-                a = 2
-            cell[a] += step[a]
-            ahead[a] += stride[a]
+            if next_x <= next_y and next_x <= next_z:
+                x += step_x
+                next_x += stride_x
+            elif next_y <= next_z:
+                y += step_y
+                next_y += stride_y
+            else:
+                z += step_z
+                next_z += stride_z
 
 
 def mark_seen(occupied: np.ndarray, origin: np.ndarray, rays: np.ndarray, seen: np.ndarray) -> None:
