@@ -1,1 +1,1 @@
-"""Custom operators: per operator one folder with wrapper, PyTorch reference, autograd Function, binding and kernel."""
+"""Custom operators, a folder each: wrapper, PyTorch reference, autograd Function, binding and kernel."""

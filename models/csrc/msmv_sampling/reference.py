@@ -1,10 +1,12 @@
-"""Multi-view, multi-scale sampling in plain PyTorch: the definition of the operator, and what CPU tensors run.
+"""Multi-view, multi-scale sampling in plain PyTorch: the definition of the operator; CPU tensors run it.
 
 Shapes: B batch, T frames, N cameras, L pyramid levels, Q queries, G groups, P points per group, C channels.
 
 Every point is sampled in one camera only, so nothing is computed for the other cameras. Per level the four
 corners of all points are one ``embedding_bag`` over the map's rows: forward stores no gathered rows, and the
 gradients of the bilinear weights (hence of points and level weights) and of the map come from its backward.
+
+Positions, matrices and weights have one dtype, float32 or float64, which is also the type of all sums.
 """
 from typing import List, NamedTuple, Sequence, Tuple
 
@@ -25,12 +27,8 @@ class ViewLocations(NamedTuple):
     views: Tensor
 
 
-def geometry_dtype(points: Tensor) -> torch.dtype:
-    """Points, matrices and weights are computed in float32 (float64 when the points are), whatever the features."""
-    return torch.float64 if points.dtype == torch.float64 else torch.float32
-
-
-def locate_points(points: Tensor, ego2img: Tensor, image_size: Tuple[int, int], num_cameras: int) -> ViewLocations:
+def locate_points(points: Tensor, ego2img: Tensor, image_size: Tuple[int, int],
+                  num_cameras: int) -> ViewLocations:
     """Project points into every frame and choose the first camera that sees each.
 
     Args:
@@ -43,9 +41,8 @@ def locate_points(points: Tensor, ego2img: Tensor, image_size: Tuple[int, int], 
     """
     batch, queries, groups, per_group, _ = points.shape
     frames = ego2img.shape[1] // num_cameras
-    dtype = geometry_dtype(points)
-    matrices = ego2img.to(dtype)[..., :3, :].reshape(batch, frames, num_cameras, 12)
-    flat = points.to(dtype).reshape(batch, 1, -1, 3)
+    matrices = ego2img[..., :3, :].reshape(batch, frames, num_cameras, 12)
+    flat = points.reshape(batch, 1, queries * groups * per_group, 3)
     with torch.no_grad():
         views = _first_valid_view(flat, matrices, image_size)
     chosen = matrices.gather(2, views.unsqueeze(-1).expand(-1, -1, -1, 12))
@@ -76,7 +73,7 @@ def _project(points: Tensor, matrices: Tensor, image_size: Tuple[int, int]) -> T
     u, v, depth = [a[r] * x + a[r + 1] * y + a[r + 2] * z + a[r + 3] for r in (0, 4, 8)]
     height, width = image_size
     clamped = depth.clamp(min=DEPTH_EPS)
-    return torch.stack([u / clamped / width, v / clamped / height], dim=-1), depth
+    return torch.stack([u / clamped * (1.0 / width), v / clamped * (1.0 / height)], dim=-1), depth
 
 
 def spread_level_weights(level_logits: Tensor, num_frames: int, published_weight_order: bool) -> Tensor:
@@ -88,11 +85,10 @@ def spread_level_weights(level_logits: Tensor, num_frames: int, published_weight
             were trained with; otherwise those of its own group g.
 
     Returns:
-        [B, Q, G, T, P, L], float32 or float64.
+        [B, Q, G, T, P, L].
     """
     groups = level_logits.shape[2]
-    dtype = geometry_dtype(level_logits)
-    weights = F.softmax(level_logits.to(dtype), dim=-1)
+    weights = F.softmax(level_logits, dim=-1)
     if not published_weight_order:
         return weights.unsqueeze(3).expand(-1, -1, -1, num_frames, -1, -1)
     source = published_weight_groups(num_frames, groups, level_logits.device)
@@ -121,21 +117,19 @@ def sample_views_reference(features: Sequence[Tensor], uv: Tensor, views: Tensor
         num_cameras: N.
 
     Returns:
-        [B, Q, G, T*P, C/G] in the dtype of the features, accumulated in float32 (float64 for float64).
+        [B, Q, G, T*P, C/G] in the dtype of the features.
     """
     batch, queries, groups, frames, per_group, _ = uv.shape
-    dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-    uv, weights = uv.to(dtype), weights.to(dtype)
     images = _image_index(views, num_cameras)
     total = None
     for level, feature in enumerate(features):
         corners, corner_weights = _corners(uv, images, feature.shape[2], feature.shape[3])
         corner_weights = corner_weights * weights[..., level].unsqueeze(-1)
-        rows = feature.to(dtype).reshape(-1, feature.shape[4] // groups)
+        rows = feature.to(uv.dtype).reshape(-1, feature.shape[4] // groups)
         group = torch.arange(groups, device=uv.device).view(1, 1, groups, 1, 1, 1)
         samples = _weighted_rows(rows, corners * groups + group, corner_weights)
         total = samples if total is None else total + samples
-    return total.reshape(batch, queries, groups, frames * per_group, -1).to(features[0].dtype)
+    return total.reshape(batch, queries, groups, frames * per_group, total.shape[-1]).to(features[0].dtype)
 
 
 def _image_index(views: Tensor, num_cameras: int) -> Tensor:
@@ -147,7 +141,7 @@ def _image_index(views: Tensor, num_cameras: int) -> Tensor:
 
 
 def _corners(uv: Tensor, images: Tensor, height: int, width: int) -> Tuple[Tensor, Tensor]:
-    """Pixel index [..., 4] over all images, and bilinear weight [..., 4] (0 outside the map), of the four corners."""
+    """Per corner the pixel index [..., 4] over all images and the bilinear weight [..., 4] (0 outside the map)."""
     x0, x1, weight_x0, weight_x1 = _axis_corners(uv[..., 0], width)
     y0, y1, weight_y0, weight_y1 = _axis_corners(uv[..., 1], height)
     row0, row1 = (images * height + y0) * width, (images * height + y1) * width
@@ -175,12 +169,14 @@ def _weighted_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """sum_k weights[..., k] * rows[index[..., k]] -> [slots, channels of a row]."""
     if index.numel() == 0:
         return rows.new_zeros(0, rows.shape[1]) + 0 * (rows.sum() + weights.sum())
+    if weights.requires_grad and not rows.requires_grad:
+        rows = rows.detach().requires_grad_()  # before PyTorch 2.1 only-weights fails
     return F.embedding_bag(index.reshape(-1, index.shape[-1]), rows, mode='sum',
                            per_sample_weights=weights.reshape(-1, weights.shape[-1]))
 
 
-def sample_multi_view_reference(features: Sequence[Tensor], points: Tensor, ego2img: Tensor, level_logits: Tensor,
-                                image_size: Tuple[int, int], num_cameras: int,
+def sample_multi_view_reference(features: Sequence[Tensor], points: Tensor, ego2img: Tensor,
+                                level_logits: Tensor, image_size: Tuple[int, int], num_cameras: int,
                                 published_weight_order: bool = True) -> Tensor:
     """The fused operator as a chain of the steps above; see ``sample_multi_view``."""
     located = locate_points(points, ego2img, image_size, num_cameras)

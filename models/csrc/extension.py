@@ -1,0 +1,59 @@
+"""Finding the compiled operators: loaded on first use, and one clear sentence where they are missing."""
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import Optional
+
+import torch
+
+BUILD_COMMAND = 'cd models/csrc && python setup.py build_ext --inplace'
+
+# What the Python side of each operator expects of `interface_version` in its extension.
+INTERFACE_VERSIONS = {'_msmv_sampling': 1}
+
+
+def find_kernels(name: str, device: torch.device) -> Optional[ModuleType]:
+    """The extension ``models.csrc.<name>`` if it can run on the device, else None.
+
+    On a CUDA device without usable extension this warns, once per process and reason.
+    """
+    if device.type != 'cuda':
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _load_for_device(name, index)
+
+
+@functools.lru_cache(maxsize=None)
+def _load_for_device(name: str, index: int) -> Optional[ModuleType]:
+    module = _load(name)
+    if module is None:
+        return None
+    with torch.cuda.device(index):
+        if module.runs_on_current_device():
+            return module
+    capability = '%d.%d' % torch.cuda.get_device_capability(index)
+    _warn(name, 'was built for other GPUs than this one (compute capability %s)' % capability)
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def _load(name: str) -> Optional[ModuleType]:
+    full_name = 'models.csrc.' + name
+    try:
+        module = importlib.import_module(full_name)
+    except ModuleNotFoundError:
+        _warn(name, 'is not built')
+        return None
+    except ImportError as error:
+        _warn(name, 'cannot be loaded (%s)' % str(error).splitlines()[0])
+        return None
+    if getattr(module, 'interface_version', None) != INTERFACE_VERSIONS[name]:
+        _warn(name, 'was built from other sources than these')
+        return None
+    return module
+
+
+def _warn(name: str, problem: str) -> None:
+    warnings.warn('models.csrc.%s %s, so the GPU runs the slower PyTorch version of its operators; '
+                  'to build it: %s' % (name, problem, BUILD_COMMAND), RuntimeWarning, stacklevel=2)

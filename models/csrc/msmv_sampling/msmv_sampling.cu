@@ -1,0 +1,374 @@
+// Checks, allocations and launches of the sampling kernels.
+#include "msmv_sampling.h"
+
+#include <ATen/Dispatch.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <limits>
+
+#include "sampling_kernels.h"
+
+namespace sparseocc {
+namespace {
+
+using at::Tensor;
+using Tensors = std::vector<Tensor>;
+
+at::ScalarType real_type(const Tensor& features) {
+  return features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check_real(const Tensor& tensor, const char* name, const Tensor& like) {
+  TORCH_CHECK(tensor.device() == like.device(), name, " is on ", tensor.device(), " but the features are on ",
+              like.device(), "; move it there.");
+  TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() on it.");
+  TORCH_CHECK(tensor.scalar_type() == real_type(like), name, " must be ", real_type(like), " but is ",
+              tensor.scalar_type(), "; convert it.");
+}
+
+void check_features(const Tensors& features, int64_t num_cameras) {
+  TORCH_CHECK(!features.empty() && features.size() <= static_cast<size_t>(kMaxLevels),
+              "features must hold 1 to ", kMaxLevels, " levels but holds ", features.size(),
+              "; use the PyTorch reference for more.");
+  TORCH_CHECK(features[0].is_cuda(),
+              "features must be on a CUDA device; CPU tensors take the PyTorch reference.");
+  for (const Tensor& level : features) {
+    TORCH_CHECK(level.dim() == 5 && level.size(0) == features[0].size(0) &&
+                    level.size(1) == features[0].size(1) && level.size(4) == features[0].size(4),
+                "every level of features must be [B, T*N, H, W, C] with equal B, T*N and C, but one is ",
+                level.sizes(), "; reshape it.");
+    TORCH_CHECK(
+        level.size(2) > 0 && level.size(3) > 0 && level.size(2) <= std::numeric_limits<int>::max() / 2 &&
+            level.size(3) <= std::numeric_limits<int>::max() / 2,
+        "a level of features has height and width ", level.sizes().slice(2, 2), "; both must be positive.");
+    TORCH_CHECK(level.scalar_type() == features[0].scalar_type() && level.device() == features[0].device(),
+                "all levels of features must have one type and device; convert or move them.");
+    TORCH_CHECK(level.stride(4) == 1 || level.size(4) == 1,
+                "features must have contiguous channels (channels last).");
+  }
+  TORCH_CHECK(num_cameras > 0 && features[0].size(1) % num_cameras == 0, "features hold ",
+              features[0].size(1), " images, which is not a multiple of num_cameras = ", num_cameras, ".");
+}
+
+SamplingShape make_shape(const Tensors& features, const Tensor& points, int64_t points_per_group,
+                         int64_t num_cameras) {
+  const int64_t channels = features[0].size(4), groups = points.size(2);
+  TORCH_CHECK(points.size(0) == features[0].size(0), "features hold ", features[0].size(0),
+              " samples, the points ", points.size(0), "; they must be equal.");
+  TORCH_CHECK(groups > 0 && channels % groups == 0, "features have ", channels, " channels, which ", groups,
+              " groups do not divide.");
+  TORCH_CHECK(points.size(1) <= std::numeric_limits<int>::max() / 4, "too many queries: ", points.size(1),
+              ".");
+  SamplingShape shape;
+  shape.batch = points.size(0);
+  shape.queries = points.size(1);
+  shape.groups = groups;
+  shape.frames = features[0].size(1) / num_cameras;
+  shape.points = points_per_group;
+  shape.cameras = num_cameras;
+  shape.levels = features.size();
+  shape.channels = channels / groups;
+  return shape;
+}
+
+void check_last_sizes(const Tensor& tensor, const char* name, at::IntArrayRef expected) {
+  TORCH_CHECK(tensor.sizes() == expected, name, " must be ", expected, " but is ", tensor.sizes(), ".");
+}
+
+FeatureLevel make_level(const Tensor& feature) {
+  FeatureLevel level;
+  level.data = feature.data_ptr();
+  level.stride_batch = feature.stride(0);
+  level.stride_image = feature.stride(1);
+  level.stride_row = feature.stride(2);
+  level.stride_column = feature.stride(3);
+  level.height = feature.size(2);
+  level.width = feature.size(3);
+  return level;
+}
+
+// Whether every row of channels starts at a multiple of 16 bytes, so that it can be moved 16 bytes at a time.
+bool rows_are_aligned(const Tensor& feature, int vector) {
+  if (reinterpret_cast<uintptr_t>(feature.data_ptr()) % 16 != 0) return false;
+  for (int64_t dim = 0; dim < 4; ++dim)
+    if (feature.size(dim) > 1 && feature.stride(dim) % vector != 0) return false;
+  return true;
+}
+
+bool can_vectorise(const Tensors& features, const SamplingShape& shape, int vector) {
+  if (shape.channels % vector != 0) return false;
+  for (const Tensor& level : features)
+    if (!rows_are_aligned(level, vector)) return false;
+  return true;
+}
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+Schedule plan(const SamplingShape& shape, int vector) {
+  const Schedule schedule = make_schedule(shape, vector, 32 * static_cast<int64_t>(multiprocessors()));
+  TORCH_CHECK(count_blocks(shape, schedule) <= std::numeric_limits<int>::max(),
+              "too many points for one launch; use a smaller batch.");
+  return schedule;
+}
+
+bool is_empty(const SamplingShape& shape) {
+  return static_cast<int64_t>(shape.batch) * shape.queries * shape.frames * shape.points * shape.channels ==
+         0;
+}
+
+template <typename real>
+SlotSource<real> fused_source(const Tensor& points, const Tensor& ego2img, const Tensor& level_logits,
+                              double height, double width, bool published_weight_order) {
+  SlotSource<real> source = {};
+  source.points = points.data_ptr<real>();
+  source.ego2img = ego2img.data_ptr<real>();
+  source.level_logits = level_logits.data_ptr<real>();
+  source.inverse_width = static_cast<real>(1.0 / width);
+  source.inverse_height = static_cast<real>(1.0 / height);
+  source.published_weight_order = published_weight_order;
+  return source;
+}
+
+template <typename real>
+SlotSource<real> given_source(const Tensor& uv, const Tensor& views, const Tensor& weights) {
+  SlotSource<real> source = {};
+  source.uv = uv.data_ptr<real>();
+  source.views = views.data_ptr<int64_t>();
+  source.weights = weights.data_ptr<real>();
+  return source;
+}
+
+template <bool kFused, typename scalar_t>
+Tensor launch_forward(const Tensors& features, const SamplingShape& shape,
+                      const SlotSource<typename Accumulate<scalar_t>::type>& source) {
+  using real = typename Accumulate<scalar_t>::type;
+  constexpr int kVector = 16 / sizeof(scalar_t);
+  Tensor output = at::empty({shape.batch, shape.queries, shape.groups,
+                             static_cast<int64_t>(shape.frames) * shape.points, shape.channels},
+                            features[0].options().memory_format(at::MemoryFormat::Contiguous));
+  if (is_empty(shape)) return output;
+  const bool vectorise = can_vectorise(features, shape, kVector);
+  ForwardArguments<scalar_t> arguments;
+  arguments.shape = shape;
+  arguments.schedule = plan(shape, vectorise ? kVector : 1);
+  arguments.source = source;
+  for (int l = 0; l < shape.levels; ++l) arguments.level[l] = make_level(features[l]);
+  arguments.output = output.data_ptr<scalar_t>();
+  const size_t shared = kWarpsPerBlock * warp_shared_bytes<real>(shape.levels, false);
+  const auto blocks = static_cast<unsigned>(count_blocks(shape, arguments.schedule));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  if (vectorise) {
+    sampling_forward_kernel<scalar_t, kVector, kFused><<<blocks, kThreads, shared, stream>>>(arguments);
+  } else {
+    sampling_forward_kernel<scalar_t, 1, kFused><<<blocks, kThreads, shared, stream>>>(arguments);
+  }
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return output;
+}
+
+// Launches the backward kernel; grad_position and grad_weights undefined: not wanted. Returns the features'
+// gradients.
+template <bool kFused, typename scalar_t>
+Tensors launch_backward(const Tensor& grad_output, const Tensors& features, const SamplingShape& shape,
+                        const SlotSource<typename Accumulate<scalar_t>::type>& source,
+                        const Tensor& grad_position, const Tensor& grad_weights, bool wants_features) {
+  using real = typename Accumulate<scalar_t>::type;
+  constexpr int kVector = 16 / sizeof(scalar_t);
+  BackwardArguments<scalar_t> arguments;
+  Tensors grads;
+  for (int l = 0; l < shape.levels; ++l) {
+    arguments.level[l] = make_level(features[l]);
+    arguments.grad_features[l] = nullptr;
+    if (!wants_features) continue;
+    grads.push_back(at::zeros(features[l].sizes(), features[l].options().dtype(real_type(features[l]))));
+    arguments.grad_features[l] = grads[l].template data_ptr<real>();
+  }
+  if (is_empty(shape)) return grads;
+  const bool vectorise = can_vectorise(features, shape, kVector) && rows_are_aligned(grad_output, kVector);
+  arguments.shape = shape;
+  arguments.schedule = plan(shape, vectorise ? kVector : 1);
+  arguments.source = source;
+  arguments.grad_output = grad_output.data_ptr<scalar_t>();
+  arguments.grad_position = grad_position.defined() ? grad_position.data_ptr<real>() : nullptr;
+  arguments.grad_weights = grad_weights.defined() ? grad_weights.data_ptr<real>() : nullptr;
+  const size_t shared = kWarpsPerBlock * warp_shared_bytes<real>(shape.levels, true);
+  const auto blocks = static_cast<unsigned>(count_blocks(shape, arguments.schedule));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  if (vectorise) {
+    sampling_backward_kernel<scalar_t, kVector, kFused><<<blocks, kThreads, shared, stream>>>(arguments);
+  } else {
+    sampling_backward_kernel<scalar_t, 1, kFused><<<blocks, kThreads, shared, stream>>>(arguments);
+  }
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return grads;
+}
+
+template <typename real>
+void launch_reduce(const SamplingShape& shape, bool published_weight_order, const Tensor& level_logits,
+                   const Tensor& slot_grad_point, const Tensor& slot_grad_weight, const Tensor& grad_points,
+                   const Tensor& grad_logits) {
+  const int64_t total = grad_points.numel() / 3;
+  if (total == 0) return;
+  ReduceArguments<real> arguments;
+  arguments.shape = shape;
+  arguments.published_weight_order = published_weight_order;
+  arguments.level_logits = level_logits.data_ptr<real>();
+  arguments.slot_grad_point = slot_grad_point.data_ptr<real>();
+  arguments.slot_grad_weight = slot_grad_weight.data_ptr<real>();
+  arguments.grad_points = grad_points.data_ptr<real>();
+  arguments.grad_logits = grad_logits.data_ptr<real>();
+  const int64_t blocks = (total + kThreads - 1) / kThreads;
+  TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too many points for one launch: ", total, ".");
+  sampling_reduce_kernel<real>
+      <<<static_cast<unsigned>(blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(arguments);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// The gradients in the order that autograd.py expects, the features' in the features' own type.
+Tensors collect(const Tensor& first, const Tensor& second, const Tensors& grads, const Tensor& like) {
+  Tensors result = {first, second};
+  for (const Tensor& grad : grads) result.push_back(grad.to(like.scalar_type()));
+  return result;
+}
+
+SamplingShape check_fused(const Tensors& features, const Tensor& points, const Tensor& ego2img,
+                          const Tensor& level_logits, int64_t num_cameras) {
+  check_features(features, num_cameras);
+  check_real(points, "points", features[0]);
+  check_real(ego2img, "ego2img", features[0]);
+  check_real(level_logits, "level_logits", features[0]);
+  TORCH_CHECK(points.dim() == 5 && points.size(4) == 3, "points must be [B, Q, G, P, 3] but is ",
+              points.sizes(), ".");
+  const SamplingShape shape = make_shape(features, points, points.size(3), num_cameras);
+  check_last_sizes(ego2img, "ego2img", {shape.batch, features[0].size(1), 4, 4});
+  check_last_sizes(level_logits, "level_logits",
+                   {shape.batch, shape.queries, shape.groups, shape.points, shape.levels});
+  return shape;
+}
+
+SamplingShape check_given(const Tensors& features, const Tensor& uv, const Tensor& views,
+                          const Tensor& weights, int64_t num_cameras) {
+  check_features(features, num_cameras);
+  check_real(uv, "uv", features[0]);
+  check_real(weights, "weights", features[0]);
+  TORCH_CHECK(uv.dim() == 6 && uv.size(5) == 2, "uv must be [B, Q, G, T, P, 2] but is ", uv.sizes(), ".");
+  const SamplingShape shape = make_shape(features, uv, uv.size(4), num_cameras);
+  TORCH_CHECK(views.device() == uv.device() && views.is_contiguous() && views.scalar_type() == at::kLong,
+              "views must be a contiguous int64 tensor on ", uv.device(), ".");
+  check_last_sizes(uv, "uv", {shape.batch, shape.queries, shape.groups, shape.frames, shape.points, 2});
+  check_last_sizes(views, "views", {shape.batch, shape.queries, shape.groups, shape.frames, shape.points});
+  check_last_sizes(weights, "weights",
+                   {shape.batch, shape.queries, shape.groups, shape.frames, shape.points, shape.levels});
+  return shape;
+}
+
+void check_grad_output(const Tensor& grad_output, const Tensor& features, const SamplingShape& shape) {
+  TORCH_CHECK(grad_output.is_contiguous() && grad_output.scalar_type() == features.scalar_type() &&
+                  grad_output.device() == features.device(),
+              "grad_output must be contiguous and of the features' type and device.");
+  check_last_sizes(grad_output, "grad_output",
+                   {shape.batch, shape.queries, shape.groups,
+                    static_cast<int64_t>(shape.frames) * shape.points, shape.channels});
+}
+
+}  // namespace
+
+bool runs_on_current_device() {
+  cudaFuncAttributes attributes;
+  const bool found = cudaFuncGetAttributes(&attributes, sampling_reduce_kernel<float>) == cudaSuccess;
+  if (!found) cudaGetLastError();  // clears the error, so that the next check of it does not find this one
+  return found;
+}
+
+Tensor sample_multi_view_forward(const Tensors& features, const Tensor& points, const Tensor& ego2img,
+                                 const Tensor& level_logits, double height, double width, int64_t num_cameras,
+                                 bool published_weight_order) {
+  const SamplingShape shape = check_fused(features, points, ego2img, level_logits, num_cameras);
+  const c10::cuda::CUDAGuard guard(features[0].device());
+  Tensor output;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, features[0].scalar_type(), "sample_multi_view_forward", [&] {
+        using real = typename Accumulate<scalar_t>::type;
+        output = launch_forward<true, scalar_t>(
+            features, shape,
+            fused_source<real>(points, ego2img, level_logits, height, width, published_weight_order));
+      });
+  return output;
+}
+
+Tensors sample_multi_view_backward(const Tensor& grad_output, const Tensors& features, const Tensor& points,
+                                   const Tensor& ego2img, const Tensor& level_logits, double height,
+                                   double width, int64_t num_cameras, bool published_weight_order,
+                                   bool wants_geometry, bool wants_features) {
+  const SamplingShape shape = check_fused(features, points, ego2img, level_logits, num_cameras);
+  check_grad_output(grad_output, features[0], shape);
+  const c10::cuda::CUDAGuard guard(features[0].device());
+  Tensor slot_grad_point, slot_grad_weight, grad_points, grad_logits;
+  if (wants_geometry) {
+    const auto options = points.options();
+    slot_grad_point =
+        at::empty({shape.batch, shape.frames, shape.groups, shape.queries, shape.points, 3}, options);
+    slot_grad_weight = at::empty(
+        {shape.batch, shape.frames, shape.groups, shape.queries, shape.points, shape.levels}, options);
+    grad_points = is_empty(shape) ? at::zeros(points.sizes(), options) : at::empty(points.sizes(), options);
+    grad_logits =
+        is_empty(shape) ? at::zeros(level_logits.sizes(), options) : at::empty(level_logits.sizes(), options);
+  }
+  Tensors grads;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, features[0].scalar_type(), "sample_multi_view_backward", [&] {
+        using real = typename Accumulate<scalar_t>::type;
+        grads = launch_backward<true, scalar_t>(
+            grad_output, features, shape,
+            fused_source<real>(points, ego2img, level_logits, height, width, published_weight_order),
+            slot_grad_point, slot_grad_weight, wants_features);
+        if (wants_geometry && !is_empty(shape))
+          launch_reduce<real>(shape, published_weight_order, level_logits, slot_grad_point, slot_grad_weight,
+                              grad_points, grad_logits);
+      });
+  return collect(grad_points, grad_logits, grads, features[0]);
+}
+
+Tensor sample_views_forward(const Tensors& features, const Tensor& uv, const Tensor& views,
+                            const Tensor& weights, int64_t num_cameras) {
+  const SamplingShape shape = check_given(features, uv, views, weights, num_cameras);
+  const c10::cuda::CUDAGuard guard(features[0].device());
+  Tensor output;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, features[0].scalar_type(), "sample_views_forward", [&] {
+        using real = typename Accumulate<scalar_t>::type;
+        output = launch_forward<false, scalar_t>(features, shape, given_source<real>(uv, views, weights));
+      });
+  return output;
+}
+
+Tensors sample_views_backward(const Tensor& grad_output, const Tensors& features, const Tensor& uv,
+                              const Tensor& views, const Tensor& weights, int64_t num_cameras,
+                              bool wants_geometry, bool wants_features) {
+  const SamplingShape shape = check_given(features, uv, views, weights, num_cameras);
+  check_grad_output(grad_output, features[0], shape);
+  const c10::cuda::CUDAGuard guard(features[0].device());
+  Tensor grad_uv, grad_weights;
+  if (wants_geometry) {
+    grad_uv = at::empty_like(uv);
+    grad_weights = at::empty_like(weights);
+  }
+  Tensors grads;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, features[0].scalar_type(), "sample_views_backward", [&] {
+        using real = typename Accumulate<scalar_t>::type;
+        grads = launch_backward<false, scalar_t>(grad_output, features, shape,
+                                                 given_source<real>(uv, views, weights), grad_uv,
+                                                 grad_weights, wants_features);
+      });
+  return collect(grad_uv, grad_weights, grads, features[0]);
+}
+
+}  // namespace sparseocc
