@@ -114,7 +114,7 @@ def main():
     check_out(args.out, args.overwrite)
     device = choose_device(args.device)
     generate(Options(out=args.out, plan=plan, keyframes=args.keyframes, size=size, sweeps=not args.no_sweeps,
-                     seed=args.seed, workers=args.workers or default_workers(), device=device,
+                     seed=args.seed, workers=args.workers or default_workers(device), device=device,
                      label_sets=label_sets), show_progress)
     print('%s: %d scenes (train: %d, val: %d, test: %d) of %d keyframes, tables in %s'
           % (args.out, len(plan.names), len(plan.train), len(plan.val), len(plan.test), args.keyframes,

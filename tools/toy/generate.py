@@ -24,6 +24,7 @@ from .world import ToyWorld
 LABEL_SETS = ('occ3d', 'openocc_v2')
 TRUTH_FOLDER = 'toy_truth'
 ANNOTATION_RANGE = 75.0     # metres from the ego car
+GPU_BYTES_PER_WORKER = 3 << 29      # its context and the tensors of one image, about
 _FIRST_TIMESTAMP, _SCENE_SPACING = 1700000000000000, 3600 * 1000000
 
 
@@ -82,7 +83,7 @@ def generate(options: Options, progress) -> None:
     """
     jobs = [Job(options, s, k) for s in range(len(options.plan.names)) for k in range(options.keyframes)]
     results: Dict[int, List[JobResult]] = {}
-    for result in progress(_run_jobs(jobs, options.workers), len(jobs)):
+    for result in progress(_run_jobs(jobs, options), len(jobs)):
         results.setdefault(result.scene, []).append(result)
     writer = tables.TableWriter(options.seed, annotations=options.plan.version != 'v1.0-test')
     for scene in sorted(results):
@@ -90,15 +91,17 @@ def generate(options: Options, progress) -> None:
     writer.write(options.out / options.plan.version)
 
 
-def _run_jobs(jobs, workers):
+def _run_jobs(jobs, options):
+    workers = min(options.workers, len(jobs))
     if workers == 1:
         for job in jobs:
             yield run_job(job)
         return
     _compile_tracers()      # once here, not once in every worker
-    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
+    fork = options.device == 'cpu' and 'fork' in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context('fork' if fork else 'spawn')
     try:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
             for result in pool.map(run_job, jobs):
                 yield result
     except BrokenProcessPool as error:
@@ -270,8 +273,11 @@ def _scene_record(options, scene, results):
         boxes=[b for result in results for b in result.boxes], map_file=_map_file(name))
 
 
-def default_workers() -> int:
-    """Cores this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def default_workers(device: str) -> int:
+    """Cores this process may use; with a GPU no more than fit into its free memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    if device != 'cuda':
+        return cores
+    import torch
+    free = torch.cuda.mem_get_info()[0] if hasattr(torch.cuda, 'mem_get_info') else 4 * GPU_BYTES_PER_WORKER
+    return max(1, min(cores, free // GPU_BYTES_PER_WORKER))
