@@ -29,7 +29,7 @@ def build_model(cfg: Mapping, task: Task):
     except (TypeError, KeyError) as error:
         raise ConfigError('model: %s' % ' '.join(str(a) for a in error.args)) from error
     _init_quietly(model)
-    return model
+    return model.train()  # a ResNet fixes its running statistics (norm_eval) only when told to train
 
 
 def _init_quietly(model):

@@ -105,6 +105,11 @@ def test_two_runs_give_the_same_bits(scoring):
     assert_same_prediction(prediction_a[0], prediction_b[0])
 
 
+def test_a_fresh_model_keeps_its_running_statistics():
+    model = small_model()
+    assert not any(m.training for m in model.img_backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
 def test_every_parameter_learns():
     """As DistributedDataParallel demands without find_unused_parameters."""
     for scoring in ('semantic', 'occupancy'):
