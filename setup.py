@@ -3,10 +3,11 @@
     pip install -e .                       # the project on the Python path (make install brings its packages)
     python setup.py build_ext --inplace    # the CUDA extensions beside their sources (also: make build-ops)
 
-TORCH_CUDA_ARCH_LIST chooses the GPU architectures (default: those of the GPUs here), CUDA_HOME the toolkit;
-its major version must be the one torch was built with.
+TORCH_CUDA_ARCH_LIST chooses the GPU architectures (default: that of the GPU here), CUDA_HOME the toolkit; its
+major version must be the one torch was built with. "pip install --no-build-isolation -e ." builds them too
+where there is a GPU.
 """
-import glob
+import importlib.util
 import os
 import re
 import sys
@@ -14,15 +15,11 @@ import sys
 from setuptools import find_packages, setup
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-# extension module -> folder of its .cpp and .cu sources
-EXTENSIONS = {
-    'models.csrc.msmv_sampling_cuda': 'models/csrc/msmv_sampling',
-    'lib.raycast.raycast_cuda': 'lib/raycast/csrc',
-}
 BUILDING = {'build_ext', 'build', 'develop', 'install', 'bdist_wheel', 'editable_wheel'}
 
 
 def read(name):
+    """Text of a file of the repository, '' if it is not there."""
     path = os.path.join(ROOT, name)
     if not os.path.exists(path):
         return ''
@@ -40,48 +37,40 @@ def pins(name):
     return [line for line in lines if line]
 
 
-def why_no_cuda(explicit):
-    """'' if the CUDA extensions can be built here, else the reason. An explicit build needs no GPU."""
-    try:
-        from torch.utils.cpp_extension import CUDA_HOME
-        import torch
-    except ImportError:
-        return 'torch cannot be imported in this build (pip: --no-build-isolation)'
-    if not torch.version.cuda:
-        return 'this torch was built without CUDA'
-    if not CUDA_HOME or not os.path.exists(os.path.join(CUDA_HOME, 'bin', 'nvcc')):
-        return 'nvcc is not found; set CUDA_HOME to a CUDA %s toolkit' % torch.version.cuda
-    if not (explicit or torch.cuda.is_available() or os.environ.get('TORCH_CUDA_ARCH_LIST')):
-        return 'there is no GPU here, and TORCH_CUDA_ARCH_LIST is not set'
-    return ''
+def load_setup_of(folder):
+    """The ``setup.py`` of an extension's own folder, as a module."""
+    spec = importlib.util.spec_from_file_location('setup_of_' + folder.replace('/', '_'),
+                                                  os.path.join(ROOT, folder, 'setup.py'))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def cuda_build():
-    """Arguments of ``setup`` for the extensions; empty where they cannot be built."""
+def cuda_build(operators):
+    """Arguments of ``setup`` for the extensions; none where they cannot or need not be built."""
     explicit = 'build_ext' in sys.argv
-    if not BUILDING.intersection(sys.argv):
-        return {}
-    reason = why_no_cuda(explicit)
+    reason = operators.reason_not_to_build() or ('' if explicit else why_not_by_the_way())
+    if reason and explicit:
+        sys.exit('error: the CUDA extensions cannot be built. ' + reason)
     if reason:
-        message = 'CUDA extensions are not built: %s' % reason
-        if explicit:
-            sys.exit(message)
-        print(message, file=sys.stderr)
+        print('CUDA extensions are not built. ' + reason, file=sys.stderr)
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
-    modules = [CUDAExtension(name, sources(folder), extra_compile_args={'cxx': ['-O3'], 'nvcc': ['-O3']})
-               for name, folder in EXTENSIONS.items()]
-    return dict(ext_modules=modules, cmdclass={'build_ext': BuildExtension})
+    modules = operators.cuda_extensions('models.csrc', 'models/csrc')
+    modules.append(load_setup_of('lib/raycast').ray_cast_extension('lib.raycast.raycast_cuda', 'lib/raycast'))
+    return dict(ext_modules=modules, cmdclass={'build_ext': operators.build_extension_class()})
 
 
-def sources(folder):
-    """.cpp and .cu files of a folder, relative to the repository as setuptools wants them."""
-    found = [path for suffix in ('*.cpp', '*.cu') for path in glob.glob(os.path.join(ROOT, folder, suffix))]
-    return sorted(os.path.relpath(path, ROOT) for path in found)
+def why_not_by_the_way():
+    """An installation compiles only for GPUs that are here or named; '' if there are."""
+    import torch
+    if torch.cuda.is_available() or os.environ.get('TORCH_CUDA_ARCH_LIST'):
+        return ''
+    return 'There is no GPU here, and TORCH_CUDA_ARCH_LIST is not set.'
 
 
-if __name__ == '__main__':
+def main():
     os.chdir(ROOT)
+    building = BUILDING.intersection(sys.argv)
     setup(
         name='sparseocc',
         version=version(),
@@ -90,8 +79,11 @@ if __name__ == '__main__':
         long_description_content_type='text/markdown',
         license='Apache-2.0',
         python_requires='>=3.8',
-        packages=find_packages(include=[name + part for name in ('lib', 'loaders', 'models', 'configs')
-                                        for part in ('', '.*')]),
+        packages=find_packages(include=['lib', 'lib.*', 'loaders', 'loaders.*', 'models', 'models.*']),
         # No install_requires: OpenMMLab 1.x must come without its dependencies, which metadata cannot say.
         extras_require={'accel': pins('accel.txt'), 'test': pins('test.txt')},
-        **cuda_build())
+        **(cuda_build(load_setup_of('models/csrc')) if building else {}))
+
+
+if __name__ == '__main__':
+    main()
