@@ -1,6 +1,7 @@
 """Ray casting on the CPU: the compiled traversal over chunks of rays, spread over threads."""
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Sequence
 
 import numpy as np
 
@@ -20,7 +21,7 @@ def trace(semantics, free_id, origins, directions, range_min, voxel_size, rays):
     """Cast rays through all volumes.
 
     Args:
-        semantics: integer [V, X, Y, Z], V <= 8.
+        semantics: V <= 8 integer volumes [X, Y, Z].
         origins: float64 [O, 3], directions: float32 [R, 3], range_min: three floats, metres.
         voxel_size: metres.
         rays: int32 [M].
@@ -32,14 +33,14 @@ def trace(semantics, free_id, origins, directions, range_min, voxel_size, rays):
     occupied = occupancy_bits(semantics, free_id)
     voxel = np.empty((len(semantics), len(rays)), dtype=np.int32)
     distance = np.empty(voxel.shape, dtype=np.float32)
-    common = (occupied, origins, directions.astype(np.float64), np.asarray(range_min, dtype=np.float64),
+    common = (occupied, origins, directions, np.asarray(range_min, dtype=np.float64),
               float(np.float32(voxel_size)), rays)
     _in_chunks(lambda first, last: trace_rays(*common, first, last, voxel, distance), len(rays))
     return voxel, distance
 
 
-def occupancy_bits(semantics: np.ndarray, free_id: int) -> np.ndarray:
-    """uint8 [X, Y, Z] whose bit v says that volume v of ``semantics`` [V, X, Y, Z] is not free there."""
+def occupancy_bits(semantics: Sequence[np.ndarray], free_id: int) -> np.ndarray:
+    """uint8 [X, Y, Z] whose bit v says that volume v is not free there."""
     bits = np.not_equal(semantics[0], free_id).view(np.uint8)
     for volume in range(1, len(semantics)):
         bits |= np.not_equal(semantics[volume], free_id).view(np.uint8) << np.uint8(volume)

@@ -19,7 +19,7 @@ NEVER = np.finfo(np.float64).max  # "distance" to the next border along an axis 
 @jit
 def _to_voxels(position, range_min, voxel_size):
     """Metres to voxels along one axis; computed in double, kept in single precision as published."""
-    return float(np.float32((position - range_min) / voxel_size))
+    return np.float64(np.float32((position - range_min) / voxel_size))  # float() would stay in single precision
 
 
 @jit
@@ -74,7 +74,7 @@ def trace_rays(occupied, origins, directions, range_min, voxel_size, rays, first
 
     Args:
         occupied: uint8 [X, Y, Z], bit v set where volume v is not free.
-        origins: float64 [O, 3], directions: float64 [R, 3], range_min: float64 [3], metres.
+        origins: float64 [O, 3], directions: float32 [R, 3], range_min: float64 [3], metres.
         voxel_size: metres, a float32 value.
         rays: int32 [M], ray o * R + r goes from origin o in direction r.
         voxel_out: int32 [V, M], row-major voxel each ray ends in.

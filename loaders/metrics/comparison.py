@@ -91,8 +91,9 @@ def _group_on_cpu(truth, prediction, num_classes, thresholds):
     from .kernels import key_runs
     total = len(truth.label)
     keys, lengths = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
-    runs = key_runs(truth.label, truth.instance, prediction.label, prediction.instance, truth.distance_m,
-                    prediction.distance_m, np.asarray(thresholds, dtype=np.float32), num_classes - 1, keys, lengths)
+    runs = key_runs(truth.label, truth.instance.astype(np.int32), prediction.label,
+                    prediction.instance.astype(np.int32), truth.distance_m, prediction.distance_m,
+                    np.asarray(thresholds, dtype=np.float32), num_classes - 1, keys, lengths)
     order = np.argsort(keys[:runs], kind='stable')
     keys, lengths = keys[order], lengths[order]
     first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if runs else np.empty(0, dtype=np.int64)

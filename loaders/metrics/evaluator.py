@@ -9,7 +9,7 @@ from typing import Any, Mapping, Optional, Sequence
 import numpy as np
 
 from lib.errors import ConfigError, DataError
-from lib.raycast import cast_rays, choose_device
+from lib.raycast import cast_rays_through, choose_device
 from lib.task import Task
 
 from .comparison import MAX_INSTANCE_ID, RayEnds, group_segments
@@ -137,24 +137,21 @@ class OccEvaluator:
         """True and predicted ends of the same rays, those with a true class at least."""
         known = self._cache.find(key, origins) if key else None
         if known is not None and (true_ids is None or known.ends.instance is not None):
-            hits = self._cast(predicted, predicted_ids, origins, known.rays)
-            return known.ends, RayEnds(hits.label, hits.distance_m, hits.instance)
-        ids = None if true_ids is None else _stack(true_ids, predicted_ids)
-        hits = self._cast(_stack(truth, predicted), ids, origins, None)
-        true_ends, predicted_ends = (
-            RayEnds(hits.label[volume], hits.distance_m[volume], None if ids is None else hits.instance[volume])
-            for volume in (0, 1))
+            return known.ends, self._cast([predicted], [predicted_ids], origins, known.rays)[0]
+        true_ends, predicted_ends = self._cast([truth, predicted], [true_ids, predicted_ids], origins, None)
         if key and self._cache.has_room(len(true_ends.label)):
             self._cache.keep(key, origins, select_true_rays(true_ends, self.task.label_set.free_id))
         return true_ends, predicted_ends
 
     def _cast(self, semantics, instances, origins, rays):
         task = self.task
-        return cast_rays(semantics, origins, lidar_rays(), task.point_cloud_range, task.voxel_size,
-                         task.label_set.free_id, instances=instances, rays=rays, device=self.device)
+        instances = None if instances[0] is None else instances
+        hits = cast_rays_through(semantics, origins, lidar_rays(), task.point_cloud_range, task.voxel_size,
+                                 task.label_set.free_id, instances=instances, rays=rays, device=self.device)
+        return [RayEnds(one.label, one.distance_m, one.instance) for one in hits]
 
     def _volume(self, volumes, name, key, owner, highest):
-        """One volume as an array or, on CUDA, a tensor; checked. uint8, or int32 for instances."""
+        """One checked volume, an array or, on CUDA, a tensor; labels and masks as uint8."""
         volume = volumes.get(name)
         where = '%s of sample %s' % (owner, key) if key else owner
         if volume is None:
@@ -167,18 +164,12 @@ class OccEvaluator:
         if lowest < 0 or top > highest:
             raise DataError('%s: %r holds id %d, allowed are 0..%d; check task.label_set'
                             % (where, name, lowest if lowest < 0 else top, highest))
-        return self._convert(volume, 'int32' if name == 'instances' else 'uint8')
+        return self._convert(volume, keep_type=name == 'instances')
 
-    def _convert(self, volume, dtype):
+    def _convert(self, volume, keep_type):
         if self.device != 'cpu':
             import torch
-            return torch.as_tensor(volume, device=self.device).to(getattr(torch, dtype))
+            volume = torch.as_tensor(volume, device=self.device)
+            return volume if keep_type else volume.to(torch.uint8)
         array = volume if isinstance(volume, np.ndarray) else volume.detach().cpu().numpy()
-        return array.astype(dtype, copy=False)
-
-
-def _stack(first, second):
-    if isinstance(first, np.ndarray):
-        return np.stack([first, second])
-    import torch
-    return torch.stack([first, second])
+        return array if keep_type else array.astype(np.uint8, copy=False)

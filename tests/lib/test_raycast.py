@@ -1,0 +1,340 @@
+"""The ray caster against an independent slow one, against geometry, and its two other versions against it."""
+import ctypes
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lib import raycast
+from lib.raycast import cast_rays, cast_rays_through, cpu, gpu
+
+from slow_caster import cast_all
+
+ROOT = Path(__file__).resolve().parents[2]
+FREE = 3
+needs_cuda = pytest.mark.skipif(not (torch.cuda.is_available() and raycast.extension_available()),
+                                reason='needs a GPU and the built extension')
+quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def unit(vectors):
+    vectors = np.asarray(vectors, dtype=np.float64)
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@st.composite
+def scenes(draw):
+    """A random volume with origins in, on the borders of, and outside it, and rays of every kind."""
+    shape = tuple(draw(st.integers(1, 9)) for _ in range(3))
+    voxel_size = draw(st.sampled_from([0.4, 0.25, 1.0, 0.1]))
+    lower = np.array([draw(st.sampled_from([-2.0, 0.0, -0.7])) for _ in range(3)])
+    rng = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1)))
+    occupied = draw(st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]))
+    semantics = np.where(rng.random(shape) < occupied, rng.integers(0, FREE, shape), FREE).astype(np.uint8)
+    in_voxels = rng.uniform(-3, np.array(shape) + 3, size=(4, 3))
+    in_voxels[1] = np.round(in_voxels[1])  # on a corner
+    in_voxels[2, draw(st.integers(0, 2))] = draw(st.integers(-2, 10))  # on a face
+    in_voxels[3] = rng.uniform(0, shape)  # inside
+    along_axes = np.concatenate([np.eye(3), -np.eye(3)])
+    diagonal = np.array([[x, y, z] for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1) if x or y or z])
+    directions = unit(np.concatenate([along_axes, diagonal, rng.normal(size=(12, 3))]))
+    return semantics, lower + in_voxels * voxel_size, directions, lower, voxel_size
+
+
+@quick
+@given(scenes())
+def test_equals_slow_caster(scene):
+    semantics, origins, directions, lower, voxel_size = scene
+    hits = cast_rays(semantics, origins, directions, lower, voxel_size, FREE)
+    label, depth, voxel = cast_all(semantics, origins, directions, lower, voxel_size, FREE)
+    np.testing.assert_array_equal(hits.voxel, voxel)
+    np.testing.assert_array_equal(hits.label, label)
+    np.testing.assert_array_equal(hits.distance_m, depth)  # the same operations: the same bits
+
+
+@quick
+@given(scenes())
+def test_hits_are_where_geometry_says(scene):
+    """Points sampled along a ray meet nothing before the reported voxel, and leave it at the reported depth."""
+    semantics, origins, directions, lower, voxel_size = scene
+    inside = np.all((origins > lower) & (origins < lower + np.array(semantics.shape) * voxel_size), axis=1)
+    origins = origins[inside]
+    directions = directions[-12:]  # random ones: no sample point lies on a border
+    hits = cast_rays(semantics, origins, directions, lower, voxel_size, FREE)
+    rays = [(origin, direction) for origin in origins for direction in directions]
+    for (origin, direction), depth, voxel in zip(rays, hits.distance_m, hits.voxel):
+        direction = direction.astype(np.float64)
+        # 1e-4 voxels: positions are rounded to float32 (9 voxels: 5e-7), directions to 1e-6
+        before = origin + np.linspace(0, max(depth - 1e-4 * voxel_size, 0), 400)[:, None] * direction
+        cells = np.floor((before - lower) / voxel_size).astype(int)
+        cells = cells[np.all((cells >= 0) & (cells < semantics.shape), axis=1)]
+        index = np.ravel_multi_index(cells.T, semantics.shape)
+        last = np.flatnonzero(index == voxel)
+        assert last.size == 0 or np.all(semantics.reshape(-1)[index[:last[0]]] == FREE)
+        centre = (np.array(np.unravel_index(voxel, semantics.shape)) + 0.5) * voxel_size + lower
+        assert np.abs((origin + depth * direction - centre) / voxel_size).max() < 0.5 + 1e-3
+
+
+def wall(shape=(10, 6, 4)):
+    semantics = np.full(shape, FREE, dtype=np.uint8)
+    semantics[7] = 1
+    return semantics
+
+
+def test_depth_is_where_the_ray_leaves_the_voxel():
+    hits = cast_rays(wall(), np.array([[0.5, 2.5, 1.5]]), np.array([[1.0, 0, 0]]), (0, 0, 0), 1.0, FREE)
+    assert (hits.label[0], hits.distance_m[0]) == (1, 7.5)
+    assert np.unravel_index(hits.voxel[0], wall().shape) == (7, 2, 1)
+
+
+def test_without_a_hit_the_last_voxel_inside_counts():
+    hits = cast_rays(wall(), np.array([[0.5, 2.5, 1.5]]), np.array([[-1.0, 0, 0], [0, 1, 0]]), (0, 0, 0), 1.0, FREE)
+    assert hits.label.tolist() == [FREE, FREE]
+    np.testing.assert_array_equal(hits.distance_m, [0.5, 3.5])
+    assert np.unravel_index(hits.voxel[1], wall().shape) == (0, 5, 1)
+
+
+def test_a_ray_never_inside_takes_the_first_voxel():
+    semantics = wall()
+    semantics[0, 0, 0] = 2
+    origins = np.array([[5.0, 3.0, 9.0], [-4.0, 3.0, 1.0]])
+    hits = cast_rays(semantics, origins, np.array([[0.0, 0, 1], [0, 1, 0]]), (0, 0, 0), 0.5, FREE)
+    assert hits.label.tolist() == [2] * 4
+    assert hits.voxel.tolist() == [0] * 4
+    np.testing.assert_array_equal(hits.distance_m, np.float32([-0.5] * 4))
+
+
+def test_a_ray_from_outside_comes_in():
+    hits = cast_rays(wall(), np.array([[-20.5, 2.5, 1.5]]), np.array([[1.0, 0, 0]]), (0, 0, 0), 1.0, FREE)
+    assert (hits.label[0], hits.distance_m[0]) == (1, 28.5)
+
+
+def test_at_most_a_thousand_steps_from_outside():
+    semantics = np.full((4, 4, 4), 1, dtype=np.uint8)
+    start = lambda steps: np.array([[-steps + 0.5, 2.5, 2.5]])  # noqa: E731
+    near, far = (cast_rays(semantics, start(steps), np.array([[1.0, 0, 0]]), (0, 0, 0), 1.0, FREE)
+                 for steps in (999, 1001))
+    assert near.distance_m[0] == 999.5
+    assert far.distance_m[0] == -1.0
+
+
+def test_a_long_grid_is_crossed_whole():
+    semantics = np.full((1500, 1, 1), FREE, dtype=np.uint8)
+    semantics[1490] = 1
+    hits = cast_rays(semantics, np.array([[0.5, 0.5, 0.5]]), np.array([[1.0, 0, 0]]), (0, 0, 0), 1.0, FREE)
+    assert (hits.label[0], hits.distance_m[0]) == (1, 1490.5)
+
+
+def random_case(seed=0, shape=(40, 40, 16), volumes=2):
+    rng = np.random.default_rng(seed)
+    semantics = [np.where(rng.random(shape) < density, rng.integers(0, FREE, shape), FREE).astype(np.uint8)
+                 for density in np.linspace(0.002, 0.05, volumes)]
+    origins = rng.uniform(-9, 9, size=(5, 3)) * [1, 1, 0.4]
+    return semantics, origins, unit(rng.normal(size=(2500, 3))), (-8.0, -8.0, -3.2), 0.4, FREE
+
+
+def test_volumes_together_equal_volumes_alone():
+    semantics, *rest = random_case(volumes=8)
+    for volume, together in zip(semantics, cast_rays_through(semantics, *rest)):
+        alone = cast_rays(volume, *rest)
+        for name in ('label', 'distance_m', 'voxel'):
+            np.testing.assert_array_equal(getattr(together, name), getattr(alone, name))
+
+
+def test_chosen_rays_and_instances():
+    semantics, *rest = random_case(volumes=1)
+    instances = np.arange(semantics[0].size, dtype=np.int32).reshape(semantics[0].shape)
+    rays = np.random.default_rng(1).permutation(5 * 2500)[:3000]
+    everything = cast_rays(semantics[0], *rest, instances=instances)
+    some = cast_rays(semantics[0], *rest, instances=instances, rays=rays)
+    np.testing.assert_array_equal(everything.instance, everything.voxel)
+    for name in ('label', 'distance_m', 'voxel', 'instance'):
+        np.testing.assert_array_equal(getattr(some, name), getattr(everything, name)[rays])
+    assert len(cast_rays(semantics[0], *rest, rays=np.empty(0, np.int32)).label) == 0
+
+
+def test_threads_do_not_change_results(monkeypatch):
+    semantics, *rest = random_case()
+    results = []
+    for threads in ('1', '3'):
+        monkeypatch.setenv('OMP_NUM_THREADS', threads)
+        monkeypatch.setattr(cpu, '_CHUNK', 700)
+        results.append(cast_rays_through(semantics, *rest))
+    for one, three in zip(*results):
+        np.testing.assert_array_equal(one.label, three.label)
+        np.testing.assert_array_equal(one.distance_m, three.distance_m)
+
+
+def test_any_memory_layout_and_type():
+    semantics, *rest = random_case(volumes=1)
+    expected = cast_rays(semantics[0], *rest)
+    for volume in (np.asfortranarray(semantics[0]), semantics[0].astype(np.int64), torch.from_numpy(semantics[0])):
+        hits = cast_rays(volume, *rest)
+        np.testing.assert_array_equal(hits.label, expected.label)
+        np.testing.assert_array_equal(hits.distance_m, expected.distance_m)
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(semantics=np.zeros((3, 3), np.uint8)), r'\[X, Y, Z\]'),
+    (dict(semantics=np.zeros((3, 0, 3), np.uint8)), 'not empty'),
+    (dict(origins=np.zeros((2, 2))), 'origins'),
+    (dict(directions=np.zeros(3)), 'directions'),
+    (dict(voxel_size=0), 'voxel_size'),
+    (dict(point_cloud_range=(0, 0)), 'point_cloud_range'),
+    (dict(instances=np.zeros((2, 2, 2))), 'instances'),
+    (dict(rays=np.array([5])), r'0\.\.0'),
+    (dict(device='tpu'), 'tpu'),
+])
+def test_wrong_arguments_are_named(change, words):
+    arguments = dict(semantics=np.zeros((3, 3, 3), np.uint8), origins=np.zeros((1, 3)),
+                     directions=np.array([[1.0, 0, 0]]), point_cloud_range=(0, 0, 0), voxel_size=1.0, free_id=FREE)
+    arguments.update(change)
+    with pytest.raises(ValueError, match=words):
+        cast_rays(**arguments)
+
+
+def test_without_extension_the_cpu_is_used_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(gpu, '_state', {'module': None, 'reason': 'no such file'})
+    with pytest.warns(RuntimeWarning, match='build_ext'):
+        assert raycast.choose_device('cuda:0') == 'cpu'
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert raycast.choose_device('cuda:0') == 'cpu'
+        assert raycast.choose_device('cpu') == 'cpu'
+
+
+def test_import_compiles_nothing():
+    code = 'import sys, lib.raycast; assert not {"numba", "torch", "lib.raycast.kernels"} & set(sys.modules)'
+    subprocess.run([sys.executable, '-c', code], cwd=str(ROOT), check=True)
+
+
+@pytest.fixture(scope='module')
+def host_library(tmp_path_factory):
+    """The CUDA version's traversal, compiled for the CPU."""
+    compiler = shutil.which('g++')
+    if compiler is None:
+        pytest.skip('needs g++')
+    folder = tmp_path_factory.mktemp('traversal')
+    (folder / 'host.cpp').write_text('''
+        #include "traversal.h"
+        extern "C" void trace(const unsigned char* semantics, const int* size, const double* lower, double voxel_size,
+                              int free_id, int num_origins, const double* origins, int num_directions,
+                              const float* directions, int* voxel_out, float* distance_out) {
+          raycast::Grid grid;
+          for (int a = 0; a < 3; ++a) { grid.size[a] = size[a]; grid.lower_m[a] = lower[a]; }
+          grid.voxel_size_m = static_cast<float>(voxel_size);
+          for (int i = 0; i < num_origins * num_directions; ++i) {
+            raycast::trace_ray(
+                grid, origins + i / num_directions * 3, directions + i % num_directions * 3, 1u,
+                [&](int voxel, unsigned pending) { return semantics[voxel] != free_id ? pending : 0u; },
+                [&](unsigned, int voxel, float distance) { voxel_out[i] = voxel; distance_out[i] = distance; });
+          }
+        }''')
+    library = folder / 'host.so'
+    subprocess.run([compiler, '-O2', '-ffp-contract=off', '-std=c++14', '-shared', '-fPIC',
+                    '-I', str(ROOT / 'lib/raycast/csrc'), str(folder / 'host.cpp'), '-o', str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def trace_in_cpp(library, semantics, origins, directions, lower, voxel_size, free_id):
+    lower = np.asarray(lower[:3], dtype=np.float64)
+    size = np.array(semantics.shape, dtype=np.int32)
+    origins = np.ascontiguousarray(origins, dtype=np.float64)
+    voxel = np.empty(len(origins) * len(directions), dtype=np.int32)
+    distance = np.empty(len(voxel), dtype=np.float32)
+    pointer = lambda array: ctypes.c_void_p(array.ctypes.data)  # noqa: E731
+    library.trace(pointer(semantics), pointer(size), pointer(lower), ctypes.c_double(voxel_size), free_id,
+                  len(origins), pointer(origins), len(directions), pointer(directions), pointer(voxel),
+                  pointer(distance))
+    return voxel, distance
+
+
+def test_cpp_version_equals_numba_version(host_library):
+    for seed in range(4):
+        semantics, origins, directions, lower, voxel_size, free_id = random_case(seed, volumes=1)
+        voxel, distance = trace_in_cpp(host_library, semantics[0], origins, directions, lower, voxel_size, free_id)
+        hits = cast_rays(semantics[0], origins, directions, lower, voxel_size, free_id)
+        np.testing.assert_array_equal(voxel, hits.voxel)
+        np.testing.assert_array_equal(distance, hits.distance_m)  # the same operations: the same bits
+
+
+@quick
+@given(scene=scenes())
+def test_cpp_version_equals_numba_version_on_odd_rays(host_library, scene):
+    semantics, origins, directions, lower, voxel_size = scene
+    voxel, distance = trace_in_cpp(host_library, semantics, origins, directions, lower, voxel_size, FREE)
+    hits = cast_rays(semantics, origins, directions, lower, voxel_size, FREE)
+    np.testing.assert_array_equal(voxel, hits.voxel)
+    np.testing.assert_array_equal(distance, hits.distance_m)
+
+
+def test_works_after_a_fork(monkeypatch):
+    """A pool of threads made before a fork does not hang the child (data loader workers are forked)."""
+    if not hasattr(os, 'fork'):
+        pytest.skip('needs fork')
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    semantics, *rest = random_case(volumes=1)
+    expected = cast_rays(semantics[0], *rest).distance_m
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.write(writer, pickle.dumps(float(cast_rays(semantics[0], *rest).distance_m.sum(dtype=np.float64))))
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert pickle.loads(os.read(reader, 1000)) == expected.sum(dtype=np.float64)
+
+
+@needs_cuda
+@pytest.mark.parametrize('volumes', [1, 2, 8])
+def test_cuda_equals_cpu(volumes):
+    semantics, *rest = random_case(3, volumes=volumes)
+    rays = np.random.default_rng(2).permutation(5 * 2500)[:4000]
+    for chosen in (None, rays, rays[:0]):
+        on_cpu = cast_rays_through(semantics, *rest, instances=semantics, rays=chosen)
+        on_gpu = cast_rays_through(semantics, *rest, instances=semantics, rays=chosen, device='cuda')
+        for one, other in zip(on_cpu, on_gpu):
+            for name in ('label', 'distance_m', 'voxel', 'instance'):
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name).cpu().numpy())
+
+
+@needs_cuda
+@settings(max_examples=60, deadline=None)
+@given(scenes())
+def test_cuda_equals_cpu_on_odd_rays(scene):
+    semantics, origins, directions, lower, voxel_size = scene
+    on_cpu = cast_rays(semantics, origins, directions, lower, voxel_size, FREE)
+    on_gpu = cast_rays(semantics, origins, directions, lower, voxel_size, FREE, device='cuda')
+    np.testing.assert_array_equal(on_cpu.voxel, on_gpu.voxel.cpu().numpy())
+    np.testing.assert_array_equal(on_cpu.distance_m, on_gpu.distance_m.cpu().numpy())
+
+
+@needs_cuda
+def test_cuda_refuses_wrong_tensors():
+    module = gpu._extension()
+    semantics = torch.zeros(1, 4, 4, 4, dtype=torch.uint8, device='cuda')
+    origins = torch.zeros(1, 3, dtype=torch.float64, device='cuda')
+    directions = torch.ones(5, 3, device='cuda')
+    rays = torch.arange(5, dtype=torch.int32, device='cuda')
+    call = lambda **change: module.cast_rays(**dict(  # noqa: E731
+        dict(semantics=semantics, free_id=0, origins=origins, directions=directions, lower_corner=[0.0, 0.0, 0.0],
+             voxel_size=1.0, rays=rays), **change))
+    call()
+    for change, words in ((dict(semantics=semantics.int()), 'semantics'), (dict(origins=origins.float()), 'origins'),
+                          (dict(directions=directions.cpu()), 'directions'), (dict(rays=rays.long()), 'rays'),
+                          (dict(directions=directions.t()), r'\[n, 3\]|contiguous'),
+                          (dict(lower_corner=[0.0]), 'lower corner')):
+        with pytest.raises(RuntimeError, match=words):
+            call(**change)

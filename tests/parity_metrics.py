@@ -1,0 +1,99 @@
+"""Golden checks of the evaluation; ``tests/test_parity.py`` runs them on every file of the golden folder.
+
+Everything about a case is read from its file: samples, origins, thresholds, classes.
+"""
+import json
+import re
+
+import numpy as np
+
+from lib.raycast import cast_rays
+from lib.task import Task
+from loaders.ego_poses import scene_ray_origins, split_scenes
+from loaders.infos import load_infos
+from loaders.metrics import OccEvaluator, lidar_rays
+
+LABEL_SETS = {17: 'occ3d', 16: 'openocc_v2'}  # by number of classes without free
+DEPTH_TOLERANCE = 1e-4  # metres; the published kernel fuses multiply-adds, which moves depths by 1 float32 unit
+SCORE_TOLERANCE = 1e-6  # labels are equal, so only rays at a threshold to within rounding could differ
+ORIGIN_TOLERANCE = 4e-6  # metres; published origins are float32 in the LiDAR frame, one unit is 4e-6 at 39 m
+
+
+def check_rayeval(path, device='cpu'):
+    """Labels and depths of every ray, and all scores, of one ``rayeval*.npz``.
+
+    Returns:
+        dict of the largest deviations: ``depth_m``, ``iou``, ``score``.
+    """
+    with np.load(str(path)) as file:
+        case = {name: file[name] for name in file.files}
+    task = Task(label_set=LABEL_SETS[case['iou_per_threshold'].shape[1]])
+    expected = json.loads(str(case['result']))
+    depth = max(_check_rays(case, side, sample, task, device)
+                for side in ('gt', 'pred') for sample in range(len(case['origins'])))
+    result = _evaluate(case, task, expected, device)
+    np.testing.assert_allclose(result.ray_iou, case['iou_per_threshold'], rtol=0, atol=SCORE_TOLERANCE)
+    scores = result.as_dict()
+    score = max(abs(scores[name] - value) for name, value in expected.items())
+    assert score <= SCORE_TOLERANCE, 'expected %s, got %s' % (expected, scores)
+    return dict(depth_m=depth, iou=float(np.nanmax(np.abs(result.ray_iou - case['iou_per_threshold']))), score=score)
+
+
+def _of_sample(volumes, sample):
+    """Volume of a sample; one volume may stand for all samples."""
+    return volumes[sample if len(volumes) > 1 else 0]
+
+
+def _check_rays(case, side, sample, task, device):
+    hits = cast_rays(_of_sample(case[side + '_semantics'], sample), case['origins'][sample], lidar_rays(),
+                     task.point_cloud_range, task.voxel_size, task.label_set.free_id, device=device)
+    label, depth = (np.asarray(value if isinstance(value, np.ndarray) else value.cpu())
+                    for value in (hits.label, hits.distance_m))
+    wrong = np.count_nonzero(label != case[side + '_rays_label'][sample])
+    assert wrong == 0, '%s, sample %d: %d of %d rays have another label' % (side, sample, wrong, len(label))
+    deviation = float(np.abs(depth - case[side + '_rays_distance_m'][sample]).max())
+    assert deviation <= DEPTH_TOLERANCE, '%s, sample %d: a depth is off by %g m' % (side, sample, deviation)
+    return deviation
+
+
+def _evaluate(case, task, expected, device):
+    thresholds = sorted(float(name.split('@')[1]) for name in expected if re.match(r'RayIoU@', name))
+    metrics = ['ray_iou'] + ['ray_pq'] * ('RayPQ' in expected)
+    evaluator = OccEvaluator(task, metrics, device=device, thresholds=thresholds)
+    stats = []
+    for sample, origins in enumerate(case['origins']):
+        prediction, truth = (
+            {kind: _of_sample(case['%s_%s' % (side, kind)], sample) for kind in ('semantics', 'instances')
+             if '%s_%s' % (side, kind) in case} for side in ('pred', 'gt'))
+        stats.append(evaluator.process(prediction, truth, origins, key='sample %d' % sample))
+    return evaluator.summarize(stats)
+
+
+def check_origins(path, real_dir):
+    """Ray origins and scenes of one ``origins*.npz`` against those of real infos.
+
+    Returns:
+        dict of the largest deviation: ``origin_m``.
+    """
+    with np.load(str(path)) as file:
+        case = {name: file[name] for name in file.files}
+    tokens = [str(token) for token in case['token']]
+    known = {info['token']: info for source in sorted(real_dir.glob('*infos*.pkl')) for info in load_infos(source).infos}
+    infos = [known[token] for token in tokens]
+    deviation = _compare_origins(case, tokens, scene_ray_origins(infos))
+    if deviation > ORIGIN_TOLERANCE and len(known) > len(infos):  # the file lists part of the frames it was made from
+        deviation = _compare_origins(case, tokens, scene_ray_origins(list(known.values())))
+    assert deviation <= ORIGIN_TOLERANCE, 'an origin is off by %g m (inf: another number of origins)' % deviation
+    groups = {frozenset(tokens[index] for index in scene) for scene in split_scenes(infos)}
+    names = np.asarray(case['scene'])
+    assert groups == {frozenset(np.asarray(tokens)[names == name].tolist()) for name in set(names)}
+    return dict(origin_m=deviation)
+
+
+def _compare_origins(case, tokens, origins):
+    worst = 0.0
+    for token, count, expected in zip(tokens, case['count'], case['origins']):
+        if len(origins[token]) != count:
+            return float('inf')
+        worst = max(worst, float(np.abs(origins[token] - expected[:count]).max(initial=0)))
+    return worst
