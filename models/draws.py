@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lib.errors import ConfigError
 
+_CUBE_RATIOS = (0.8191725134, 0.6710436067, 0.5497004779)  # powers of 1/1.2207..., the root of x^4 = x + 1
+
 
 class RandomDraws:
     """Uniform random numbers, as in training."""
@@ -34,8 +36,8 @@ class EvenDraws:
     def positions(self, batch: int, queries: int, count: int, device: torch.device) -> Tensor:
         """float32 [B, Q, count, 3], a Kronecker sequence that fills the unit cube evenly."""
         steps = torch.arange(1, count + 1, device=device, dtype=torch.float32).unsqueeze(1)
-        ratios = torch.tensor([0.8191725134, 0.6710436067, 0.5497004779], device=device)
-        return (steps * ratios).frac().expand(batch, queries, count, 3)
+        places = torch.cat([steps * ratio for ratio in _CUBE_RATIOS], dim=1).frac()
+        return places.expand(batch, queries, count, 3)
 
 
 STRATEGIES = {'even': EvenDraws, 'random': RandomDraws}

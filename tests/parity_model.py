@@ -154,12 +154,13 @@ def check_merging(path: Path, device: str = 'cpu') -> List[Deviation]:
     """Output merging alone, all cases of a ``post*.npz``."""
     with np.load(str(path), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    things = Task.from_config(dict(label_set='occ3d')).label_set.thing_ids
+    labels = Task.from_config(dict(label_set='occ3d')).label_set
+    is_thing = torch.tensor([c in labels.thing_ids for c in range(labels.num_occupied)], device=device)
     deviations = []
     for prefix in sorted(name[:-len('class_logits')] for name in arrays if name.endswith('class_logits')):
         logits = [torch.from_numpy(arrays[prefix + kind + '_logits']).float().to(device)
                   for kind in ('class', 'mask')]
-        panoptic = merge_panoptic(*logits, thing_ids=things, score_threshold=0.3, overlap_threshold=0.8,
+        panoptic = merge_panoptic(*logits, is_thing=is_thing, score_threshold=0.3, overlap_threshold=0.8,
                                   label_merged_stuff=False)
         merged = dict(sem_pred=merge_semantic(*logits, score_threshold=0.3), pano_inst=panoptic.instances,
                       pano_sem=panoptic.semantics)

@@ -72,7 +72,7 @@ def test_merging(path):
 
 @pytest.mark.parametrize('path', golden_files('rayeval*.npz'))
 def test_ray_metrics(path):
-    check_rayeval(path)
+    check_rayeval(path, DEVICE)
 
 
 @pytest.mark.parametrize('path', golden_files('origins*.npz'))

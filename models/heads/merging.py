@@ -3,7 +3,7 @@
 Shapes: Q queries, K kept voxels, C classes without free. Everything stays on the device, and no shape
 depends on the values, so that nothing waits for the GPU.
 """
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,14 +40,14 @@ def merge_semantic(class_logits: Tensor, mask_logits: Tensor, score_threshold: f
     return torch.where(best.values < _MIN_SEMANTIC_SCORE, free, best.indices).to(torch.uint8)
 
 
-def merge_panoptic(class_logits: Tensor, mask_logits: Tensor, thing_ids: Sequence[int], score_threshold: float,
+def merge_panoptic(class_logits: Tensor, mask_logits: Tensor, is_thing: Tensor, score_threshold: float,
                    overlap_threshold: float, label_merged_stuff: bool) -> PanopticMap:
     """Segments: each voxel goes to the query with the largest score x mask; overruled queries are dropped.
 
     Args:
         class_logits: [Q, C] float32, before the sigmoid.
         mask_logits: [Q, K] float32, before the sigmoid.
-        thing_ids: classes counted one by one; queries of any other class merge into one segment per class.
+        is_thing: bool [C], classes counted one by one; queries of any other class merge into one segment.
         score_threshold: queries whose best class score is not above this do not count.
         overlap_threshold: least ratio of the voxels a query won to those of its own mask.
         label_merged_stuff: False is the published behaviour (a quirk that published numbers contain): the
@@ -62,8 +62,7 @@ def merge_panoptic(class_logits: Tensor, mask_logits: Tensor, thing_ids: Sequenc
     labelled = inside.gather(0, winner).squeeze(0)
     winner = winner.squeeze(0)
     survives = candidate & _holds_its_mask(winner, labelled, inside, overlap_threshold)
-    is_thing = _membership(thing_ids, class_logits)[classes]
-    segment, opens = _number_segments(classes, survives, is_thing)
+    segment, opens = _number_segments(classes, survives, is_thing[classes])
     labelled = labelled & survives[winner]
     names_voxels = labelled if label_merged_stuff else labelled & opens[winner]
     none, free = torch.zeros_like(winner), torch.full_like(winner, class_logits.shape[1])
@@ -79,15 +78,6 @@ def _holds_its_mask(winner: Tensor, labelled: Tensor, inside: Tensor, overlap_th
     counts[1].scatter_add_(0, winner, labelled.to(ones.dtype))
     mask_area = inside.sum(1).to(ones.dtype)
     return (counts[1] > 0) & (counts[0] / mask_area.clamp(min=1) >= overlap_threshold)
-
-
-def _membership(ids: Sequence[int], class_logits: Tensor) -> Tensor:
-    """bool [C], True at ``ids``."""
-    classes = torch.arange(class_logits.shape[1], device=class_logits.device)
-    member = torch.zeros_like(classes, dtype=torch.bool)
-    for class_id in ids:
-        member = member | (classes == class_id)
-    return member
 
 
 def _number_segments(classes: Tensor, survives: Tensor, is_thing: Tensor):

@@ -62,6 +62,8 @@ class SparseOccHead(BaseModule):
         self.task, self.merge_stuff = task, merge_stuff
         self.overlap_threshold, self.score_threshold = overlap_threshold, score_threshold
         self.transformer = TRANSFORMER.build(dict(transformer, task=task, embed_dims=embed_dims, draws=draws))
+        self.register_buffer('is_thing', torch.tensor([c in task.label_set.thing_ids for c in range(
+            task.label_set.num_occupied)]), persistent=False)
         loss_cfgs = dict(loss_cfgs)
         if 'loss_mask2former' not in loss_cfgs:
             raise ConfigError("model.pts_bbox_head.loss_cfgs: key 'loss_mask2former' is missing")
@@ -94,6 +96,6 @@ class SparseOccHead(BaseModule):
                                   merge_semantic(class_logits, mask_logits, self.score_threshold))
         if self.task.panoptic:
             merged.pano_inst, merged.pano_sem = merge_panoptic(
-                class_logits, mask_logits, self.task.label_set.thing_ids, self.score_threshold,
-                self.overlap_threshold, label_merged_stuff=self.merge_stuff == 'labelled')
+                class_logits, mask_logits, self.is_thing, self.score_threshold, self.overlap_threshold,
+                label_merged_stuff=self.merge_stuff == 'labelled')
         return merged

@@ -5,8 +5,9 @@ import torch
 
 from models.heads.merging import merge_panoptic, merge_semantic
 
-THINGS = (0, 1)
 CLASSES = 5
+THINGS = (0, 1)
+IS_THING = torch.tensor([c in THINGS for c in range(CLASSES)])
 
 
 def naive_semantic(class_logits, mask_logits):
@@ -66,7 +67,7 @@ def test_semantic_equals_loops(seed):
 @pytest.mark.parametrize('seed', range(6))
 def test_panoptic_equals_loops(seed, label_merged_stuff):
     class_logits, mask_logits = random_case(seed)
-    ours = merge_panoptic(class_logits, mask_logits, THINGS, 0.3, 0.8, label_merged_stuff)
+    ours = merge_panoptic(class_logits, mask_logits, IS_THING, 0.3, 0.8, label_merged_stuff)
     instances, semantics = naive_panoptic(class_logits, mask_logits, label_merged_stuff)
     assert ours.instances.tolist() == instances and ours.semantics.tolist() == semantics
     assert ours.instances.dtype == torch.int16 and ours.semantics.dtype == torch.uint8
@@ -83,8 +84,8 @@ def two_stuff_queries_of_one_class():
 
 def test_merged_stuff_keeps_class_free_as_published_or_is_labelled():
     case = two_stuff_queries_of_one_class()
-    published = merge_panoptic(*case, THINGS, 0.3, 0.8, label_merged_stuff=False)
-    labelled = merge_panoptic(*case, THINGS, 0.3, 0.8, label_merged_stuff=True)
+    published = merge_panoptic(*case, IS_THING, 0.3, 0.8, label_merged_stuff=False)
+    labelled = merge_panoptic(*case, IS_THING, 0.3, 0.8, label_merged_stuff=True)
     assert published.instances.tolist() == labelled.instances.tolist() == [1, 1, 1, 1, 2, 2]
     assert published.semantics.tolist() == [3, 3, CLASSES, CLASSES, 0, 0]
     assert labelled.semantics.tolist() == [3, 3, 3, 3, 0, 0]
@@ -93,7 +94,7 @@ def test_merged_stuff_keeps_class_free_as_published_or_is_labelled():
 def test_no_query_above_the_threshold_leaves_everything_free():
     class_logits, mask_logits = torch.full((3, CLASSES), -8.0), torch.full((3, 7), 8.0)
     assert merge_semantic(class_logits, mask_logits, 0.3).tolist() == [CLASSES] * 7
-    panoptic = merge_panoptic(class_logits, mask_logits, THINGS, 0.3, 0.8, False)
+    panoptic = merge_panoptic(class_logits, mask_logits, IS_THING, 0.3, 0.8, False)
     assert panoptic.semantics.tolist() == [CLASSES] * 7 and not panoptic.instances.any()
 
 
@@ -101,5 +102,5 @@ def test_more_than_255_segments():
     class_logits, mask_logits = torch.full((300, CLASSES), -8.0), torch.full((300, 300), -8.0)
     class_logits[:, 0] = 4.0
     mask_logits.fill_diagonal_(8.0)
-    panoptic = merge_panoptic(class_logits, mask_logits, THINGS, 0.3, 0.8, False)
+    panoptic = merge_panoptic(class_logits, mask_logits, IS_THING, 0.3, 0.8, False)
     assert panoptic.instances.tolist() == list(range(1, 301))
