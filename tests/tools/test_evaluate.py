@@ -1,0 +1,94 @@
+"""tools/evaluate.py: finding predictions, scoring them, and its sentences about what is missing."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lib.errors import DataError
+from lib.prediction import save_prediction
+from lib.task import Task
+from loaders.metrics import OccEvaluator
+from tools.evaluate import choose_samples, find_predictions, score
+
+
+class SmallDataset:
+    """Labels of three random samples."""
+    task = Task(label_set='occ3d', point_cloud_range=(-8.0, -8.0, -1.0, 8.0, 8.0, 5.4))
+
+    def __len__(self):
+        return 3
+
+    def sample_token(self, index):
+        return 'token%d' % index
+
+    def ground_truth(self, index):
+        rng = np.random.default_rng(index)
+        occupied = rng.random(self.task.grid_shape) < 0.05
+        return dict(semantics=np.where(occupied, rng.integers(0, 17, self.task.grid_shape), 17).astype(np.uint8))
+
+    def ray_origins(self, index):
+        return np.array([[0.0, 0.0, 1.0], [2.0, 1.0, 1.5]])
+
+
+def sparse(semantics, free):
+    where = np.argwhere(semantics != free)
+    return dict(sem_pred=semantics[tuple(where.T)][None].astype(np.uint8), occ_loc=where[None].astype(np.uint8))
+
+
+@pytest.fixture
+def predictions(tmp_path):
+    """True labels as predictions, one of them in a folder of its own."""
+    dataset = SmallDataset()
+    (tmp_path / 'scene').mkdir()
+    for index in range(3):
+        folder = tmp_path / 'scene' if index == 1 else tmp_path
+        save_prediction(folder / ('token%d.npz' % index), sparse(dataset.ground_truth(index)['semantics'], 17))
+    return tmp_path
+
+
+@pytest.mark.parametrize('workers', [1, 3])
+def test_true_labels_score_one(predictions, workers):
+    dataset, lines = SmallDataset(), []
+    found = find_predictions(predictions)
+    evaluator = OccEvaluator(dataset.task, ('ray_iou', 'miou'))
+    result = score(dataset, choose_samples(dataset, found, False), found, evaluator, workers, lines.append)
+    assert (result.num_samples, result.as_dict()['RayIoU'], result.as_dict()['mIoU']) == (3, 1.0, 1.0)
+    assert 'scored 3 samples' in lines[-1]
+
+
+def test_missing_predictions_are_an_error_unless_left_out(predictions):
+    (predictions / 'token0.npz').unlink()
+    found = find_predictions(predictions)
+    with pytest.raises(DataError, match='1 of 3 samples have no prediction, e.g. token0.*--only-predicted'):
+        choose_samples(SmallDataset(), found, False)
+    assert choose_samples(SmallDataset(), found, True) == [1, 2]
+    with pytest.raises(DataError, match='3 of 3'):
+        choose_samples(SmallDataset(), {'other': None}, True)
+
+
+def test_bad_folders_are_named(predictions, tmp_path):
+    with pytest.raises(DataError, match='does not exist'):
+        find_predictions(tmp_path / 'nowhere')
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(DataError, match='no .npz files'):
+        find_predictions(tmp_path / 'empty')
+    save_prediction(predictions / 'token1.npz', sparse(SmallDataset().ground_truth(1)['semantics'], 17))
+    with pytest.raises(DataError, match='both predictions of sample token1'):
+        find_predictions(predictions)
+
+
+def test_script_on_toy_data(toy_root, tmp_path):
+    """The labels of the toy data as predictions, through the command line."""
+    for labels in sorted((toy_root / 'occ3d').rglob('labels.npz')):
+        with np.load(str(labels)) as file:
+            save_prediction(tmp_path / (labels.parent.name + '.npz'), sparse(file['semantics'], 17))
+    command = [sys.executable, 'tools/evaluate.py', '--config', 'configs/toy/semantic.py',
+               '--predictions', str(tmp_path), '--out', str(tmp_path / 'scores.json'),
+               '--override', 'data.val.data_root=' + str(toy_root)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 0, done.stderr
+    assert 'RayIoU@1' in done.stdout
+    scores = json.loads((tmp_path / 'scores.json').read_text())
+    assert scores['RayIoU'] == 1.0 and scores['num_samples'] == 3
