@@ -1,4 +1,5 @@
 """Data sets and their loaders from configs."""
+import contextlib
 import resource
 from typing import Mapping, Optional
 
@@ -6,7 +7,7 @@ import cv2
 import torch
 from mmdet.datasets.builder import DATASETS
 
-from lib.errors import ConfigError
+from lib.errors import ConfigError, DataError, UserError
 from lib.names import did_you_mean
 from lib.task import Task
 
@@ -57,7 +58,51 @@ def build_dataloader(dataset, batch_size: int, num_workers: int, sampler=None, s
         options.update(worker_init_fn=_init_worker, persistent_workers=persistent_workers)
         if prefetch_factor is not None:
             options.update(prefetch_factor=prefetch_factor)
-    return torch.utils.data.DataLoader(dataset, **options)
+    return _Loader(dataset, **options)
+
+
+class _Loader(torch.utils.data.DataLoader):
+    """PyTorch's loader, with what goes wrong in a worker said in one sentence."""
+
+    def __iter__(self):
+        iterator = super().__iter__()
+        try:
+            yield from iterator
+        except UserError as error:
+            raise type(error)(_last_sentence(str(error))) from error
+        except (RuntimeError, OSError, EOFError) as error:
+            if self.num_workers == 0 or not is_dead_worker(error):
+                raise
+            _stop_workers(iterator)
+            raise DataError('a data loading worker died (%s); most likely memory or shared memory (/dev/shm) ran '
+                            'out: use fewer workers (data.workers_per_gpu), or give the container more --shm-size'
+                            % (str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+
+
+def is_dead_worker(error: BaseException) -> bool:
+    """PyTorch raised this because a loader's worker process is gone.
+
+    It may do so at any moment, in the middle of a training step too: its SIGCHLD handler raises.
+    """
+    if isinstance(error, RuntimeError):
+        return str(error).startswith('DataLoader worker')
+    # A broken transfer; what a worker itself raised starts with 'Caught'.
+    return isinstance(error, (OSError, EOFError)) and not str(error).startswith('Caught ')
+
+
+def _stop_workers(iterator):
+    """End the other workers, and PyTorch's watch over the dead one, which would raise again and again."""
+    shut_down = getattr(iterator, '_shutdown_workers', None)
+    if shut_down is not None:
+        with contextlib.suppress(RuntimeError):
+            shut_down()
+
+
+def _last_sentence(text):
+    """The message of an error that PyTorch brought from a worker: the last line of its traceback, less the type."""
+    if not text.startswith('Caught '):
+        return text
+    return text.strip().splitlines()[-1].split(': ', 1)[-1]
 
 
 def allow_many_open_files() -> None:
