@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, List, Optional, Sequence, Tuple
 
 from .errors import ConfigError
-from .names import check_keys, did_you_mean
+from .names import check_keys, did_you_mean, section
 from .run.settings import EvaluationSettings, TrainSettings, setting_names
 
 TOP_LEVEL_KEYS = (
@@ -142,13 +142,9 @@ def _import_modules(custom_imports) -> None:
 
 
 def _check_sections(config):
-    for section, keys in SECTION_KEYS.items():
-        value = config.get(section)
-        if value is None:
-            continue
-        if not isinstance(value, Mapping):
-            raise ConfigError('%s must be a dict, got %r' % (section, value))
-        check_keys(value, keys, section)
+    for name, keys in SECTION_KEYS.items():
+        value = config.get(name)
+        check_keys(section(value, name), keys, name)
     TrainSettings.from_config(config.get('train'))
     EvaluationSettings.from_config(config.get('evaluation'))
 

@@ -1,6 +1,7 @@
 """Checks of user-given names, with the nearest known name suggested."""
 import difflib
-from typing import Iterable, Mapping
+from collections.abc import Mapping as AnyMapping
+from typing import Any, Dict, Iterable, Mapping
 
 from .errors import ConfigError
 
@@ -9,6 +10,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` with the known name nearest to ``name``, or an empty string if none is near."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
     return '; did you mean %r?' % near[0] if near else ''
+
+
+def section(value: Any, where: str) -> Dict:
+    """A copy of a config's mapping; empty for None.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, AnyMapping):
+        raise ConfigError('%s must be a dict, got %r' % (where, value))
+    return dict(value)
 
 
 def check_keys(given: Mapping, allowed: Iterable[str], where: str) -> None:

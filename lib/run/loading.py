@@ -13,21 +13,37 @@ _TOO_MANY_FILES = ('too many open files in the data-loading workers; lower data.
                    'with "ulimit -n 65536"')
 
 
+_NO_EPOCH = -1
+
+
 class Failure(NamedTuple):
     """What a worker sends instead of a sample or a batch."""
     message: str
 
 
 class _Guarded(Dataset):
-    """Samples, or a Failure where the user can mend what went wrong."""
+    """Samples, or a Failure where the user can mend what went wrong.
+
+    The epoch lies in shared memory, so that workers that live on from one epoch to the next learn of it.
+    """
 
     def __init__(self, dataset):
         self.dataset = dataset
+        self._epoch = torch.full((1,), _NO_EPOCH, dtype=torch.int64).share_memory_()
+        self._known_epoch = _NO_EPOCH
 
     def __len__(self):
         return len(self.dataset)
 
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose samples are asked for from now on."""
+        self._epoch[0] = epoch
+
     def __getitem__(self, index):
+        epoch = int(self._epoch[0])
+        if epoch != self._known_epoch:
+            self.dataset.set_epoch(epoch)
+            self._known_epoch = epoch
         try:
             return self.dataset[index]
         except UserError as error:
@@ -51,7 +67,7 @@ class _Collate:
 
 def make_loader(dataset, batch_sampler: Iterable[List[int]], collate: Callable, workers: int,
                 device: torch.device, persistent: bool = False) -> DataLoader:
-    """Loader of batches, to be read with ``read_batches``.
+    """Loader of batches, to be read with ``read_batches``; ``loader.dataset.set_epoch`` chooses the epoch.
 
     Args:
         dataset: map from an index to a sample.

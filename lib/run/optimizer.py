@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..names import check_keys, did_you_mean
+from ..names import check_keys, did_you_mean, section
 
 _OPTIMIZERS = {name: getattr(torch.optim, name) for name in ('AdamW', 'Adam', 'SGD')}
 
@@ -22,7 +22,7 @@ def build_optimizer(model: nn.Module, cfg: Mapping) -> torch.optim.Optimizer:
     Raises:
         ConfigError: unknown type or key, or a part that is in no parameter's name.
     """
-    cfg = dict(cfg)
+    cfg = section(cfg, 'optimizer')
     name = cfg.pop('type', None)
     if name not in _OPTIMIZERS:
         raise ConfigError('optimizer.type must be one of %s, got %r%s'
@@ -38,11 +38,12 @@ def build_optimizer(model: nn.Module, cfg: Mapping) -> torch.optim.Optimizer:
 
 
 def _custom_keys(paramwise) -> Dict[str, Mapping]:
-    paramwise = dict(paramwise or {})
+    paramwise = section(paramwise, 'optimizer.paramwise_cfg')
     check_keys(paramwise, ('custom_keys',), 'optimizer.paramwise_cfg')
-    keys = dict(paramwise.get('custom_keys') or {})
+    keys = section(paramwise.get('custom_keys'), 'optimizer.paramwise_cfg.custom_keys')
     for part, factors in keys.items():
-        check_keys(factors, ('lr_mult', 'decay_mult'), 'optimizer.paramwise_cfg.custom_keys.%s' % part)
+        where = 'optimizer.paramwise_cfg.custom_keys.%s' % part
+        check_keys(section(factors, where), ('lr_mult', 'decay_mult'), where)
     return keys
 
 

@@ -64,7 +64,8 @@ class Processes:
 
 @contextlib.contextmanager
 def start_processes(device: Optional[str] = None) -> Iterator[Processes]:
-    """Join the process group that torchrun describes in the environment, if any; leave it afterwards.
+    """Join the process group that torchrun describes in the environment, if any; leave it afterwards. A group
+    that exists already is used and left as it is.
 
     NCCL between GPUs, gloo on the CPU and for Python objects.
 
@@ -78,13 +79,15 @@ def start_processes(device: Optional[str] = None) -> Iterator[Processes]:
     if 'WORLD_SIZE' not in os.environ or 'RANK' not in os.environ:
         yield Processes(device=chosen)
         return
-    backend = 'nccl' if chosen.type == 'cuda' else 'gloo'
-    torch_dist.init_process_group(backend, timeout=_TIMEOUT)
+    begins_here = not torch_dist.is_initialized()
+    if begins_here:
+        torch_dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=_TIMEOUT)
     try:
         objects = torch_dist.new_group(backend='gloo', timeout=_TIMEOUT)
         yield Processes(torch_dist.get_rank(), torch_dist.get_world_size(), chosen, objects)
     finally:
-        torch_dist.destroy_process_group()
+        if begins_here:
+            torch_dist.destroy_process_group()
 
 
 def pick_device(device: Optional[str] = None) -> torch.device:

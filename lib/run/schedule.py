@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Mapping, Optional, Sequence, Union
 
 from ..errors import ConfigError
-from ..names import check_keys, did_you_mean
+from ..names import check_keys, did_you_mean, section
 
 _POLICIES = ('CosineAnnealing', 'step', 'fixed')
 _WARMUPS = (None, 'linear', 'constant', 'exp')
@@ -50,7 +50,7 @@ class Schedule:
     @classmethod
     def from_config(cls, cfg: Optional[Mapping], epochs: int, iterations: int,
                     steps_per_epoch: int) -> 'Schedule':
-        cfg = dict(cfg or {})
+        cfg = section(cfg, 'lr_config')
         own = ('epochs', 'iterations', 'steps_per_epoch')
         check_keys(cfg, [f.name for f in fields(cls) if f.name not in own], 'lr_config')
         return cls(epochs=epochs, iterations=iterations, steps_per_epoch=steps_per_epoch, **cfg)

@@ -3,7 +3,7 @@ from dataclasses import dataclass, fields
 from typing import Mapping, Optional, Tuple, Union
 
 from ..errors import ConfigError
-from ..names import check_keys
+from ..names import check_keys, section
 
 
 def _choice(where, value, choices):
@@ -94,6 +94,6 @@ def setting_names(cls) -> Tuple[str, ...]:
 
 
 def _from_config(cls, cfg, where):
-    cfg = dict(cfg or {})
+    cfg = section(cfg, where)
     check_keys(cfg, setting_names(cls), where)
     return cls(**cfg)

@@ -43,7 +43,7 @@ class StopRequest:
         self.received = number
         if self.at_once is not None:
             raise Interrupted(number, self.at_once)
-        os.write(2, b'\nstopping after this step, with a checkpoint; once more to stop at once\n')
+        os.write(2, b'\nstopping at the end of this step, with a checkpoint; again to stop at once\n')
 
 
 def ignore_in_worker() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..batch import to_device
 from ..dist import all_reduce_sum, share_of_batch
 from ..errors import ConfigError
-from ..names import check_keys
+from ..names import check_keys, section
 from .batch_plan import BatchPlan
 from .precision import autocast
 from .processes import Processes
@@ -39,13 +39,14 @@ def clip_norm(optimizer_config) -> float:
     Raises:
         ConfigError: a norm other than the Euclidean, or none.
     """
-    cfg = dict(optimizer_config or {}).get('grad_clip')
-    if cfg is None:
+    cfg = section(section(optimizer_config, 'optimizer_config').get('grad_clip'), 'optimizer_config.grad_clip')
+    if not cfg:
         return math.inf
     check_keys(cfg, ('max_norm', 'norm_type'), 'optimizer_config.grad_clip')
-    if cfg.get('norm_type', 2) != 2 or not cfg.get('max_norm', 0) > 0:
-        raise ConfigError('optimizer_config.grad_clip needs a positive max_norm (and norm_type=2), got %r' % dict(cfg))
-    return float(cfg['max_norm'])
+    norm = cfg.get('max_norm', 0)
+    if cfg.get('norm_type', 2) != 2 or not isinstance(norm, (int, float)) or not norm > 0:
+        raise ConfigError('optimizer_config.grad_clip needs a positive max_norm (and norm_type=2), got %r' % cfg)
+    return float(norm)
 
 
 class Stepper:

@@ -127,7 +127,7 @@ class Trainer:
         """From where the run is to the end of the epoch (or of the run)."""
         job = self.job
         job.model.train()
-        job.dataset.set_epoch(epoch)
+        self._loader.dataset.set_epoch(epoch)
         first = self.iteration - epoch * job.order.steps
         last = min(job.order.steps, job.max_iterations - epoch * job.order.steps)
         self._batches.select(epoch, first, last)

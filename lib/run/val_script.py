@@ -31,7 +31,7 @@ def run_validation(args, components: Callable[[], Components]) -> int:
 def _validate(args, cfg, components, processes: Processes) -> None:
     log = RunLog(is_main=processes.is_main)
     check_precision(args.amp, processes.device)
-    out = args.out or os.path.splitext(args.weights)[0] + '.eval.json'
+    out = args.out or os.path.splitext(os.path.realpath(args.weights))[0] + '.eval.json'
     _check_writable(out)
     task = read_task(cfg)
     model = components.build_model(cfg.model, task)

@@ -1,0 +1,194 @@
+"""A model, a data set and an evaluator so small that a run takes milliseconds; also as a script:
+
+    python tests/run/fakes.py train --config C ... + val --config C ...
+
+with the arguments of train.py and val.py; ``+`` separates runs that follow each other in the same processes.
+
+The model has what makes runs hard to repeat: dropout, draws that depend on the epoch, and a loss normaliser that
+is not linear in the batch.
+"""
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from lib.cli import run_main  # noqa: E402
+from lib.dist import reduce_mean  # noqa: E402
+from lib.errors import ConfigError, DataError, UserError  # noqa: E402
+from lib.run.components import Components  # noqa: E402
+from lib.run.processes import start_processes  # noqa: E402
+
+CONFIG = '''
+task = dict(label_set='occ3d', point_cloud_range=[0, 0, 0, 1.6, 1.6, 0.8], voxel_size=0.4)
+model = dict(type='Fake')
+data = dict(workers_per_gpu=0, train=dict(type='Fake', length=21), val=dict(type='Fake', length=7))
+optimizer = dict(type='AdamW', lr=0.01, weight_decay=0.01,
+                 paramwise_cfg=dict(custom_keys={'slow': dict(lr_mult=0.1)}))
+optimizer_config = dict(grad_clip=dict(max_norm=35, norm_type=2))
+lr_config = dict(policy='CosineAnnealing', warmup='linear', warmup_iters=4, warmup_ratio=1.0 / 3, min_lr_ratio=1e-3)
+runner = dict(max_epochs=3)
+total_batch_size = 8
+train = dict(log_interval=1, tensorboard=False)
+evaluation = dict(interval=0)
+seed = 5
+'''
+
+
+class FakeModel(nn.Module):
+    """A small network. ``nan_at``: samples whose loss is NaN. ``normed``: with the loss that is not linear."""
+
+    def __init__(self, dropout=0.3, nan_at=(), normed=True):
+        super().__init__()
+        self.first, self.slow, self.last = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.dropout, self.nan_at = nn.Dropout(dropout), set(nan_at)
+        self.history, self.normed = 'full', normed
+
+    def forward(self, img, lidar2img, ego2lidar, img_metas=None, voxel_semantics=None, return_loss=True):
+        out = self.last(self.dropout(torch.relu(self.slow(torch.relu(self.first(img))))))
+        if not return_loss:
+            label = int(abs(float(out.sum())) * 1000) % 17
+            return [dict(sem_pred=np.full((1, 2), label, np.uint8), occ_loc=np.zeros((1, 2, 3), np.uint8))
+                    for _ in img]
+        counts = voxel_semantics.float()  # as the number of instances, it differs from sample to sample
+        errors = (out - img[:, :3]).pow(2).sum(1)
+        if any(meta['index'] in self.nan_at for meta in img_metas):
+            errors = errors * float('nan')
+        losses = dict(loss_mean=errors.mean())
+        if self.normed:
+            losses['loss_normed'] = (errors * counts).sum() / reduce_mean(counts.sum()).clamp(1)
+        return losses
+
+    def reset_history(self):
+        """Nothing is kept."""
+
+
+class FakeDataset:
+    """Random samples that depend on (seed, epoch, index).
+
+    ``trouble`` maps an index to what goes wrong there, in epoch ``trouble_epoch`` (0-based) or in all of them.
+    """
+
+    def __init__(self, task, length, seed=0, on_error='stop', max_skipped=10, max_samples=None, test_mode=False,
+                 trouble=None, trouble_epoch=None, delay=0.0):
+        self.length, self.seed, self.epoch = min(length, max_samples or length), seed, 0
+        self.on_error, self.trouble, self.delay = on_error, dict(trouble or {}), delay
+        self.trouble_epoch = trouble_epoch
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        time.sleep(self.delay)
+        if self.trouble_epoch in (None, self.epoch):
+            self._trouble(self.trouble.get(index))
+        draws = np.random.default_rng([self.seed, self.epoch, index]).standard_normal(6).astype(np.float32)
+        return dict(img=torch.from_numpy(draws), lidar2img=torch.eye(4), ego2lidar=torch.eye(4),
+                    voxel_semantics=torch.tensor(index % 5),
+                    img_metas=dict(sample_token='token%d' % index, index=index))
+
+    def _trouble(self, kind):
+        if kind == 'unreadable':
+            raise DataError('images/a.jpg is damaged; fetch it again')
+        if kind == 'files':
+            raise OSError(24, 'Too many open files')
+        if kind == 'crash':
+            raise SystemExit(9)
+        if kind == 'killed':
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == 'sigterm':
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def sample_token(self, index):
+        return 'token%d' % index
+
+    def ground_truth(self, index):
+        return dict(semantics=np.full((4, 4, 2), index % 17, np.uint8))
+
+    def ray_origins(self, index):
+        return np.zeros((1, 3))
+
+
+def collate(samples):
+    """As the project's own, of the keys there are here."""
+    batch = {key: torch.stack([s[key] for s in samples])
+             for key in ('img', 'lidar2img', 'ego2lidar', 'voxel_semantics')}
+    return dict(batch, img_metas=[s['img_metas'] for s in samples])
+
+
+class FakeResult:
+    def __init__(self, scores):
+        self.scores = scores
+
+    def as_dict(self):
+        return dict(RayIoU=sum(self.scores) / len(self.scores), order=[float(s) for s in self.scores],
+                    num_samples=len(self.scores))
+
+    def as_table(self):
+        return 'scores %s' % self.scores
+
+
+class FakeEvaluator:
+    def __init__(self, task, metrics, device):
+        self.metrics = metrics
+
+    def process(self, prediction, ground_truth, origins, key=''):
+        return float(prediction['semantics'].mean() + 0.01 * ground_truth['semantics'].mean())
+
+    def summarize(self, stats):
+        return FakeResult(list(stats))
+
+
+def build_model(cfg, task):
+    if cfg['type'] != 'Fake':
+        raise ConfigError('unknown type %r' % cfg['type'])
+    return FakeModel(**{key: value for key, value in cfg.items() if key != 'type'})
+
+
+def build_dataset(cfg, task):
+    return FakeDataset(task, **{key: value for key, value in cfg.items() if key != 'type'})
+
+
+def components():
+    return Components(build_model, build_dataset, collate, FakeEvaluator)
+
+
+def run_script(name, arguments):
+    """One of the scripts; its exit status."""
+    if name == 'train':
+        import train
+        from lib.run.train_script import run_training
+        return run_training(train.parse_args(arguments), components)
+    import val
+    from lib.run.val_script import run_validation
+    return run_validation(val.parse_args(arguments), components)
+
+
+def main():
+    """Runs separated by ``+``; one that fails prints its sentence and the next one begins."""
+    runs, status = ' '.join(sys.argv[1:]).split(' + '), 0
+    with start_processes('cpu'):
+        for run in runs:
+            name, *arguments = shlex.split(run)
+            try:
+                status = run_script(name, arguments)
+            except UserError as error:
+                print('error: %s' % error, flush=True)
+                status = 2
+    sys.exit(status)
+
+
+if __name__ == '__main__':
+    run_main(main)

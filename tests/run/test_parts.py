@@ -1,0 +1,132 @@
+"""Small parts of the run set-up: meters, seeds, folders, settings, latencies, log."""
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import CheckpointError, ConfigError, UserError
+from lib.run.folder import CheckpointKeeper, checkpoints, create_run_folder, find_checkpoint_to_resume
+from lib.run.log import RunLog
+from lib.run.meters import Countdown, WindowAverage, duration
+from lib.run.seeding import mix, seed_step
+from lib.run.settings import EvaluationSettings, TrainSettings
+from lib.run.timing_script import quantile
+
+
+def test_window_average_and_its_state():
+    window = WindowAverage()
+    window.add(dict(a=1.0, b=math.nan))
+    restored = WindowAverage()
+    restored.load_state_dict(window.state_dict())
+    restored.add(dict(a=2.0, b=4.0))
+    assert restored.take() == dict(a=1.5, b=4.0) and restored.take() == {}
+
+
+def test_countdown_forgets_the_first_step_and_pauses():
+    now = [0.0]
+    countdown = Countdown(total=10, clock=lambda: now[0])
+    assert countdown.text() == '?'
+    for seconds in (100.0, 2.0, 2.0):
+        now[0] += seconds
+        countdown.step()
+    assert countdown.seconds_left() == pytest.approx(7 * 2.0)
+    now[0] += 50.0
+    countdown.pause(50.0)
+    now[0] += 2.0
+    countdown.step()
+    assert countdown.seconds_left() == pytest.approx(6 * 2.0)
+
+
+@pytest.mark.parametrize('seconds, text', [(0, '0:00:00'), (59.6, '0:01:00'), (3661, '1:01:01'),
+                                           (90000, '1d 1:00:00')])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_seeds_differ_by_every_number():
+    seeds = {mix(*numbers) for numbers in [(1, 2, 3), (2, 1, 3), (1, 2, 4), (1, 3, 2), (1, 2)]}
+    assert len(seeds) == 5 and all(0 <= s < 2 ** 63 for s in seeds)
+    draws = []
+    for arguments in [(1, 5, 0, 0), (1, 5, 0, 0), (1, 6, 0, 0), (1, 5, 1, 0), (1, 5, 0, 1)]:
+        seed_step(*arguments)
+        draws.append((float(torch.rand(1)), float(np.random.rand())))
+    assert draws[0] == draws[1] and len(set(draws)) == 4
+
+
+@pytest.mark.parametrize('values', np.random.default_rng(0).random((4, 7)).tolist() + [[3.0]])
+def test_quantile_is_numpys(values):
+    for fraction in (0.0, 0.5, 0.9, 1.0):
+        assert quantile(values, fraction) == pytest.approx(np.quantile(values, fraction))
+
+
+@pytest.mark.parametrize('cfg, words', [
+    (dict(amp='fp8'), 'train.amp'), (dict(on_data_error='ignore'), 'train.on_data_error'),
+    (dict(log_interval=True), 'train.log_interval'), (dict(accumulate=0), 'train.accumulate'),
+    (dict(tensorbord=1), "did you mean 'tensorboard'"), (3, 'train must be a dict')])
+def test_wrong_settings(cfg, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainSettings.from_config(cfg)
+
+
+def test_evaluation_settings():
+    assert EvaluationSettings.from_config(None).interval == 0
+    assert EvaluationSettings.from_config(dict(metrics=['miou'])).metrics == ('miou',)
+    with pytest.raises(ConfigError, match='evaluation.interval'):
+        EvaluationSettings.from_config(dict(interval=-2))
+
+
+def write_run(folder, *iterations):
+    folder.mkdir(parents=True)
+    keeper = CheckpointKeeper(folder, keep=0)
+    for n in iterations:
+        keeper.save(dict(state_dict=dict(a=torch.zeros(1))), n)
+    return folder
+
+
+def test_auto_resume_takes_the_newest_run_that_has_a_whole_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint_to_resume('auto', None, 'c.py') is None
+    old = write_run(tmp_path / 'outputs' / 'c' / '20240101_000000', 5, 12, 9)
+    empty = tmp_path / 'outputs' / 'c' / '20240102_000000'
+    empty.mkdir()
+    os.utime(str(old), (1, 1))
+    assert find_checkpoint_to_resume('auto', None, 'c.py').name == 'iter_12.pth'
+    (old / 'iter_12.pth').write_bytes(b'PK\x03\x04 cut short')
+    assert find_checkpoint_to_resume('auto', None, 'c.py').name == 'iter_9.pth'
+    assert [p.name for p in checkpoints(old)] == ['iter_12.pth', 'iter_9.pth', 'iter_5.pth']
+    with pytest.raises(CheckpointError, match='holds no whole checkpoint'):
+        find_checkpoint_to_resume(str(empty), None, 'c.py')
+
+
+def test_evidence_of_a_bad_step_is_no_checkpoint(tmp_path):
+    folder = write_run(tmp_path / 'r', 5)
+    (folder / 'nonfinite_iter_9.pth').write_bytes((folder / 'iter_5.pth').read_bytes())
+    assert [p.name for p in checkpoints(folder)] == ['iter_5.pth']
+
+
+def test_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='--work-dir'):
+        create_run_folder(str(tmp_path / 'file' / 'run'), 'c.py')
+
+
+def test_an_empty_folder_is_used_as_it_is(tmp_path):
+    (tmp_path / 'run').mkdir()
+    assert create_run_folder(str(tmp_path / 'run'), 'c.py') == tmp_path / 'run'
+
+
+def test_log_that_cannot_be_written_complains_once_and_goes_on(tmp_path, capsys):
+    log = RunLog(str(tmp_path / 'gone'))
+    log.say('one')
+    log.say('two')
+    captured = capsys.readouterr()
+    assert 'one' in captured.out and 'two' in captured.out and captured.err.count('warning') == 1
+
+
+def test_other_processes_are_silent(tmp_path, capsys):
+    log = RunLog(str(tmp_path), is_main=False)
+    log.say('one')
+    log.record('train', 1, dict(a=1))
+    assert capsys.readouterr().out == '' and not list(tmp_path.iterdir())

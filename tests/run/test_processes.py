@@ -1,0 +1,77 @@
+"""Several processes, and processes that are killed. Starting Python is what takes time, so each start does much."""
+import json
+import os
+import signal
+
+import pytest
+
+DETERMINISTIC = ('model.dropout=0',)
+
+
+def test_any_number_of_processes_learns_the_same_and_scores_the_same(workshop):
+    """Losses: equal but for rounding, also where 3 processes share a batch of 8 unevenly and the normaliser is a sum
+    over the whole batch. Scores: equal to the bit, each sample once."""
+    weights = str(workshop.folder / 'p1' / 'latest.pth')
+
+    def validation(name):
+        return ['--config', str(workshop.config), '--weights', weights, '--out', '%s.json' % name,
+                '--save-predictions', 'predictions_%s' % name]
+
+    def check_scores(name):
+        scores = json.loads((workshop.folder / ('%s.json' % name)).read_text())
+        assert scores.pop('run')['weights'] == weights
+        assert workshop.files('*', 'predictions_' + name) == ['token%d.npz' % i for i in range(7)]
+        return scores
+
+    workshop.train(*DETERMINISTIC, work_dir='p1')
+    workshop.validate(validation('p1'))
+    for count in (2, 3):
+        name = 'p%d' % count
+        status, text = workshop.launch(['train'] + workshop.arguments(*DETERMINISTIC, work_dir=name),
+                                       ['val'] + validation(name), processes=count)
+        assert status == 0, text
+        # float32 sums in another order, carried along for nine steps
+        assert workshop.curve(name) == pytest.approx(workshop.curve('p1'), rel=1e-4)
+        assert 'x %d processes' % count in workshop.log(name)
+        assert text.count('training is complete') == 1  # the main process alone tells
+        assert check_scores(name) == check_scores('p1')
+
+
+def test_trouble_in_one_process_stops_all_with_one_sentence(workshop):
+    """The samples of both processes are named, one checkpoint is written, and each sentence appears once."""
+    trouble = ("data.train.trouble={4: 'unreadable'}", 'data.train.trouble_epoch=1')
+    status, text = workshop.launch(['train'] + workshop.arguments('model.nan_at=[4]'),
+                                   ['train'] + workshop.arguments(*trouble, work_dir='bad'), processes=2)
+    assert status != 0 and text.count('error: the loss is not finite') == 1
+    (facts,) = workshop.files('nonfinite*.json')
+    facts = json.loads((workshop.folder / 'run' / facts).read_text())
+    assert [len(passes[0]) for passes in facts['sample_tokens_by_process_and_pass']] == [4, 4]
+    assert text.count('error: images/a.jpg is damaged') == 1 and '--resume auto' in text
+    assert any(name.startswith('iter_') for name in workshop.files(work_dir='bad'))
+
+
+def test_sigkill_and_resume_ends_with_the_same_losses(workshop):
+    """Killed inside the second epoch, workers and all; they live from epoch to epoch."""
+    options = ('train.checkpoint_interval_iters=1', 'data.train.length=80', 'data.workers_per_gpu=1')
+    workshop.train(*options, work_dir='whole')
+    run = workshop.start(['train'] + workshop.arguments(*options, 'data.train.delay=0.02'), start_new_session=True)
+    try:
+        workshop.wait_for_iterations(13)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+    assert 13 <= len(workshop.records()) < 30
+    assert workshop.train(*options, more=('--resume', 'auto')) == 0
+    assert workshop.curve() == workshop.curve('whole') and len(workshop.curve()) == 30
+
+
+def test_sigterm_to_torchrun_saves_once_and_leaves(workshop):
+    run = workshop.start(['train'] + workshop.arguments('data.train.length=800', 'data.train.delay=0.01',
+                                                        'train.max_keep_ckpts=0'), processes=2)
+    try:
+        workshop.wait_for_iterations(3)
+    finally:
+        run.send_signal(signal.SIGTERM)
+    text = run.communicate(timeout=60)[0]
+    assert run.returncode != 0 and text.count('stopped by SIGTERM after iteration') == 1, text
+    assert [n for n in workshop.files() if n.startswith('iter_')] == ['iter_%d.pth' % max(workshop.records())]

@@ -1,0 +1,266 @@
+"""The training loop: what it logs and saves, and that it can be stopped and continued without a trace."""
+import json
+import os
+import re
+
+import pytest
+import torch
+
+from lib.errors import CheckpointError, ConfigError, DataError
+from lib.run.training import RunStopped
+
+NOT_RESUMED = ('time', 'data_time', 'memory_mib')
+
+
+def without_times(records):
+    return {i: {k: v for k, v in r.items() if k not in NOT_RESUMED} for i, r in records.items()}
+
+
+def test_a_run_and_what_it_leaves(workshop):
+    assert workshop.train('optimizer_config.grad_clip.max_norm=0.5') == 0
+    # 21 samples in batches of 8: three steps an epoch, the last filled up.
+    assert len(workshop.curve()) == 9 and workshop.curve()[-1] < workshop.curve()[0]
+    assert workshop.files() == ['epoch_3_iter_9.pth', 'latest.pth']
+    assert workshop.files('*.*', '.') == ['fake.py']
+    assert os.readlink(str(workshop.folder / 'run' / 'latest.pth')) == 'epoch_3_iter_9.pth'
+    log = workshop.log()
+    for words in ('seed 5', 'total batch 8 = 8 samples x 1 processes x 1', 'device: CPU', 'float32', 'left 0:00:00',
+                  'RayIoU', 'saved'):
+        assert words in log, words
+    assert re.search(r'git: ([0-9a-f]{40}|no git)', (workshop.folder / 'run' / 'environment.txt').read_text())
+    assert 'lr' in workshop.records()[1] and workshop.records(kind='eval')[9]['RayIoU'] >= 0
+    scores = json.loads((workshop.folder / 'run' / 'evaluation_iter_9.json').read_text())
+    assert scores['num_samples'] == 7 and scores['order'] == sorted(scores['order'], key=scores['order'].index)
+
+
+def test_no_folder_is_overwritten(workshop):
+    for n in range(3):
+        workshop.train('runner.max_epochs=1', work_dir='run')
+    folders = sorted(p.name for p in workshop.folder.iterdir() if p.is_dir())
+    assert folders == ['run', 'run-1', 'run-2']
+    assert workshop.curve('run') == workshop.curve('run-1') == workshop.curve('run-2')
+
+
+def test_default_folder(workshop):
+    from lib.run.train_script import run_training
+    import fakes
+    import train
+    for _ in range(2):
+        run_training(train.parse_args(['--config', str(workshop.config), '--max-epochs', '1', '--no-eval']),
+                     fakes.components)
+    runs = sorted(p.name for p in (workshop.folder / 'outputs' / 'fake').iterdir())
+    assert len(runs) == 2 and all(re.match(r'\d{8}_\d{6}(-1)?$', name) for name in runs)
+
+
+def test_random_seed_is_printed_and_kept(workshop):
+    workshop.train('seed=None', 'runner.max_epochs=1')
+    seed = int(re.search(r'seed (\d+)', workshop.log()).group(1))
+    assert torch.load(str(workshop.folder / 'run' / 'latest.pth'))['meta']['seed'] == seed
+    workshop.train('seed=%d' % seed, 'runner.max_epochs=1', work_dir='again')
+    assert workshop.curve('again') == workshop.curve('run')
+
+
+@pytest.mark.parametrize('accumulate', [2, 3, 8])
+def test_accumulation_gives_the_same_curve(workshop, accumulate):
+    options = ('model.dropout=0', 'model.normed=False')  # what is left is linear in the samples
+    workshop.train(*options, work_dir='one')
+    workshop.train(*options, work_dir='many', more=('--accumulate', str(accumulate)))
+    assert 'x %d accumulation steps' % accumulate in workshop.log('many')
+    # float32 sums in another order; AdamW's steps do not shrink, so rounding is carried along for nine steps
+    assert workshop.curve('many') == pytest.approx(workshop.curve('one'), rel=1e-4)
+
+
+@pytest.mark.parametrize('interval, sample', [(1, 0), (2, 9), (5, 9), (4, 20)])
+def test_stop_and_resume_leaves_no_trace(workshop, interval, sample):
+    """A run cut at any iteration, also inside an epoch and between two log lines, ends as if never cut."""
+    options = ('train.checkpoint_interval_iters=1', 'train.max_keep_ckpts=0', 'train.log_interval=%d' % interval,
+               'evaluation.interval=1')
+    workshop.train(*options, work_dir='whole')
+    with pytest.raises(SystemExit):
+        workshop.train(*options, "data.train.trouble={%d: 'crash'}" % sample, 'data.train.trouble_epoch=1',
+                       work_dir='cut')
+    assert max(workshop.records('cut')) < 6 and 'evaluation_iter_3.json' in workshop.files('*.json', 'cut')
+    assert workshop.train(*options, work_dir='cut', more=('--resume', 'auto')) == 0
+    whole, cut = workshop.records('whole'), workshop.records('cut')
+    assert without_times(cut) == without_times(whole)
+    states = [torch.load(str(workshop.folder / run / 'epoch_3_iter_9.pth'))['state_dict'] for run in ('whole', 'cut')]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert workshop.records('whole', 'eval')[9] == workshop.records('cut', 'eval')[9]
+    assert 'continuing from' in workshop.log('cut')
+
+
+def test_resume_from_a_file_goes_to_a_new_folder(workshop):
+    workshop.train('train.max_keep_ckpts=0', work_dir='a')
+    first = workshop.folder / 'a' / 'epoch_1_iter_3.pth'
+    workshop.train(work_dir='b', more=('--resume', str(first)))
+    assert workshop.curve('a')[3:] == [workshop.records('b')[i]['loss'] for i in range(4, 10)]
+
+
+def test_auto_without_a_checkpoint_starts_anew(workshop, capsys):
+    workshop.train(more=('--resume', 'auto'))
+    assert 'no checkpoint to continue from' in capsys.readouterr().out and len(workshop.curve()) == 9
+
+
+def test_resuming_a_finished_run_does_nothing(workshop):
+    workshop.train()
+    before = workshop.curve()
+    assert workshop.train(more=('--resume', 'auto')) == 0
+    assert workshop.curve() == before and workshop.log().count('evaluated 7 samples') == 1
+
+
+def test_half_written_checkpoint_does_not_shadow_a_good_one(workshop, capsys):
+    options = ('train.max_keep_ckpts=0',)
+    workshop.train(*options, work_dir='whole')
+    workshop.train(*options, more=('--max-epochs', '2', '--no-eval'))
+    folder = workshop.folder / 'run'
+    newest = folder / 'epoch_2_iter_6.pth'
+    newest.write_bytes(newest.read_bytes()[:2000])
+    (folder / '.epoch_3_iter_9.77.tmp.pth').write_bytes(b'cut off by a kill')
+    # The cosine of the cut run was shorter, so take the schedule that both share.
+    workshop.train(*options, more=('--resume', 'auto'))
+    assert 'epoch_2_iter_6.pth is not whole' in capsys.readouterr().out
+    assert 'epoch_1_iter_3.pth at iteration 3' in workshop.log()
+    assert not list(folder.glob('.*.tmp.pth'))
+    assert len(workshop.curve()) == 9
+
+
+@pytest.mark.parametrize('change, words', [
+    (('total_batch_size=4',), 'total_batch_size = 8, this run has 4'),
+    (('data.train.length=20',), 'num_samples = 21, this run has 20'),
+])
+def test_resume_with_other_samples_is_refused(workshop, change, words):
+    workshop.train(more=('--max-epochs', '1'))
+    with pytest.raises(CheckpointError, match=words):
+        workshop.train(*change, more=('--resume', 'auto'))
+
+
+def test_resume_with_another_seed_is_refused_and_changes_are_told(workshop):
+    workshop.train(more=('--max-epochs', '1'))
+    with pytest.raises(CheckpointError, match='seed = 5, this run has 6'):
+        workshop.train(more=('--resume', 'auto', '--seed', '6'))
+    workshop.train('optimizer.lr=0.02', more=('--resume', 'auto'))
+    assert '- optimizer.lr = 0.01' in workshop.log() and '+ optimizer.lr = 0.02' in workshop.log()
+    assert workshop.records()[9]['lr'] > 0.005 * 0.02  # the new rate counts
+
+
+def test_resume_from_bare_weights_is_refused(workshop, tmp_path):
+    path = str(tmp_path / 'w.pth')
+    torch.save(dict(state_dict=dict(a=torch.zeros(1))), path)
+    with pytest.raises(CheckpointError, match='no training state.*--load-from'):
+        workshop.train(more=('--resume', path))
+
+
+def test_load_from(workshop):
+    workshop.train(work_dir='a')
+    workshop.train(work_dir='b', more=('--load-from', str(workshop.folder / 'a' / 'latest.pth')))
+    assert 'used:      6 tensors' in workshop.log('b')
+    assert workshop.curve('b')[0] != workshop.curve('a')[0]
+
+
+def test_old_checkpoints_go_only_as_new_ones_come(workshop):
+    workshop.train('train.max_keep_ckpts=2', 'train.checkpoint_interval_iters=2')
+    assert workshop.files() == ['epoch_3_iter_9.pth', 'iter_8.pth', 'latest.pth']
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_nan_loss_stops_with_tokens_and_state(workshop, workers):
+    with pytest.raises(RunStopped) as error:
+        workshop.train('model.nan_at=[4]', 'data.workers_per_gpu=%d' % workers)
+    text = str(error.value)
+    assert 'the loss is not finite at iteration' in text and 'token4' in text and 'loss_mean' in text
+    (facts,) = workshop.files('nonfinite_iter_*.json')
+    facts = json.loads((workshop.folder / 'run' / facts).read_text())
+    tokens = facts['sample_tokens_by_process_and_pass'][0][0]
+    assert 'token4' in tokens and len(tokens) == 8
+    # The state saved is the one before the bad step, and --resume does not take it for a checkpoint.
+    (state,) = workshop.files('nonfinite_iter_*.pth')
+    saved = torch.load(str(workshop.folder / 'run' / state))
+    assert saved['progress']['iteration'] == facts['iteration'] - 1
+    assert all(torch.isfinite(v).all() for v in saved['state_dict'].values())
+
+
+def test_infinite_gradient_stops_before_the_step(workshop, monkeypatch):
+    monkeypatch.setattr('torch.nn.utils.clip_grad_norm_', lambda *a, **k: torch.tensor(float('inf')))
+    with pytest.raises(RunStopped, match='the gradient is not finite at iteration 1 .grad_norm.'):
+        workshop.train()
+
+
+def test_unreadable_sample_stops_after_saving(workshop):
+    with pytest.raises(RunStopped, match=r'a.jpg is damaged.*stopped after iteration [12];.*--resume auto'):
+        workshop.train("data.train.trouble={4: 'unreadable'}", 'seed=11')
+    assert any(name.startswith('iter_') for name in workshop.files())
+
+
+def test_killed_worker_is_explained(workshop):
+    with pytest.raises(RunStopped, match='data-loading worker was killed.*workers_per_gpu'):
+        workshop.train("data.train.trouble={4: 'killed'}", 'data.workers_per_gpu=1')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_too_many_open_files_is_explained(workshop, workers):
+    with pytest.raises(RunStopped, match='too many open files.*ulimit -n'):
+        workshop.train("data.train.trouble={4: 'files'}", 'data.workers_per_gpu=%d' % workers)
+
+
+def test_sigterm_saves_and_leaves(workshop, capsys):
+    options = ('train.max_keep_ckpts=0',)
+    workshop.train(*options, work_dir='whole')
+    assert workshop.train(*options, "data.train.trouble={4: 'sigterm'}", 'data.train.trouble_epoch=1') == 143
+    assert 'stopped by SIGTERM after iteration' in capsys.readouterr().out
+    iteration = max(workshop.records())
+    assert 'iter_%d.pth' % iteration in ' '.join(workshop.files())
+    workshop.train(*options, more=('--resume', 'auto'))
+    assert workshop.curve() == workshop.curve('whole')
+
+
+def fail_to_save(*arguments):
+    from lib.errors import UserError
+    raise UserError('cannot write a.pth: No space left on device; free some space')
+
+
+def test_full_disk_goes_on_and_keeps_the_old(workshop, monkeypatch):
+    workshop.train(more=('--max-epochs', '1', '--no-eval'))
+    monkeypatch.setattr('lib.run.folder.save_checkpoint', fail_to_save)
+    workshop.train(more=('--resume', 'auto'))
+    assert 'WARNING: cannot write a.pth: No space left' in workshop.log()
+    assert len(workshop.curve()) == 9 and workshop.files() == ['epoch_1_iter_3.pth', 'latest.pth']
+
+
+def test_full_disk_stops_by_option(workshop, monkeypatch):
+    monkeypatch.setattr('lib.run.folder.save_checkpoint', fail_to_save)
+    with pytest.raises(RunStopped, match='No space left on device.*stopped after iteration 3'):
+        workshop.train('train.on_save_error=stop')
+
+
+def test_bfloat16_on_the_cpu(workshop):
+    workshop.train(more=('--amp', 'bf16'), work_dir='bf16')
+    workshop.train(work_dir='fp32')
+    assert 'mixed bfloat16' in workshop.log('bf16')
+    # bfloat16 keeps 8 bits: the first loss agrees to about a percent, and not exactly.
+    half, full = workshop.curve('bf16')[0], workshop.curve('fp32')[0]
+    assert half == pytest.approx(full, rel=0.05) and half != full
+
+
+@pytest.mark.parametrize('overrides, more, error, words', [
+    (('total_batch_size=0',), (), ConfigError, 'total_batch_size'),
+    ((), ('--accumulate', '9'), ConfigError, 'too small for 1 processes x 9'),
+    ((), ('--accumulate', 'x'), ConfigError, 'train.accumulate'),
+    ((), ('--amp', 'fp16'), ConfigError, 'fp16 needs a GPU'),
+    ((), ('--max-epochs', '0'), ConfigError, 'runner.max_epochs'),
+    (('optimizer.type=Adan',), (), ConfigError, "'Adan'; did you mean 'Adam'"),
+    (('optimizer.lrr=1',), (), ConfigError, 'lrr'),
+    (("optimizer.paramwise_cfg.custom_keys={'nowhere': dict()}",), (), ConfigError, 'custom_keys'),
+    (("optimizer.paramwise_cfg.custom_keys={'nowhere': {'lr_mult': 1}}",), (), ConfigError, "'nowhere'"),
+    (('lr_config=3',), (), ConfigError, 'lr_config must be a dict'),
+    (('lr_config.policy=poly',), (), ConfigError, 'lr_config.policy'),
+    (('lr_config.warmup_iter=3',), (), ConfigError, "did you mean 'warmup_iters'"),
+    (('optimizer_config.grad_clip.max_norm=0',), (), ConfigError, 'max_norm'),
+    (('task.voxel_size=0',), (), ConfigError, 'voxel_size'),
+    (('data.train.length=0',), (), DataError, 'data.train has no samples'),
+    (('data.val.length=0',), (), DataError, 'data.val has no samples'),
+    ((), ('--load-from', 'none.pth'), CheckpointError, 'none.pth'),
+    ((), ('--resume', 'none.pth'), CheckpointError, 'none.pth'),
+])
+def test_bad_input_ends_before_training(workshop, overrides, more, error, words):
+    with pytest.raises(error, match=words):
+        workshop.train(*overrides, more=more)
