@@ -1,5 +1,6 @@
 """Data sets and their loaders from configs."""
 import contextlib
+import re
 import resource
 from typing import Mapping, Optional
 
@@ -69,14 +70,29 @@ class _Loader(torch.utils.data.DataLoader):
         try:
             yield from iterator
         except UserError as error:
+            self._stop_workers(iterator)
             raise type(error)(_last_sentence(str(error))) from error
         except (RuntimeError, OSError, EOFError) as error:
+            self._stop_workers(iterator)
             if self.num_workers == 0 or not is_dead_worker(error):
                 raise
-            _stop_workers(iterator)
             raise DataError('a data loading worker died (%s); most likely memory or shared memory (/dev/shm) ran '
                             'out: use fewer workers (data.workers_per_gpu), or give the container more --shm-size'
                             % (str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+        finally:
+            if not self.persistent_workers:
+                self._stop_workers(iterator)
+
+    def _stop_workers(self, iterator):
+        """End all workers, and PyTorch's watch over a dead one, which would raise again and again.
+
+        Left to the garbage collector, each worker takes 5 s to end when the batches were not all taken.
+        """
+        shut_down = getattr(iterator, '_shutdown_workers', None)
+        if shut_down is not None:
+            with contextlib.suppress(RuntimeError):
+                shut_down()
+            self._iterator = None  # persistent workers are started anew
 
 
 def is_dead_worker(error: BaseException) -> bool:
@@ -90,19 +106,11 @@ def is_dead_worker(error: BaseException) -> bool:
     return isinstance(error, (OSError, EOFError)) and not str(error).startswith('Caught ')
 
 
-def _stop_workers(iterator):
-    """End the other workers, and PyTorch's watch over the dead one, which would raise again and again."""
-    shut_down = getattr(iterator, '_shutdown_workers', None)
-    if shut_down is not None:
-        with contextlib.suppress(RuntimeError):
-            shut_down()
-
-
 def _last_sentence(text):
-    """The message of an error that PyTorch brought from a worker: the last line of its traceback, less the type."""
+    """The message of an error that PyTorch brought from a worker: what follows the type in its traceback."""
     if not text.startswith('Caught '):
         return text
-    return text.strip().splitlines()[-1].split(': ', 1)[-1]
+    return re.split(r'\n[\w.]*Error: ', text)[-1].strip()
 
 
 def allow_many_open_files() -> None:

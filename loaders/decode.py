@@ -52,7 +52,8 @@ def read_image(path, decoder: str = 'cv2', half_covers: Optional[Tuple[int, int]
         half = is_jpeg and half_covers is not None and _half_is_enough(content, half_covers)
         pixels = _DECODERS[decoder](content, half)
     except (OSError, ValueError, cv2.error, SyntaxError) as error:
-        raise DataError('image %s cannot be decoded (%s); fetch it again' % (path, error)) from error
+        reason = ' '.join(str(error).split())
+        raise DataError('image %s cannot be decoded (%s); fetch it again' % (path, reason)) from error
     if pixels is None:
         raise DataError('image %s cannot be decoded (%d bytes, no known format); fetch it again'
                         % (path, len(content)))

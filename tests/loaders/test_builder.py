@@ -2,17 +2,15 @@
 import os
 import resource
 import signal
-import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
 
+from lib.cli import run_main
 from lib.errors import ConfigError, DataError
 from loaders import build_dataloader
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Items(torch.utils.data.Dataset):
@@ -42,29 +40,52 @@ def test_a_worker_s_error_is_its_sentence_and_nothing_more(workers):
     assert str(caught.value) == 'keyframe x: image y.jpg is truncated; fetch it again: now'
 
 
+def test_leaving_early_is_quick_and_a_new_start_is_whole():
+    for persistent in (False, True):
+        loader = build_dataloader(_Items(), 1, 2, persistent_workers=persistent)
+        start = time.time()
+        for _ in loader:
+            break
+        assert len(list(loader)) == 8
+        assert time.time() - start < 5  # PyTorch takes 5 s per worker when left to the garbage collector
+
+
 def _kill(index):
     if index == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-_KILLED_WORKER = '''
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-from test_builder import _Items, _kill
-from lib.cli import run_main
-from loaders import build_dataloader
-torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # else PyTorch takes 10 s
-run_main(lambda: list(build_dataloader(_Items(_kill), 1, 1)))
-'''
+def _in_a_fork(function, output):
+    """Run ``function`` in a forked process, so that limits and PyTorch's signal handlers stay there.
+
+    Returns its exit status; what it wrote is in the file ``output``.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with open(str(output), 'w') as stream:
+                os.dup2(stream.fileno(), 2)
+                sys.stderr = stream
+                function()
+                status = 0
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1] >> 8
 
 
-def test_a_killed_worker_is_one_sentence_and_no_hang():
-    """In a process of its own: PyTorch's signal handler would go on to disturb the tests after this one."""
-    done = _run(_KILLED_WORKER)
-    assert done.returncode == 2
-    assert done.stderr.startswith('error: a data loading worker died (')
-    assert 'workers_per_gpu' in done.stderr and 'Traceback' not in done.stderr
+def _lose_a_worker():
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # else PyTorch takes 10 s
+    run_main(lambda: list(build_dataloader(_Items(_kill), 1, 1)))
+
+
+def test_a_killed_worker_is_one_sentence_and_no_hang(tmp_path):
+    assert _in_a_fork(_lose_a_worker, tmp_path / 'stderr') == 2
+    text = (tmp_path / 'stderr').read_text()
+    assert text.startswith('error: a data loading worker died (')
+    assert 'workers_per_gpu' in text and 'Traceback' not in text
 
 
 def _bug(index):
@@ -97,28 +118,20 @@ def test_an_unknown_type_is_named():
         build_dataset(dict(), Task('occ3d'))
 
 
-_MANY_BATCHES = '''
-import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-from test_builder import _Items
-from loaders import build_dataloader
-kept = list(build_dataloader(_Items(count=400), 1, 1))
-print(len(kept), torch.multiprocessing.get_sharing_strategy())
-'''
+def _keep_many_batches(make_loader):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    assert len(list(make_loader(_Items(count=400)))) == 400
 
 
-def _run(code):
-    code = code.format(root=str(ROOT), tests=str(Path(__file__).parent))
-    return subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          universal_newlines=True, timeout=240)
+def test_many_batches_can_be_kept_where_few_files_may_be_open(tmp_path):
+    """400 tensors held at once with 256 open files allowed, and no right to more."""
+    def ours():
+        _keep_many_batches(lambda items: build_dataloader(items, 1, 1))
 
-
-def test_many_batches_can_be_kept_where_few_files_may_be_open():
-    """400 tensors held at once with 256 open files allowed, and no right to more: PyTorch alone stops there."""
-    done = _run(_MANY_BATCHES)
-    assert done.stdout.split() == ['400', 'file_system'], done.stderr
+    def plain():
+        _keep_many_batches(lambda items: torch.utils.data.DataLoader(items, num_workers=1))
+    assert _in_a_fork(ours, tmp_path / 'stderr') == 0, (tmp_path / 'stderr').read_text()
+    assert _in_a_fork(plain, tmp_path / 'stderr') == 1  # PyTorch alone fails, or this would test nothing
 
 
 def test_the_limit_is_raised_where_that_is_allowed(monkeypatch):
