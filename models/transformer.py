@@ -36,8 +36,11 @@ class SparseOccTransformer(BaseModule):
         scoring: 'semantic' (release 1.1) or 'occupancy' (release 1.0).
         dropout: of the voxel decoder's attention and of the FFNs.
         draws: test-time draws of the mask-guided sampling, 'even' or 'random'.
-        mixing_chunk: blocks per checkpointed piece of the mixing in training; 0 keeps all intermediates.
+        mixing_chunk: blocks per piece of the mixing whose intermediates (and those of the attention) are made
+            again in the backward pass; 0 keeps all intermediates, which is faster where memory is ample.
         published_weight_order: keep the level-weight order that released weights were trained with.
+        num_heads: of the attention between blocks; its cost grows with the square of topk_training[0], and 0
+            leaves it out.
     """
 
     def __init__(self, task: Task, embed_dims: int = 256, num_layers: int = 2, num_groups: int = 4,
@@ -45,11 +48,11 @@ class SparseOccTransformer(BaseModule):
                  topk_training: Sequence[int] = (4000, 16000, 64000),
                  topk_testing: Sequence[int] = (2000, 8000, 32000), scoring: str = 'semantic',
                  dropout: float = 0.1, draws: str = 'even', mixing_chunk: int = 4096,
-                 published_weight_order: bool = True):
+                 published_weight_order: bool = True, num_heads: int = 8):
         super().__init__()
         self.voxel_decoder = SparseVoxelDecoder(
             task, embed_dims, num_groups, num_points, num_levels, topk_training, topk_testing, scoring, dropout,
-            mixing_chunk, published_weight_order)
+            mixing_chunk, published_weight_order, num_heads)
         self.decoder = MaskDecoder(task, embed_dims, num_layers, num_queries, num_groups, num_points, num_levels,
                                    dropout, published_weight_order=published_weight_order)
         self.training_draws, self.testing_draws = RandomDraws(), build_draws(draws)

@@ -46,24 +46,23 @@ class SparseVoxelDecoderLayer(BaseModule):
         embed_dims: C.
         num_points: P, sampled points per group.
         interval: edge of a block in voxels.
-        with_attention: whether the blocks attend to each other.
+        num_heads: heads of the attention between blocks; 0 leaves it out.
     """
 
     def __init__(self, task: Task, embed_dims: int, num_groups: int, num_points: int, num_levels: int,
-                 interval: int, with_attention: bool, dropout: float, mixing_chunk: int,
-                 published_weight_order: bool):
+                 interval: int, num_heads: int, dropout: float, mixing_chunk: int, published_weight_order: bool):
         super().__init__()
         self.voxel_size, self.interval = task.voxel_size, interval
         self.position_encoder = nn.Sequential(
             nn.Linear(3, embed_dims), nn.LayerNorm(embed_dims), nn.ReLU(inplace=True),
             nn.Linear(embed_dims, embed_dims), nn.LayerNorm(embed_dims), nn.ReLU(inplace=True))
-        self.self_attn = DistanceAttention(embed_dims, dropout=dropout) if with_attention else None
+        self.self_attn = DistanceAttention(embed_dims, num_heads, dropout) if num_heads else None
         self.sampling = BlockSampling(embed_dims, num_groups, num_points, num_levels, task.num_cameras,
                                       published_weight_order)
         in_points = num_points * task.num_frames
         self.mixing = AdaptiveMixing(embed_dims, in_points, in_points * num_groups, num_groups, mixing_chunk)
         self.ffn = FFN(embed_dims, feedforward_channels=2 * embed_dims, ffn_drop=dropout)
-        self.norm1 = nn.LayerNorm(embed_dims) if with_attention else None
+        self.norm1 = nn.LayerNorm(embed_dims) if num_heads else None
         self.norm2 = nn.LayerNorm(embed_dims)
         self.norm3 = nn.LayerNorm(embed_dims)
         self.register_buffer('range_min', torch.tensor(task.point_cloud_range[:3]), persistent=False)
@@ -90,12 +89,13 @@ class SparseVoxelDecoder(BaseModule):
         scoring: 'semantic' (release 1.1: 1 - probability of free) or 'occupancy' (release 1.0: own head).
         topk_training, topk_testing: children kept by each stage; their length is the number of stages.
         num_points: P of the first stage; halved from stage to stage.
-        mixing_chunk: see ``AdaptiveMixing``.
+        mixing_chunk: see ``AdaptiveMixing``; if not 0, attention saves memory, too.
+        num_heads: of the attention between blocks, in all stages but the last; 0 leaves it out.
     """
 
     def __init__(self, task: Task, embed_dims: int, num_groups: int, num_points: int, num_levels: int,
                  topk_training: Sequence[int], topk_testing: Sequence[int], scoring: str, dropout: float = 0.1,
-                 mixing_chunk: int = 0, published_weight_order: bool = True):
+                 mixing_chunk: int = 0, published_weight_order: bool = True, num_heads: int = 8):
         super().__init__()
         if scoring not in ('semantic', 'occupancy'):
             raise ConfigError("transformer.scoring must be 'semantic' or 'occupancy', got %r" % (scoring,))
@@ -108,8 +108,9 @@ class SparseVoxelDecoder(BaseModule):
         self.intervals = tuple(2 ** (stages - i) for i in range(stages))
         _check_divisible(task, self.intervals[0])
         self.decoder_layers = ModuleList([SparseVoxelDecoderLayer(
-            task, embed_dims, num_groups, max(1, num_points >> i), num_levels, interval, i < stages - 1, dropout,
-            mixing_chunk, published_weight_order) for i, interval in enumerate(self.intervals)])
+            task, embed_dims, num_groups, max(1, num_points >> i), num_levels, interval,
+            num_heads if i < stages - 1 else 0, dropout, mixing_chunk, published_weight_order)
+            for i, interval in enumerate(self.intervals)])
         self.lift_feat_heads = ModuleList([nn.Sequential(
             nn.Linear(embed_dims, 8 * embed_dims), nn.ReLU(inplace=True)) for _ in self.intervals])
         if scoring == 'occupancy':
