@@ -5,6 +5,8 @@ from mmcv.cnn.bricks.transformer import MultiheadAttention
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
+from models.layers.recompute import recompute
+
 
 def plane_distance(positions: Tensor) -> Tensor:
     """Pairwise distances in the ground plane.
@@ -26,11 +28,18 @@ class DistanceAttention(BaseModule):
     """Multi-head self-attention with bias -tau * distance; tau per head is read from the query.
 
     Computed in float32 also under autocast.
+
+    Args:
+        embed_dims: C.
+        num_heads: a divisor of C.
+        dropout: of the attention weights.
+        save_memory: in training, make the bias and the weights (heads x Q x Q numbers each) again in the
+            backward pass.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int = 8, dropout: float = 0.1):
+    def __init__(self, embed_dims: int, num_heads: int = 8, dropout: float = 0.1, save_memory: bool = False):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.save_memory = num_heads, save_memory
         self.attention = MultiheadAttention(embed_dims, num_heads, attn_drop=dropout, batch_first=True)
         self.gen_tau = nn.Linear(embed_dims, num_heads)
 
@@ -42,6 +51,8 @@ class DistanceAttention(BaseModule):
     def forward(self, query: Tensor, distance: Tensor) -> Tensor:
         """query [B, Q, C], distance [B or 1, Q, Q] metres -> [B, Q, C]: the query plus what it attends to."""
         with torch.autocast(query.device.type, enabled=False):
+            if self.save_memory and torch.is_grad_enabled() and query.requires_grad:
+                return recompute(self._attend, query.float(), distance)
             return self._attend(query.float(), distance)
 
     def _attend(self, query: Tensor, distance: Tensor) -> Tensor:

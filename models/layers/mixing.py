@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from models.layers.recompute import recompute
 
 
 class AdaptiveMixing(BaseModule):
@@ -42,7 +43,7 @@ class AdaptiveMixing(BaseModule):
         sampled, flat = sampled.flatten(0, 1), query.flatten(0, 1)
         if self.chunk and torch.is_grad_enabled() and flat.requires_grad:
             pieces = zip(sampled.split(self.chunk), flat.split(self.chunk))
-            mixed = torch.cat([_checkpoint(self._mix, s, q) for s, q in pieces])
+            mixed = torch.cat([recompute(self._mix, s, q) for s, q in pieces])
         else:
             mixed = self._mix(sampled, flat)
         return query + mixed.view(batch, count, channels)
@@ -62,11 +63,3 @@ class AdaptiveMixing(BaseModule):
         mixed = F.relu(F.layer_norm(mixed, [in_points, width]), inplace=True)
         mixed = torch.bmm(point_mix.view(-1, out_points, in_points), mixed)
         return F.relu(F.layer_norm(mixed, [out_points, width]), inplace=True)
-
-
-def _checkpoint(function, *args):
-    """``torch.utils.checkpoint`` in the form that every PyTorch since 1.10 accepts."""
-    try:
-        return checkpoint(function, *args, use_reentrant=False)
-    except (TypeError, ValueError):  # PyTorch 1.10 has only the reentrant form
-        return checkpoint(function, *args)

@@ -223,6 +223,7 @@ def test_other_grids_cameras_frames_sizes_and_classes(changes):
     assert prediction['sem_pred'].max() <= task.label_set.free_id
 
 
+@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2, reason='no LayerNorm in the CPU autocast of PyTorch 1')
 def test_mixed_precision_stays_finite_and_keeps_losses_in_float32():
     model = small_model()
     with torch.autocast('cpu', dtype=torch.bfloat16):

@@ -2,7 +2,9 @@
 import pytest
 import torch
 
+from lib.dist import shared_draws
 from lib.errors import ConfigError
+from models.colour_jitter import jitter_colours
 from models.draws import EvenDraws, RandomDraws, build_draws, select_valid
 
 
@@ -53,3 +55,18 @@ def test_random_draws_differ_between_calls_and_follow_the_seed():
 def test_unknown_strategy_is_a_sentence():
     with pytest.raises(ConfigError, match="draws must be one of .*'odd'"):
         build_draws('odd')
+
+
+@pytest.mark.parametrize('parts', [[(0, 2), (2, 6)], [(0, 1), (1, 6)]])
+def test_a_sample_draws_the_same_however_the_batch_is_dealt(parts):
+    """Over processes or passes: fractions, positions and colour jitter of a sample stay the same."""
+    images = torch.rand(6, 3, 4, 4) * 255
+
+    def draw(begin, end):
+        with shared_draws(seed=5, begin=begin, end=end, total=6, device='cpu'):
+            return (RandomDraws().fractions(end - begin, 3, 4, torch.device('cpu')),
+                    RandomDraws().positions(end - begin, 3, 4, torch.device('cpu')),
+                    jitter_colours(images[begin:end], samples=end - begin))
+    for whole, *pieces in zip(draw(0, 6), *[draw(*part) for part in parts]):
+        assert torch.equal(whole, torch.cat(pieces))
+        assert not torch.equal(whole[0], whole[1])

@@ -101,3 +101,15 @@ def test_initial_reach_and_offsets():
         assert not offset.weight.detach().any() and offset.bias.min() < -0.2 and 0.2 < offset.bias.max() <= 0.5
     offset = fresh.decoder.decoder_layer.sampling.offset
     assert not offset.weight.detach().any() and not offset.bias.any()
+
+
+def test_attention_that_saves_memory_has_the_same_result_and_gradients():
+    results = []
+    for save_memory in (False, True):
+        torch.manual_seed(0)
+        layer = DistanceAttention(16, num_heads=8, dropout=0.3, save_memory=save_memory)
+        query, positions = torch.randn(2, 9, 16, requires_grad=True), torch.rand(2, 9, 3) * 10
+        out = layer(query, plane_distance(positions))
+        out.square().sum().backward()
+        results.append([out, query.grad, layer.gen_tau.weight.grad])
+    assert all(torch.equal(kept, remade) for kept, remade in zip(*results))  # dropout repeats, too

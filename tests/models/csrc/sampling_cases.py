@@ -33,8 +33,9 @@ class Inputs(NamedTuple):
     num_cameras: int
 
     def to(self, device=None, features=None, geometry=None) -> 'Inputs':
-        return self._replace(features=[feature.to(device=device, dtype=features) for feature in self.features],
-                             points=self.points.to(device=device, dtype=geometry),
+        """Moved, with the given dtypes for the features and for everything else."""
+        maps = [feature.to(device=device, dtype=features) for feature in self.features]
+        return self._replace(features=maps, points=self.points.to(device=device, dtype=geometry),
                              ego2img=self.ego2img.to(device=device, dtype=geometry),
                              level_logits=self.level_logits.to(device=device, dtype=geometry))
 
@@ -56,7 +57,7 @@ def make_inputs(case: Case) -> Inputs:
     images = case.frames * case.cameras
     features = [rand(case.batch, images, h, w, case.groups * case.channels) * 2 - 1 for h, w in sizes]
     shape = (case.batch, case.queries, case.groups, case.points)
-    points = (rand(*shape, 3) - 0.5) * torch.tensor([30.0, 30.0, 8.0], dtype=torch.float64)
+    points = (rand(*shape, 3) - 0.5) * torch.tensor([30.0, 30.0, 24.0], dtype=torch.float64)
     logits = rand(*shape, case.levels) * 4 - 2
     ego2img = torch.stack([torch.stack([
         ring_camera(image % case.cameras, case.cameras, case.image, rand(4)) for image in range(images)])
@@ -79,8 +80,9 @@ def ring_camera(camera: int, cameras: int, image: Tuple[int, int], jitter: Tenso
     return matrix
 
 
-def sample_multi_view_slowly(features: Sequence[Tensor], points: Tensor, ego2img: Tensor, level_logits: Tensor,
-                             image_size: Tuple[int, int], num_cameras: int, published_weight_order: bool = True):
+def sample_multi_view_slowly(features: Sequence[Tensor], points: Tensor, ego2img: Tensor,
+                             level_logits: Tensor, image_size: Tuple[int, int], num_cameras: int,
+                             published_weight_order: bool = True) -> Tensor:
     """The operator as nested loops over Python numbers. Returns float64 [B, Q, G, T*P, C/G]."""
     batch, queries, groups, per_group, _ = points.shape
     frames = ego2img.shape[1] // num_cameras
@@ -96,12 +98,14 @@ def sample_multi_view_slowly(features: Sequence[Tensor], points: Tensor, ego2img
                         camera, u, v = choose_view(points[b, q, g, p].tolist(), matrices, image_size)
                         weights = softmax(level_logits[b, q, source, p].tolist())
                         for feature, weight in zip(features, weights):
-                            image = feature[b, t * num_cameras + camera, :, :, g * channels:(g + 1) * channels]
-                            result[b, q, g, t * per_group + p] += weight * bilinear(image.double(), u, v)
+                            image = feature[b, t * num_cameras + camera].double()
+                            value = bilinear(image[..., g * channels:(g + 1) * channels], u, v)
+                            result[b, q, g, t * per_group + p] += weight * value
     return result
 
 
-def choose_view(point: Sequence[float], matrices: Sequence, image_size: Tuple[int, int]) -> Tuple[int, float, float]:
+def choose_view(point: Sequence[float], matrices: Sequence,
+                image_size: Tuple[int, int]) -> Tuple[int, float, float]:
     """(camera, u, v) of the first camera that sees the point, else of camera 0."""
     candidates = []
     for camera, matrix in enumerate(matrices):

@@ -13,6 +13,7 @@ CASES = [
     Case(frames=2, cameras=1, groups=3, points=4, levels=1, channels=5, seed=2),
     Case(batch=1, frames=1, cameras=6, groups=1, levels=5, image=(64, 96), seed=3),
 ]
+TINY = Case(batch=1, frames=2, cameras=2, queries=3, levels=2, points=1, channels=2, image=(12, 16), seed=4)
 
 
 @pytest.mark.parametrize('published_weight_order', [True, False])
@@ -55,10 +56,10 @@ def test_slot_uses_the_weights_of_the_published_group():
 
 
 def test_gradients():
-    inputs = make_inputs(Case(batch=1, queries=3, levels=2, channels=2, seed=4)).requiring_grad()
+    inputs = make_inputs(TINY).requiring_grad()
 
     def sample(points, logits, *features):
-        return sample_multi_view(features, points, inputs.ego2img, logits, inputs.image_size, inputs.num_cameras)
+        return sample_multi_view(features, points, inputs.ego2img, logits, inputs.image_size, 2)
 
     assert gradcheck(sample, (inputs.points, inputs.level_logits, *inputs.features))
 
@@ -70,7 +71,11 @@ def test_gradients_of_the_unfused_operator():
     uv = (rand(1, 3, 2, 2, 1, 2) * 1.4 - 0.2).requires_grad_()
     weights = rand(1, 3, 2, 2, 1, 2).requires_grad_()
     views = torch.randint(0, 2, (1, 3, 2, 2, 1), generator=generator)
-    assert gradcheck(lambda uv, weights, *maps: sample_views(maps, uv, views, weights, 2), (uv, weights, *features))
+
+    def sample(uv, weights, *maps):
+        return sample_views(maps, uv, views, weights, 2)
+
+    assert gradcheck(sample, (uv, weights, *features))
 
 
 def test_unfused_operator_is_the_second_half_of_the_fused_one():
@@ -88,9 +93,10 @@ def test_only_points_want_a_gradient():
     assert points.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize('dtype, tolerance', [
+    (torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_narrow_features_do_not_move_the_samples(dtype, tolerance):
-    """Positions and sums stay in float32: what is left is the rounding of the maps' type (features below 1)."""
+    """Positions and sums stay in float32: what is left is the rounding of the maps' type (values below 1)."""
     inputs = make_inputs(Case(seed=8)).to(features=dtype, geometry=torch.float32)
     result = sample_multi_view(*inputs)
     assert result.dtype == dtype
@@ -107,7 +113,7 @@ def test_autocast_leaves_the_geometry_alone():
 
 def test_channels_first_maps_seen_through_a_permutation():
     inputs = make_inputs(Case(seed=10))
-    first = [feature.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2) for feature in inputs.features]
+    first = [f.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2) for f in inputs.features]
     assert not first[0].is_contiguous()
     assert torch.equal(sample_multi_view(*inputs._replace(features=first)), sample_multi_view(*inputs))
 
@@ -138,26 +144,31 @@ def test_points_that_are_not_numbers_give_zero():
 
 
 def bad_arguments():
+    """(inputs, error, part of the sentence)."""
     good = make_inputs(Case()).to(features=torch.float32, geometry=torch.float32)
-    yield good._replace(features=good.features[0]), TypeError, 'features must be a list'
-    yield good._replace(features=[]), ValueError, 'features must hold at least one'
-    yield good._replace(features=[f[0] for f in good.features]), ValueError, r'features\[0\] must be \[B, T\*N'
-    yield good._replace(features=good.features[:2] + [good.features[2].half()]), TypeError, r'features\[2\] .*float16'
-    yield good._replace(features=good.features[:2] + [good.features[2][:1]]), ValueError, r'features\[2\] must have'
-    yield good._replace(features=[f.int() for f in good.features]), TypeError, r'features\[0\] must be a float'
-    yield good._replace(features=[f[..., :15] for f in good.features]), ValueError, 'groups must divide the 15'
-    yield good._replace(features=[f.to('meta') for f in good.features]), ValueError, 'points must be on the device'
-    yield good._replace(points=good.points[..., :2]), ValueError, r'points must be \[B, Q, G, P, 3\]'
-    yield good._replace(points=good.points[:1]), ValueError, 'points must be .* B = 2'
-    yield good._replace(points=good.points.tolist()), TypeError, 'points must be a float.* but is a list'
-    yield good._replace(points=good.points.int()), TypeError, 'points must be a float.*int32'
-    yield good._replace(ego2img=good.ego2img[:, :3]), ValueError, r'ego2img must be \[2, 9, 4, 4\] but is \[2, 3, 4, 4\]'
-    yield good._replace(level_logits=good.level_logits[..., :2]), ValueError, r'level_logits must be \[2, 7, 2, 2, 3\]'
-    yield good._replace(image_size=(0, 48)), ValueError, 'image_size must be'
-    yield good._replace(num_cameras=4), ValueError, 'num_cameras must divide the 9 images'
+    maps = good.features
+    with_maps = lambda features: good._replace(features=features)  # noqa: E731
+    return [
+        (with_maps(maps[0]), TypeError, 'features must be a list'),
+        (with_maps([]), ValueError, 'features must hold at least one'),
+        (with_maps([f[0] for f in maps]), ValueError, r'features\[0\] must be \[B, T\*N'),
+        (with_maps(maps[:2] + [maps[2].half()]), TypeError, r'features\[2\] .*float16'),
+        (with_maps(maps[:2] + [maps[2][:1]]), ValueError, r'features\[2\] must have'),
+        (with_maps([f.int() for f in maps]), TypeError, r'features\[0\] must be a float'),
+        (with_maps([f[..., :15] for f in maps]), ValueError, 'groups must divide the 15'),
+        (with_maps([f.to('meta') for f in maps]), ValueError, 'points must be on the device'),
+        (good._replace(points=good.points[..., :2]), ValueError, r'points must be \[B, Q, G, P, 3\]'),
+        (good._replace(points=good.points[:1]), ValueError, 'points must be .* B = 2'),
+        (good._replace(points=good.points.tolist()), TypeError, 'points must be a float.* but is a list'),
+        (good._replace(points=good.points.int()), TypeError, 'points must be a float.*int32'),
+        (good._replace(ego2img=good.ego2img[:, :3]), ValueError, r'ego2img must be \[2, 9, 4, 4\] but is'),
+        (good._replace(level_logits=good.level_logits[..., :2]), ValueError, r'must be \[2, 7, 2, 2, 3\]'),
+        (good._replace(image_size=(0, 48)), ValueError, 'image_size must be'),
+        (good._replace(num_cameras=4), ValueError, 'num_cameras must divide the 9 images'),
+    ]
 
 
-@pytest.mark.parametrize('inputs, error, sentence', list(bad_arguments()))
+@pytest.mark.parametrize('inputs, error, sentence', bad_arguments())
 def test_bad_arguments_raise_one_sentence(inputs, error, sentence):
     with pytest.raises(error, match=sentence) as caught:
         sample_multi_view(*inputs)
@@ -165,8 +176,9 @@ def test_bad_arguments_raise_one_sentence(inputs, error, sentence):
 
 
 def test_bad_views_raise_one_sentence():
-    features, uv = [torch.rand(1, 4, 3, 5, 6)], torch.rand(1, 3, 2, 2, 1, 2)
-    views, weights = torch.zeros(1, 3, 2, 2, 1, dtype=torch.int64), torch.rand(1, 3, 2, 2, 1, 1)
+    features = [torch.rand(1, 4, 3, 5, 6)]
+    uv, weights = torch.rand(1, 3, 2, 2, 1, 2), torch.rand(1, 3, 2, 2, 1, 1)
+    views = torch.zeros(1, 3, 2, 2, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r'views must lie in 0\.\.1 but spans 2\.\.2'):
         sample_views(features, uv, views + 2, weights, 2)
     with pytest.raises(TypeError, match='views must be an integer tensor but is torch.float32'):

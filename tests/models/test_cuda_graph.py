@@ -1,0 +1,49 @@
+"""Replayed graphs give the same bits as the model run step by step."""
+import numpy as np
+import pytest
+import torch
+
+from lib.synthetic import synthetic_batch, synthetic_meta
+from models.cuda_graph import GraphedFunction
+from small_model import small_model, small_task
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+
+
+def test_tensors_on_the_cpu_call_the_function():
+    double = GraphedFunction(lambda x: [2 * x])
+    assert double(torch.ones(3))[0].tolist() == [2, 2, 2]
+
+
+@needs_cuda
+def test_a_replay_sees_new_inputs_and_new_weights():
+    layer = torch.nn.Linear(4, 4).cuda()
+    graphed = GraphedFunction(lambda x: [layer(x)])
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(5, 4, device='cuda')
+            assert torch.equal(graphed(x)[0], layer(x))
+            layer.weight.mul_(0.5)
+
+
+@needs_cuda
+@pytest.mark.parametrize('precision', [None, torch.float16])
+def test_predictions_are_equal_with_and_without_graphs(precision):
+    """The same kernels in the same order: no tolerance."""
+    task = small_task(panoptic=True)
+    model = small_model(task).cuda().eval()
+    model.history = 'cached'
+    results = {}
+    for graphed in (False, True):
+        model.cuda_graph = graphed
+        model.reset_history()
+        results[graphed] = []
+        for index in range(3):
+            data = {k: v.cuda() if torch.is_tensor(v) else v for k, v in synthetic_batch(task, first_index=index).items()}
+            data['img_metas'] = [synthetic_meta(task, index)]
+            with torch.autocast('cuda', dtype=precision or torch.float16, enabled=precision is not None):
+                results[graphed].append(model(return_loss=False, **data)[0])
+    for plain, replayed in zip(results[False], results[True]):
+        assert plain.keys() == replayed.keys()
+        for name in plain:
+            np.testing.assert_array_equal(plain[name], replayed[name])
