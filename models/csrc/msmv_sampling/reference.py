@@ -141,7 +141,7 @@ def _image_index(views: Tensor, num_cameras: int) -> Tensor:
 
 
 def _corners(uv: Tensor, images: Tensor, height: int, width: int) -> Tuple[Tensor, Tensor]:
-    """Per corner the pixel index [..., 4] over all images and the bilinear weight [..., 4] (0 outside the map)."""
+    """Per corner: pixel index [..., 4] over all images, bilinear weight [..., 4] (0 outside the map)."""
     x0, x1, weight_x0, weight_x1 = _axis_corners(uv[..., 0], width)
     y0, y1, weight_y0, weight_y1 = _axis_corners(uv[..., 1], height)
     row0, row1 = (images * height + y0) * width, (images * height + y1) * width
@@ -170,7 +170,8 @@ def _weighted_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     if index.numel() == 0:
         return rows.new_zeros(0, rows.shape[1]) + 0 * (rows.sum() + weights.sum())
     if weights.requires_grad and not rows.requires_grad:
-        rows = rows.detach().requires_grad_()  # before PyTorch 2.1 only-weights fails
+        # Before PyTorch 2.1 the backward pass fails where only the weights want a gradient.
+        rows = rows.detach().requires_grad_()
     return F.embedding_bag(index.reshape(-1, index.shape[-1]), rows, mode='sum',
                            per_sample_weights=weights.reshape(-1, weights.shape[-1]))
 
