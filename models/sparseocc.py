@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lib.errors import ConfigError, DataError
 from lib.task import Task
+from models.cuda_graph import GraphedFunction
 from models.feature_cache import FeatureCache
 from models.heads.sparseocc_head import MergedPrediction
 from models.image_input import ImageInput
@@ -21,7 +22,7 @@ from models.sampling import ImageFeatures
 from models.transformer import TransformerOutput
 
 HISTORY = ('full', 'cached')
-_TEST_KEYS = ('history', 'draws', 'merge_stuff', 'overlap_threshold', 'score_threshold')
+_TEST_KEYS = ('history', 'draws', 'merge_stuff', 'overlap_threshold', 'score_threshold', 'cuda_graph')
 
 
 @dataclass
@@ -49,7 +50,8 @@ class SparseOcc(BaseModule):
         use_mask_camera: train on camera-visible voxels only.
         test_cfg: history ('cached' keeps the features of earlier frames between calls with batch 1, 'full'
             encodes all frames of every sample), draws ('even' or 'random'), merge_stuff ('published' or
-            'labelled'), overlap_threshold, score_threshold.
+            'labelled'), overlap_threshold, score_threshold, cuda_graph (replay the encoder of one frame and the
+            head as CUDA graphs at batch 1: the same numbers sooner, for more memory; off by default).
         train_cfg, pretrained: accepted for mmdet's builders; must be None.
     """
 
@@ -64,6 +66,7 @@ class SparseOcc(BaseModule):
         self.task = task if isinstance(task, Task) else Task.from_config(task)
         test_cfg = _checked_test_cfg(test_cfg or {})
         self.history = test_cfg.pop('history', 'full')
+        self.cuda_graph = bool(test_cfg.pop('cuda_graph', False))
         self.use_mask_camera = use_mask_camera
         self.image_input = ImageInput.from_config(data_aug)
         self.img_backbone = build_backbone(dict(img_backbone))
@@ -72,6 +75,8 @@ class SparseOcc(BaseModule):
         for part in (self.img_backbone, self.img_neck):  # the layout that the sampling reads
             part.to(memory_format=torch.channels_last)
         self._cache = FeatureCache(capacity=self.task.num_frames)
+        self._graphed_encoder = GraphedFunction(self._encode)
+        self._graphed_head = GraphedFunction(self._predict_from_maps)
         self._register_load_state_dict_pre_hook(self._forget_history)
 
     def forward(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
@@ -111,8 +116,14 @@ class SparseOcc(BaseModule):
     def predict(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
                 img_metas: Optional[Sequence[Mapping]] = None) -> List[Dict[str, np.ndarray]]:
         """Predictions per sample; arguments and result as in :meth:`forward`."""
-        raw = self.predict_raw(img, lidar2img, ego2lidar, img_metas)
-        return [self._to_numpy(merged) for merged in raw.merged]
+        if self.cuda_graph and img.shape[0] == 1 and img.is_cuda and not self.training:
+            maps = self._test_maps(img, img_metas)
+            features = self._features(maps, img, lidar2img, ego2lidar)
+            self._graphed_image_size = features.image_size
+            merged = [MergedPrediction(*self._graphed_head(features.ego2img, *maps))]
+        else:
+            merged = self.predict_raw(img, lidar2img, ego2lidar, img_metas).merged
+        return [self._to_numpy(sample) for sample in merged]
 
     def predict_raw(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
                     img_metas: Optional[Sequence[Mapping]] = None) -> RawPrediction:
@@ -123,10 +134,23 @@ class SparseOcc(BaseModule):
 
     def extract_features(self, img: Tensor) -> List[Tensor]:
         """img uint8 [B, n, 3, H, W] BGR -> L feature maps [B, n, H_l, W_l, C], channels last."""
+        one_frame = img.shape[:2] == (1, self.task.num_cameras)
+        if self.cuda_graph and one_frame and not self.training and not torch.is_grad_enabled():
+            return self._graphed_encoder(img)
+        return self._encode(img)
+
+    def _encode(self, img: Tensor) -> List[Tensor]:
         batch, count = img.shape[:2]
-        maps = self.img_neck(self.img_backbone(self.image_input(img.flatten(0, 1))))
+        maps = self.img_neck(self.img_backbone(self.image_input(img.flatten(0, 1), samples=batch)))
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]
+
+    def _predict_from_maps(self, ego2img: Tensor, *maps: Tensor) -> List[Tensor]:
+        """Labels of one sample, as the fields of ``MergedPrediction`` that the task has."""
+        output = self.pts_bbox_head(ImageFeatures(list(maps), ego2img, self._graphed_image_size))
+        merged = self.pts_bbox_head.merge(output)[0]
+        return [part for part in (merged.voxels, merged.semantics, merged.pano_inst, merged.pano_sem)
+                if part is not None]
 
     def reset_history(self):
         """Forget the features of earlier frames."""
@@ -139,6 +163,13 @@ class SparseOcc(BaseModule):
 
     def _forget_history(self, *_):
         self.reset_history()
+
+    def _apply(self, fn, *args):
+        """Move or convert the parameters; graphs and features hold the old ones."""
+        self._graphed_encoder.clear()
+        self._graphed_head.clear()
+        self.reset_history()
+        return super()._apply(fn, *args)
 
     def _test_maps(self, img: Tensor, img_metas: Optional[Sequence[Mapping]]) -> List[Tensor]:
         """Feature maps of all frames; those of frames seen before come from the cache if it may be used."""

@@ -28,6 +28,9 @@ def parse_args(argv=None):
     parser.add_argument('--what', nargs='+', default=list(PARTS), choices=PARTS)
     parser.add_argument('--amp', choices=('fp16', 'bf16'), help='mixed precision (default: fp32)')
     parser.add_argument('--tf32', action='store_true', help='allow TF32 in matrix products as well as convolutions')
+    parser.add_argument('--cuda-graph', action='store_true', help='inference: replay encoder and head as CUDA graphs')
+    parser.add_argument('--fuse-conv-bn', action='store_true',
+                        help='inference: fold the frozen batch norms into the convolutions (rounds differently)')
     parser.add_argument('--batch-sizes', nargs='+', type=int, default=[1], help='training batch sizes per GPU')
     parser.add_argument('--steps', type=int, default=30, help='timed steps')
     parser.add_argument('--warmup', type=int, default=10, help='steps before timing')
@@ -85,6 +88,14 @@ class Bench:
             with self.torch.autocast(self.device.type, dtype=dtype):
                 yield
 
+    def model_for_inference(self):
+        model = self.model.eval()
+        model.cuda_graph = self.args.cuda_graph
+        if self.args.fuse_conv_bn:
+            from mmcv.cnn import fuse_conv_bn
+            fuse_conv_bn(model.img_backbone)
+        return model
+
     def batch(self, size, with_labels=False, first_index=0):
         from lib.synthetic import synthetic_batch
         data = synthetic_batch(self.task, size, with_labels=with_labels, first_index=first_index)
@@ -125,7 +136,7 @@ class Bench:
     def inference(self):
         """One step at batch 1: with cached history every step sees one new frame, as along a drive."""
         from lib.synthetic import synthetic_meta
-        model, torch = self.model.eval(), self.torch
+        model, torch = self.model_for_inference(), self.torch
         data = self.batch(1)
         rows = []
         for history in ('cached', 'full'):
@@ -152,7 +163,7 @@ class Bench:
 
     def encoder(self):
         """ResNet and FPN on the six images of one frame."""
-        model, torch = self.model.eval(), self.torch
+        model, torch = self.model_for_inference(), self.torch
         images = self.batch(1)['img'][:, :self.task.num_cameras]
 
         def step(_):
@@ -162,11 +173,12 @@ class Bench:
 
     def training(self):
         """Forward, backward and AdamW step."""
+        from lib.run.precision import make_scaler
         torch, model = self.torch, self.model.train()
         if self.world_size > 1:
             ids = [self.device.index] if self.device.type == 'cuda' else None
             model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
-        scaler = torch.cuda.amp.GradScaler(enabled=self.args.amp == 'fp16')
+        scaler = make_scaler(self.args.amp)
         rows = []
         for size in self.args.batch_sizes:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)

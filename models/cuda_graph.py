@@ -1,0 +1,75 @@
+"""Replay a fixed sequence of GPU work as one CUDA graph: no launch overhead from Python.
+
+The steps of the heads are many short kernels on tensors whose shapes do not depend on the data, so at
+batch 1 the time to launch them exceeds the time they run; a graph removes it. The numbers are the same.
+"""
+from typing import Callable, Dict, Hashable, List, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+_WARM_UP_RUNS = 3  # lets libraries pick algorithms and allocate workspaces before the capture
+
+
+class _Captured:
+    """One graph with the tensors it reads and writes."""
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]):
+        self.inputs = [tensor.clone(memory_format=torch.preserve_format) for tensor in inputs]
+        stream = torch.cuda.Stream(self.inputs[0].device)
+        stream.wait_stream(torch.cuda.current_stream(self.inputs[0].device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_RUNS):
+                function(*self.inputs)
+        torch.cuda.current_stream(self.inputs[0].device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = list(function(*self.inputs))
+
+    def replay(self, inputs: Sequence[Tensor]) -> List[Tensor]:
+        for static, tensor in zip(self.inputs, inputs):
+            static.copy_(tensor)
+        self.graph.replay()
+        return [tensor.clone() for tensor in self.outputs]
+
+
+class GraphedFunction:
+    """A function of CUDA tensors, captured once per combination of shapes, dtypes and autocast state.
+
+    Args:
+        function: takes and returns tensors only; no gradients, no synchronisation with the host, shapes
+            that depend on the inputs' shapes alone. Module weights may change in place between calls, but
+            their storage may not: call :meth:`clear` after ``module.to(...)``.
+        max_graphs: graphs kept; the oldest is dropped.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], max_graphs: int = 4):
+        self.function, self.max_graphs = function, max_graphs
+        self._graphs: Dict[Hashable, _Captured] = {}
+
+    def clear(self):
+        """Drop every graph."""
+        self._graphs.clear()
+
+    def __call__(self, *inputs: Tensor) -> List[Tensor]:
+        """The function's result, in fresh tensors."""
+        if not inputs[0].is_cuda:
+            return list(self.function(*inputs))
+        key = self._signature(inputs)
+        if key not in self._graphs:
+            while len(self._graphs) >= self.max_graphs:
+                self._graphs.pop(next(iter(self._graphs)))
+            self._graphs[key] = self._capture(inputs)
+        return self._graphs[key].replay(inputs)
+
+    def _capture(self, inputs: Sequence[Tensor]) -> _Captured:
+        """Capture with autocast as it is outside, but without its weight cache: replays must see new weights."""
+        if not torch.is_autocast_enabled():
+            return _Captured(self.function, inputs)
+        with torch.autocast('cuda', dtype=torch.get_autocast_gpu_dtype(), cache_enabled=False):
+            return _Captured(self.function, inputs)
+
+    @staticmethod
+    def _signature(inputs: Sequence[Tensor]) -> Tuple:
+        precision = torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+        return (precision,) + tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in inputs)
