@@ -3,12 +3,14 @@
 Everything works in a single process, where torch.distributed is not initialised.
 """
 import contextlib
-from typing import Iterator
+from typing import Iterator, NamedTuple, Optional
 
+import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
 _share = None  # this process's part of the samples being processed by all; None: equal parts
+_draws = None  # where batch_rand takes its numbers from; None: the default generator
 
 
 def is_distributed() -> bool:
@@ -60,3 +62,44 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         torch_dist.all_reduce(result, op=torch_dist.ReduceOp.SUM)
     return result
+
+
+class _SharedDraws(NamedTuple):
+    """begin, end: the samples held now, within the ``total`` of the optimizer step."""
+    generator: torch.Generator
+    begin: int
+    end: int
+    total: int
+
+
+@contextlib.contextmanager
+def shared_draws(seed: int, begin: int, end: int, total: int, device) -> Iterator[None]:
+    """Within the block, ``batch_rand`` gives each sample of a step the numbers it would get in one whole batch.
+
+    Args:
+        seed: the same on all processes and for all forward passes of the step.
+        begin, end: which of the step's samples this forward pass holds.
+        total: samples of the step, over all processes and passes.
+        device: where the numbers are drawn.
+    """
+    global _draws
+    before = _draws
+    _draws = _SharedDraws(torch.Generator(device=device).manual_seed(seed), begin, end, total)
+    try:
+        yield
+    finally:
+        _draws = before
+
+
+def batch_rand(batch: int, *shape: int, device: Optional[torch.device] = None) -> Tensor:
+    """Uniform float32 [batch, *shape] in [0, 1), drawn per sample.
+
+    Within ``shared_draws`` a sample's numbers do not depend on how the step's samples are dealt over processes
+    and forward passes; elsewhere they come from PyTorch's default generator.
+    """
+    if _draws is None:
+        return torch.rand(batch, *shape, device=device)
+    if batch != _draws.end - _draws.begin:
+        raise ValueError('drawing for %d samples, but this forward pass holds %d' % (batch, _draws.end - _draws.begin))
+    numbers = torch.rand(_draws.total, *shape, device=device, generator=_draws.generator)
+    return numbers[_draws.begin:_draws.end]

@@ -2,42 +2,52 @@
 import torch
 from torch import Tensor
 
+from lib.dist import batch_rand
+
 _BRIGHTNESS = 32.0
 _FACTORS = (0.5, 1.5)
 _HUE_DEGREES = 18.0
 
 
-def jitter_colours(images: Tensor) -> Tensor:
+def jitter_colours(images: Tensor, samples: int = 1) -> Tensor:
     """Brightness, contrast (before or after), saturation, hue and channel order, each with probability 0.5.
 
     Args:
-        images: float32 [n, 3, H, W] BGR, 0..255. Draws are independent from image to image.
+        images: float32 [n, 3, H, W] BGR, 0..255, the images of one sample after those of the other.
+        samples: B, how many samples the images are of. Draws are independent from image to image.
 
     Returns:
         a new tensor of the same shape; values may leave 0..255.
     """
-    count, device = images.shape[0], images.device
-    images = images + _maybe(_uniform(count, device, -_BRIGHTNESS, _BRIGHTNESS), 0.0)
-    contrast = _maybe(_uniform(count, device, *_FACTORS), 1.0)
-    before = _coin(count, device)
+    draws = _Draws(samples, images.shape[0], images.device)
+    images = images + draws.maybe(draws.uniform(-_BRIGHTNESS, _BRIGHTNESS), 0.0)
+    contrast = draws.maybe(draws.uniform(*_FACTORS), 1.0)
+    before = draws.coin()
     images = images * torch.where(before, contrast, torch.ones_like(contrast))
-    images = _jitter_hsv(images, saturation=_maybe(_uniform(count, device, *_FACTORS), 1.0),
-                         hue=_maybe(_uniform(count, device, -_HUE_DEGREES, _HUE_DEGREES), 0.0))
+    images = _jitter_hsv(images, saturation=draws.maybe(draws.uniform(*_FACTORS), 1.0),
+                         hue=draws.maybe(draws.uniform(-_HUE_DEGREES, _HUE_DEGREES), 0.0))
     images = images * torch.where(before, torch.ones_like(contrast), contrast)
-    return _shuffle_channels(images)
+    return _shuffle_channels(images, draws)
 
 
-def _uniform(count: int, device, low: float, high: float) -> Tensor:
-    return torch.empty(count, 1, 1, 1, device=device).uniform_(low, high)
+class _Draws:
+    """Random numbers per image, [n, 1, 1, 1]."""
 
+    def __init__(self, samples: int, images: int, device: torch.device):
+        self.samples, self.per_sample, self.device = samples, images // samples, device
 
-def _coin(count: int, device) -> Tensor:
-    return torch.rand(count, 1, 1, 1, device=device) < 0.5
+    def rand(self, count: int = 1) -> Tensor:
+        return batch_rand(self.samples, self.per_sample, count, device=self.device).view(-1, count, 1, 1)
 
+    def uniform(self, low: float, high: float) -> Tensor:
+        return low + (high - low) * self.rand()
 
-def _maybe(value: Tensor, neutral: float) -> Tensor:
-    """Each entry with probability 0.5, otherwise the neutral value."""
-    return torch.where(_coin(value.shape[0], value.device), value, torch.full_like(value, neutral))
+    def coin(self) -> Tensor:
+        return self.rand() < 0.5
+
+    def maybe(self, value: Tensor, neutral: float) -> Tensor:
+        """Each entry with probability 0.5, otherwise the neutral value."""
+        return torch.where(self.coin(), value, torch.full_like(value, neutral))
 
 
 def _jitter_hsv(images: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
@@ -59,10 +69,9 @@ def _from_hue(value: Tensor, chroma: Tensor, sector: Tensor, offset: int) -> Ten
     return value - chroma * torch.min(k, 4 - k).clamp(0, 1)
 
 
-def _shuffle_channels(images: Tensor) -> Tensor:
+def _shuffle_channels(images: Tensor, draws: _Draws) -> Tensor:
     """A random channel order for a random half of the images."""
-    count, device = images.shape[0], images.device
-    order = torch.rand(count, 3, device=device).argsort(1)
-    keep = torch.arange(3, device=device).expand(count, 3)
-    order = torch.where(_coin(count, device).view(count, 1), order, keep)
-    return images.gather(1, order.view(count, 3, 1, 1).expand_as(images))
+    order = draws.rand(3).argsort(1)
+    keep = torch.arange(3, device=images.device).view(1, 3, 1, 1).expand_as(order)
+    order = torch.where(draws.coin(), order, keep)
+    return images.gather(1, order.expand_as(images))

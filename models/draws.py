@@ -8,6 +8,7 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
+from lib.dist import batch_rand
 from lib.errors import ConfigError
 
 _CUBE_RATIOS = (0.8191725134, 0.6710436067, 0.5497004779)  # powers of 1/1.2207..., the root of x^4 = x + 1
@@ -18,11 +19,11 @@ class RandomDraws:
 
     def fractions(self, batch: int, queries: int, count: int, device: torch.device) -> Tensor:
         """float32 [B, Q, count] in [0, 1): fraction u takes the floor(u * n)-th of a query's n voxels."""
-        return torch.rand(batch, queries, count, device=device)
+        return batch_rand(batch, queries, count, device=device)
 
     def positions(self, batch: int, queries: int, count: int, device: torch.device) -> Tensor:
         """float32 [B, Q, count, 3] in [0, 1): places in the volume for a query without any voxel."""
-        return torch.rand(batch, queries, count, 3, device=device)
+        return batch_rand(batch, queries, count, 3, device=device)
 
 
 class EvenDraws:

@@ -37,11 +37,11 @@ class ImageInput(nn.Module):
                               'img_pad_cfg' % sorted(cfg))
         return cls(norm['mean'], norm['std'], norm.get('to_rgb', True), pad['size_divisor'], color_aug)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images uint8 [n, 3, H, W] BGR -> float32 [n, 3, H', W'], channels-last in memory."""
+    def forward(self, images: Tensor, samples: int = 1) -> Tensor:
+        """images uint8 [n, 3, H, W] BGR of B samples -> float32 [n, 3, H', W'], channels-last in memory."""
         images = images.to(torch.float32)
         if self.training and self.color_aug:
-            images = jitter_colours(images)
+            images = jitter_colours(images, samples)
         if self.to_rgb:
             images = images.flip(1)
         images = (images - self.mean) / self.std

@@ -1,34 +1,30 @@
 """One optimizer step: forward and backward over its micro-batches, checks, clipping, update."""
 import contextlib
 import math
-from typing import Dict, List, Mapping, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import to_device
-from ..dist import all_reduce_sum, share_of_batch
+from ..dist import all_reduce_sum, share_of_batch, shared_draws
 from ..errors import ConfigError
 from ..names import check_keys, section
 from .batch_plan import BatchPlan
+from .faults import NonFinite
 from .precision import autocast
 from .processes import Processes
-from .seeding import seed_step
+from .seeding import mix, seed_step
 
 _MOST_SKIPPED_STEPS = 50  # in a row, by the fp16 loss scaler
 
 
-class NonFinite(Exception):
-    """A loss or the gradient is NaN or infinite; the weights have not been touched."""
-
-    def __init__(self, what: str, values: Mapping[str, float]):
-        super().__init__(what)
-        self.values = dict(values)
-
-
 class StepResult(NamedTuple):
-    """losses: means over the total batch, ``loss`` their sum; grad_norm: before clipping, not finite where the
-    fp16 scaler skipped the step."""
+    """What a step gave.
+
+    losses     means over the total batch; ``loss`` is their sum
+    grad_norm  before clipping; not finite where the fp16 scaler skipped the step
+    """
     losses: Dict[str, float]
     grad_norm: float
 
@@ -39,13 +35,15 @@ def clip_norm(optimizer_config) -> float:
     Raises:
         ConfigError: a norm other than the Euclidean, or none.
     """
-    cfg = section(section(optimizer_config, 'optimizer_config').get('grad_clip'), 'optimizer_config.grad_clip')
+    cfg = section(optimizer_config, 'optimizer_config').get('grad_clip')
+    cfg = section(cfg, 'optimizer_config.grad_clip')
     if not cfg:
         return math.inf
     check_keys(cfg, ('max_norm', 'norm_type'), 'optimizer_config.grad_clip')
     norm = cfg.get('max_norm', 0)
     if cfg.get('norm_type', 2) != 2 or not isinstance(norm, (int, float)) or not norm > 0:
-        raise ConfigError('optimizer_config.grad_clip needs a positive max_norm (and norm_type=2), got %r' % cfg)
+        raise ConfigError('optimizer_config.grad_clip needs a positive max_norm (and norm_type=2), got %r'
+                          % cfg)
     return float(norm)
 
 
@@ -94,13 +92,22 @@ class Stepper:
         rank, device = self.processes.rank, self.processes.device
         batch = to_device(batch, device)
         seed_step(self.seed, iteration, rank, micro_step)
-        with self._communicates(micro_step), share_of_batch(self.plan.share(micro_step, rank)):
-            with autocast(self.amp, device):
+        with self._communicates(micro_step):
+            with self._forward_context(iteration, micro_step):
                 losses = self.model(return_loss=True, **batch)
             total = sum(value.float() for value in losses.values())
             self.scaler.scale(total * self.plan.loss_factor(micro_step, rank)).backward()
         part = self.plan.sizes[micro_step][rank] / self.plan.total
         return {name: value.detach().float() * part for name, value in losses.items()}
+
+    @contextlib.contextmanager
+    def _forward_context(self, iteration, micro_step):
+        """Precision, this pass's share of the batch, and draws that do not depend on how it is dealt."""
+        rank, device = self.processes.rank, self.processes.device
+        begin, end = self.plan.part(micro_step, rank)
+        with share_of_batch(self.plan.share(micro_step, rank)), autocast(self.amp, device), \
+                shared_draws(mix(self.seed, iteration), begin, end, self.plan.total, device):
+            yield
 
     def _communicates(self, micro_step):
         """DDP exchanges gradients in the last backward pass of the step only."""

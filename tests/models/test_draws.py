@@ -49,7 +49,8 @@ def test_random_draws_differ_between_calls_and_follow_the_seed():
     torch.manual_seed(5)
     first, second = (draws.fractions(1, 4, 16, torch.device('cpu')) for _ in range(2))
     torch.manual_seed(5)
-    assert torch.equal(first, draws.fractions(1, 4, 16, torch.device('cpu'))) and not torch.equal(first, second)
+    assert torch.equal(first, draws.fractions(1, 4, 16, torch.device('cpu')))
+    assert not torch.equal(first, second)
 
 
 def test_unknown_strategy_is_a_sentence():
