@@ -69,7 +69,8 @@ class JobResult(NamedTuple):
 
 
 class _Moment(NamedTuple):
-    """When a sensor fires: microseconds after the scene's first keyframe, nearest keyframe, is it a keyframe."""
+    """When a sensor fires: microseconds after the scene's first keyframe, the keyframe that it belongs to (a sweep
+    to the one it leads up to, as in nuScenes), is it a keyframe."""
     offset_us: int
     keyframe: int
     is_key_frame: bool
@@ -102,22 +103,27 @@ def _run_jobs(jobs, options):
     context = multiprocessing.get_context('fork' if fork else 'spawn')
     try:
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for result in pool.map(run_job, jobs):
+            for result in pool.map(run_job, jobs, chunksize=_run_length(len(jobs), workers)):
                 yield result
     except BrokenProcessPool as error:
         raise UserError('a worker process was killed (out of memory?); run again with fewer --workers') from error
 
 
+def _run_length(jobs, workers):
+    """Neighbouring jobs that one worker does in a row: opening a scene costs as much as a few label files."""
+    return max(1, jobs // (6 * workers))
+
+
 def _compile_tracers():
     """Run every compiled function once on next to nothing."""
-    from .labels import mark_seen
+    from .trace_voxels import mark_seen
     from .trace import PackedScene
     from .trace_cpu import trace_fan, trace_image, trace_rays
     scene = PackedScene(np.zeros(1, np.int32), np.ones((1, 11), np.float32), np.zeros((5, 3), np.float32))
     trace_image(scene, np.eye(3), np.eye(3), (2, 2))
     trace_rays(scene, np.eye(3))
     trace_fan(scene, np.eye(3), np.ones((1, 1, 3)), 10.0)
-    mark_seen(np.zeros((2, 2, 2), bool), np.ones(3), np.eye(3), np.zeros((2, 2, 2), np.uint8))
+    mark_seen(np.zeros((2, 2, 2), bool), np.ones(3), np.eye(3), np.ones(3), np.zeros((2, 2, 2), np.uint8))
 
 
 class _Scene:
@@ -158,8 +164,7 @@ def _moments(job, delay_us, period_us, sweeps) -> List[_Moment]:
     start = job.keyframe * KEYFRAME_US + delay_us
     moments = [_Moment(start, job.keyframe, True)]
     if job.options.sweeps and job.keyframe + 1 < job.options.keyframes:
-        moments += [_Moment(start + j * period_us, job.keyframe + (1 if 2 * j > sweeps else 0), False)
-                    for j in range(1, sweeps + 1)]
+        moments += [_Moment(start + j * period_us, job.keyframe + 1, False) for j in range(1, sweeps + 1)]
     return moments
 
 

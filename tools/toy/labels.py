@@ -12,8 +12,10 @@ from lib.classes import OCC3D, OPENOCC_V2
 from lib.task import Task
 
 from . import shapes as sh
-from .rig import Rig, lidar_directions
+from .rig import LIDAR_RANGE, Rig, lidar_directions
 from .road import NO_GROUND, lookup
+from .trace import pack_scene
+from .trace_cpu import trace_fan
 from .trace_voxels import mark_seen
 from .world import GROUND_CLASS_IDS, ToyObject, ToyWorld
 
@@ -24,7 +26,7 @@ SPACING, WIDE_SPACING = 0.1, 0.13       # metres between surface samples, of obj
 MIN_SAMPLES = 3                         # surface samples that make a voxel occupied
 _SUBCELLS = 4                           # ground samples per voxel edge
 _MASK_IMAGE = (400, 225)                # rays per camera for mask_camera
-_MASK_AZIMUTHS, _MASK_MOMENTS = 1080, (-1.0, -0.5, 0.0, 0.5, 1.0)   # scans (seconds) for mask_lidar
+_MASK_AZIMUTHS, _MASK_MOMENTS = 1080, (-1.0, -0.5, 0.0, 0.5, 1.0)   # seconds, for mask_lidar
 
 
 class Labels(NamedTuple):
@@ -33,7 +35,8 @@ class Labels(NamedTuple):
     Attributes:
         semantics: uint8 Occ3D class ids.
         instances: int16, 1 + position of the object in ``world.annotated``; 0 where no such object is.
-        mask_lidar, mask_camera: uint8, 1 where a LiDAR / camera ray passes or ends.
+        mask_lidar: uint8, 1 where a LiDAR ray passes or ends, on scans from a second before to a second after.
+        mask_camera: uint8, 1 where a camera ray passes or meets the first occupied voxel.
     """
     semantics: np.ndarray
     instances: np.ndarray
@@ -148,8 +151,7 @@ class Labeller:
         semantics.reshape(-1)[voxels] = self._classes[owners]
         instances.reshape(-1)[voxels] = self._instance[owners]
         occupied = semantics != OCC3D.free_id
-        return Labels(semantics, instances, self._seen_by_lidar(occupied, t, ego_to_map),
-                      self._seen_by_cameras(occupied))
+        return Labels(semantics, instances, self._seen_by_lidar(t, ego_to_map), self._seen_by_cameras(occupied))
 
     def _ground_voxels(self, ego_to_map):
         """Semantics with the ground alone."""
@@ -210,32 +212,31 @@ class Labeller:
         last[:-1] = found[1:, 0] != found[:-1, 0]
         return found[last, 0], found[last, 2]
 
-    def _seen_by_lidar(self, occupied, t, ego_to_map):
-        rays, _ = lidar_directions(_MASK_AZIMUTHS)
+    def _seen_by_lidar(self, t, ego_to_map):
+        """Voxels that LiDAR rays pass or end in: the scene as it is at time t, scanned along the drive."""
+        moments = sorted({min(max(t + offset, 0.0), self.world.duration) for offset in _MASK_MOMENTS})
         seen = np.zeros(GRID_SHAPE, dtype=np.uint8)
-        for offset in _MASK_MOMENTS:
-            moment = min(max(t + offset, 0.0), self.world.duration)
-            if offset and moment == min(max(t + offset + (0.5 if offset < 0 else -0.5), 0.0), self.world.duration):
-                continue
-            to_ego = np.linalg.inv(ego_to_map) @ self.world.ego_to_map(moment) @ self.rig.lidar_to_ego
-            self._mark(occupied, to_ego[:3, 3], rays @ to_ego[:3, :3].T, seen)
+        rays, _ = lidar_directions(_MASK_AZIMUTHS)
+        for moment in moments:
+            to_map = self.world.ego_to_map(moment) @ self.rig.lidar_to_ego
+            to_ego = np.linalg.inv(ego_to_map) @ to_map
+            scene = pack_scene(self.world.shapes_at(t, to_map[:3, 3], LIDAR_RANGE), self.world.waves, to_map[:3, 3])
+            directions = (rays @ to_map[:3, :3].T).reshape(_MASK_AZIMUTHS, -1, 3)
+            distance, _ = trace_fan(scene, to_map[:3, :3], directions, LIDAR_RANGE)
+            mark_seen(np.zeros(GRID_SHAPE, dtype=bool), (to_ego[:3, 3] - GRID_LOW) / VOXEL, rays @ to_ego[:3, :3].T,
+                      distance.reshape(-1) / VOXEL, seen)
         return seen
 
     def _seen_by_cameras(self, occupied):
+        """Voxels that camera rays enter before they have passed an occupied one."""
         seen = np.zeros(GRID_SHAPE, dtype=np.uint8)
         for camera in self.rig.cameras.values():
-            scale = np.array(_MASK_IMAGE) / np.array(camera.size)
-            u = (np.arange(_MASK_IMAGE[0]) + 0.5) / scale[0]
-            v = (np.arange(_MASK_IMAGE[1]) + 0.5) / scale[1]
+            u, v = ((np.arange(rays) + 0.5) * size / rays for rays, size in zip(_MASK_IMAGE, camera.size))
             u, v = (g.ravel() for g in np.meshgrid(u, v))
             rays = np.stack([u, v, np.ones_like(u)], axis=1) @ np.linalg.inv(camera.intrinsic).T
-            rays /= np.linalg.norm(rays, axis=1, keepdims=True)
-            self._mark(occupied, camera.to_ego[:3, 3], rays @ camera.to_ego[:3, :3].T, seen)
+            rays = rays / np.linalg.norm(rays, axis=1, keepdims=True) @ camera.to_ego[:3, :3].T
+            mark_seen(occupied, (camera.to_ego[:3, 3] - GRID_LOW) / VOXEL, rays, np.full(len(rays), np.inf), seen)
         return seen
-
-    @staticmethod
-    def _mark(occupied, origin, rays, seen):
-        mark_seen(occupied, (origin - GRID_LOW) / VOXEL, rays, seen)
 
 
 def openocc_labels(labels: Labels, velocities: np.ndarray) -> Dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ class SensorRecord(NamedTuple):
         channel: sensor name.
         timestamp: microseconds.
         filename: relative to the data root.
-        keyframe: index of its keyframe in the scene; of the nearest one for a sweep.
+        keyframe: index of its keyframe in the scene; of the next one for a sweep.
         is_key_frame: it belongs to the keyframe itself.
         ego_to_map: float64 [4, 4] at its timestamp.
         size: (width, height) of an image, (0, 0) of a scan.

@@ -1,4 +1,4 @@
-"""Which voxels rays pass on their way to the first occupied one (numba, compiled on first use and cached)."""
+"""Which voxels rays pass until something stops them (numba, compiled on first use and cached)."""
 import math
 
 import numba
@@ -17,16 +17,18 @@ def _first_border(origin, direction):
 
 
 @numba.njit(cache=True, nogil=True)
-def _mark_seen(occupied, origin, rays, seen):
+def _mark_seen(occupied, origin, rays, reach, seen):
     nx, ny, nz = occupied.shape
     for r in range(len(rays)):
         x, step_x, next_x, stride_x = _first_border(origin[0], rays[r, 0])
         y, step_y, next_y, stride_y = _first_border(origin[1], rays[r, 1])
         z, step_z, next_z, stride_z = _first_border(origin[2], rays[r, 2])
-        while 0 <= x < nx and 0 <= y < ny and 0 <= z < nz:
+        entered = 0.0
+        while entered <= reach[r] and 0 <= x < nx and 0 <= y < ny and 0 <= z < nz:
             seen[x, y, z] = 1
             if occupied[x, y, z]:
                 break
+            entered = min(next_x, next_y, next_z)
             if next_x <= next_y and next_x <= next_z:
                 x += step_x
                 next_x += stride_x
@@ -38,14 +40,16 @@ def _mark_seen(occupied, origin, rays, seen):
                 next_z += stride_z
 
 
-def mark_seen(occupied: np.ndarray, origin: np.ndarray, rays: np.ndarray, seen: np.ndarray) -> None:
+def mark_seen(occupied: np.ndarray, origin: np.ndarray, rays: np.ndarray, reach: np.ndarray,
+              seen: np.ndarray) -> None:
     """Set ``seen`` to 1 in every voxel that a ray enters, up to and including its first occupied one.
 
     Args:
         occupied: bool [X, Y, Z].
         origin: float64 [3] in voxels from the grid's lower corner; rays from outside the grid see nothing.
-        rays: float64 [n, 3] directions, none of them zero.
+        rays: float64 [n, 3] unit vectors.
+        reach: float64 [n], voxels that each ray goes at most.
         seen: uint8 [X, Y, Z], changed in place.
     """
     _mark_seen(np.ascontiguousarray(occupied), np.asarray(origin, dtype=np.float64),
-               np.ascontiguousarray(rays, dtype=np.float64), seen)
+               np.ascontiguousarray(rays, dtype=np.float64), np.ascontiguousarray(reach, dtype=np.float64), seen)
