@@ -1,11 +1,12 @@
 """Score a checkpoint: RayIoU, for panoptic models RayPQ, and mIoU.
 
-    python val.py --config configs/r50_nuimg_704x256_8f.py --weights outputs/r50_nuimg_704x256_8f/RUN/latest.pth
+    python val.py --config configs/r50_nuimg_704x256_8f.py --weights outputs/RUN/latest.pth
     torchrun --nproc_per_node 8 val.py --config C --weights W
     python val.py --config C --weights W --max-samples 100 --save-predictions predictions/
 
-Prints a table and writes the same figures to <weights>.eval.json (or --out). The figures are equal to the bit
-whatever the number of processes. Saved predictions are DIR/<sample-token>.npz; tools/evaluate.py scores them again.
+Prints a table and writes the same figures to <weights>.eval.json (or --out). The figures are equal to the
+bit whatever the number of processes. Saved predictions are DIR/<sample-token>.npz; tools/evaluate.py scores
+them again.
 """
 import argparse
 import sys
@@ -14,12 +15,13 @@ from lib.cli import run_main
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--config', required=True)
     add('--weights', required=True, help='checkpoint of the model that the config builds')
     add('--override', nargs='+', default=[], metavar='KEY=VALUE', help='change values of the config')
-    add('--split', default='val', choices=('train', 'val', 'test'), help='section of data to use (default: val)')
+    add('--split', default='val', choices=('train', 'val', 'test'), help='section of data (default: val)')
     add('--metrics', nargs='+', choices=('ray_iou', 'ray_pq', 'miou'), help='default: evaluation.metrics')
     add('--max-samples', type=int, help='at most so many samples (the first)')
     add('--save-predictions', metavar='DIR', help='write every prediction into this folder')
@@ -28,7 +30,7 @@ def parse_args(argv=None):
     add('--device', choices=('cpu', 'cuda'), help='default: cuda if there is one')
     add('--workers', type=int, help='data-loading processes (default: data.workers_per_gpu)')
     add('--no-preflight', action='store_true', help='do not look for missing data files first')
-    add('--trust-weights', action='store_true', help='let the checkpoint run code; only if you know its source')
+    add('--trust-weights', action='store_true', help='let the checkpoint run code; for known sources only')
     add('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
 

@@ -229,7 +229,7 @@ def _unknown_path(parent, path, key, text):
 
 
 def require_keys(cfg, keys: Sequence[str]) -> None:
-    """Raise ConfigError naming the first of the dotted ``keys`` that a config does not have (or has as None)."""
+    """Raise ConfigError naming the first of the dotted ``keys`` that is missing from a config, or None."""
     for key in keys:
         node = cfg
         for part in key.split('.'):

@@ -16,7 +16,7 @@ def check_files(config: str, resume: Optional[str] = None, *weights: Optional[st
     """
     check_config_file(config)
     if resume and resume != 'auto' and not os.path.exists(resume):
-        raise CheckpointError('checkpoint %s (--resume) does not exist; give a .pth file, a run folder or auto'
+        raise CheckpointError('checkpoint %s (--resume) does not exist; give a .pth file, a folder or auto'
                               % resume)
     from ..checkpoint import check_checkpoint_file
     for path in weights:

@@ -75,8 +75,8 @@ def plan_batch(total: int, world_size: int, accumulate: Union[str, int] = 'auto'
         accumulate = min(accumulate, max(total // world_size, 1))
     if total < world_size * accumulate:
         raise ConfigError(
-            'total_batch_size %d is too small for %d processes x %d accumulation steps: each forward pass needs a '
-            'sample; use at most %d processes, fewer accumulation steps, or a larger total_batch_size'
+            'total_batch_size %d is too small for %d processes x %d accumulation steps: each forward pass '
+            'needs a sample; use at most %d processes, fewer accumulation steps, or a larger total_batch_size'
             % (total, world_size, accumulate, max(total // accumulate, 1)))
     base, extra = divmod(total, world_size * accumulate)
     sizes = [base + (i < extra) for i in range(world_size * accumulate)]

@@ -9,9 +9,11 @@ from ..task import Task
 class Components(NamedTuple):
     """Builders of a project's parts.
 
-    build_model(model config, task) -> module on the CPU; build_dataset(section of ``data``, task) -> data set;
-    collate(samples) -> batch; build_evaluator(task, metrics=..., device=...) -> evaluator;
-    preflight(data set, name) raises DataError where files are missing or damaged, None checks nothing.
+    build_model      (model config, task) -> module on the CPU
+    build_dataset    (section of ``data``, task) -> data set
+    collate          list of samples -> batch
+    build_evaluator  (task, metrics=..., device=...) -> evaluator
+    preflight        (data set, name) raises DataError where files are missing; None checks nothing
     """
     build_model: Callable
     build_dataset: Callable

@@ -7,8 +7,8 @@ from typing import Dict, List, Optional
 
 import torch
 
-_PACKAGES = ('torch', 'torchvision', 'numpy', 'mmcv', 'mmcv-full', 'mmdet', 'mmsegmentation', 'mmdet3d', 'numba',
-             'opencv-python-headless', 'opencv-python', 'Pillow', 'Pillow-SIMD', 'PyTurboJPEG')
+_PACKAGES = ('torch', 'torchvision', 'numpy', 'mmcv', 'mmcv-full', 'mmdet', 'mmsegmentation', 'mmdet3d',
+             'numba', 'opencv-python-headless', 'opencv-python', 'Pillow', 'Pillow-SIMD', 'PyTurboJPEG')
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
 

@@ -1,7 +1,8 @@
 """The evaluation loop: every sample once, whatever the number of processes, and the same figures to the bit.
 
-Each process takes a contiguous block of the data set, so that the features of earlier frames can be reused from
-one keyframe to the next. Counts per sample travel to the main process and are summed in the data set's order.
+Each process takes a contiguous block of the data set, so that the features of earlier frames can be reused
+from one keyframe to the next. Counts per sample travel to the main process and are summed in the data set's
+order.
 """
 import os
 import time

@@ -20,7 +20,7 @@ def checkpoint_name(iteration: int, epoch: Optional[int]) -> str:
 
 
 def create_run_folder(path: Optional[str], config_path: str) -> Path:
-    """Make a new folder: ``path``, or ``outputs/<config>/<date_time>``; ``-1``, ``-2``, ... is added if it exists.
+    """Make a new folder: ``path``, or ``outputs/<config>/<date_time>``; with ``-1``, ... if it exists.
 
     Raises:
         UserError: it cannot be made.
@@ -63,8 +63,8 @@ def find_checkpoint_to_resume(resume: str, work_dir: Optional[str], config_path:
     if resume != 'auto':
         path = Path(resume)
         if not path.exists():
-            raise CheckpointError('checkpoint %s (--resume) does not exist; give a .pth file, a run folder or auto'
-                                  % resume)
+            raise CheckpointError('checkpoint %s (--resume) does not exist; give a .pth file, a folder '
+                                  'or auto' % resume)
         found = newest_checkpoint(path) if path.is_dir() else path
         if found is None:
             raise CheckpointError('run folder %s (--resume) holds no whole checkpoint' % resume)
@@ -84,7 +84,8 @@ def checkpoints(folder: Path) -> List[Path]:
     """Checkpoints of a run folder by iteration, newest first; whole or not."""
     if not folder.is_dir():
         return []
-    found = [(int(match.group(1)), path) for path in folder.iterdir() for match in [_NAME.match(path.name)] if match]
+    matches = [(_NAME.match(path.name), path) for path in folder.iterdir()]
+    found = [(int(match.group(1)), path) for match, path in matches if match]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -93,7 +94,7 @@ def newest_checkpoint(folder: Path) -> Optional[Path]:
     for path in checkpoints(folder):
         if is_complete(str(path)):
             return path
-        print('warning: %s is not whole (cut short while it was written?) and is passed over' % path, flush=True)
+        print('warning: %s is not whole (cut short while written?) and is passed over' % path, flush=True)
     return None
 
 

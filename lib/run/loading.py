@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import DataError, UserError
 from .signals import ignore_in_worker
 
-_TOO_MANY_FILES = ('too many open files in the data-loading workers; lower data.workers_per_gpu, or raise the limit '
-                   'with "ulimit -n 65536"')
+_TOO_MANY_FILES = ('too many open files in the data-loading workers; lower data.workers_per_gpu, or raise '
+                   'the limit with "ulimit -n 65536"')
 
 
 _NO_EPOCH = -1

@@ -1,4 +1,4 @@
-"""The run's log: the console, ``log.txt``, and machine-readable ``metrics.jsonl``; TensorBoard if installed."""
+"""The run's log: console, ``log.txt``, machine-readable ``metrics.jsonl``, and TensorBoard if installed."""
 import json
 import sys
 import time

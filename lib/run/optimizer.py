@@ -16,8 +16,9 @@ def build_optimizer(model: nn.Module, cfg: Mapping) -> torch.optim.Optimizer:
 
     Args:
         model: not wrapped in DDP.
-        cfg: ``dict(type, lr, ..., paramwise_cfg=dict(custom_keys={part of a name: dict(lr_mult, decay_mult)}))``.
-            The alphabetically first of the longest parts found in a name counts, as in mmcv.
+        cfg: ``dict(type, lr, ..., paramwise_cfg=dict(custom_keys={part: dict(lr_mult, decay_mult)}))``, where
+            a part is looked for in parameter names. The alphabetically first of the longest parts found in
+            a name counts, as in mmcv.
 
     Raises:
         ConfigError: unknown type or key, or a part that is in no parameter's name.
@@ -61,8 +62,8 @@ def _parameter_groups(model, custom_keys, lr, weight_decay) -> List[Dict]:
         groups.setdefault(key, []).append(parameter)
     unused = [part for part in custom_keys if part not in used]
     if unused:
-        raise ConfigError('optimizer.paramwise_cfg.custom_keys: no parameter has %r in its name; correct or remove '
-                          'it' % unused[0])
+        raise ConfigError('optimizer.paramwise_cfg.custom_keys: no parameter has %r in its name; correct or '
+                          'remove it' % unused[0])
     if not groups:
         raise ConfigError('the model has no parameter that learns')
     return [_group(parameters, lr, weight_decay, *key) for key, parameters in groups.items()]

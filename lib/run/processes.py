@@ -95,8 +95,8 @@ def pick_device(device: Optional[str] = None) -> torch.device:
     if device == 'cpu' or (device is None and not torch.cuda.is_available()):
         return torch.device('cpu')
     if not torch.cuda.is_available():
-        raise ConfigError('--device cuda: PyTorch %s sees no GPU here; install a CUDA build and driver, or use '
-                          '--device cpu' % torch.__version__)
+        raise ConfigError('--device cuda: PyTorch %s sees no GPU here; install a CUDA build and driver, or '
+                          'use --device cpu' % torch.__version__)
     local_rank, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError('torchrun started process %d on a machine with %d GPUs; give --nproc_per_node %d'

@@ -44,8 +44,8 @@ class Schedule:
         if self.warmup not in _WARMUPS:
             raise ConfigError('lr_config.warmup must be one of %s, got %r' % (_WARMUPS, self.warmup))
         if self.warmup and (self.warmup_iters < 1 or not 0 < self.warmup_ratio <= 1):
-            raise ConfigError('lr_config: warm-up needs warmup_iters of at least 1 and warmup_ratio in (0, 1], '
-                              'got %r and %r' % (self.warmup_iters, self.warmup_ratio))
+            raise ConfigError('lr_config: warm-up needs warmup_iters of at least 1 and warmup_ratio in '
+                              '(0, 1], got %r and %r' % (self.warmup_iters, self.warmup_ratio))
 
     @classmethod
     def from_config(cls, cfg: Optional[Mapping], epochs: int, iterations: int,
@@ -71,7 +71,8 @@ class Schedule:
         progress = iteration // self.steps_per_epoch if self.by_epoch else iteration
         if self.policy == 'CosineAnnealing':
             done = progress / (self.epochs if self.by_epoch else self.iterations)
-            return self.min_lr_ratio + 0.5 * (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * min(done, 1.0)))
+            fall = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+            return self.min_lr_ratio + (1 - self.min_lr_ratio) * fall
         if self.policy == 'step':
             steps = (self.step,) if isinstance(self.step, int) else self.step
             falls = progress // steps[0] if isinstance(self.step, int) else sum(s <= progress for s in steps)

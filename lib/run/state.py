@@ -37,8 +37,8 @@ def read_training_state(path: str, trust: bool = False) -> Dict:
     """
     checkpoint = read_checkpoint(path, trust)
     if not all(isinstance(checkpoint.get(key), Mapping) for key in ('progress', 'optimizer', 'meta')):
-        raise CheckpointError('checkpoint %s holds weights only and no training state; start from its weights with '
-                              '--load-from %s' % (path, path))
+        raise CheckpointError('checkpoint %s holds weights only and no training state; start from its '
+                              'weights with --load-from %s' % (path, path))
     return checkpoint
 
 
@@ -59,8 +59,8 @@ def restore(checkpoint: Mapping, path: str, model: nn.Module, optimizer, scaler,
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
     except (ValueError, KeyError) as error:
-        raise CheckpointError('checkpoint %s has another optimizer state than the config builds (%s); continue '
-                              'with the config it was trained with' % (path, error)) from error
+        raise CheckpointError('checkpoint %s has another optimizer state than the config builds (%s); '
+                              'continue with the config it was trained with' % (path, error)) from error
     for group, rate in zip(optimizer.param_groups, rates):  # the config's rate counts, should it have changed
         group['base_lr'] = rate
     if checkpoint.get('scaler'):

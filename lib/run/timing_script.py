@@ -49,7 +49,8 @@ def _make_clock(args, cfg, components, device):
         load_model_weights(model, args.weights, trust=args.trust_weights)
     changes = dict(test_mode=True, max_samples=args.warmup + args.samples)
     dataset = open_dataset(components, cfg, args.split, task, changes, check_files=False)
-    return Clock(model.to(device).eval(), dataset, components.collate, device, args.amp, args.warmup, args.samples)
+    return Clock(model.to(device).eval(), dataset, components.collate, device, args.amp, args.warmup,
+                 args.samples)
 
 
 def _print_setting(args, clock) -> None:

@@ -1,6 +1,5 @@
 """The training loop."""
-import json
-import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,9 @@ from typing import Any, Callable, Dict, Mapping, Optional
 
 from torch import nn
 
-from ..checkpoint import save_checkpoint
 from ..errors import DataError, UserError
-from ..io import atomic_write
 from .batch_plan import BatchPlan, EpochOrder, RankBatches
+from .faults import NonFinite, RunStopped, report_non_finite
 from .folder import CheckpointKeeper
 from .loading import make_loader, read_batches
 from .log import RunLog
@@ -23,11 +21,11 @@ from .schedule import Schedule
 from .settings import TrainSettings
 from .signals import Interrupted, StopRequest
 from .state import capture, restore
-from .step import NonFinite, Stepper
+from .step import Stepper
 
-
-class RunStopped(UserError):
-    """The run cannot go on; the message says why and what was saved."""
+_LINE = ('epoch %(epoch)d iteration %(iteration)d/%(of)d  loss %(loss).4f  lr %(lr).3g  '
+         'grad %(grad_norm).3g  %(time).3f s (data %(data_time).3f)  memory %(memory_mib).0f MiB  '
+         'left %(left)s  |  %(terms)s')
 
 
 @dataclass
@@ -103,8 +101,8 @@ class Trainer:
             Interrupted: SIGTERM or SIGINT, after saving.
         """
         job = self.job
-        self._stepper = Stepper(self._wrapped(), job.optimizer, self.scaler, job.plan, job.processes, job.seed,
-                                job.settings.amp, job.max_norm)
+        self._stepper = Stepper(self._wrapped(), job.optimizer, self.scaler, job.plan, job.processes,
+                                job.seed, job.settings.amp, job.max_norm)
         self._batches = RankBatches(job.order, job.plan, job.processes.rank)
         self._loader = make_loader(job.dataset, self._batches, job.collate, job.workers, job.processes.device,
                                    persistent=True)
@@ -138,7 +136,8 @@ class Trainer:
             self._save(epoch + 1 if last == job.order.steps else None)
 
     def _is_epoch_to_save(self, epochs_done: int) -> bool:
-        return epochs_done % self.job.settings.checkpoint_interval == 0 or self.iteration == self.job.max_iterations
+        at_end = self.iteration == self.job.max_iterations
+        return at_end or epochs_done % self.job.settings.checkpoint_interval == 0
 
     def _train_step(self, batches) -> None:
         job, begin = self.job, time.monotonic()
@@ -150,7 +149,7 @@ class Trainer:
         try:
             result = self._stepper.run(self.iteration, micro_batches)
         except NonFinite as error:
-            raise self._report_non_finite(error, micro_batches) from error
+            raise self._report(error, micro_batches) from error
         self.iteration += 1
         self._countdown.step()
         self.window.add(dict(result.losses, grad_norm=result.grad_norm, time=time.monotonic() - begin,
@@ -179,15 +178,15 @@ class Trainer:
     def _log_window(self) -> None:
         job = self.job
         values = self.window.take()
-        values.update(lr=highest_learning_rate(job.optimizer), memory_mib=peak_memory_mib(job.processes.device))
-        epoch = (self.iteration - 1) // job.order.steps + 1
+        values.update(epoch=(self.iteration - 1) // job.order.steps + 1,
+                      lr=highest_learning_rate(job.optimizer),
+                      memory_mib=peak_memory_mib(job.processes.device))
         terms = ' '.join('%s %.4g' % (name[5:], value) for name, value in values.items()
                          if name.startswith('loss_'))
-        job.log.say('epoch %d iteration %d/%d  loss %.4f  lr %.3g  grad %.3g  %.3f s (data %.3f)  memory %.0f MiB  '
-                    'left %s  |  %s' % (epoch, self.iteration, job.max_iterations, values['loss'], values['lr'],
-                                       values['grad_norm'], values['time'], values['data_time'],
-                                       values['memory_mib'], self._countdown.text(), terms))
-        job.log.record('train', self.iteration, dict(values, epoch=epoch))
+        values.setdefault('grad_norm', 0.0)  # fp16 skipped every step of the window
+        job.log.say(_LINE % dict(values, iteration=self.iteration, of=job.max_iterations,
+                                 left=self._countdown.text(), terms=terms))
+        job.log.record('train', self.iteration, values)
 
     # -- checkpoints
 
@@ -198,7 +197,7 @@ class Trainer:
         return capture(job.model, job.optimizer, self.scaler, meta, progress)
 
     def _save(self, epoch: Optional[int] = None) -> bool:
-        """Write a checkpoint in the main process; False (or RunStopped, by option) where it cannot be written."""
+        """Write a checkpoint in the main process; False, or RunStopped by option, where that fails."""
         if not self.job.processes.is_main or self._saved == self.iteration:
             return True
         begin = time.monotonic()
@@ -225,41 +224,25 @@ class Trainer:
 
     def _leave(self) -> None:
         """Save and leave, in all processes, because one was asked to stop."""
-        import signal
         number = self._stop_request.received or signal.SIGTERM
         saved = self._save_on_the_way_out()
         self.job.processes.wait_for_all()
         raise Interrupted(number, 'stopped by %s after iteration %d; %s'
                           % (signal.Signals(number).name, self.iteration, saved))
 
-    def _report_non_finite(self, error: NonFinite, micro_batches) -> RunStopped:
-        """Save the state before the bad step and the tokens of its samples; the error to raise."""
+    def _report(self, error: NonFinite, micro_batches) -> RunStopped:
+        """Gather the tokens of all processes; the main one writes down what happened."""
         job = self.job
-        tokens = [[meta.get('sample_token') for meta in batch['img_metas']] for batch in micro_batches]
-        everyone = job.processes.gather(tokens)
-        stem = job.folder / ('nonfinite_iter_%d' % (self.iteration + 1))
-        bad = ', '.join(name for name, value in error.values.items() if value != value or abs(value) == float('inf'))
-        if not job.processes.is_main:
-            job.processes.wait_for_all()
-            return RunStopped('%s at iteration %d (%s); the main process reports' % (error, self.iteration + 1, bad))
-        saved = self._write_evidence(stem, dict(
-            what=str(error), iteration=self.iteration + 1, values={k: repr(v) for k, v in error.values.items()},
-            lr=highest_learning_rate(job.optimizer), loss_scale=self.scaler.get_scale(), seed=job.seed,
-            sample_tokens_by_process_and_pass=everyone))
+        tokens = job.processes.gather([[meta.get('sample_token') for meta in batch['img_metas']]
+                                       for batch in micro_batches])
+        if job.processes.is_main:
+            facts = dict(lr=highest_learning_rate(job.optimizer), loss_scale=self.scaler.get_scale(),
+                         seed=job.seed)
+            stopped = report_non_finite(error, self.iteration + 1, tokens, facts, self._capture(), job.folder)
+        else:
+            stopped = RunStopped(str(error))
         job.processes.wait_for_all()
-        flat = [token for of_process in everyone for of_pass in of_process for token in of_pass]
-        return RunStopped('%s at iteration %d (%s), samples %s; %s; lower optimizer.lr, check those samples, or use '
-                          'no --amp' % (error, self.iteration + 1, bad, ', '.join(map(str, flat)), saved))
-
-    def _write_evidence(self, stem, facts) -> str:
-        try:
-            with atomic_write(str(stem) + '.json') as temporary:
-                with open(str(temporary), 'w', encoding='utf-8') as f:
-                    json.dump(facts, f, indent=2)
-            save_checkpoint(str(stem) + '.pth', self._capture())
-        except UserError as error:
-            return str(error)
-        return 'the state before it is in %s.pth, the facts in %s.json' % (stem, os.path.basename(str(stem)))
+        return stopped
 
     # -- evaluation
 

@@ -40,7 +40,8 @@ def _validate(args, cfg, components, processes: Processes) -> None:
     changes = {} if args.max_samples is None else dict(max_samples=args.max_samples)
     dataset = open_dataset(components, cfg, args.split, task, dict(changes, test_mode=True),
                            processes.is_main and not args.no_preflight)
-    metrics = args.metrics or EvaluationSettings.from_config(cfg.get('evaluation')).metrics or default_metrics(task)
+    settings = EvaluationSettings.from_config(cfg.get('evaluation'))
+    metrics = args.metrics or settings.metrics or default_metrics(task)
     evaluator = components.build_evaluator(task, metrics=metrics, device=processes.device)
     log.say('%s, iteration %s, on %d samples of data.%s, %d processes; %s'
             % (args.weights, meta.get('iteration', meta.get('iter', '?')), len(dataset), args.split,
@@ -66,4 +67,5 @@ def _check_writable(path: str) -> None:
     """Raise UserError now rather than after the evaluation."""
     folder = os.path.dirname(path) or '.'
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError('cannot write the figures to %s; give a file in an existing, writable folder with --out' % path)
+        raise UserError('cannot write the figures to %s; give a file in an existing, writable folder with '
+                        '--out' % path)

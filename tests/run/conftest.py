@@ -19,6 +19,7 @@ import fakes  # noqa: E402
 
 import train as train_script  # noqa: E402
 import val as val_script  # noqa: E402
+from lib.checkpoint import read_checkpoint  # noqa: E402
 from lib.run.train_script import run_training  # noqa: E402
 from lib.run.val_script import run_validation  # noqa: E402
 
@@ -80,6 +81,10 @@ class Workshop:
         records = self.records(work_dir)
         assert sorted(records) == list(range(1, len(records) + 1))
         return [records[i]['loss'] for i in sorted(records)]
+
+    def load(self, name: str, work_dir: str = 'run') -> Dict:
+        """A checkpoint of a run."""
+        return read_checkpoint(str(self.folder / work_dir / name))
 
     def log(self, work_dir: str = 'run') -> str:
         return (self.folder / work_dir / 'log.txt').read_text()

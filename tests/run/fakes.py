@@ -4,8 +4,8 @@
 
 with the arguments of train.py and val.py; ``+`` separates runs that follow each other in the same processes.
 
-The model has what makes runs hard to repeat: dropout, draws that depend on the epoch, and a loss normaliser that
-is not linear in the batch.
+The model has what makes runs hard to repeat: dropout, draws that depend on the epoch, and a loss normaliser
+that is not linear in the batch.
 """
 import os
 import shlex
@@ -35,7 +35,8 @@ data = dict(workers_per_gpu=0, train=dict(type='Fake', length=21), val=dict(type
 optimizer = dict(type='AdamW', lr=0.01, weight_decay=0.01,
                  paramwise_cfg=dict(custom_keys={'slow': dict(lr_mult=0.1)}))
 optimizer_config = dict(grad_clip=dict(max_norm=35, norm_type=2))
-lr_config = dict(policy='CosineAnnealing', warmup='linear', warmup_iters=4, warmup_ratio=1.0 / 3, min_lr_ratio=1e-3)
+lr_config = dict(policy='CosineAnnealing', warmup='linear', warmup_iters=4, warmup_ratio=1.0 / 3,
+                 min_lr_ratio=1e-3)
 runner = dict(max_epochs=3)
 total_batch_size = 8
 train = dict(log_interval=1, tensorboard=False)
@@ -45,7 +46,7 @@ seed = 5
 
 
 class FakeModel(nn.Module):
-    """A small network. ``nan_at``: samples whose loss is NaN. ``normed``: with the loss that is not linear."""
+    """A small network. nan_at: samples whose loss is NaN; normed: with the loss that is not linear."""
 
     def __init__(self, dropout=0.3, nan_at=(), normed=True):
         super().__init__()
@@ -75,11 +76,11 @@ class FakeModel(nn.Module):
 class FakeDataset:
     """Random samples that depend on (seed, epoch, index).
 
-    ``trouble`` maps an index to what goes wrong there, in epoch ``trouble_epoch`` (0-based) or in all of them.
+    ``trouble`` maps an index to what goes wrong there, in epoch ``trouble_epoch`` (0-based) or in all.
     """
 
-    def __init__(self, task, length, seed=0, on_error='stop', max_skipped=10, max_samples=None, test_mode=False,
-                 trouble=None, trouble_epoch=None, delay=0.0):
+    def __init__(self, task, length, seed=0, on_error='stop', max_skipped=10, max_samples=None,
+                 test_mode=False, trouble=None, trouble_epoch=None, delay=0.0):
         self.length, self.seed, self.epoch = min(length, max_samples or length), seed, 0
         self.on_error, self.trouble, self.delay = on_error, dict(trouble or {}), delay
         self.trouble_epoch = trouble_epoch

@@ -22,8 +22,8 @@ def steps_of(plan, order, epoch=0, first=0):
 
 
 @settings(deadline=None, max_examples=60)
-@given(total=st.integers(1, 16), world=st.integers(1, 6), accumulate=st.integers(1, 4), count=st.integers(1, 50),
-       epoch=st.integers(0, 3))
+@given(total=st.integers(1, 16), world=st.integers(1, 6), accumulate=st.integers(1, 4),
+       count=st.integers(1, 50), epoch=st.integers(0, 3))
 def test_steps_do_not_depend_on_the_division(total, world, accumulate, count, epoch):
     order = EpochOrder(count, total, seed=3)
     alone = steps_of(plan_batch(total, 1), order, epoch)
@@ -49,8 +49,8 @@ def test_uneven_division():
     assert 'total batch 8 = 2 or 3 samples x 3 processes' in plan.describe()
 
 
-@pytest.mark.parametrize('total, world, most, accumulate', [(8, 1, 0, 1), (8, 1, 2, 4), (8, 2, 1, 4), (8, 8, 1, 1),
-                                                            (8, 3, 1, 2), (7, 2, 2, 2)])
+@pytest.mark.parametrize('total, world, most, accumulate', [
+    (8, 1, 0, 1), (8, 1, 2, 4), (8, 2, 1, 4), (8, 8, 1, 1), (8, 3, 1, 2), (7, 2, 2, 2)])
 def test_automatic_accumulation(total, world, most, accumulate):
     plan = plan_batch(total, world, 'auto', most)
     assert plan.accumulate == accumulate

@@ -1,4 +1,4 @@
-"""Several processes, and processes that are killed. Starting Python is what takes time, so each start does much."""
+"""Several processes, and killed ones. Starting Python is what takes time, so each start does much."""
 import json
 import os
 import signal
@@ -9,8 +9,8 @@ DETERMINISTIC = ('model.dropout=0',)
 
 
 def test_any_number_of_processes_learns_the_same_and_scores_the_same(workshop):
-    """Losses: equal but for rounding, also where 3 processes share a batch of 8 unevenly and the normaliser is a sum
-    over the whole batch. Scores: equal to the bit, each sample once."""
+    """Losses: equal but for rounding, also where 3 processes share a batch of 8 unevenly and the normaliser
+    is a sum over the whole batch. Scores: equal to the bit, each sample once."""
     weights = str(workshop.folder / 'p1' / 'latest.pth')
 
     def validation(name):
@@ -54,7 +54,8 @@ def test_sigkill_and_resume_ends_with_the_same_losses(workshop):
     """Killed inside the second epoch, workers and all; they live from epoch to epoch."""
     options = ('train.checkpoint_interval_iters=1', 'data.train.length=80', 'data.workers_per_gpu=1')
     workshop.train(*options, work_dir='whole')
-    run = workshop.start(['train'] + workshop.arguments(*options, 'data.train.delay=0.02'), start_new_session=True)
+    arguments = workshop.arguments(*options, 'data.train.delay=0.02')
+    run = workshop.start(['train'] + arguments, start_new_session=True)
     try:
         workshop.wait_for_iterations(13)
     finally:

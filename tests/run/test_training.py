@@ -3,11 +3,14 @@ import json
 import os
 import re
 
+import fakes
 import pytest
 import torch
 
+import train
 from lib.errors import CheckpointError, ConfigError, DataError
-from lib.run.training import RunStopped
+from lib.run.faults import RunStopped
+from lib.run.train_script import run_training
 
 NOT_RESUMED = ('time', 'data_time', 'memory_mib')
 
@@ -24,17 +27,17 @@ def test_a_run_and_what_it_leaves(workshop):
     assert workshop.files('*.*', '.') == ['fake.py']
     assert os.readlink(str(workshop.folder / 'run' / 'latest.pth')) == 'epoch_3_iter_9.pth'
     log = workshop.log()
-    for words in ('seed 5', 'total batch 8 = 8 samples x 1 processes x 1', 'device: CPU', 'float32', 'left 0:00:00',
-                  'RayIoU', 'saved'):
+    for words in ('seed 5', 'total batch 8 = 8 samples x 1 processes x 1', 'device: CPU', 'float32',
+                  'left 0:00:00', 'RayIoU', 'saved'):
         assert words in log, words
     assert re.search(r'git: ([0-9a-f]{40}|no git)', (workshop.folder / 'run' / 'environment.txt').read_text())
     assert 'lr' in workshop.records()[1] and workshop.records(kind='eval')[9]['RayIoU'] >= 0
     scores = json.loads((workshop.folder / 'run' / 'evaluation_iter_9.json').read_text())
-    assert scores['num_samples'] == 7 and scores['order'] == sorted(scores['order'], key=scores['order'].index)
+    assert scores['num_samples'] == 7
 
 
 def test_no_folder_is_overwritten(workshop):
-    for n in range(3):
+    for _ in range(3):
         workshop.train('runner.max_epochs=1', work_dir='run')
     folders = sorted(p.name for p in workshop.folder.iterdir() if p.is_dir())
     assert folders == ['run', 'run-1', 'run-2']
@@ -42,12 +45,9 @@ def test_no_folder_is_overwritten(workshop):
 
 
 def test_default_folder(workshop):
-    from lib.run.train_script import run_training
-    import fakes
-    import train
     for _ in range(2):
-        run_training(train.parse_args(['--config', str(workshop.config), '--max-epochs', '1', '--no-eval']),
-                     fakes.components)
+        arguments = ['--config', str(workshop.config), '--max-epochs', '1', '--no-eval']
+        run_training(train.parse_args(arguments), fakes.components)
     runs = sorted(p.name for p in (workshop.folder / 'outputs' / 'fake').iterdir())
     assert len(runs) == 2 and all(re.match(r'\d{8}_\d{6}(-1)?$', name) for name in runs)
 
@@ -55,7 +55,7 @@ def test_default_folder(workshop):
 def test_random_seed_is_printed_and_kept(workshop):
     workshop.train('seed=None', 'runner.max_epochs=1')
     seed = int(re.search(r'seed (\d+)', workshop.log()).group(1))
-    assert torch.load(str(workshop.folder / 'run' / 'latest.pth'))['meta']['seed'] == seed
+    assert workshop.load('latest.pth')['meta']['seed'] == seed
     workshop.train('seed=%d' % seed, 'runner.max_epochs=1', work_dir='again')
     assert workshop.curve('again') == workshop.curve('run')
 
@@ -73,8 +73,8 @@ def test_accumulation_gives_the_same_curve(workshop, accumulate):
 @pytest.mark.parametrize('interval, sample', [(1, 0), (2, 9), (5, 9), (4, 20)])
 def test_stop_and_resume_leaves_no_trace(workshop, interval, sample):
     """A run cut at any iteration, also inside an epoch and between two log lines, ends as if never cut."""
-    options = ('train.checkpoint_interval_iters=1', 'train.max_keep_ckpts=0', 'train.log_interval=%d' % interval,
-               'evaluation.interval=1')
+    options = ('train.checkpoint_interval_iters=1', 'train.max_keep_ckpts=0',
+               'train.log_interval=%d' % interval, 'evaluation.interval=1')
     workshop.train(*options, work_dir='whole')
     with pytest.raises(SystemExit):
         workshop.train(*options, "data.train.trouble={%d: 'crash'}" % sample, 'data.train.trouble_epoch=1',
@@ -83,7 +83,7 @@ def test_stop_and_resume_leaves_no_trace(workshop, interval, sample):
     assert workshop.train(*options, work_dir='cut', more=('--resume', 'auto')) == 0
     whole, cut = workshop.records('whole'), workshop.records('cut')
     assert without_times(cut) == without_times(whole)
-    states = [torch.load(str(workshop.folder / run / 'epoch_3_iter_9.pth'))['state_dict'] for run in ('whole', 'cut')]
+    states = [workshop.load('epoch_3_iter_9.pth', run)['state_dict'] for run in ('whole', 'cut')]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert workshop.records('whole', 'eval')[9] == workshop.records('cut', 'eval')[9]
     assert 'continuing from' in workshop.log('cut')
@@ -174,7 +174,7 @@ def test_nan_loss_stops_with_tokens_and_state(workshop, workers):
     assert 'token4' in tokens and len(tokens) == 8
     # The state saved is the one before the bad step, and --resume does not take it for a checkpoint.
     (state,) = workshop.files('nonfinite_iter_*.pth')
-    saved = torch.load(str(workshop.folder / 'run' / state))
+    saved = workshop.load(state)
     assert saved['progress']['iteration'] == facts['iteration'] - 1
     assert all(torch.isfinite(v).all() for v in saved['state_dict'].values())
 

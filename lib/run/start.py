@@ -1,0 +1,101 @@
+"""The beginning of a training run: folder, checkpoint to continue from, seed, first lines of the log."""
+import os
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional
+
+from ..config import dump_config
+from .environment import describe_environment
+from .folder import create_run_folder, find_checkpoint_to_resume
+from .log import RunLog
+from .processes import Processes
+from .seeding import pick_seed
+from .state import config_differences, read_training_state
+
+_FACTS_TO_SAY = ('device', 'git', 'torch')
+
+
+class Start(NamedTuple):
+    """Where a run begins.
+
+    checkpoint  content of the checkpoint to continue from, or None
+    path        its file
+    folder      run folder
+    """
+    checkpoint: Optional[Dict]
+    path: Optional[Path]
+    folder: Path
+
+
+def find_start(args, resume: Optional[str], processes: Processes) -> Start:
+    """Checkpoint and run folder; the main process looks and makes.
+
+    'auto' and a run folder are continued in place, a checkpoint file in a new folder.
+
+    Args:
+        args: arguments of ``train.py``.
+        resume: 'auto', a folder, a file, or None.
+    """
+    path = folder = None
+    if processes.is_main:
+        path = find_checkpoint_to_resume(resume, args.work_dir, args.config) if resume else None
+        folder = path.parent if _continues_in_place(args, resume, path) else \
+            create_run_folder(args.work_dir, args.config)
+        if resume == 'auto' and path is None:
+            print('--resume auto: no checkpoint to continue from; starting anew', flush=True)
+    path, folder = processes.broadcast((path, folder))
+    checkpoint = None if path is None else read_training_state(str(path), args.trust_weights)
+    return Start(checkpoint, path, folder)
+
+
+def _continues_in_place(args, resume, path) -> bool:
+    if path is None or not (resume == 'auto' or os.path.isdir(resume)):
+        return False
+    return not args.work_dir or Path(args.work_dir) == path.parent
+
+
+def choose_seed(args, cfg, start: Start, processes: Processes) -> int:
+    """``--seed``; else the checkpoint's, to go on as before; else the config's, or a random one."""
+    if start.checkpoint is not None and args.seed is None:
+        return int(start.checkpoint['meta']['seed'])
+    return processes.broadcast(pick_seed(cfg.get('seed')))
+
+
+def tell_start(log: RunLog, args, cfg, start: Start, seed: int, processes: Processes) -> None:
+    """First lines of the log, and the files that say what was run and on what."""
+    log.say('run folder %s' % start.folder)
+    log.say('config %s, seed %d' % (args.config, seed))
+    if not processes.is_main:
+        return
+    facts = describe_environment(processes.device, processes.world_size)
+    dump_config(cfg, str(_unused(start.folder, 'config', '.py')))
+    with open(str(_unused(start.folder, 'environment', '.txt')), 'w', encoding='utf-8') as f:
+        f.write('\n'.join(facts + ['seed: %d' % seed]) + '\n')
+    for fact in facts:
+        if fact.split(':')[0] in _FACTS_TO_SAY:
+            log.say(fact)
+    if start.checkpoint is not None:
+        for line in config_differences(start.checkpoint['meta'].get('config', ''), config_lines(cfg)):
+            log.say("config differs from the checkpoint's: %s" % line)
+
+
+def _unused(folder: Path, stem: str, suffix: str) -> Path:
+    """``stem.suffix``, or ``stem-1.suffix``, ... where a continued run has written one already."""
+    n, path = 0, folder / (stem + suffix)
+    while path.exists():
+        n += 1
+        path = folder / ('%s-%d%s' % (stem, n, suffix))
+    return path
+
+
+def config_lines(cfg) -> str:
+    """The config as checkpoints hold it: one sorted line per value, without where it was resumed from."""
+    values = cfg._cfg_dict.to_dict()
+    values.pop('resume_from', None)
+    return '\n'.join(sorted(_flatten(values, '')))
+
+
+def _flatten(value, name) -> List[str]:
+    if not isinstance(value, dict) or not value:
+        return ['%s = %r' % (name, value)]
+    prefix = name + '.' if name else ''
+    return [line for key in value for line in _flatten(value[key], prefix + str(key))]
