@@ -44,10 +44,8 @@ def read_image(path, decoder: str = 'cv2', half_covers: Optional[Tuple[int, int]
     Raises:
         DataError: missing, truncated or otherwise unreadable file.
     """
-    content = _read_bytes(path)
-    is_jpeg = content[:2] == _JPEG_START
-    if is_jpeg and _JPEG_END not in content[-_TRAILER:]:
-        raise DataError('image %s is truncated (no end mark after %d bytes); fetch it again' % (path, len(content)))
+    content = _read(path, lambda stream: stream.read())
+    is_jpeg = _is_whole_jpeg(path, content[:2], content[-_TRAILER:], len(content))
     try:
         half = is_jpeg and half_covers is not None and _half_is_enough(content, half_covers)
         pixels = _DECODERS[decoder](content, half)
@@ -65,10 +63,37 @@ def _half_is_enough(content, size):
     return width % 2 == 0 and height % 2 == 0 and height >= 2 * size[0] and width >= 2 * size[1]
 
 
-def _read_bytes(path):
+def check_whole(path) -> None:
+    """Look at both ends of an image file, which is quick and finds files that are missing, empty or cut off.
+
+    Raises:
+        DataError: it is missing, empty, or a truncated JPEG.
+    """
+    start, end, size = _read(path, _read_ends)
+    if not size:
+        raise DataError('image %s is empty; fetch it again' % path)
+    _is_whole_jpeg(path, start, end, size)
+
+
+def _read_ends(stream):
+    start, size = stream.read(len(_JPEG_START)), os.fstat(stream.fileno()).st_size
+    stream.seek(max(0, size - _TRAILER))
+    return start, stream.read(), size
+
+
+def _is_whole_jpeg(path, start, end, size) -> bool:
+    """Whether it is a JPEG; raises DataError if one that was cut off."""
+    is_jpeg = start == _JPEG_START
+    if is_jpeg and _JPEG_END not in end:
+        raise DataError('image %s is truncated (no end mark after %d bytes); fetch it again' % (path, size))
+    return is_jpeg
+
+
+def _read(path, action):
+    """``action(stream)`` on the open file."""
     try:
         with open(os.fspath(path), 'rb') as stream:
-            return stream.read()
+            return action(stream)
     except FileNotFoundError as error:
         raise DataError('image %s does not exist; check data_root, and that its samples/ and sweeps/ are complete'
                         % path) from error

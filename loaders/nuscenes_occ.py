@@ -101,6 +101,11 @@ class NuSceneOcc(torch.utils.data.Dataset):
         return 0 if self._skips is None else self._skips.total
 
     @property
+    def skips_unreadable(self) -> bool:
+        """Unreadable samples are replaced (``on_error='skip'``)."""
+        return self._skips is not None
+
+    @property
     def has_labels(self) -> bool:
         return self._labels is not None
 
@@ -144,6 +149,21 @@ class NuSceneOcc(torch.utils.data.Dataset):
     def history(self, index: int) -> List[Dict]:
         """Entries ``{CAM: camera entry}`` before sample ``index`` in its scene, newest first (see ``History``)."""
         return self._history.entries(self._samples[index], history_limit(self.task.num_frames - 1))
+
+    def previous(self, position: int) -> Optional[int]:
+        """Index into ``infos`` of the keyframe before ``infos[position]`` in its scene; None at the start."""
+        return self._history.previous(position)
+
+    def used_positions(self) -> List[int]:
+        """Indices into ``infos`` of the samples' keyframes and of those their histories reach, ascending."""
+        used = set()
+        for position in self._samples:
+            for _ in range(self.task.num_frames):
+                if position is None:
+                    break
+                used.add(position)
+                position = self.previous(position)
+        return sorted(used)
 
     def _load(self, index, seed_index):
         info = self.info(index)

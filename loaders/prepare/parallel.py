@@ -13,7 +13,7 @@ _job = {}
 
 
 def parallel_map(function: Callable, items: Sequence, shared, label: str,
-                 processes: Optional[int] = None) -> Iterator:
+                 processes: Optional[int] = None, progress: bool = True) -> Iterator:
     """Yield ``function(shared, item)`` for each item, in order.
 
     Args:
@@ -22,19 +22,20 @@ def parallel_map(function: Callable, items: Sequence, shared, label: str,
         shared: what every call needs, however large; worker processes inherit it.
         label: shown beside the progress bar.
         processes: worker processes; None = all cores, 1 = none.
+        progress: show a bar with the remaining time.
 
     Raises:
         UserError: a worker was killed.
     """
     processes = min(processes or len(os.sched_getaffinity(0)), len(items))
     if processes <= 1:
-        for item in tqdm(items, desc=label):
+        for item in tqdm(items, desc=label, disable=not progress):
             yield function(shared, item)
         return
     context = multiprocessing.get_context('fork' if 'fork' in multiprocessing.get_all_start_methods() else None)
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_keep, initargs=(function, shared)) as pool:
         try:
-            yield from tqdm(pool.map(_call, items), total=len(items), desc=label)
+            yield from tqdm(pool.map(_call, items), total=len(items), desc=label, disable=not progress)
         except BrokenProcessPool as error:
             raise UserError('%s: a worker process was killed, most likely for want of memory; run the command '
                             'again with fewer --processes (now %d)' % (label, processes)) from error

@@ -1,0 +1,1 @@
+"""What can be wrong with a data set, one concept a module; ``loaders.preflight`` puts them together."""

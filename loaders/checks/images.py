@@ -1,0 +1,43 @@
+"""Are the images there, and whole?"""
+from typing import Dict, Iterable, List
+
+from lib.errors import DataError
+
+from ..decode import check_whole, read_image
+from ..infos import is_camera_sweep, relocate
+from ..prepare.parallel import parallel_map
+from .findings import OK, Finding, Look, name_some
+
+
+def image_paths(dataset, positions: Iterable[int]) -> List[str]:
+    """Paths of the images of keyframes and of the sweeps before them, each once."""
+    paths: Dict[str, None] = {}
+    for position in positions:
+        info = dataset.infos[position]
+        for cams in [info['cams']] + [sweep for sweep in info.get('sweeps', ()) if is_camera_sweep(sweep)]:
+            for name in dataset.task.cameras:
+                if name in cams:
+                    paths[relocate(cams[name]['data_path'], dataset.data_root)] = None
+    return list(paths)
+
+
+def check_images(paths: List[str], total: int, look: Look) -> List[Finding]:
+    """Findings on image files ``paths`` of a data set that has ``total``."""
+    results = parallel_map(_problem_of_image, paths, look, 'images', look.processes, look.full)
+    problems = [problem for problem in results if problem]
+    if problems:
+        return name_some(problems, 'images are missing or damaged', look.level, look.shown)
+    return [Finding(OK, '%d of %d images looked at (%s): all there and whole'
+                    % (len(paths), total, 'decoded' if look.decode else 'both ends of each file'))]
+
+
+def _problem_of_image(look, path) -> str:
+    """'' or what is wrong."""
+    try:
+        if look.decode:
+            read_image(path)
+        else:
+            check_whole(path)
+    except DataError as error:
+        return str(error)
+    return ''

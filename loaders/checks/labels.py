@@ -1,0 +1,85 @@
+"""Are the label files there, of the right shape and label set, and what do they hold?"""
+from typing import List, NamedTuple, Tuple
+
+import numpy as np
+
+from lib.classes import IGNORE_LABEL
+from lib.errors import DataError, UserError
+from lib.task import Task
+
+from ..labels import read_labels
+from ..prepare.parallel import parallel_map
+from .findings import ERROR, OK, WARNING, Finding, Look, name_some
+
+
+class LabelFacts(NamedTuple):
+    """What one label file holds.
+
+    Attributes:
+        problem: '' or what is wrong with the file.
+        counts: int64 [num_classes], voxels per class.
+        things: voxels of thing classes.
+        things_without_id: those of them whose instance id is 0.
+        keys: arrays in the file.
+    """
+    problem: str
+    counts: np.ndarray
+    things: int = 0
+    things_without_id: int = 0
+    keys: Tuple[str, ...] = ()
+
+
+def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
+    """Findings on the label files of some samples of a ``NuSceneOcc`` with labels."""
+    try:
+        dataset.label_path(0)
+    except UserError as error:  # not even the scene can be told
+        return [Finding(ERROR, str(error))]
+    facts = list(parallel_map(_facts_of_label, samples, dataset, 'labels', look.processes, look.full))
+    problems = [fact.problem for fact in facts if fact.problem]
+    findings = name_some(problems, 'labels cannot be used', look.level, look.shown)
+    usable = [fact for fact in facts if not fact.problem]
+    if not usable:
+        return [finding._replace(level=ERROR) for finding in findings]
+    arrays = set.intersection(*[set(fact.keys) for fact in usable])
+    findings.append(Finding(OK, '%d of %d label files read; grid %s, arrays: %s'
+                            % (len(usable), len(dataset), list(dataset.task.grid_shape), ', '.join(sorted(arrays)))))
+    findings.extend(_histogram(sum(fact.counts for fact in usable), dataset.task))
+    if dataset.task.panoptic:
+        findings.append(_instances(usable))
+    return findings
+
+
+def _facts_of_label(dataset, index) -> LabelFacts:
+    task = dataset.task
+    nothing = np.zeros(task.label_set.num_classes, dtype=np.int64)
+    try:
+        labels = read_labels(dataset.label_path(index), task)
+    except DataError as error:
+        return LabelFacts(str(error), nothing)
+    semantics = labels['semantics']
+    counts = np.bincount(semantics[semantics != IGNORE_LABEL], minlength=len(nothing)).astype(np.int64)
+    is_thing = np.isin(semantics, task.label_set.thing_ids)
+    without = int((is_thing & (labels['instances'] == 0)).sum()) if task.panoptic else 0
+    return LabelFacts('', counts, int(is_thing.sum()), without, tuple(labels))
+
+
+def _histogram(counts, task: Task) -> List[Finding]:
+    """Share of each class among the occupied voxels; classes that do not occur."""
+    names = task.label_set.occupied_names
+    occupied = int(counts[:task.label_set.free_id].sum())
+    if not occupied:
+        return [Finding(ERROR, 'the labels hold free voxels only; check occ_gt_root and task.label_set')]
+    shares = ['%s %.2f%%' % (name, 100.0 * count / occupied) for name, count in zip(names, counts)]
+    findings = [Finding(OK, 'occupied voxels: %.2f%% of all; of them %s'
+                        % (100.0 * occupied / counts.sum(), ', '.join(shares)))]
+    absent = [name for name, count in zip(names, counts) if not count]
+    if absent:
+        findings.append(Finding(WARNING, 'classes that do not occur in the labels looked at: %s' % ', '.join(absent)))
+    return findings
+
+
+def _instances(usable) -> Finding:
+    things, without = (sum(getattr(fact, key) for fact in usable) for key in ('things', 'things_without_id'))
+    text = '%d of %d voxels of things have no instance id' % (without, things)
+    return Finding(WARNING if without > 0.2 * things else OK, text)

@@ -1,0 +1,80 @@
+"""Looking at a data set before long work: counts, files, labels, calibration.
+
+The quick look reads small sets whole and spot-checks large ones, in seconds.
+"""
+import sys
+from typing import List, Optional
+
+from lib.errors import DataError
+
+from .checks.calibration import check_calibration
+from .checks.findings import ERROR, OK, WARNING, Finding, Look, spread
+from .checks.images import check_images, image_paths
+from .checks.labels import check_labels
+from .ego_poses import split_scenes
+from .history import STEPS_PER_KEYFRAME
+from .infos import is_camera_sweep
+
+QUICK_IMAGES, QUICK_LABELS, QUICK_KEYFRAMES = 3000, 64, 64
+
+
+def inspect_dataset(dataset, full: bool = False, decode: bool = False, processes: Optional[int] = 1,
+                    shown: int = 10) -> List[Finding]:
+    """Findings on a ``NuSceneOcc``; damaged files are warnings where it skips unreadable samples.
+
+    Args:
+        dataset: the data set.
+        full: look at every file instead of some.
+        decode: decode every image that is looked at.
+        processes: worker processes; None = all cores.
+        shown: most files named one by one per kind.
+    """
+    look = Look(full, decode, processes, WARNING if dataset.skips_unreadable else ERROR, shown)
+    used = dataset.used_positions()
+    images_per_keyframe = STEPS_PER_KEYFRAME * len(dataset.task.cameras)
+    positions = [used[i] for i in spread(len(used), len(used) if full else QUICK_KEYFRAMES)]
+    of_images = [used[i] for i in spread(len(used), len(used) if full else QUICK_IMAGES // images_per_keyframe + 1)]
+    findings = _counts(dataset)
+    findings += check_calibration(dataset, positions, look)
+    findings += check_images(image_paths(dataset, of_images), _count_images(dataset, used), look)
+    if dataset.has_labels:
+        findings += check_labels(dataset, spread(len(dataset), len(dataset) if full else QUICK_LABELS), look)
+    return findings
+
+
+def preflight(dataset, name: str) -> None:
+    """The quick look, before training or evaluation: prints what is doubtful, stops at what is wrong.
+
+    Args:
+        dataset: a ``NuSceneOcc``.
+        name: how the user knows it, e.g. ``train``.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    findings = inspect_dataset(dataset, shown=3)
+    for finding in findings:
+        if finding.level == WARNING:
+            print('data.%s: %s' % (name, finding.line()), file=sys.stderr)
+    errors = [finding.text for finding in findings if finding.level == ERROR]
+    if errors:
+        more = ' (and %d more; list them with tools/check_data.py)' % (len(errors) - 1) if len(errors) > 1 else ''
+        raise DataError('data.%s: %s%s' % (name, errors[0], more))
+
+
+def _counts(dataset) -> List[Finding]:
+    scenes = split_scenes(dataset.infos)
+    with_sweeps = sum(any(is_camera_sweep(sweep) for sweep in info.get('sweeps', ())) for info in dataset.infos)
+    findings = [Finding(OK, '%s: %d samples of %d keyframes in %d scenes, %d with camera sweeps%s'
+                        % (dataset.ann_file, len(dataset), len(dataset.infos), len(scenes), with_sweeps,
+                           ', ' + dataset.version if dataset.version else ''))]
+    if not with_sweeps and len(dataset.infos) > len(scenes) and dataset.task.num_frames > 1:
+        findings.append(Finding(WARNING, '%s has no camera sweeps, so training sees earlier keyframes only; make it '
+                                         'with gen_sweep_info.py' % dataset.ann_file))
+    return findings
+
+
+def _count_images(dataset, positions) -> int:
+    sweeps = sum(is_camera_sweep(sweep) for position in positions
+                 for sweep in dataset.infos[position].get('sweeps', ()))
+    return (len(positions) + sweeps) * len(dataset.task.cameras)

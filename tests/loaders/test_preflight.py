@@ -1,0 +1,259 @@
+"""The look at a data set before long work: each kind of damage is found and named, a sound set is not doubted."""
+import shutil
+import sys
+import time
+
+import numpy as np
+import pytest
+from fake_nuscenes import FakeNuScenes
+
+from lib.cli import run_main
+from lib.errors import DataError
+from lib.io import load_pickle_safe, save_pickle
+from lib.task import Task
+from loaders import build_dataset
+from loaders.checks.findings import spread
+from loaders.preflight import inspect_dataset, preflight
+from loaders.prepare.sweep_infos import write_sweep_infos
+
+TASK = Task('occ3d', point_cloud_range=(-8, -8, -1, 8, 8, 5.4), image_size=(32, 64), num_frames=2)
+INFOS = 'nuscenes_infos_train_sweep.pkl'
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    fake = FakeNuScenes(tmp_path_factory.mktemp('source'))
+    for row in fake.tables['ego_pose']:  # a car that stands, so that nothing is doubtful
+        row.update(translation=[100.0, 50.0, 0.0], rotation=[1.0, 0.0, 0.0, 0.0])
+    fake.write()
+    fake.write_labels(TASK)
+    write_sweep_infos(fake.root, 'v1.0-mini', fake.root, processes=1)
+    return fake.root
+
+
+@pytest.fixture
+def root(source, tmp_path):
+    shutil.copytree(str(source), str(tmp_path / 'nuscenes'))
+    return tmp_path / 'nuscenes'
+
+
+def _open(root, task=TASK, **options):
+    return build_dataset(dict(dict(type='NuSceneOcc', data_root=str(root), ann_file=INFOS, occ_gt_root='occ3d',
+                                   pipeline=[]), **options), task)
+
+
+def _lines(root, level, **options):
+    return [finding.text for finding in inspect_dataset(_open(root), **options) if finding.level == level]
+
+
+def _change_infos(root, change):
+    content = load_pickle_safe(root / INFOS)
+    change(content['infos'])
+    save_pickle(root / INFOS, content)
+
+
+def test_a_sound_set_is_not_doubted(source):
+    for options in (dict(), dict(full=True, decode=True, processes=2)):
+        assert _lines(source, 'error', **options) == _lines(source, 'warning', **options) == []
+        ok = '\n'.join(_lines(source, 'ok', **options))
+        assert '6 samples of 6 keyframes in 2 scenes, 4 with camera sweeps, v1.0-mini' in ok
+        assert '156 of 156 images looked at' in ok and '6 of 6 label files read; grid [40, 40, 16]' in ok
+        assert 'car 5.8' in ok  # random labels: each of 17 classes holds 1/17 = 5.88 % of the occupied voxels
+    preflight(_open(source), 'train')
+
+
+def _image(root, index=-1, folder='samples'):
+    return sorted((root / folder / 'CAM_BACK').glob('scene-0061*'))[index]
+
+
+@pytest.mark.parametrize('folder', ['samples', 'sweeps'])
+@pytest.mark.parametrize('damage, message', [
+    ('missing', 'does not exist; check data_root'), ('truncated', 'is truncated'), ('empty', 'is empty')])
+def test_bad_images_are_named(root, folder, damage, message):
+    path = _image(root, folder=folder)
+    if damage == 'missing':
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:300 if damage == 'truncated' else 0])
+    errors = _lines(root, 'error')
+    assert len(errors) == 1 and str(path) in errors[0] and message in errors[0]
+    with pytest.raises(DataError, match='^data.train: image .*%s' % message):
+        preflight(_open(root), 'train')
+
+
+def test_what_is_no_image_is_found_by_decoding(root):
+    path = _image(root)
+    path.write_bytes(b'a picture')
+    assert _lines(root, 'error') == []
+    assert 'cannot be decoded' in _lines(root, 'error', decode=True)[0]
+
+
+@pytest.mark.parametrize('damage, message', [
+    ('missing', 'does not exist'), ('damaged', 'is damaged'), ('shape', r'has shape \[4, 4, 4\], but the task grid'),
+    ('ids', 'holds id 99')])
+def test_bad_labels_are_named(root, damage, message):
+    path = _open(root).label_path(3)
+    if damage == 'missing':
+        path.unlink()
+    elif damage == 'damaged':
+        path.write_bytes(b'no archive')
+    else:
+        semantics = np.full((4, 4, 4) if damage == 'shape' else TASK.grid_shape, 17, np.uint8)
+        semantics[0, 0, 0] = 99
+        np.savez(str(path), semantics=semantics)
+    with pytest.raises(DataError, match='^data.train: .*scene-0553.*' + message):
+        preflight(_open(root), 'train')
+
+
+def test_many_errors_are_counted(root):
+    shutil.rmtree(str(root / 'sweeps'))
+    errors = _lines(root, 'error', shown=4)
+    assert len(errors) == 5 and errors[4] == '... and 116 more images are missing or damaged'
+    with pytest.raises(DataError, match=r'\(and 3 more; list them with tools/check_data.py\)$'):
+        preflight(_open(root), 'train')
+
+
+def test_where_samples_are_skipped_single_files_are_warnings(root, capsys):
+    _image(root).unlink()
+    _open(root).label_path(0).unlink()
+    preflight(_open(root, on_error='skip'), 'train')
+    assert capsys.readouterr().err.count('[warning]') == 2
+    shutil.rmtree(str(root / 'occ3d'))
+    with pytest.raises(DataError, match='labels.npz does not exist'):
+        preflight(_open(root, on_error='skip'), 'train')
+
+
+def test_free_labels_are_an_error_and_absent_classes_a_warning(root):
+    dataset = _open(root)
+    for index in range(len(dataset)):
+        semantics = np.full(TASK.grid_shape, 17, np.uint8)
+        semantics[0, 0, 0] = 4 if index else 17
+        np.savez(str(dataset.label_path(index)), semantics=semantics)
+    assert any('do not occur in the labels looked at: others, barrier, bicycle' in w for w in _lines(root, 'warning'))
+    np.savez_compressed(str(dataset.label_path(0)), semantics=np.full(TASK.grid_shape, 17, np.uint8))
+    for index in range(len(dataset)):
+        shutil.copy(str(dataset.label_path(0)), str(dataset.label_path(index))) if index else None
+    assert any('free voxels only' in error for error in _lines(root, 'error'))
+
+
+def test_things_without_instances_are_a_warning(root):
+    task = Task('occ3d', panoptic=True, point_cloud_range=TASK.point_cloud_range, image_size=(32, 64))
+    dataset = _open(root, task)
+    for index in range(len(dataset)):
+        semantics = np.load(str(dataset.label_path(index)))['semantics']
+        np.savez_compressed(str(dataset.label_path(index)), semantics=semantics, instances=np.zeros_like(semantics))
+    warnings = [f.text for f in inspect_dataset(dataset) if f.level == 'warning']
+    assert len(warnings) == 1 and 'voxels of things have no instance id' in warnings[0]
+
+
+def _mirror(info):
+    info['cams']['CAM_FRONT']['sensor2global_rotation'][0] *= -1
+
+
+def _wrong_pose(info):
+    info['cams']['CAM_FRONT']['sensor2global_rotation'] = info['cams']['CAM_FRONT']['sensor2global_rotation'].T
+
+
+def _far_camera(info):
+    info['cams']['CAM_FRONT']['sensor2lidar_translation'] = np.array([500.0, 0, 0])
+
+
+def _no_focal_length(info):
+    info['cams']['CAM_FRONT']['cam_intrinsic'] = np.zeros((3, 3))
+
+
+def _late_image(info):
+    info['cams']['CAM_FRONT']['timestamp'] += 2_000_000
+
+
+def _reversed_sweeps(info):
+    info['sweeps'] = info['sweeps'][::-1]
+
+
+def _lost_sweep(info):
+    del info['sweeps'][2]
+
+
+def _jump(info):
+    info['ego2global_translation'] = [900.0, 0, 0]
+
+
+def _nan(info):
+    info['lidar2ego_translation'] = [float('nan')] * 3
+
+
+@pytest.mark.parametrize('change, message', [
+    (_mirror, 'CAM_FRONT to global is no rotation'), (_wrong_pose, 'disagree by'),
+    (_far_camera, 'CAM_FRONT stands'), (_no_focal_length, 'no camera matrix'),
+    (_late_image, 'image taken 2.00 s from the keyframe'), (_reversed_sweeps, 'not in order, newest first'),
+    (_lost_sweep, '4 sweeps, 5 are expected'), (_jump, 'the car moved'), (_nan, 'lidar2ego is not finite')])
+def test_doubtful_calibration_is_named(root, change, message):
+    _change_infos(root, lambda infos: change(infos[1]))
+    warnings = _lines(root, 'warning')
+    assert any('keyframe sample-1: ' in warning and message in warning for warning in warnings), warnings
+
+
+def test_infos_without_camera_sweeps_are_a_warning(root):
+    def change(infos):
+        for info in infos:
+            info['sweeps'] = [dict(data_path='x.bin')] if info['sweeps'] else []
+    _change_infos(root, change)
+    assert 'no camera sweeps' in _lines(root, 'warning')[0]
+
+
+def test_only_what_is_used_is_looked_at(root):
+    """The first sample of each scene has no history: images of other keyframes may be missing."""
+    for path in (root / 'sweeps').rglob('*.jpg'):
+        path.unlink()
+    preflight(_open(root, load_interval=3), 'val')
+    assert _open(root, load_interval=3).used_positions() == [0, 3]
+    assert _open(root, max_samples=2).used_positions() == [0, 1]
+
+
+def test_evaluation_without_labels_passes(root):
+    shutil.rmtree(str(root / 'occ3d'))
+    preflight(_open(root, occ_gt_root=None, test_mode=True), 'test')
+
+
+def test_a_large_set_is_looked_at_in_seconds(source):
+    dataset = _open(source)
+    dataset.infos = [dict(dataset.infos[1 if n % 40 else 0], token='sample-%d' % (n % 2), timestamp=n * 500_000,
+                          scene_token='s%d' % (n // 40)) for n in range(28_130)]
+    dataset._samples = list(range(28_130))
+    from loaders.history import History
+    dataset._history = History(dataset.infos, TASK.cameras)
+    start = time.process_time()
+    findings = inspect_dataset(dataset)
+    assert not [f for f in findings if f.level == 'error']
+    assert time.process_time() - start < 10  # a handful of seconds; most of it to list what is used
+
+
+@pytest.mark.parametrize('count, wanted, expected', [(3, 5, [0, 1, 2]), (10, 1, [0]), (10, 2, [0, 9]),
+                                                     (10, 4, [0, 3, 6, 9]), (1, 1, [0])])
+def test_spread(count, wanted, expected):
+    assert spread(count, wanted) == expected
+
+
+def test_the_script(root, tmp_path, monkeypatch, capsys):
+    config = tmp_path / 'config.py'
+    config.write_text('''
+task = dict(label_set='occ3d', point_cloud_range=[-8, -8, -1, 8, 8, 5.4], num_frames=2, image_size=(32, 64))
+model = dict(type='SparseOcc')
+_set = dict(type='NuSceneOcc', data_root=%r, occ_gt_root='occ3d', pipeline=[])
+data = dict(train=dict(_set, ann_file='nuscenes_infos_train_sweep.pkl'),
+            val=dict(_set, ann_file='nuscenes_infos_val_sweep.pkl'))
+''' % str(root))
+    from tools import check_data
+    monkeypatch.setattr(sys, 'argv', ['x', '--config', str(config), '--processes', '1'])
+    run_main(check_data.main)
+    out = capsys.readouterr().out
+    assert 'train: [ok] ' in out and 'val: [ok] ' in out and '[error]' not in out
+    path = _image(root)
+    path.unlink()
+    (root / 'nuscenes_infos_val_sweep.pkl').unlink()
+    with pytest.raises(SystemExit) as stop:
+        run_main(check_data.main)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.err == 'error: 2 errors, listed above\n'
+    assert 'train: [error] image %s does not exist' % path in captured.out
+    assert 'val: [error] ' in captured.out

@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+"""Look at a config's data before long work: counts, missing or damaged files, labels, calibration.
+
+    python tools/check_data.py --config configs/r50_nuimg_704x256_8f.py
+    python tools/check_data.py --config configs/r50_nuimg_704x256_8f.py --splits train val --full
+
+The quick look reads small data sets whole and spot-checks large ones in seconds; train.py and val.py take
+it too. --full looks at every file on all cores; --decode decodes every image as well.
+Ends with status 2 if something is missing or damaged.
+"""
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from lib.cli import run_main  # noqa: E402
+from lib.errors import DataError, UserError  # noqa: E402
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', required=True, help='config file')
+    parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE', help='changes to the config')
+    parser.add_argument('--splits', nargs='+', choices=('train', 'val', 'test'), default=['train', 'val'],
+                        help='data sets to look at (default: train val)')
+    parser.add_argument('--full', action='store_true', help='look at every file')
+    parser.add_argument('--decode', action='store_true', help='decode the images looked at')
+    parser.add_argument('--processes', type=int, help='worker processes (default: all cores)')
+    parser.add_argument('--shown', type=int, default=1000, help='most files named per kind (default: %(default)s)')
+    parser.add_argument('--debug', action='store_true', help='show tracebacks')
+    return parser.parse_args()
+
+
+def check_split(cfg, split, task, args) -> int:
+    """Print the findings on one data set; number of errors."""
+    from loaders import build_dataset
+    from loaders.checks.findings import ERROR, Finding
+    from loaders.preflight import inspect_dataset
+    try:
+        findings = inspect_dataset(build_dataset(cfg.data[split], task), args.full, args.decode, args.processes,
+                                   args.shown)
+    except UserError as error:
+        findings = [Finding(ERROR, str(error))]
+    for finding in findings:
+        print('%s: %s' % (split, finding.line()), flush=True)
+    return sum(finding.level == ERROR for finding in findings)
+
+
+def main():
+    args = parse_args()
+    from lib.config import load_config
+    from lib.task import Task
+    cfg = load_config(args.config, args.override)
+    task = Task.from_config(cfg.task)
+    errors = sum(check_split(cfg, split, task, args) for split in args.splits)
+    if errors:
+        raise DataError('%d errors, listed above' % errors)
+
+
+if __name__ == '__main__':
+    run_main(main)
