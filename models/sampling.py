@@ -1,7 +1,7 @@
 """From queries to sampled features: where each decoder looks.
 
 Shapes: B batch, T frames, N cameras, L pyramid levels, Q queries, G groups, P points per group, C channels,
-K kept voxels. Points are in metres in the ego frame of the current keyframe; the same points serve all frames.
+K kept voxels. Points are in metres, ego frame of the current keyframe; the same points serve all frames.
 """
 from typing import NamedTuple, Sequence, Tuple
 
@@ -90,7 +90,7 @@ class MaskGuidedSampling(_Sampling):
                          published_weight_order)
         self.offset = nn.Linear(embed_dims, num_groups * num_points * 3)
         span = torch.tensor(task.point_cloud_range[3:]) - torch.tensor(task.point_cloud_range[:3])
-        self.register_buffer('grid_shape', torch.tensor(task.grid_shape, dtype=torch.float32), persistent=False)
+        self.register_buffer('grid_shape', torch.tensor(task.grid_shape).float(), persistent=False)
         self.register_buffer('range_min', torch.tensor(task.point_cloud_range[:3]), persistent=False)
         self.register_buffer('range_span', span, persistent=False)
 
@@ -118,7 +118,7 @@ class MaskGuidedSampling(_Sampling):
         return self.sample(query, points, features)
 
     def draw_voxels(self, valid: Tensor, voxels: Tensor, draws) -> Tensor:
-        """Voxel positions [B, Q, G*P, 3] float32: drawn from the mask, or from the whole volume if it is empty."""
+        """Voxel positions [B, Q, G*P, 3] float32: drawn from the mask, or from the volume if it is empty."""
         batch, queries, _ = valid.shape
         count = self.num_groups * self.num_points
         fractions = draws.fractions(batch, queries, count, valid.device)

@@ -51,10 +51,10 @@ class SparseOccTransformer(BaseModule):
                  published_weight_order: bool = True, num_heads: int = 8):
         super().__init__()
         self.voxel_decoder = SparseVoxelDecoder(
-            task, embed_dims, num_groups, num_points, num_levels, topk_training, topk_testing, scoring, dropout,
-            mixing_chunk, published_weight_order, num_heads)
-        self.decoder = MaskDecoder(task, embed_dims, num_layers, num_queries, num_groups, num_points, num_levels,
-                                   dropout, published_weight_order=published_weight_order)
+            task, embed_dims, num_groups, num_points, num_levels, topk_training, topk_testing, scoring,
+            dropout, mixing_chunk, published_weight_order, num_heads)
+        self.decoder = MaskDecoder(task, embed_dims, num_layers, num_queries, num_groups, num_points,
+                                   num_levels, dropout, published_weight_order=published_weight_order)
         self.training_draws, self.testing_draws = RandomDraws(), build_draws(draws)
 
     def forward(self, features: ImageFeatures) -> TransformerOutput:

@@ -1,4 +1,4 @@
-"""Run a golden file of the model (``*_semantic.npz``, ``*_panoptic.npz``, ``post*.npz``) and measure deviations.
+"""Run golden files of the model (``*_semantic.npz``, ``*_panoptic.npz``, ``post*.npz``): how far are we off?
 
 Everything about a case comes from the file and from the config of its release, so that files never seen
 before can be checked.
@@ -109,7 +109,8 @@ class ModelCase:
         expansion = 4 if depth >= _BOTTLENECK_DEPTH else 1
         model_cfg['img_neck'].update(in_channels=[expansion * c for c in (64, 128, 256, 512)])
         model_cfg['pts_bbox_head']['transformer'].update(
-            dropout=0.0, **{key: meta[key] for key in ('num_queries', 'num_layers', 'topk_training', 'topk_testing')})
+            dropout=0.0, **{key: meta[key] for key in (
+                'num_queries', 'num_layers', 'topk_training', 'topk_testing')})
         task = Task.from_config(dict(cfg.task, num_frames=meta['num_frames'], image_size=meta['image_hw']))
         model = build_model(model_cfg, task)
         seed_weights(model, meta['weight_seed'])
@@ -136,8 +137,8 @@ def check_inference(case: ModelCase) -> List[Deviation]:
     with torch.no_grad():
         raw = case.model.predict_raw(**case.inputs(0))
     order = _coordinate_order(raw.output.stages[-1].coords)
-    return [*_feature_deviations(case, raw), *_stage_deviations(case, raw), *_layer_deviations(case, raw, order),
-            *_label_deviations(case, raw, order)]
+    return [*_feature_deviations(case, raw), *_stage_deviations(case, raw),
+            *_layer_deviations(case, raw, order), *_label_deviations(case, raw, order)]
 
 
 def check_training(case: ModelCase, b: int) -> List[Deviation]:
@@ -183,19 +184,23 @@ def _stage_deviations(case: ModelCase, raw) -> Iterator[Deviation]:
     for s, stage in enumerate(raw.output.stages):
         order, prefix = _coordinate_order(stage.coords), 'eval_stage%d_' % s
         coords = stage.coords[0].cpu().numpy()[order]
-        yield Deviation('kept voxels', prefix + 'coords', _share_unequal(coords, case.arrays[prefix + 'coords']), 0)
+        share = _share_unequal(coords, case.arrays[prefix + 'coords'])
+        yield Deviation('kept voxels', prefix + 'coords', share, 0)
         for kind in ('seg_logits', 'occ_logits'):
             if prefix + kind in case.arrays:
                 ours = getattr(stage, kind)[0].cpu().numpy()[order]
-                yield Deviation('voxel logits', prefix + kind, _relative(ours, case.arrays[prefix + kind]), LOGITS)
+                value = _relative(ours, case.arrays[prefix + kind])
+                yield Deviation('voxel logits', prefix + kind, value, LOGITS)
 
 
 def _layer_deviations(case: ModelCase, raw, order) -> Iterator[Deviation]:
     for i, layer in enumerate(raw.output.layers):
         name = 'eval_layer%d_class_logits' % i
-        yield Deviation('mask class logits', name, _relative(layer.class_logits[0], case.arrays[name]), LOGITS)
+        value = _relative(layer.class_logits[0], case.arrays[name])
+        yield Deviation('mask class logits', name, value, LOGITS)
         name = 'eval_layer%d_mask_mean' % i
-        yield Deviation('mask logits', name, _relative(layer.mask_logits[0].mean(-1), case.arrays[name]), LOGITS)
+        value = _relative(layer.mask_logits[0].mean(-1), case.arrays[name])
+        yield Deviation('mask logits', name, value, LOGITS)
     name = 'eval_last_mask_logits_every8'
     ours = raw.output.layers[-1].mask_logits[0].cpu().numpy()[:, order][:, ::8]
     yield Deviation('mask logits', name, _relative(ours, case.arrays[name]), LOGITS)
@@ -203,7 +208,8 @@ def _layer_deviations(case: ModelCase, raw, order) -> Iterator[Deviation]:
 
 def _label_deviations(case: ModelCase, raw, order) -> Iterator[Deviation]:
     merged = raw.merged[0]
-    ours = dict(eval_sem_pred=merged.semantics, eval_pano_inst=merged.pano_inst, eval_pano_sem=merged.pano_sem)
+    ours = dict(eval_sem_pred=merged.semantics, eval_pano_inst=merged.pano_inst,
+                eval_pano_sem=merged.pano_sem)
     for name, value in ours.items():
         if name in case.arrays:
             share = _share_unequal(value.cpu().numpy()[order], case.arrays[name])
@@ -224,7 +230,8 @@ def _gradient_deviations(case: ModelCase, b: int) -> Iterator[Deviation]:
     ours = {name: p.grad.norm() for name, p in case.model.named_parameters() if p.grad is not None}
     assert set(ours) == set(norms), 'parameters with a gradient differ: %s' % sorted(set(ours) ^ set(norms))
     for name in names:
-        yield Deviation('gradient norms', 'train%d %s' % (b, name), _relative(ours[name], norms[name]), GRADIENTS)
+        value = _relative(ours[name], norms[name])
+        yield Deviation('gradient norms', 'train%d %s' % (b, name), value, GRADIENTS)
 
 
 def _coordinate_order(coords: torch.Tensor) -> np.ndarray:

@@ -17,8 +17,9 @@ from parity_metrics import (DEPTH_TOLERANCE, ORIGIN_TOLERANCE, SCORE_TOLERANCE, 
                             check_rayeval)
 from parity_model import Deviation, ModelCase, check_inference, check_merging, check_training  # noqa: E402
 
-_UNITS = {'kept voxels': 'share unequal', 'predicted labels': 'share unequal', 'merging alone': 'share unequal',
-          'ray depths': 'm', 'ray origins': 'm', 'RayIoU and RayPQ': 'absolute'}
+_UNITS = {'kept voxels': 'share unequal', 'predicted labels': 'share unequal',
+          'merging alone': 'share unequal', 'ray depths': 'm', 'ray origins': 'm',
+          'RayIoU and RayPQ': 'absolute'}
 _HEADER = '''# Deviation from the published code
 
 The largest deviation of each quantity over all golden files of `tests/data/golden` (figures made with the
@@ -67,13 +68,14 @@ def table(rows) -> str:
     for quantity, found in groups.items():
         worst, file = max(found, key=lambda entry: entry[0].value)
         where = '%s, `%s`' % (file, worst.name) if worst.value > 0 else ''
-        lines.append('| %s | %d | %.2g | %s | %g | %s |' % (quantity, len(found), worst.value, where, worst.tolerance,
-                                                          _UNITS.get(quantity, 'relative')))
+        cells = (quantity, len(found), worst.value, where, worst.tolerance, _UNITS.get(quantity, 'relative'))
+        lines.append('| %s | %d | %.2g | %s | %g | %s |' % cells)
     return '\n'.join(lines) + '\n'
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--golden', type=Path, default=Path(os.environ.get(
         'SPARSEOCC_GOLDEN_DIR', ROOT / 'tests' / 'data' / 'golden')), help='folder of golden files')
     parser.add_argument('--real', type=Path, default=Path(os.environ.get(

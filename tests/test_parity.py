@@ -32,8 +32,9 @@ MODEL_FILES = golden_files('*_semantic.npz', '*_panoptic.npz')
 
 def assert_within(deviations):
     assert deviations
-    wrong = ['%s: %.3g > %.3g' % (d.name, d.value, d.tolerance) for d in deviations if not d.value <= d.tolerance]
-    assert not wrong, '%d of %d quantities deviate:\n%s' % (len(wrong), len(deviations), '\n'.join(wrong[:20]))
+    wrong = ['%s: %.3g > %.3g' % d[1:] for d in deviations if not d.value <= d.tolerance]
+    message = '%d of %d quantities deviate:\n%s'
+    assert not wrong, message % (len(wrong), len(deviations), '\n'.join(wrong[:20]))
 
 
 @pytest.fixture(autouse=True)

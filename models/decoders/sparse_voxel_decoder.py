@@ -50,7 +50,8 @@ class SparseVoxelDecoderLayer(BaseModule):
     """
 
     def __init__(self, task: Task, embed_dims: int, num_groups: int, num_points: int, num_levels: int,
-                 interval: int, num_heads: int, dropout: float, mixing_chunk: int, published_weight_order: bool):
+                 interval: int, num_heads: int, dropout: float, mixing_chunk: int,
+                 published_weight_order: bool):
         super().__init__()
         self.voxel_size, self.interval = task.voxel_size, interval
         self.position_encoder = nn.Sequential(
@@ -66,7 +67,7 @@ class SparseVoxelDecoderLayer(BaseModule):
         self.norm2 = nn.LayerNorm(embed_dims)
         self.norm3 = nn.LayerNorm(embed_dims)
         self.register_buffer('range_min', torch.tensor(task.point_cloud_range[:3]), persistent=False)
-        self.register_buffer('grid_shape', torch.tensor(task.grid_shape, dtype=torch.float32), persistent=False)
+        self.register_buffer('grid_shape', torch.tensor(task.grid_shape).float(), persistent=False)
 
     def forward(self, query: Tensor, coords: Tensor, features: ImageFeatures) -> Tensor:
         """query [B, Q, C], coords int64 [B, Q, 3] full-resolution lower corners -> [B, Q, C]."""
@@ -94,13 +95,14 @@ class SparseVoxelDecoder(BaseModule):
     """
 
     def __init__(self, task: Task, embed_dims: int, num_groups: int, num_points: int, num_levels: int,
-                 topk_training: Sequence[int], topk_testing: Sequence[int], scoring: str, dropout: float = 0.1,
-                 mixing_chunk: int = 0, published_weight_order: bool = True, num_heads: int = 8):
+                 topk_training: Sequence[int], topk_testing: Sequence[int], scoring: str,
+                 dropout: float = 0.1, mixing_chunk: int = 0, published_weight_order: bool = True,
+                 num_heads: int = 8):
         super().__init__()
         if scoring not in ('semantic', 'occupancy'):
             raise ConfigError("transformer.scoring must be 'semantic' or 'occupancy', got %r" % (scoring,))
         if len(topk_training) != len(topk_testing) or not topk_training:
-            raise ConfigError('transformer.topk_training and topk_testing must have one number per stage, got '
+            raise ConfigError('transformer.topk_training and topk_testing need one number per stage, got '
                               '%r and %r' % (topk_training, topk_testing))
         self.topk_training, self.topk_testing = tuple(topk_training), tuple(topk_testing)
         self.embed_dims, self.scoring = embed_dims, scoring
@@ -175,6 +177,6 @@ def _block_corners(grid_shape, interval: int) -> Tensor:
 
 def _check_divisible(task: Task, interval: int):
     if any(size % interval for size in task.grid_shape):
-        raise ConfigError('the grid of %s voxels (task.point_cloud_range / task.voxel_size) cannot be cut into '
-                          'blocks of %d voxels; make each side a multiple of %d'
+        raise ConfigError('the grid of %s voxels (task.point_cloud_range / task.voxel_size) cannot be cut '
+                          'into blocks of %d voxels; make each side a multiple of %d'
                           % ('x'.join(map(str, task.grid_shape)), interval, interval))

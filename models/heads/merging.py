@@ -34,7 +34,7 @@ def merge_semantic(class_logits: Tensor, mask_logits: Tensor, score_threshold: f
         uint8 [K], C (free) where the best class has less than 0.01.
     """
     scores = class_logits.sigmoid()
-    scores = torch.where(scores.max(-1, keepdim=True).values > score_threshold, scores, torch.zeros_like(scores))
+    scores = scores * (scores.max(-1, keepdim=True).values > score_threshold)
     best = torch.einsum('qc,qk->ck', scores, mask_logits.sigmoid()).max(0)
     free = torch.full_like(best.indices, class_logits.shape[1])
     return torch.where(best.values < _MIN_SEMANTIC_SCORE, free, best.indices).to(torch.uint8)

@@ -27,7 +27,8 @@ class AdaptiveMixing(BaseModule):
 
     def __init__(self, channels: int, in_points: int, out_points: int, num_groups: int = 4, chunk: int = 0):
         super().__init__()
-        self.in_points, self.out_points, self.num_groups, self.chunk = in_points, out_points, num_groups, chunk
+        self.in_points, self.out_points = in_points, out_points
+        self.num_groups, self.chunk = num_groups, chunk
         self.width = channels // num_groups
         per_group = self.width * self.width + out_points * in_points
         self.parameter_generator = nn.Linear(channels, num_groups * per_group)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: give up intermediates in the forward pass, make them again in the backward pass."""
+"""Activation checkpointing: intermediates are given up, and made again in the backward pass."""
 import inspect
 from typing import Callable
 

@@ -25,7 +25,8 @@ def lovasz_softmax(probabilities: Tensor, counts: Tensor, scale: int) -> Tensor:
         errors = torch.where(own > 0, 1 - probabilities, probabilities)
     else:
         errors = torch.cat([1 - probabilities, probabilities], dim=-1)
-        own, others = torch.cat([own, torch.zeros_like(own)], -1), torch.cat([torch.zeros_like(others), others], -1)
+        none = torch.zeros_like(own)
+        own, others = torch.cat([own, none], dim=-1), torch.cat([none, others], dim=-1)
     per_class = _lovasz_extension(errors, own, others)
     present = (own.sum(-1) > 0).float()
     per_sample = (per_class * present).sum(1) / present.sum(1).clamp(min=1)

@@ -60,7 +60,8 @@ class Mask2FormerLoss(BaseModule):
                 losses['%s_%d' % (name, i)] = value / normalizer
         return losses
 
-    def _match(self, layers: Sequence[MaskPrediction], samples: Sequence[MaskTargets]) -> List[List[Matching]]:
+    def _match(self, layers: Sequence[MaskPrediction],
+               samples: Sequence[MaskTargets]) -> List[List[Matching]]:
         """Matchings [layer][sample]; all costs leave the device together."""
         with torch.no_grad():
             costs = [[self.cost(layer.class_logits[b], layer.mask_logits[b], sample)

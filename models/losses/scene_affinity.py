@@ -17,7 +17,8 @@ def negative_log(ratio: Tensor) -> Tensor:
     return -torch.where(ratio > 0, log, torch.full_like(log, _LOG_FLOOR)).clamp(min=_LOG_FLOOR)
 
 
-def affinity(inside: Tensor, hits: Tensor, others: Tensor, total_probability: Tensor, present: Tensor) -> Tensor:
+def affinity(inside: Tensor, hits: Tensor, others: Tensor, total_probability: Tensor,
+             present: Tensor) -> Tensor:
     """-log precision - log recall - log specificity; a term without a denominator is left out.
 
     Args (all [...], sums over the voxels of a sample):

@@ -34,8 +34,9 @@ class VoxelLosses(BaseModule):
         self.num_classes, self.scoring = label_set.num_classes, scoring
         expected = set(_AFFINITY) if scoring == 'semantic' else set()
         if set(loss_cfgs) != expected:
-            raise ConfigError("model.pts_bbox_head.loss_cfgs: with scoring='%s' the keys besides loss_mask2former "
-                              'are %s, got %s' % (scoring, sorted(expected), sorted(loss_cfgs)))
+            raise ConfigError("model.pts_bbox_head.loss_cfgs: with scoring='%s' the keys besides "
+                              'loss_mask2former are %s, got %s'
+                              % (scoring, sorted(expected), sorted(loss_cfgs)))
         self.affinity = torch.nn.ModuleDict({name: build_loss(cfg) for name, cfg in loss_cfgs.items()})
         self.register_buffer('class_weights', torch.tensor(label_set.class_weights()), persistent=False)
 

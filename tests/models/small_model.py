@@ -29,8 +29,8 @@ def small_config(scoring: str = 'semantic', **transformer) -> Dict:
                     scoring=scoring, dropout=0.0)
     return dict(
         type='SparseOcc',
-        data_aug=dict(img_color_aug=False, img_norm_cfg=dict(mean=[120.0, 120.0, 120.0], std=[60.0, 60.0, 60.0],
-                                                             to_rgb=True), img_pad_cfg=dict(size_divisor=32)),
+        data_aug=dict(img_color_aug=False, img_pad_cfg=dict(size_divisor=32),
+                      img_norm_cfg=dict(mean=[120.0] * 3, std=[60.0] * 3, to_rgb=True)),
         img_backbone=dict(type='ResNet', depth=18, num_stages=4, out_indices=(0, 1, 2, 3), frozen_stages=-1,
                           norm_cfg=dict(type='BN', requires_grad=True), norm_eval=True, style='pytorch'),
         img_neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=32, num_outs=4),
@@ -40,7 +40,7 @@ def small_config(scoring: str = 'semantic', **transformer) -> Dict:
 
 
 def small_model(task: Task = None, scoring: str = 'semantic', **transformer) -> torch.nn.Module:
-    """Model with seeded weights that make predictions vary (the generators start from zero weights otherwise)."""
+    """Model with seeded weights that make predictions vary (generators start from zero weights otherwise)."""
     torch.manual_seed(0)
     model = build_model(small_config(scoring, **transformer), task or small_task())
     with torch.no_grad():

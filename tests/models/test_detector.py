@@ -72,7 +72,7 @@ def slice_output(output, b):
 @BOTH
 def test_losses_of_a_batch_are_those_of_its_samples(scoring):
     """Voxel losses are means over the batch; mask losses are sums over instances by their number."""
-    model = small_model(scoring=scoring, topk_testing=[10 ** 6] * 3).eval()  # all voxels, so all instances are kept
+    model = small_model(scoring=scoring, topk_testing=[10 ** 6] * 3).eval()  # all voxels are kept
     batch = small_batch(model.task, 2)
     batch['voxel_instances'][1][batch['voxel_instances'][1] == 3] = 255
     counts = [sum(int((batch['voxel_instances'][b] == i).any()) for i in range(4)) for b in range(2)]
@@ -81,7 +81,8 @@ def test_losses_of_a_batch_are_those_of_its_samples(scoring):
     with torch.no_grad():
         output = model.predict_raw(**{name: batch[name] for name in IMAGES}).output
     together = head.loss(output, OccupancyTargets(*targets))
-    alone = [head.loss(slice_output(output, b), OccupancyTargets(*[t[b:b + 1] for t in targets])) for b in range(2)]
+    alone = [head.loss(slice_output(output, b), OccupancyTargets(*[t[b:b + 1] for t in targets]))
+             for b in range(2)]
     for name, value in together.items():
         masks = any(part in name for part in ('loss_mask', 'loss_dice', 'loss_class'))
         weights = [n / sum(counts) for n in counts] if masks else [0.5, 0.5]
@@ -177,7 +178,8 @@ def test_camera_mask_decides_which_labels_count():
     task = small_task()
     batch = small_batch(task, 2)
     batch['mask_camera'][:, :, :12] = False
-    hidden = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    hidden = {name: value.clone() if isinstance(value, torch.Tensor) else value
+              for name, value in batch.items()}
     hidden['voxel_semantics'][:, :, :12] = 2  # labels that must not matter
     hidden['voxel_instances'][:, :, :12] = 2
     for scoring in ('semantic', 'occupancy'):
@@ -203,7 +205,8 @@ def test_training_leaves_the_batch_as_it_was():
     class_ids = list(batch['instance_class_ids'])
     before = [value.clone() for value in batch.values() if isinstance(value, torch.Tensor)]
     model(**batch)
-    assert all(torch.equal(a, b) for a, b in zip(before, (v for v in batch.values() if isinstance(v, torch.Tensor))))
+    after = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert all(a is b for a, b in zip(class_ids, batch['instance_class_ids']))
 
 
@@ -223,7 +226,8 @@ def test_other_grids_cameras_frames_sizes_and_classes(changes):
     assert prediction['sem_pred'].max() <= task.label_set.free_id
 
 
-@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2, reason='no LayerNorm in the CPU autocast of PyTorch 1')
+@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2,
+                    reason='no LayerNorm in the CPU autocast of PyTorch 1')
 def test_mixed_precision_stays_finite_and_keeps_losses_in_float32():
     model = small_model()
     with torch.autocast('cpu', dtype=torch.bfloat16):

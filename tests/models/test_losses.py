@@ -43,7 +43,8 @@ def upsampled(values, coords, scale, targets, b):
     rows, labels = [], []
     for value, corner in zip(values[b], (coords[b] * scale).tolist()):
         for offset in range(scale ** 3):
-            x, y, z = (c + o for c, o in zip(corner, (offset // scale ** 2, offset // scale % scale, offset % scale)))
+            offsets = (offset // scale ** 2, offset // scale % scale, offset % scale)
+            x, y, z = (c + o for c, o in zip(corner, offsets))
             label = int(targets.semantics[b, x, y, z])
             if label != 255 and (targets.visible is None or targets.visible[b, x, y, z]):
                 rows.append(value)
@@ -165,7 +166,8 @@ def mask_setup(visible=False):
     targets, coords = random_targets(visible=visible, ignore=False), random_coords(1, kept=40)
     stage = VoxelStage(coords, torch.zeros(2, 40, CLASSES), torch.zeros(2, 40, 8), 1)
     generator = torch.Generator().manual_seed(8)
-    layer = MaskPrediction(torch.randn(2, 6, 4, generator=generator), torch.randn(2, 6, 40, generator=generator))
+    layer = MaskPrediction(class_logits=torch.randn(2, 6, 4, generator=generator),
+                           mask_logits=torch.randn(2, 6, 40, generator=generator))
     return targets, stage, layer
 
 
@@ -195,7 +197,8 @@ def test_mask_losses_equal_the_formulas_at_the_cheapest_matching(visible):
         table = torch.tensor([[float(cost(q, i)) for i in range(len(present))] for q in range(6)])
         rows = min(itertools.permutations(range(6), len(present)),
                    key=lambda rows: sum(table[q, i] for i, q in enumerate(rows)))
-        totals['mask'] += sum(F.binary_cross_entropy_with_logits(logits[q], masks[i]) for i, q in enumerate(rows))
+        totals['mask'] += sum(F.binary_cross_entropy_with_logits(logits[q], masks[i])
+                              for i, q in enumerate(rows))
         totals['dice'] += sum(dice(q, i) for i, q in enumerate(rows))
         onehot = torch.zeros_like(scores)
         for i, q in enumerate(rows):
@@ -219,8 +222,8 @@ def test_instances_without_kept_voxels_are_dropped_and_ids_compacted():
     volume = torch.full_like(targets.instances, 255)
     x, y, z = stage.coords[0].t()
     volume[0, x[0], y[0], z[0]], volume[0, x[1], y[1], z[1]] = 1, 3
-    sample = instances_among_kept(targets._replace(instances=volume, class_ids=[torch.tensor([7, 8, 9, 2])] * 2),
-                                  stage, 0)
+    targets = targets._replace(instances=volume, class_ids=[torch.tensor([7, 8, 9, 2])] * 2)
+    sample = instances_among_kept(targets, stage, 0)
     assert sample.class_ids.tolist() == [8, 2] and sample.masks.shape == (2, 40)
     assert sample.masks[0, 0] == 1 and sample.masks[1, 1] == 1
 
@@ -246,5 +249,6 @@ def test_ground_truth_is_left_as_it_was():
     before = [t.clone() for t in (targets.semantics, targets.instances, targets.visible)]
     Mask2FormerLoss()([layer], stage, targets)
     count_labels(targets, stage.coords, 1, CLASSES)
-    assert all(torch.equal(a, b) for a, b in zip(before, (targets.semantics, targets.instances, targets.visible)))
+    after = (targets.semantics, targets.instances, targets.visible)
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert targets.class_ids is class_ids and all(ids.tolist() == [0, 1, 2, 3] for ids in class_ids)

@@ -16,7 +16,8 @@ def test_finds_the_cheapest_assignment():
         best = min(sum(wide[row, column] for column, row in enumerate(rows))
                    for rows in itertools.permutations(range(wide.shape[0]), wide.shape[1]))
         assert abs(total - best) < 1e-5  # the same float32 entries, added in another order
-        assert len(set(matching.queries.tolist())) == len(set(matching.instances.tolist())) == min(queries, instances)
+        for side in matching:
+            assert len(set(side.tolist())) == len(side) == min(queries, instances)
 
 
 def test_no_instance_gives_no_pair():

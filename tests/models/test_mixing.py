@@ -34,7 +34,8 @@ def make(chunk=0):
 def test_equals_loops_over_queries_and_groups():
     layer, sampled, query = make()
     # double precision: only the order of additions differs
-    torch.testing.assert_close(layer(sampled, query), naive_mixing(layer, sampled, query), rtol=1e-10, atol=1e-10)
+    expected = naive_mixing(layer, sampled, query)
+    torch.testing.assert_close(layer(sampled, query), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_pieces_give_the_same_result_and_gradients():

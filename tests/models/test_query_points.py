@@ -63,8 +63,8 @@ def test_published_weight_order_pairs_slots_with_other_groups():
     features = ImageFeatures([torch.randn(1, 6, 8 >> level, 12 >> level, 16) for level in range(3)],
                              torch.tensor([[30.0, 0, 48, 0], [0, 30, 32, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
                              .expand(1, 6, 4, 4), task.image_size)
-    published = BlockSampling(16, num_groups=4, num_points=1, num_levels=3, num_cameras=3)
-    plain = BlockSampling(16, num_groups=4, num_points=1, num_levels=3, num_cameras=3, published_weight_order=False)
+    published, plain = (BlockSampling(16, num_groups=4, num_points=1, num_levels=3, num_cameras=3,
+                                      published_weight_order=order) for order in (True, False))
     plain.load_state_dict(published.state_dict())
     torch.nn.init.zeros_(plain.scale_weights.weight)
     torch.nn.init.zeros_(published.scale_weights.weight)

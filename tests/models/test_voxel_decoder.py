@@ -21,7 +21,8 @@ def test_children_follow_their_parent_in_the_published_order():
     stage = decoder._split_and_keep(0, torch.zeros(1, 6, 32), decoder.start.unsqueeze(0))
     assert decoder.start.tolist() == [[x, y, 0] for x in (0, 8) for y in (0, 8, 16)]
     steps = [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]]
-    expected = [[c // 4 + s for c, s in zip(corner, step)] for corner in decoder.start.tolist() for step in steps]
+    expected = [[c // 4 + s for c, s in zip(corner, step)]
+                for corner in decoder.start.tolist() for step in steps]
     assert stage.coords[0].tolist() == expected and stage.scale == 4
 
 
@@ -98,7 +99,8 @@ def test_initial_reach_and_offsets():
     assert not tau.weight.detach().any() and 0 <= tau.bias.min() < 1 < tau.bias.max() <= 2
     for layer in fresh.voxel_decoder.decoder_layers:
         offset = layer.sampling.sampling_offset
-        assert not offset.weight.detach().any() and offset.bias.min() < -0.2 and 0.2 < offset.bias.max() <= 0.5
+        assert not offset.weight.detach().any()
+        assert -0.5 <= offset.bias.min() < -0.2 and 0.2 < offset.bias.max() <= 0.5
     offset = fresh.decoder.decoder_layer.sampling.offset
     assert not offset.weight.detach().any() and not offset.bias.any()
 
