@@ -3,7 +3,7 @@ import numba
 
 
 def jit(function):
-    """Compile ``function`` on first call, to run without the GIL; keep the result on disk where that is possible.
+    """Compile ``function`` on first call, to run without the GIL; keep the result on disk where possible.
 
     Strict floating point: nothing is reordered or fused, so results do not depend on the machine.
     """

@@ -4,8 +4,9 @@
     python tools/evaluate.py --config C --predictions predictions/ --metrics ray_iou ray_pq --out scores.json
     python tools/evaluate.py --config C --predictions predictions/ --only-predicted
 
-Predictions are files <sample-token>.npz, as val.py --save-predictions and tools/infer.py write them, anywhere under
-the folder. Every sample of the data set must have one, unless --only-predicted is given. Prints a table.
+Predictions are files <sample-token>.npz, as val.py --save-predictions and tools/infer.py write them, anywhere
+under the folder. Every sample of the data set must have one, unless --only-predicted is given. Prints a
+table.
 """
 import argparse
 import os
@@ -23,13 +24,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--config', required=True)
     add('--predictions', required=True, metavar='DIR', help='folder of <sample-token>.npz files')
     add('--override', nargs='+', default=[], metavar='KEY=VALUE', help='change values of the config')
-    add('--split', default='val', choices=('train', 'val', 'test'), help='section of data to use (default: val)')
-    add('--metrics', nargs='+', choices=('ray_iou', 'ray_pq', 'miou'), help='default: those that suit the task')
+    add('--split', default='val', choices=('train', 'val', 'test'), help='section of data (default: val)')
+    add('--metrics', nargs='+', choices=('ray_iou', 'ray_pq', 'miou'), help='default: what suits the task')
     add('--max-samples', type=int, help='at most so many samples (the first)')
     add('--only-predicted', action='store_true', help='leave out samples without a prediction')
     add('--device', default='cpu', help='where rays are cast: cpu (default) or cuda')
@@ -47,7 +49,8 @@ def find_predictions(folder):
     """
     from lib.errors import DataError
     if not os.path.isdir(folder):
-        raise DataError('prediction folder %s does not exist; give the folder of val.py --save-predictions' % folder)
+        raise DataError('prediction folder %s does not exist; give the folder of val.py --save-predictions'
+                        % folder)
     found = {}
     for path in sorted(Path(folder).rglob('*.npz')):
         if path.stem in found:
@@ -71,9 +74,9 @@ def choose_samples(dataset, predictions, only_predicted):
     if not indices or (missing and not only_predicted):
         absent = next(dataset.sample_token(index) for index in range(len(dataset))
                       if dataset.sample_token(index) not in predictions)
-        raise DataError('%d of %d samples have no prediction, e.g. %s; predict them, or choose the split they are of '
-                        'with --split%s' % (missing, len(dataset), absent,
-                                            ', or score the others with --only-predicted' if indices else ''))
+        remedy = ', or score the others with --only-predicted' if indices else ''
+        raise DataError('%d of %d samples have no prediction, e.g. %s; predict them, or choose the split '
+                        'they are of with --split%s' % (missing, len(dataset), absent, remedy))
     return indices
 
 
@@ -103,7 +106,8 @@ def score(dataset, indices, predictions, evaluator, workers=1, say=None):
             say('scored %d of %d samples, %.1f per second, %.0f s left'
                 % (len(stats), len(indices), rate, (len(indices) - len(stats)) / rate))
     if say:
-        say('scored %d samples, %.1f per second' % (len(stats), len(stats) / max(time.monotonic() - begin, 1e-9)))
+        rate = len(stats) / max(time.monotonic() - begin, 1e-9)
+        say('scored %d samples, %.1f per second' % (len(stats), rate))
     return evaluator.summarize(stats)
 
 
@@ -133,12 +137,14 @@ def main():
     changes = {} if args.max_samples is None else dict(max_samples=args.max_samples)
     dataset = build_dataset(dict(cfg.data[args.split], test_mode=True, **changes), task)
     indices = choose_samples(dataset, predictions, args.only_predicted)
-    evaluator = OccEvaluator(task, args.metrics or default_metrics(task), device=args.device, truth_cache_mb=0)
+    metrics = args.metrics or default_metrics(task)
+    evaluator = OccEvaluator(task, metrics, device=args.device, truth_cache_mb=0)
     result = score(dataset, indices, predictions, evaluator, args.workers or num_threads(),
                    say=lambda line: print(line, file=sys.stderr, flush=True))
     print(result.as_table())
     if args.out:
-        about = dict(config=args.config, override=list(args.override), predictions=args.predictions, split=args.split)
+        about = dict(config=args.config, override=list(args.override), predictions=args.predictions,
+                     split=args.split)
         write_json(args.out, dict(result.as_dict(), run=about))
 
 

@@ -25,8 +25,8 @@ class RayHits:
     instance: Optional[Any] = None
 
 
-def cast_rays(semantics, origins, directions, point_cloud_range: Sequence[float], voxel_size: float, free_id: int,
-              instances=None, rays=None, device='cpu') -> RayHits:
+def cast_rays(semantics, origins, directions, point_cloud_range: Sequence[float], voxel_size: float,
+              free_id: int, instances=None, rays=None, device='cpu') -> RayHits:
     """Cast every direction from every origin through a volume.
 
     A ray ends in the first occupied voxel it meets inside the grid, or in the last voxel inside. A ray that
@@ -41,7 +41,7 @@ def cast_rays(semantics, origins, directions, point_cloud_range: Sequence[float]
         free_id: label that lets rays pass.
         instances: ids [X, Y, Z], integer, array or tensor.
         rays: indices of the rays to cast, in o * R + r; None casts all O * R.
-        device: ``'cpu'`` or a CUDA device. Without the built extension the CPU does the work and says so once.
+        device: ``'cpu'`` or a CUDA device. Without the built extension the CPU does it and says so once.
 
     Returns:
         RayHits of the rays in the order asked for, on ``device``.
@@ -90,7 +90,8 @@ def _device_type(device):
 def _check(semantics, origins, directions, point_cloud_range, voxel_size, instances):
     """Raise ValueError for arguments that do not fit together; only shapes are looked at."""
     if not 1 <= len(semantics) <= MAX_VOLUMES:
-        raise ValueError('1 to %d volumes can be cast through at once, got %d' % (MAX_VOLUMES, len(semantics)))
+        raise ValueError('1 to %d volumes can be cast through at once, got %d'
+                         % (MAX_VOLUMES, len(semantics)))
     shape = tuple(semantics[0].shape)
     if len(shape) != 3 or 0 in shape or any(tuple(volume.shape) != shape for volume in semantics):
         raise ValueError('semantics must be volumes [X, Y, Z] of one shape, not empty; got %s'
@@ -102,8 +103,8 @@ def _check(semantics, origins, directions, point_cloud_range, voxel_size, instan
         if len(points.shape) != 2 or points.shape[1] != 3:
             raise ValueError('%s must be [n, 3], got shape %s' % (name, tuple(points.shape)))
     if len(point_cloud_range) < 3 or not voxel_size > 0:
-        raise ValueError('point_cloud_range needs its lower corner and voxel_size must be positive; got %s and %r'
-                         % (list(point_cloud_range), voxel_size))
+        raise ValueError('point_cloud_range needs its lower corner and voxel_size must be positive; got %s '
+                         'and %r' % (list(point_cloud_range), voxel_size))
 
 
 def _cast_cpu(semantics, origins, directions, lower_corner, voxel_size, free_id, instances, rays):
@@ -113,9 +114,10 @@ def _cast_cpu(semantics, origins, directions, lower_corner, voxel_size, free_id,
     total = len(origins) * len(directions)
     rays = np.arange(total, dtype=np.int32) if rays is None else _check_rays(_to_numpy(rays), total)
     voxel, distance = cpu.trace(semantics, free_id, origins, directions, lower_corner, voxel_size, rays)
-    return [RayHits(label=_look_up(volume, voxel[position]), distance_m=distance[position], voxel=voxel[position],
-                    instance=None if instances is None else _look_up(_to_numpy(instances[position]), voxel[position]))
-            for position, volume in enumerate(semantics)]
+    instances = [None] * len(semantics) if instances is None else [_to_numpy(volume) for volume in instances]
+    return [RayHits(label=_look_up(volume, index), distance_m=depth, voxel=index,
+                    instance=None if ids is None else _look_up(ids, index))
+            for volume, ids, index, depth in zip(semantics, instances, voxel, distance)]
 
 
 def _to_numpy(value):
@@ -137,16 +139,24 @@ def _cast_cuda(semantics, origins, directions, lower_corner, voxel_size, free_id
     import torch
     as_tensor = lambda value, dtype=None: torch.as_tensor(value, dtype=dtype, device=device)  # noqa: E731
     volumes = torch.stack([as_tensor(volume, torch.uint8) for volume in semantics])
-    origins = as_tensor(origins, torch.float64).contiguous()
-    directions = as_tensor(directions, torch.float32).contiguous()
+    origins, directions = (as_tensor(_writable(points), dtype).contiguous()
+                           for points, dtype in ((origins, torch.float64), (directions, torch.float32)))
     if rays is None:
         rays = torch.arange(len(origins) * len(directions), dtype=torch.int32, device=device)
-    rays = as_tensor(rays, torch.int32).contiguous()  # the kernel takes ray 0 for an index that does not exist
-    label, voxel, distance = gpu.trace(volumes, free_id, origins, directions, lower_corner, voxel_size, rays)
-    return [RayHits(label=label[position], distance_m=distance[position], voxel=voxel[position],
-                    instance=None if instances is None else
-                    as_tensor(instances[position]).reshape(-1)[voxel[position].long()])
-            for position in range(len(volumes))]
+    rays = as_tensor(rays, torch.int32).contiguous()  # unchecked: the kernel takes ray 0 for a wrong index
+    found = gpu.trace(volumes, free_id, origins, directions, lower_corner, voxel_size, rays)
+    if instances is None:
+        instances = [None] * len(volumes)
+    else:
+        instances = [as_tensor(ids).reshape(-1) for ids in instances]
+    return [RayHits(label=label, distance_m=depth, voxel=index,
+                    instance=None if ids is None else ids[index.long()])
+            for label, index, depth, ids in zip(*found, instances)]
+
+
+def _writable(points):
+    """A copy of a read-only array, about which PyTorch would warn; anything else as it is."""
+    return points.copy() if isinstance(points, np.ndarray) and not points.flags.writeable else points
 
 
 def _to_device(hits, device):

@@ -54,8 +54,7 @@ def _in_chunks(work, total):
     if threads <= 1:
         work(0, total)
         return
-    for done in _pool(threads).map(lambda chunk: work(*chunk), chunks):
-        pass
+    list(_pool(threads).map(lambda chunk: work(*chunk), chunks))  # raises what a chunk raised
 
 
 def _pool(threads):

@@ -28,7 +28,8 @@ def warn_not_built() -> None:
     """Say once per process that the CPU is used, and why."""
     if not _state.get('warned'):
         _state['warned'] = True
-        warnings.warn('%s (%s)' % (_NOT_BUILT, _state.get('reason', 'unknown reason')), RuntimeWarning, stacklevel=3)
+        reason = _state.get('reason', 'unknown reason')
+        warnings.warn('%s (%s)' % (_NOT_BUILT, reason), RuntimeWarning, stacklevel=3)
 
 
 def trace(semantics, free_id, origins, directions, range_min, voxel_size, rays):
@@ -43,5 +44,19 @@ def trace(semantics, free_id, origins, directions, range_min, voxel_size, rays):
     Returns:
         label uint8, voxel int32, distance float32, each [V, M].
     """
+    _check(semantics, origins, directions, rays)
     return _extension().cast_rays(semantics, int(free_id), origins, directions, [float(v) for v in range_min],
                                   float(voxel_size), rays)
+
+
+def _check(semantics, origins, directions, rays):
+    """Raise ValueError for a tensor that the kernel cannot take; the binding checks again."""
+    import torch
+    expected = (('semantics', semantics, torch.uint8, 4), ('origins', origins, torch.float64, 2),
+                ('directions', directions, torch.float32, 2), ('rays', rays, torch.int32, 1))
+    for name, tensor, dtype, dims in expected:
+        if not tensor.is_cuda or tensor.device != semantics.device:
+            raise ValueError('%s is on %s; all tensors must be on one CUDA device' % (name, tensor.device))
+        if tensor.dtype != dtype or tensor.dim() != dims or not tensor.is_contiguous():
+            raise ValueError('%s must be contiguous %s with %d dimensions, got %s %s'
+                             % (name, dtype, dims, tensor.dtype, tuple(tensor.shape)))

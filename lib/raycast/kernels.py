@@ -19,7 +19,8 @@ NEVER = np.finfo(np.float64).max  # "distance" to the next border along an axis 
 @jit
 def _to_voxels(position, range_min, voxel_size):
     """Metres to voxels along one axis; computed in double, kept in single precision as published."""
-    return np.float64(np.float32((position - range_min) / voxel_size))  # float() would stay in single precision
+    # np.float64: float() of a float32 stays in single precision here
+    return np.float64(np.float32((position - range_min) / voxel_size))
 
 
 @jit
@@ -41,7 +42,7 @@ def _leaves(cell, step, size):
 
 @jit
 def _enter(x, y, z, step_x, step_y, step_z, tx, ty, tz, dx, dy, dz, size_x, size_y, size_z, limit):
-    """Walk from outside to the first voxel inside. Returns it, the next distances and the steps left (0: never)."""
+    """Walk from outside to the first voxel inside: it, the next distances and the steps left (0: never)."""
     while limit > 0:
         if 0 <= x < size_x and 0 <= y < size_y and 0 <= z < size_z:
             break
@@ -69,7 +70,8 @@ def _record(slot, hits, voxel, depth, voxel_out, distance_out):
 
 
 @jit
-def trace_rays(occupied, origins, directions, range_min, voxel_size, rays, first, last, voxel_out, distance_out):
+def trace_rays(occupied, origins, directions, range_min, voxel_size, rays, first, last, voxel_out,
+               distance_out):
     """Cast ``rays[first:last]`` through all volumes at once; the path is the same for each.
 
     Args:

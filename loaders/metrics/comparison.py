@@ -43,7 +43,8 @@ class SegmentPairs(NamedTuple):
     rays: np.ndarray
 
 
-def count_labels(truth: RayEnds, prediction: RayEnds, num_classes: int, thresholds: Sequence[float]) -> np.ndarray:
+def count_labels(truth: RayEnds, prediction: RayEnds, num_classes: int,
+                 thresholds: Sequence[float]) -> np.ndarray:
     """Count rays whose true label is a class other than free.
 
     Args:
@@ -96,8 +97,10 @@ def _group_on_cpu(truth, prediction, num_classes, thresholds):
                     np.asarray(thresholds, dtype=np.float32), num_classes - 1, keys, lengths)
     order = np.argsort(keys[:runs], kind='stable')
     keys, lengths = keys[order], lengths[order]
-    first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if runs else np.empty(0, dtype=np.int64)
-    return keys[first], np.add.reduceat(lengths, first) if runs else lengths
+    if not runs:
+        return keys, lengths
+    first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    return keys[first], np.add.reduceat(lengths, first)
 
 
 def _group_on_gpu(truth, prediction, num_classes, thresholds):

@@ -116,21 +116,23 @@ class OccEvaluator:
         if 'miou' in self.metrics:
             scores.update(voxel_iou=voxel_iou([part.voxels for part in stats]),
                           camera_mask=all(part.camera_mask for part in stats))
+        only_free = not any(part.occupied for part in stats)
         return EvalResult(num_samples=len(stats), class_names=self.task.label_set.occupied_names,
-                          thresholds=self.thresholds, only_free=not any(part.occupied for part in stats), **scores)
+                          thresholds=self.thresholds, only_free=only_free, **scores)
 
     def _count_rays(self, truth, predicted, prediction, ground_truth, origins, key):
         panoptic = 'ray_pq' in self.metrics
-        true_ids = self._volume(ground_truth, 'instances', key, 'the label', MAX_INSTANCE_ID) if panoptic else None
-        predicted_ids = (self._volume(prediction, 'instances', key, 'the prediction', MAX_INSTANCE_ID)
-                         if panoptic else None)
+        true_ids, predicted_ids = (
+            self._volume(volumes, 'instances', key, owner, MAX_INSTANCE_ID) if panoptic else None
+            for volumes, owner in ((ground_truth, 'the label'), (prediction, 'the prediction')))
         true_ends, predicted_ends = self._ray_ends(truth, predicted, true_ids, predicted_ids, origins, key)
         labels, counts = self.task.label_set, {}
         if 'ray_iou' in self.metrics:
             counts['rays'] = count_ray_iou(true_ends, predicted_ends, labels.num_classes, self.thresholds)
         if panoptic:
             pairs = group_segments(true_ends, predicted_ends, labels.num_classes, self.thresholds)
-            counts['segments'] = count_ray_pq(pairs, labels.num_classes, labels.thing_ids, len(self.thresholds))
+            counts['segments'] = count_ray_pq(pairs, labels.num_classes, labels.thing_ids,
+                                              len(self.thresholds))
         return counts
 
     def _ray_ends(self, truth, predicted, true_ids, predicted_ids, origins, key):

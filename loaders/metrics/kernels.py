@@ -22,7 +22,8 @@ def count_labels(true_label, predicted_label, true_m, predicted_m, thresholds, c
 
 
 @jit
-def key_runs(true_label, true_id, predicted_label, predicted_id, true_m, predicted_m, thresholds, free, keys, lengths):
+def key_runs(true_label, true_id, predicted_label, predicted_id, true_m, predicted_m, thresholds, free, keys,
+             lengths):
     """Runs of equal keys (class 8 bits, id 20, class 8, id 20, level 6) among rays with a true class.
 
     Writes int64 ``keys`` and ``lengths``; returns the number of runs.
@@ -45,7 +46,10 @@ def key_runs(true_label, true_id, predicted_label, predicted_id, true_m, predict
 
 @jit
 def count_voxels(truth, prediction, mask, true_counts, predicted_counts, matched):
-    """Add voxels [N] where ``mask`` [N] is not 0 (all if it is empty) to int64 [C] counts; truth beyond C is ignored."""
+    """Add voxels [N] where ``mask`` [N] is not 0 (all if it is empty) to int64 [C] counts.
+
+    Voxels whose truth is not below C are ignored.
+    """
     classes = true_counts.shape[0]
     everything = mask.shape[0] == 0
     for voxel in range(truth.shape[0]):

@@ -23,7 +23,8 @@ class RayIoUCounts(NamedTuple):
     matched: np.ndarray
 
 
-def count_ray_iou(truth: RayEnds, prediction: RayEnds, num_classes: int, thresholds: Sequence[float]) -> RayIoUCounts:
+def count_ray_iou(truth: RayEnds, prediction: RayEnds, num_classes: int,
+                  thresholds: Sequence[float]) -> RayIoUCounts:
     """Counts of one sample.
 
     Args:
@@ -35,7 +36,7 @@ def count_ray_iou(truth: RayEnds, prediction: RayEnds, num_classes: int, thresho
     classes = np.arange(num_classes - 1)
     right = counts[classes, classes]  # [C, T + 1]
     # A ray below k of the ascending thresholds is below the last k of them.
-    matched = np.stack([right[:, len(thresholds) - position:].sum(axis=1) for position in range(len(thresholds))])
+    matched = np.stack([right[:, least:].sum(axis=1) for least in range(len(thresholds), 0, -1)])
     return RayIoUCounts(true=counts.sum(axis=(1, 2)), predicted=counts.sum(axis=(0, 2))[:-1], matched=matched)
 
 

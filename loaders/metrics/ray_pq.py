@@ -26,7 +26,20 @@ class RayPQCounts(NamedTuple):
     matches: np.ndarray
 
 
-def count_ray_pq(pairs: SegmentPairs, num_classes: int, thing_ids: Sequence[int], num_thresholds: int) -> RayPQCounts:
+class _Segments(NamedTuple):
+    """Segments of one side. S segments, n groups of rays.
+
+    Attributes:
+        of_group: int64 [n], segment of each group.
+        label, rays: int64 [S], class and number of rays of each segment.
+    """
+    of_group: np.ndarray
+    label: np.ndarray
+    rays: np.ndarray
+
+
+def count_ray_pq(pairs: SegmentPairs, num_classes: int, thing_ids: Sequence[int],
+                 num_thresholds: int) -> RayPQCounts:
     """Match the segments of one sample.
 
     Args:
@@ -34,26 +47,23 @@ def count_ray_pq(pairs: SegmentPairs, num_classes: int, thing_ids: Sequence[int]
         num_classes: with free, which is the last.
         thing_ids: classes counted one by one.
     """
-    true_key = pairs.true_class, _true_segment_ids(pairs, thing_ids)
-    true_index, true_class, true_rays = _index_segments(*true_key, pairs.rays)
-    predicted_index, predicted_class, predicted_rays = _index_segments(pairs.predicted_class, pairs.predicted_id,
-                                                                       pairs.rays)
+    true = _index_segments(pairs.true_class, _true_segment_ids(pairs, thing_ids), pairs.rays)
+    predicted = _index_segments(pairs.predicted_class, pairs.predicted_id, pairs.rays)
     unmatched = np.zeros((2, num_thresholds, num_classes - 1), dtype=np.int64)
     matches = []
     same_class = pairs.true_class == pairs.predicted_class
     for threshold in range(num_thresholds):
         # Below k of the ascending thresholds means below the last k of them.
         common = same_class & (pairs.level >= num_thresholds - threshold)
-        true_hit, predicted_hit, rows = _match(true_index[common], predicted_index[common], pairs.rays[common],
-                                               true_rays, predicted_rays)
-        matches.append(np.column_stack([np.full(len(rows), threshold), true_class[true_hit], rows]))
-        unmatched[0, threshold] = _count_unmatched(true_class, true_rays, true_hit, num_classes)
-        unmatched[1, threshold] = _count_unmatched(predicted_class, predicted_rays, predicted_hit, num_classes)
+        true_hit, predicted_hit, rows = _match(true, predicted, common, pairs.rays[common])
+        matches.append(np.column_stack([np.full(len(rows), threshold), true.label[true_hit], rows]))
+        unmatched[0, threshold] = _count_unmatched(true, true_hit, num_classes)
+        unmatched[1, threshold] = _count_unmatched(predicted, predicted_hit, num_classes)
     return RayPQCounts(unmatched=unmatched, matches=np.concatenate(matches).astype(np.int64))
 
 
 def _true_segment_ids(pairs, thing_ids):
-    """Id of the true segment of each group within its class; 0 for stuff and for the rest of a thing class."""
+    """Id of each group's true segment within its class; 0 for stuff and for the rest of a thing class."""
     ids = np.where(np.isin(pairs.true_class, list(thing_ids)), pairs.true_id, 0)
     lowest = np.full(int(pairs.true_id.max(initial=0)) + 1, np.iinfo(np.int64).max)
     highest = np.full(lowest.shape, -1)
@@ -63,30 +73,34 @@ def _true_segment_ids(pairs, thing_ids):
 
 
 def _index_segments(classes, ids, rays):
-    """Number the segments. Returns each group's segment [n], each segment's class [S] and rays [S]."""
+    """Number the segments."""
     keys, index = np.unique((classes << 32) | ids, return_inverse=True)
     index = index.reshape(-1)
     sizes = np.zeros(len(keys), dtype=np.int64)
     np.add.at(sizes, index, rays)
-    return index, keys >> 32, sizes
+    return _Segments(of_group=index, label=keys >> 32, rays=sizes)
 
 
-def _match(true_index, predicted_index, rays, true_rays, predicted_rays):
-    """Pairs of segments with IoU above one half: their true and predicted segments, and (common, union) rows."""
-    keys, index = np.unique((true_index << 32) | predicted_index, return_inverse=True)
+def _match(true, predicted, groups, rays):
+    """Pairs of segments with IoU above one half, counted over some of the groups.
+
+    Returns:
+        their true segments [n], predicted segments [n], and (common rays, rays in the union) [n, 2].
+    """
+    keys, index = np.unique((true.of_group[groups] << 32) | predicted.of_group[groups], return_inverse=True)
     common = np.zeros(len(keys), dtype=np.int64)
     np.add.at(common, index.reshape(-1), rays)
     true_side, predicted_side = keys >> 32, keys & 0xffffffff
-    union = true_rays[true_side] + predicted_rays[predicted_side] - common
+    union = true.rays[true_side] + predicted.rays[predicted_side] - common
     good = 2 * common > union
     return true_side[good], predicted_side[good], np.column_stack([common[good], union[good]])
 
 
-def _count_unmatched(classes, rays, matched, num_classes):
+def _count_unmatched(segments, matched, num_classes):
     """Segments per class that match nothing and are large enough to count. int64 [C]."""
-    wrong = rays >= MIN_SEGMENT_RAYS
+    wrong = segments.rays >= MIN_SEGMENT_RAYS
     wrong[matched] = False
-    return np.bincount(classes[wrong], minlength=num_classes)[:num_classes - 1]
+    return np.bincount(segments.label[wrong], minlength=num_classes)[:num_classes - 1]
 
 
 def ray_pq(counts: Sequence[RayPQCounts]) -> np.ndarray:

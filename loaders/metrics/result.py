@@ -5,8 +5,8 @@ from typing import Any, Dict, Tuple
 
 import numpy as np
 
-_ONLY_FREE = ('!!! EVERY PREDICTION IS FREE EVERYWHERE: the model predicts nothing at all. Check that the weights '
-              'are those of this model and that the images are not empty. !!!')
+_ONLY_FREE = ('!!! EVERY PREDICTION IS FREE EVERYWHERE: the model predicts nothing at all. Check that the '
+              'weights are those of this model and that the images are not empty. !!!')
 
 
 def _no_scores():
@@ -15,7 +15,9 @@ def _no_scores():
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Scores over a data set. C classes without free, T thresholds. Fractions of 1; NaN where a class does not occur.
+    """Scores over a data set, as fractions of 1. C classes without free, T thresholds.
+
+    A score is NaN where its class does not occur.
 
     Attributes:
         num_samples: samples scored.
@@ -72,7 +74,7 @@ class EvalResult:
         for name, scores in (('RayIoU', self.ray_iou), ('RayPQ', self.ray_pq)):
             if len(scores):
                 columns[name] = _mean(scores, axis=0)
-                columns.update(('%s@%g' % (name, threshold), row) for threshold, row in zip(self.thresholds, scores))
+                columns.update(('%s@%g' % (name, at), row) for at, row in zip(self.thresholds, scores))
         if len(self.voxel_iou):
             columns['IoU'] = self.voxel_iou
         return columns
@@ -84,7 +86,7 @@ class EvalResult:
             if len(scores):
                 means = _mean(scores, axis=1)
                 totals[name] = _mean(means, axis=0)
-                totals.update(('%s@%g' % (name, threshold), mean) for threshold, mean in zip(self.thresholds, means))
+                totals.update(('%s@%g' % (name, at), mean) for at, mean in zip(self.thresholds, means))
         if len(self.voxel_iou):
             totals['mIoU'] = _mean(self.voxel_iou, axis=0)
         return totals

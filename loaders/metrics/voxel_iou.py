@@ -31,8 +31,8 @@ def count_voxel_iou(truth, prediction, mask: Optional[np.ndarray], num_classes: 
 def _count_on_cpu(truth, prediction, mask, num_classes):
     from .kernels import count_voxels
     counts = np.zeros((3, num_classes), dtype=np.int64)
-    mask = np.empty(0, dtype=bool) if mask is None else np.ascontiguousarray(mask, dtype=bool).reshape(-1)
-    count_voxels(np.ascontiguousarray(truth).reshape(-1), np.ascontiguousarray(prediction).reshape(-1), mask, *counts)
+    mask = np.empty(0, dtype=bool) if mask is None else mask.astype(bool)
+    count_voxels(*(np.ascontiguousarray(volume).reshape(-1) for volume in (truth, prediction, mask)), *counts)
     return counts
 
 

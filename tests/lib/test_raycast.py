@@ -45,7 +45,8 @@ def scenes(draw):
     in_voxels[2, draw(st.integers(0, 2))] = draw(st.integers(-2, 10))  # on a face
     in_voxels[3] = rng.uniform(0, shape)  # inside
     along_axes = np.concatenate([np.eye(3), -np.eye(3)])
-    diagonal = np.array([[x, y, z] for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1) if x or y or z])
+    steps = (-1, 0, 1)
+    diagonal = np.array([[x, y, z] for x in steps for y in steps for z in steps if x or y or z])
     directions = unit(np.concatenate([along_axes, diagonal, rng.normal(size=(12, 3))]))
     return semantics, lower + in_voxels * voxel_size, directions, lower, voxel_size
 
@@ -64,7 +65,7 @@ def test_equals_slow_caster(scene):
 @quick
 @given(scenes())
 def test_hits_are_where_geometry_says(scene):
-    """Points sampled along a ray meet nothing before the reported voxel, and leave it at the reported depth."""
+    """Points along a ray meet nothing before the reported voxel, and leave it at the reported depth."""
     semantics, origins, directions, lower, voxel_size = scene
     inside = np.all((origins > lower) & (origins < lower + np.array(semantics.shape) * voxel_size), axis=1)
     origins = origins[inside]
@@ -97,7 +98,8 @@ def test_depth_is_where_the_ray_leaves_the_voxel():
 
 
 def test_without_a_hit_the_last_voxel_inside_counts():
-    hits = cast_rays(wall(), np.array([[0.5, 2.5, 1.5]]), np.array([[-1.0, 0, 0], [0, 1, 0]]), (0, 0, 0), 1.0, FREE)
+    directions = np.array([[-1.0, 0, 0], [0, 1, 0]])
+    hits = cast_rays(wall(), np.array([[0.5, 2.5, 1.5]]), directions, (0, 0, 0), 1.0, FREE)
     assert hits.label.tolist() == [FREE, FREE]
     np.testing.assert_array_equal(hits.distance_m, [0.5, 3.5])
     assert np.unravel_index(hits.voxel[1], wall().shape) == (0, 5, 1)
@@ -177,8 +179,9 @@ def test_threads_do_not_change_results(monkeypatch):
 def test_any_memory_layout_and_type():
     semantics, *rest = random_case(volumes=1)
     expected = cast_rays(semantics[0], *rest)
-    for volume in (np.asfortranarray(semantics[0]), semantics[0].astype(np.int64), torch.from_numpy(semantics[0])):
-        hits = cast_rays(volume, *rest)
+    volume = semantics[0]
+    for variant in (np.asfortranarray(volume), volume.astype(np.int64), torch.from_numpy(volume)):
+        hits = cast_rays(variant, *rest)
         np.testing.assert_array_equal(hits.label, expected.label)
         np.testing.assert_array_equal(hits.distance_m, expected.distance_m)
 
@@ -196,7 +199,8 @@ def test_any_memory_layout_and_type():
 ])
 def test_wrong_arguments_are_named(change, words):
     arguments = dict(semantics=np.zeros((3, 3, 3), np.uint8), origins=np.zeros((1, 3)),
-                     directions=np.array([[1.0, 0, 0]]), point_cloud_range=(0, 0, 0), voxel_size=1.0, free_id=FREE)
+                     directions=np.array([[1.0, 0, 0]]), point_cloud_range=(0, 0, 0), voxel_size=1.0,
+                     free_id=FREE)
     arguments.update(change)
     with pytest.raises(ValueError, match=words):
         cast_rays(**arguments)
@@ -226,9 +230,10 @@ def host_library(tmp_path_factory):
     folder = tmp_path_factory.mktemp('traversal')
     (folder / 'host.cpp').write_text('''
         #include "traversal.h"
-        extern "C" void trace(const unsigned char* semantics, const int* size, const double* lower, double voxel_size,
-                              int free_id, int num_origins, const double* origins, int num_directions,
-                              const float* directions, int* voxel_out, float* distance_out) {
+        extern "C" void trace(const unsigned char* semantics, const int* size, const double* lower,
+                              double voxel_size, int free_id, int num_origins, const double* origins,
+                              int num_directions, const float* directions, int* voxel_out,
+                              float* distance_out) {
           raycast::Grid grid;
           for (int a = 0; a < 3; ++a) { grid.size[a] = size[a]; grid.lower_m[a] = lower[a]; }
           grid.voxel_size_m = static_cast<float>(voxel_size);
@@ -236,12 +241,16 @@ def host_library(tmp_path_factory):
             raycast::trace_ray(
                 grid, origins + i / num_directions * 3, directions + i % num_directions * 3, 1u,
                 [&](int voxel, unsigned pending) { return semantics[voxel] != free_id ? pending : 0u; },
-                [&](unsigned, int voxel, float distance) { voxel_out[i] = voxel; distance_out[i] = distance; });
+                [&](unsigned, int voxel, float distance) {
+                  voxel_out[i] = voxel;
+                  distance_out[i] = distance;
+                });
           }
         }''')
     library = folder / 'host.so'
-    subprocess.run([compiler, '-O2', '-ffp-contract=off', '-std=c++14', '-shared', '-fPIC',
-                    '-I', str(ROOT / 'lib/raycast/csrc'), str(folder / 'host.cpp'), '-o', str(library)], check=True)
+    headers = str(ROOT / 'lib' / 'raycast' / 'csrc')
+    subprocess.run([compiler, '-O2', '-ffp-contract=off', '-std=c++14', '-shared', '-fPIC', '-I', headers,
+                    str(folder / 'host.cpp'), '-o', str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 
@@ -260,9 +269,9 @@ def trace_in_cpp(library, semantics, origins, directions, lower, voxel_size, fre
 
 def test_cpp_version_equals_numba_version(host_library):
     for seed in range(4):
-        semantics, origins, directions, lower, voxel_size, free_id = random_case(seed, volumes=1)
-        voxel, distance = trace_in_cpp(host_library, semantics[0], origins, directions, lower, voxel_size, free_id)
-        hits = cast_rays(semantics[0], origins, directions, lower, voxel_size, free_id)
+        semantics, *rest = random_case(seed, volumes=1)
+        voxel, distance = trace_in_cpp(host_library, semantics[0], *rest)
+        hits = cast_rays(semantics[0], *rest)
         np.testing.assert_array_equal(voxel, hits.voxel)
         np.testing.assert_array_equal(distance, hits.distance_m)  # the same operations: the same bits
 
@@ -289,7 +298,8 @@ def test_works_after_a_fork(monkeypatch):
     if child == 0:
         status = 1
         try:
-            os.write(writer, pickle.dumps(float(cast_rays(semantics[0], *rest).distance_m.sum(dtype=np.float64))))
+            total = cast_rays(semantics[0], *rest).distance_m.sum(dtype=np.float64)
+            os.write(writer, pickle.dumps(float(total)))
             status = 0
         finally:
             os._exit(status)
@@ -321,20 +331,42 @@ def test_cuda_equals_cpu_on_odd_rays(scene):
     np.testing.assert_array_equal(on_cpu.distance_m, on_gpu.distance_m.cpu().numpy())
 
 
+def test_the_kernel_is_kept_from_tensors_on_the_cpu():
+    tensors = dict(semantics=torch.zeros(1, 4, 4, 4, dtype=torch.uint8), origins=torch.zeros(1, 3),
+                   directions=torch.ones(5, 3), rays=torch.arange(5))
+    with pytest.raises(ValueError, match='semantics is on cpu'):
+        gpu.trace(free_id=0, range_min=(0, 0, 0), voxel_size=1.0, **tensors)
+
+
 @needs_cuda
-def test_cuda_refuses_wrong_tensors():
-    module = gpu._extension()
-    semantics = torch.zeros(1, 4, 4, 4, dtype=torch.uint8, device='cuda')
-    origins = torch.zeros(1, 3, dtype=torch.float64, device='cuda')
-    directions = torch.ones(5, 3, device='cuda')
-    rays = torch.arange(5, dtype=torch.int32, device='cuda')
-    call = lambda **change: module.cast_rays(**dict(  # noqa: E731
-        dict(semantics=semantics, free_id=0, origins=origins, directions=directions, lower_corner=[0.0, 0.0, 0.0],
-             voxel_size=1.0, rays=rays), **change))
-    call()
-    for change, words in ((dict(semantics=semantics.int()), 'semantics'), (dict(origins=origins.float()), 'origins'),
-                          (dict(directions=directions.cpu()), 'directions'), (dict(rays=rays.long()), 'rays'),
-                          (dict(directions=directions.t()), r'\[n, 3\]|contiguous'),
-                          (dict(lower_corner=[0.0]), 'lower corner')):
-        with pytest.raises(RuntimeError, match=words):
-            call(**change)
+@pytest.mark.parametrize('name, change, words', [
+    ('semantics', lambda tensor: tensor.int(), 'semantics must be contiguous torch.uint8'),
+    ('semantics', lambda tensor: tensor[0], 'with 4 dimensions'),
+    ('origins', lambda tensor: tensor.float(), 'origins must be contiguous torch.float64'),
+    ('directions', lambda tensor: tensor.cpu(), 'directions is on cpu'),
+    ('directions', lambda tensor: tensor.t().contiguous().t(), 'directions must be contiguous'),
+    ('rays', lambda tensor: tensor.long(), 'rays must be contiguous torch.int32')])
+def test_the_kernel_is_kept_from_wrong_tensors(name, change, words):
+    tensors = dict(semantics=torch.zeros(1, 4, 4, 4, dtype=torch.uint8),
+                   origins=torch.zeros(1, 3, dtype=torch.float64), directions=torch.ones(5, 3),
+                   rays=torch.arange(5, dtype=torch.int32))
+    tensors = {key: tensor.cuda() for key, tensor in tensors.items()}
+    gpu.trace(free_id=0, range_min=(0, 0, 0), voxel_size=1.0, **tensors)
+    tensors[name] = change(tensors[name])
+    with pytest.raises(ValueError, match=words):
+        gpu.trace(free_id=0, range_min=(0, 0, 0), voxel_size=1.0, **tensors)
+
+
+@needs_cuda
+def test_cuda_follows_the_current_stream():
+    """The kernel waits for what its stream did before."""
+    semantics, *rest = random_case(volumes=1)
+    expected = cast_rays(semantics[0], *rest)
+    volume = torch.full_like(torch.from_numpy(semantics[0]), FREE).cuda()
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        volume.copy_(torch.from_numpy(semantics[0]))
+        hits = cast_rays(volume, *rest, device='cuda')
+        np.testing.assert_array_equal(hits.distance_m.cpu().numpy(), expected.distance_m)

@@ -9,10 +9,11 @@ LIDAR = np.array([0.9, 0.1, 1.8])
 
 
 def keyframe(token, seconds, x=0.0, yaw=0.0, **extra):
-    """An info of an ego at (100 + x, 200, 1), turned by ``yaw``; the LiDAR is mounted turned by 90 degrees."""
+    """An info of an ego at (100 + x, 200, 1), turned by ``yaw``; the LiDAR is mounted a quarter turned."""
     half = np.sqrt(0.5)
-    return dict(token=token, timestamp=int(1.5e15 + seconds * 1e6), cams={}, lidar2ego_translation=LIDAR.tolist(),
-                lidar2ego_rotation=[half, 0, 0, -half], ego2global_translation=[100.0 + x, 200.0, 1.0],
+    return dict(token=token, timestamp=int(1.5e15 + seconds * 1e6), cams={},
+                lidar2ego_translation=LIDAR.tolist(), lidar2ego_rotation=[half, 0, 0, -half],
+                ego2global_translation=[100.0 + x, 200.0, 1.0],
                 ego2global_rotation=[np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)], **extra)
 
 
@@ -33,12 +34,14 @@ def test_scenes_end_at_time_gaps():
 
 @pytest.mark.parametrize('key', ['scene_token', 'scene_name'])
 def test_named_scenes_need_no_gap(key):
-    infos = drive('a', 0, 3, **{key: 'one'}) + drive('b', 1.5, 2, **{key: 'two'}) + drive('c', 100, 1, **{key: 'one'})
+    one, two = {key: 'one'}, {key: 'two'}
+    infos = drive('a', 0, 3, **one) + drive('b', 1.5, 2, **two) + drive('c', 100, 1, **one)
     assert tokens(infos, split_scenes(infos)) == [['a0', 'a1', 'a2', 'c0'], ['b0', 'b1']]
 
 
 def test_first_keyframes_begin_scenes():
-    infos = [dict(info, sweeps=[1] if info['token'][1] != '0' else []) for info in drive('a', 0, 3) + drive('b', 1.5, 2)]
+    infos = [dict(info, sweeps=[1] if info['token'][1] != '0' else [])
+             for info in drive('a', 0, 3) + drive('b', 1.5, 2)]
     assert tokens(infos, split_scenes(infos)) == [['a0', 'a1', 'a2'], ['b0', 'b1']]
     without_any = [dict(info, sweeps=[]) for info in drive('a', 0, 3)]  # says nothing about scenes
     assert len(split_scenes(without_any)) == 1

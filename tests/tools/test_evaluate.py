@@ -26,7 +26,8 @@ class SmallDataset:
     def ground_truth(self, index):
         rng = np.random.default_rng(index)
         occupied = rng.random(self.task.grid_shape) < 0.05
-        return dict(semantics=np.where(occupied, rng.integers(0, 17, self.task.grid_shape), 17).astype(np.uint8))
+        labels = rng.integers(0, 17, self.task.grid_shape)
+        return dict(semantics=np.where(occupied, labels, 17).astype(np.uint8))
 
     def ray_origins(self, index):
         return np.array([[0.0, 0.0, 1.0], [2.0, 1.0, 1.5]])
@@ -34,7 +35,8 @@ class SmallDataset:
 
 def sparse(semantics, free):
     where = np.argwhere(semantics != free)
-    return dict(sem_pred=semantics[tuple(where.T)][None].astype(np.uint8), occ_loc=where[None].astype(np.uint8))
+    labels = semantics[tuple(where.T)]
+    return dict(sem_pred=labels[None].astype(np.uint8), occ_loc=where[None].astype(np.uint8))
 
 
 @pytest.fixture
@@ -44,7 +46,8 @@ def predictions(tmp_path):
     (tmp_path / 'scene').mkdir()
     for index in range(3):
         folder = tmp_path / 'scene' if index == 1 else tmp_path
-        save_prediction(folder / ('token%d.npz' % index), sparse(dataset.ground_truth(index)['semantics'], 17))
+        prediction = sparse(dataset.ground_truth(index)['semantics'], 17)
+        save_prediction(folder / ('token%d.npz' % index), prediction)
     return tmp_path
 
 

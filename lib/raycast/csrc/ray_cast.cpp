@@ -24,10 +24,9 @@ void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarType dty
 // semantics uint8 [V, X, Y, Z], origins float64 [O, 3] and directions float32 [R, 3] in metres, lower corner
 // of the grid in metres, rays int32 [M] (o * R + r). Returns label uint8, voxel int32 (row-major), distance
 // float32 in metres, each [V, M].
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_rays(const at::Tensor& semantics, int64_t free_id,
-                                                         const at::Tensor& origins, const at::Tensor& directions,
-                                                         const std::vector<double>& lower_corner,
-                                                         double voxel_size, const at::Tensor& rays) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_rays(
+    const at::Tensor& semantics, int64_t free_id, const at::Tensor& origins, const at::Tensor& directions,
+    const std::vector<double>& lower_corner, double voxel_size, const at::Tensor& rays) {
   const at::Device device = semantics.device();
   check_tensor(semantics, "semantics", at::kByte, 4, device);
   check_tensor(origins, "origins", at::kDouble, 2, device);
@@ -39,7 +38,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_rays(const at::Tensor& seman
   TORCH_CHECK(semantics[0].numel() >= 1 && semantics[0].numel() <= INT_MAX, "a volume of ",
               semantics[0].numel(), " voxels is empty or too large");
   TORCH_CHECK(origins.size(0) * directions.size(0) <= INT_MAX, "too many rays for one launch: cast fewer");
-  TORCH_CHECK(rays.size(0) == 0 || origins.size(0) * directions.size(0) > 0, "there are no rays to choose from");
+  TORCH_CHECK(rays.size(0) == 0 || origins.size(0) * directions.size(0) > 0,
+              "there are no rays to choose from");
   TORCH_CHECK(lower_corner.size() == 3, "the lower corner needs 3 numbers, got ", lower_corner.size());
   raycast::Grid grid;
   for (int axis = 0; axis < 3; ++axis) {

@@ -12,7 +12,8 @@ __global__ void __launch_bounds__(kThreads) cast_rays_kernel(Grid grid, RayArray
   const int slot = blockIdx.x * kThreads + threadIdx.x;
   if (slot >= arrays.num_rays) return;
   const int ray = arrays.rays[slot];
-  const bool known = ray >= 0 && ray / arrays.num_directions < arrays.num_origins;  // never follow a wrong index
+  // never follow a wrong index
+  const bool known = ray >= 0 && ray / arrays.num_directions < arrays.num_origins;
   const int origin = known ? ray / arrays.num_directions : 0;
   const int direction = known ? ray - origin * arrays.num_directions : 0;
   const uint8_t* __restrict__ semantics = arrays.semantics;
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(kThreads) cast_rays_kernel(Grid grid, RayArray
       arrays.distance[out] = distance_m;
     }
   };
-  trace_ray(grid, arrays.origins + 3 * origin, arrays.directions + 3 * direction, (1u << num_volumes) - 1u, hits_at,
+  const unsigned all_volumes = (1u << num_volumes) - 1u;
+  trace_ray(grid, arrays.origins + 3 * origin, arrays.directions + 3 * direction, all_volumes, hits_at,
             record);
 }
 
