@@ -102,7 +102,7 @@ def test_initial_reach_and_offsets():
         assert not offset.weight.detach().any()
         assert -0.5 <= offset.bias.min() < -0.2 and 0.2 < offset.bias.max() <= 0.5
     offset = fresh.decoder.decoder_layer.sampling.offset
-    assert not offset.weight.detach().any() and not offset.bias.any()
+    assert not offset.weight.detach().any() and not offset.bias.detach().any()
 
 
 def test_attention_that_saves_memory_has_the_same_result_and_gradients():
