@@ -88,7 +88,7 @@ def test_float32_views_are_chosen_as_in_the_reference(library):
 
 
 def points_on_a_border(count):
-    """A point per sample, on camera 0's right border but for rounding; camera 1 sees all. Maps hold the camera."""
+    """A point per sample, on camera 0's border but for rounding; camera 1 sees all. Maps hold the camera."""
     generator = torch.Generator().manual_seed(7)
     points = (torch.rand(count, 1, 1, 1, 3, generator=generator) * 80 - 40).double()
     rows = torch.rand(count, 3, generator=generator).double()

@@ -1,0 +1,161 @@
+"""Time the sampling operator against its PyTorch reference at the sizes of the full model.
+
+    python models/csrc/benchmark.py
+    python models/csrc/benchmark.py --types fp16 --repeats 50
+
+One row per decoder stage and type: milliseconds of the compiled operator and of the reference, forward and
+backward, and the rate at which the operator moves bytes. Bytes are counted as if nothing were cached: four corners
+of every level per slot that falls in an image, the output, points and weights; the backward pass also adds to as
+many bytes of gradient as it reads. A rate above the memory's bandwidth means that caches serve the rest.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Callable, List, NamedTuple, Tuple
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from models.csrc.msmv_sampling import extension_available, sample_multi_view  # noqa: E402
+from models.csrc.msmv_sampling.reference import locate_points, sample_multi_view_reference  # noqa: E402
+
+FRAMES, CAMERAS, GROUPS, CHANNELS = 8, 6, 4, 256
+IMAGE = (256, 704)
+STRIDES = (4, 8, 16, 32)
+TYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
+class Stage(NamedTuple):
+    """Blocks of one decoder stage: their number, sampling points per group, edge in metres."""
+    name: str
+    queries: int
+    points: int
+    block: float
+
+
+STAGES = [Stage('voxels 1', 1250, 4, 3.2), Stage('voxels 2', 2000, 2, 1.6), Stage('voxels 3', 8000, 1, 0.8),
+          Stage('masks', 100, 4, 20.0)]
+
+
+class Inputs(NamedTuple):
+    """Arguments of ``sample_multi_view``."""
+    features: List[Tensor]
+    points: Tensor
+    ego2img: Tensor
+    level_logits: Tensor
+    image_size: Tuple[int, int] = IMAGE
+    num_cameras: int = CAMERAS
+
+
+class Timing(NamedTuple):
+    """Median milliseconds, and bytes moved by one pass if nothing is cached."""
+    forward_ms: float
+    backward_ms: float
+    forward_bytes: float
+    backward_bytes: float
+
+
+def camera(index: int) -> Tensor:
+    """ego2img [4, 4] of one of six cameras with nuScenes-like optics, 1.5 m above the ground."""
+    yaw = 2 * math.pi * index / CAMERAS
+    rotation = torch.tensor([[math.sin(yaw), -math.cos(yaw), 0], [0, 0, -1], [math.cos(yaw), math.sin(yaw), 0]])
+    intrinsic = torch.tensor([[557.0, 0, IMAGE[1] / 2], [0, 557.0, IMAGE[0] / 2], [0, 0, 1]])
+    matrix = torch.eye(4)
+    matrix[:3, :3] = intrinsic @ rotation
+    matrix[:3, 3] = intrinsic @ (rotation @ torch.tensor([0, 0, -1.5]))
+    return matrix
+
+
+def make_inputs(stage: Stage, dtype: torch.dtype, batch: int) -> Inputs:
+    """Random features; blocks near the ground, in the order of a grid as the decoder keeps them."""
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(batch, FRAMES * CAMERAS, IMAGE[0] // stride, IMAGE[1] // stride, CHANNELS,
+                            device='cuda', dtype=dtype) for stride in STRIDES]
+    centres = torch.rand(batch, stage.queries, 3, generator=generator) * torch.tensor([80.0, 80.0, 4.0])
+    centres = centres - torch.tensor([40.0, 40.0, 1.0])
+    order = ((centres[..., 0] // 8) * 100 + (centres[..., 1] // 8)).argsort(1)
+    centres = centres.gather(1, order.unsqueeze(-1).expand_as(centres))
+    offsets = torch.rand(batch, stage.queries, GROUPS, stage.points, 3, generator=generator) - 0.5
+    points = centres[:, :, None, None] + stage.block * offsets
+    ego2img = torch.stack([camera(index % CAMERAS) for index in range(FRAMES * CAMERAS)])
+    logits = torch.randn(points.shape[:4] + (len(STRIDES),), generator=generator)
+    return Inputs(features, points.cuda(), ego2img.expand(batch, -1, -1, -1).cuda(), logits.cuda())
+
+
+def median_ms(run: Callable[[], object], repeats: int) -> float:
+    """Median device time of a call."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def count_bytes(inputs: Inputs) -> Tuple[float, float]:
+    """Bytes of a forward and of a backward pass, see the top of this file."""
+    located = locate_points(inputs.points, inputs.ego2img, inputs.image_size, inputs.num_cameras)
+    inside = float(((located.uv > 0) & (located.uv < 1)).all(-1).sum())
+    channels, levels = CHANNELS // GROUPS, len(STRIDES)
+    size = inputs.features[0].element_size()
+    read = inside * levels * 4 * channels
+    output = located.views.numel() * channels * size
+    scalars = 4 * (inputs.points.numel() + inputs.level_logits.numel())
+    return read * size + output + scalars, read * (size + 4) + output + 2 * scalars
+
+
+def time_operator(operator: Callable[..., Tensor], inputs: Inputs, repeats: int) -> Timing:
+    """Forward without and backward with gradients for features, points and level weights."""
+    with torch.no_grad():
+        forward = median_ms(lambda: operator(*inputs), repeats)
+    leaves = [*inputs.features, inputs.points, inputs.level_logits]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    result = operator(*inputs)
+    grad = torch.randn_like(result)
+    backward = median_ms(lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True), repeats)
+    for leaf in leaves:
+        leaf.requires_grad_(False)
+    return Timing(forward, backward, *count_bytes(inputs))
+
+
+def largest_difference(inputs: Inputs) -> float:
+    """Of operator and reference, over the largest value: to know that the timed code is right."""
+    with torch.no_grad():
+        expected = sample_multi_view_reference(*inputs).double()
+        return float((sample_multi_view(*inputs).double() - expected).abs().max() / expected.abs().max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--types', nargs='+', choices=sorted(TYPES), default=['fp32', 'fp16'])
+    parser.add_argument('--batch', type=int, default=1)
+    parser.add_argument('--repeats', type=int, default=30)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit('This needs a CUDA device.')
+    if not extension_available():
+        raise SystemExit('The compiled operators are missing, so there is nothing to compare.')
+    print('%s, PyTorch %s, batch %d' % (torch.cuda.get_device_name(), torch.__version__, arguments.batch))
+    print('%-9s %-5s | %9s %9s %7s | %9s %9s %7s | %9s' % (
+        'stage', 'type', 'fwd ms', 'torch ms', 'GB/s', 'bwd ms', 'torch ms', 'GB/s', 'differs'))
+    for stage in STAGES:
+        for name in arguments.types:
+            inputs = make_inputs(stage, TYPES[name], arguments.batch)
+            difference = largest_difference(inputs)
+            ours = time_operator(sample_multi_view, inputs, arguments.repeats)
+            theirs = time_operator(sample_multi_view_reference, inputs, arguments.repeats)
+            print('%-9s %-5s | %9.3f %9.3f %7.0f | %9.3f %9.3f %7.0f | %9.1e' % (
+                stage.name, name, ours.forward_ms, theirs.forward_ms, ours.forward_bytes / ours.forward_ms / 1e6,
+                ours.backward_ms, theirs.backward_ms, ours.backward_bytes / ours.backward_ms / 1e6, difference))
+
+
+if __name__ == '__main__':
+    main()
