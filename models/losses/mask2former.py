@@ -5,12 +5,12 @@ Shapes: B batch, Q queries, K kept voxels, n instances of a sample that have kep
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from mmcv.runner import BaseModule
 from mmdet.models.builder import LOSSES
 from torch import Tensor
 
+from lib.dist import reduce_mean
 from models.decoders import MaskPrediction, VoxelStage
 from models.losses.targets import OccupancyTargets, take_blocks
 from models.matcher import Matching, match
@@ -118,12 +118,8 @@ def instances_among_kept(targets: OccupancyTargets, stage: VoxelStage, b: int) -
 
 
 def mean_over_ranks(count: int, device: torch.device) -> float:
-    """max(1, mean of ``count`` over the processes)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return max(1.0, float(count))
-    total = torch.tensor(float(count), device=device)
-    dist.all_reduce(total)
-    return max(1.0, total.item() / dist.get_world_size())
+    """max(1, mean of ``count`` over the processes, which may hold unequal parts of the batch)."""
+    return max(1.0, reduce_mean(torch.tensor(float(count), device=device)).item())
 
 
 def focal_cost(class_logits: Tensor) -> Tensor:
