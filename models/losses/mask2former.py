@@ -11,6 +11,7 @@ from mmdet.models.builder import LOSSES
 from torch import Tensor
 
 from lib.dist import reduce_mean
+from lib.dist import reduce_mean
 from models.decoders import MaskPrediction, VoxelStage
 from models.losses.targets import OccupancyTargets, take_blocks
 from models.matcher import Matching, match
@@ -52,7 +53,8 @@ class Mask2FormerLoss(BaseModule):
                 targets: OccupancyTargets) -> Dict[str, Tensor]:
         """Terms of every prediction; names end in its number."""
         samples = [instances_among_kept(targets, stage, b) for b in range(len(targets.class_ids))]
-        normalizer = mean_over_ranks(sum(len(s.class_ids) for s in samples), stage.seg_logits.device)
+        instances = torch.tensor(float(sum(len(s.class_ids) for s in samples)), device=stage.seg_logits.device)
+        normalizer = reduce_mean(instances).clamp(min=1)
         matchings = self._match(layers, samples)
         losses = {}
         for i, layer in enumerate(layers):
@@ -115,11 +117,6 @@ def instances_among_kept(targets: OccupancyTargets, stage: VoxelStage, b: int) -
         masks, counted = masks & visible, visible.float()
     kept = masks.any(1)
     return MaskTargets(masks[kept].float(), class_ids.to(voxels.device)[kept], counted)
-
-
-def mean_over_ranks(count: int, device: torch.device) -> float:
-    """max(1, mean of ``count`` over the processes, which may hold unequal parts of the batch)."""
-    return max(1.0, reduce_mean(torch.tensor(float(count), device=device)).item())
 
 
 def focal_cost(class_logits: Tensor) -> Tensor:

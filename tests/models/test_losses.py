@@ -242,6 +242,18 @@ def test_sample_without_any_instance_trains_the_background_only():
     assert layer.mask_logits.grad is not None and not layer.mask_logits.grad.any()
 
 
+def test_instances_are_averaged_over_the_processes(monkeypatch):
+    """With 3 processes of which the others hold 2 and 7 instances, sums are divided by the mean number."""
+    targets, stage, layer = mask_setup()
+    alone = Mask2FormerLoss()([layer], stage, targets)
+    ours = sum(len(instances_among_kept(targets, stage, b).class_ids) for b in range(2))
+    monkeypatch.setattr('lib.dist.world_size', lambda: 3)
+    monkeypatch.setattr('torch.distributed.all_reduce', lambda tensor, op: tensor.add_(9))
+    together = Mask2FormerLoss()([layer], stage, targets)
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name] * ours / ((ours + 9) / 3))
+
+
 def test_ground_truth_is_left_as_it_was():
     targets, stage, layer = mask_setup(visible=True)
     class_ids = [torch.arange(4), torch.arange(4)]
