@@ -192,8 +192,12 @@ def check_projection(nusc, worlds, channel, record, sample):
         low, high = uv.min(axis=1), uv.max(axis=1)
         first, last = pixels.min(axis=0)[::-1], pixels.max(axis=0)[::-1] + 1
         # Half a pixel because a pixel is drawn when its middle is hit; one more because the devkit moves the boxes
-        # of sweeps on straight lines between keyframes.
-        assert (first >= low - 1.5).all() and (last <= high + 1.5).all(), (channel, annotation['category_name'])
+        # of sweeps on straight lines between keyframes. At keyframes it leaves boxes where they are at the sample's
+        # time, and images are up to 43 ms older.
+        slack = 1.5
+        if record['is_key_frame'] and items[annotation['instance_token']].moving:
+            slack += 10.0 * 0.043 * calibration['camera_intrinsic'][0][0] / corners[2].min()
+        assert (first >= low - slack).all() and (last <= high + slack).all(), (channel, annotation['category_name'])
         if (low > 0).all() and (high < SIZE).all() and len(pixels) > 120:
             overlaps.append(np.prod(last - first) / np.prod(high - low))
     return overlaps
@@ -542,16 +546,51 @@ def test_fan_and_image_agree_with_single_rays(worlds):
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason='needs a GPU'))])
 def test_tensor_tracer_sees_the_same(worlds, device):
-    from tools.toy.trace_torch import trace_image as trace_tensors
+    from tools.toy.trace_torch import trace_images
     for world, index in zip(worlds, range(2)):
-        for name, camera in make_rig(SEED, index, (200, 112)).cameras.items():
-            to_map = world.ego_to_map(0.5) @ camera.to_ego
-            scene = pack_scene(world.shapes_at(0.5, to_map[:3, 3]), world.waves, to_map[:3, 3])
-            depth, hit = trace_image(scene, to_map[:3, :3], camera.intrinsic, camera.size)
-            depth2, hit2 = (a.cpu().numpy() for a in trace_tensors(scene, to_map[:3, :3], camera.intrinsic,
-                                                                   camera.size, torch.device(device)))
-            # float32 throughout, so edges and the horizon fall differently in a few pixels; ground hits stop 1 mm early
-            # or not.
-            assert (hit == hit2).mean() > 0.995, name
+        cameras = list(make_rig(SEED, index, (200, 112)).cameras.values())
+        poses = [world.ego_to_map(0.5) @ camera.to_ego for camera in cameras]
+        scenes = [pack_scene(world.shapes_at(0.5, p[:3, 3]), world.waves, p[:3, 3]) for p in poses]
+        together = trace_images(scenes, [p[:3, :3] for p in poses], [c.intrinsic for c in cameras], (200, 112),
+                                torch.device(device))
+        first = 0
+        for k, (camera, pose, scene) in enumerate(zip(cameras, poses, scenes)):
+            depth, hit = trace_image(scene, pose[:3, :3], camera.intrinsic, camera.size)
+            depth2, hit2 = (a[k].cpu().numpy() for a in together)
+            hit2 = np.where(hit2 >= 0, hit2 - first, hit2)
+            first += len(scene.kind)
+            # float32 throughout, so edges and the horizon fall differently in a few pixels; ground hits stop 1 mm
+            # early or not.
+            assert (hit == hit2).mean() > 0.995, camera.name
             near = (hit == hit2) & (depth < 100)
             assert np.quantile(np.abs(depth - depth2)[near] / depth[near], 0.99) < 5e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_gpu_paints_the_same_pictures(worlds):
+    rig = make_rig(SEED, 0, SIZE)
+    cameras = list(rig.cameras.values())
+    pictures = []
+    for device in ('cpu', 'cuda'):
+        renderer = Renderer(worlds[0], torch.device(device))
+        pictures.append(np.stack([v.image for v in renderer.views(cameras, [0.5] * 6, renderer.shadows(0.5))]))
+    # Single pixels on edges and noise cells differ.
+    assert np.abs(pictures[0].astype(int) - pictures[1]).mean() < 2.0
+
+
+def test_several_cameras_at_once_are_those_one_by_one(worlds):
+    """The path of GPUs, taken on the CPU: batches of cameras through the tensor tracer."""
+    class Batched(Renderer):
+        def views(self, cameras, times, shadows=None):
+            return self._expose([self._shot(c, t) for c, t in zip(cameras, times)], shadows)
+
+        def _trace(self, scenes, rotations, intrinsics, size, ground=True):
+            from tools.toy.trace_torch import trace_images
+            return trace_images(scenes, rotations, intrinsics, size, self.device, ground)
+
+    cameras, times = list(make_rig(SEED, 1, SIZE).cameras.values()), [0.5, 0.51, 0.52, 0.53, 0.54, 0.55]
+    plain, batched = (kind(worlds[1], torch.device('cpu')) for kind in (Renderer, Batched))
+    for one, other in zip(plain.views(cameras, times, plain.shadows(0.5)),
+                          batched.views(cameras, times, batched.shadows(0.5))):
+        assert (one.owner == other.owner).mean() > 0.995
+        assert np.abs(one.image.astype(int) - other.image).mean() < 2.0     # edges, noise cells

@@ -24,7 +24,7 @@ from .world import ToyWorld
 LABEL_SETS = ('occ3d', 'openocc_v2')
 TRUTH_FOLDER = 'toy_truth'
 ANNOTATION_RANGE = 75.0     # metres from the ego car
-GPU_BYTES_PER_WORKER = 3 << 29      # its context and the tensors of one image, about
+GPU_BYTES_PER_WORKER = 5 << 29      # its context and the tensors of six images, about
 _FIRST_TIMESTAMP, _SCENE_SPACING = 1700000000000000, 3600 * 1000000
 
 
@@ -189,9 +189,9 @@ def _camera_records(job, scene):
     moments = [_moments(job, camera.delay_us, CAMERA_PERIOD_US, CAMERA_SWEEPS) for camera in cameras]
     for round_ in zip(*moments):    # all cameras fire within 50 ms and share one shadow map
         shadows = scene.renderer.shadows(round_[0].offset_us * 1e-6)
-        for camera, moment in zip(cameras, round_):
+        views = scene.renderer.views(cameras, [moment.offset_us * 1e-6 for moment in round_], shadows)
+        for camera, moment, view in zip(cameras, round_, views):
             filename = _filename(job, camera.name, moment, 'jpg')
-            view = scene.renderer.view(camera, moment.offset_us * 1e-6, shadows)
             write_jpeg(job.options.out / filename, view.image)
             records.append(_record(job, scene, camera.name, moment, filename, camera.size))
     return records

@@ -1,12 +1,13 @@
 """Pictures of a toy world: what a camera sees at a moment, traced and shaded on the CPU or a GPU."""
-from typing import NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
 from .rig import Camera
 from .shade import Hits, Shadows, make_painter, paint, shape_rows
-from .trace import pack_scene
+from .shapes import ShapeTable, concat_tables
+from .trace import PackedScene, pack_scene
 from .world import ToyWorld
 
 SMALL_IMAGE = 160000        # pixels; smaller images are traced at twice the resolution and averaged
@@ -26,6 +27,18 @@ class View(NamedTuple):
     owner: np.ndarray
 
 
+class _Shot(NamedTuple):
+    """A camera at a moment: rotation float64 [3, 3] to map axes, eye float64 [3], intrinsic and size (width, height)
+    of the traced image, which has ``fine`` pixels per pixel and side, and what may be seen."""
+    rotation: np.ndarray
+    eye: np.ndarray
+    intrinsic: np.ndarray
+    size: Tuple[int, int]
+    fine: int
+    table: ShapeTable
+    scene: PackedScene
+
+
 class Renderer:
     """Renders views of one world on one device.
 
@@ -40,20 +53,41 @@ class Renderer:
 
     def view(self, camera: Camera, t: float, shadows: Optional[Shadows] = None) -> View:
         """The view of ``camera`` at time t (seconds from the scene's first keyframe)."""
+        return self.views([camera], [t], shadows)[0]
+
+    def views(self, cameras: Sequence[Camera], times: Sequence[float],
+              shadows: Optional[Shadows] = None) -> List[View]:
+        """The views of several cameras with images of one size, each at its own time."""
+        shots = [self._shot(camera, t) for camera, t in zip(cameras, times)]
+        if self.device.type == 'cpu':       # one by one, which caches like better
+            return [view for shot in shots for view in self._expose([shot], shadows)]
+        return self._expose(shots, shadows)
+
+    def _shot(self, camera, t):
         fine = 2 if camera.size[0] * camera.size[1] < SMALL_IMAGE else 1
-        size = camera.size[0] * fine, camera.size[1] * fine
-        intrinsic = np.diag([fine, fine, 1.0]) @ camera.intrinsic
         to_map = self.world.ego_to_map(t) @ camera.to_ego
         table = self.world.shapes_at(t, to_map[:3, 3])
-        scene = pack_scene(table, self.world.waves, to_map[:3, 3])
-        depth, hit = self._trace(scene, to_map[:3, :3], intrinsic, size)
-        hits = Hits(self._directions(intrinsic, size, to_map[:3, :3]), depth.reshape(-1), hit.reshape(-1))
-        colour = paint(self._painter, shape_rows(scene, table, self.device), hits, to_map[:3, 3], shadows)
-        colour = colour.reshape(camera.size[1], fine, camera.size[0], fine, 3).mean(dim=(1, 3))
-        image = (colour * 255.0 + 0.5).to(torch.uint8).cpu().numpy()
-        depth, hit = depth[fine // 2::fine, fine // 2::fine].cpu().numpy(), hit[fine // 2::fine, fine // 2::fine].cpu()
+        return _Shot(to_map[:3, :3], to_map[:3, 3], np.diag([fine, fine, 1.0]) @ camera.intrinsic,
+                     (camera.size[0] * fine, camera.size[1] * fine), fine, table,
+                     pack_scene(table, self.world.waves, to_map[:3, 3]))
+
+    def _expose(self, shots, shadows):
+        width, height = shots[0].size
+        fine = shots[0].fine
+        depth, hit = self._trace([s.scene for s in shots], [s.rotation for s in shots], [s.intrinsic for s in shots],
+                                 shots[0].size)
+        rays = torch.cat([self._directions(s) for s in shots])
+        eye = torch.as_tensor(np.array([s.eye for s in shots], dtype=np.float32), device=self.device)
+        eye = eye[:, None].expand(-1, width * height, -1).reshape(-1, 3)
+        table = concat_tables([s.table for s in shots])
+        rows = shape_rows([s.scene for s in shots], table, self.device)
+        colour = paint(self._painter, rows, Hits(rays, depth.reshape(-1), hit.reshape(-1), eye), shadows)
+        colour = colour.reshape(len(shots), height // fine, fine, width // fine, fine, 3).mean(dim=(2, 4))
+        images = (colour * 255.0 + 0.5).to(torch.uint8).cpu().numpy()
+        middle = (slice(None), slice(fine // 2, None, fine), slice(fine // 2, None, fine))
+        depth, hit = depth[middle].cpu().numpy(), hit[middle].cpu().numpy()
         owner = np.where(hit >= 0, table.owner[np.maximum(hit, 0)], hit).astype(np.int32)
-        return View(image, depth, owner)
+        return [View(*parts) for parts in zip(images, depth, owner)]
 
     def shadows(self, t: float) -> Shadows:
         """Shadows around the ego car at time t."""
@@ -64,24 +98,24 @@ class Renderer:
         focal = 0.5 * _SHADOW_PIXELS * _SUN_METRES / _SHADOW_REACH
         intrinsic = np.array([[focal, 0, _SHADOW_PIXELS / 2], [0, focal, _SHADOW_PIXELS / 2], [0, 0, 1.0]])
         scene = pack_scene(self.world.shapes_at(t, middle, 1.2 * _SHADOW_REACH), self.world.waves, eye)
-        depth, _ = self._trace(scene, rotation, intrinsic, (_SHADOW_PIXELS, _SHADOW_PIXELS), ground=False)
+        depth, _ = self._trace([scene], [rotation], [intrinsic], (_SHADOW_PIXELS, _SHADOW_PIXELS), ground=False)
         return Shadows(depth.reshape(-1), _SHADOW_PIXELS, eye, rotation, focal)
 
-    def _trace(self, scene, rotation, intrinsic, size, ground=True):
-        """Depth and hit tensors [height, width] on the device."""
-        if self.device.type == 'cpu':
-            from .trace_cpu import trace_image
-            depth, hit = trace_image(scene, rotation, intrinsic, size, ground)
-            return torch.from_numpy(depth), torch.from_numpy(hit)
-        from .trace_torch import trace_image
-        return trace_image(scene, rotation, intrinsic, size, self.device, ground)
+    def _trace(self, scenes, rotations, intrinsics, size, ground=True):
+        """Depth and hit tensors [C, height, width] on the device; hits index the scenes' concatenated shapes."""
+        if self.device.type != 'cpu':
+            from .trace_torch import trace_images
+            return trace_images(scenes, rotations, intrinsics, size, self.device, ground)
+        from .trace_cpu import trace_image
+        (scene,), (rotation,), (intrinsic,) = scenes, rotations, intrinsics
+        depth, hit = trace_image(scene, rotation, intrinsic, size, ground)
+        return torch.from_numpy(depth)[None], torch.from_numpy(hit)[None]
 
-    def _directions(self, intrinsic, size, rotation):
+    def _directions(self, shot):
         """Rays [height * width, 3] through the middles of the pixels, map axes, depth 1."""
-        width, height = size
-        k = intrinsic
+        (width, height), k = shot.size, shot.intrinsic
         u = (torch.arange(width, dtype=torch.float32, device=self.device) + (0.5 - k[0, 2])) / k[0, 0]
         v = (torch.arange(height, dtype=torch.float32, device=self.device) + (0.5 - k[1, 2])) / k[1, 1]
-        r = torch.as_tensor(rotation.astype(np.float32), device=self.device)
+        r = torch.as_tensor(shot.rotation.astype(np.float32), device=self.device)
         rays = u[None, :, None] * r[:, 0] + v[:, None, None] * r[:, 1] + r[:, 2]
         return rays.reshape(-1, 3)

@@ -85,20 +85,22 @@ class Shadows(NamedTuple):
 
 
 class Hits(NamedTuple):
-    """What an image's pixels hit.
+    """What the pixels of one or more images hit.
 
     Attributes:
         directions: [P, 3] rays, map axes, depth 1 along the optical axis.
         depth: [P] along the optical axis, metres.
         hit: int32 [P] index of the shape, GROUND or SKY.
+        eye: [P, 3] where the rays start, map frame, metres.
     """
     directions: torch.Tensor
     depth: torch.Tensor
     hit: torch.Tensor
+    eye: torch.Tensor
 
 
 class ShapeRows(NamedTuple):
-    """The shapes of a packed scene on a device.
+    """The shapes of one or more packed scenes on a device.
 
     Attributes:
         numbers: [n, 15]: the 11 of ``trace.PackedScene``, then RGB and the owner's index.
@@ -109,16 +111,16 @@ class ShapeRows(NamedTuple):
     material: torch.Tensor
 
 
-def shape_rows(scene, table, device) -> ShapeRows:
-    """Rows of the shapes of ``table`` (a ShapeTable) packed as ``scene``."""
-    numbers = np.concatenate([scene.numbers, table.colour, table.owner[:, None]], axis=1).astype(np.float32)
+def shape_rows(scenes, table, device) -> ShapeRows:
+    """Rows of ``scenes`` (PackedScenes), whose concatenated shapes are those of ``table`` (a ShapeTable)."""
+    packed = np.concatenate([scene.numbers for scene in scenes])
+    numbers = np.concatenate([packed, table.colour, table.owner[:, None]], axis=1).astype(np.float32)
     return ShapeRows(torch.as_tensor(numbers, device=device), torch.as_tensor(table.kind, device=device),
                      torch.as_tensor(table.material, device=device))
 
 
-def paint(painter: Painter, rows: ShapeRows, hits: Hits, viewpoint: np.ndarray,
-          shadows: Optional[Shadows] = None) -> torch.Tensor:
-    """Colours [P, 3] of an image seen from ``viewpoint`` (map frame, float64 [3])."""
+def paint(painter: Painter, rows: ShapeRows, hits: Hits, shadows: Optional[Shadows] = None) -> torch.Tensor:
+    """Colours [P, 3] of what was hit."""
     colour = torch.empty_like(hits.directions)
     index = torch.nonzero(hits.hit == SKY)[:, 0]
     colour[index] = _sky(painter, hits.directions[index])
@@ -127,9 +129,10 @@ def paint(painter: Painter, rows: ShapeRows, hits: Hits, viewpoint: np.ndarray,
         if len(index) == 0:
             continue
         offset = hits.directions[index] * hits.depth[index, None]
-        sunny = _sunny(shadows, offset, viewpoint)
+        place = hits.eye[index] + offset
+        sunny = _sunny(shadows, place)
         if ground:
-            lit = _ground(painter, offset, viewpoint, sunny)
+            lit = _ground(painter, place, sunny)
         else:
             lit = _shapes(painter, rows, offset, hits.hit[index], sunny)
         colour[index] = _haze(painter, lit, offset)
@@ -160,12 +163,12 @@ def _sky(painter, directions):
     return colour + (0.95 - colour) * (0.7 * cloud)[:, None]
 
 
-def _sunny(shadows, offset, viewpoint):
-    """1 [P] where the sun shines at viewpoint + offset, 0 in shadow; 1 outside the shadow map."""
+def _sunny(shadows, place):
+    """1 [P] where the sun shines at ``place`` [P, 3] (map frame), 0 in shadow; 1 outside the shadow map."""
     if shadows is None:
-        return torch.ones_like(offset[:, 0])
-    tensor = lambda a: torch.as_tensor(a.astype(np.float32), device=offset.device)  # noqa: E731
-    seen = offset @ tensor(shadows.rotation) + tensor((viewpoint - shadows.eye) @ shadows.rotation)
+        return torch.ones_like(place[:, 0])
+    tensor = lambda a: torch.as_tensor(a.astype(np.float32), device=place.device)  # noqa: E731
+    seen = (place - tensor(shadows.eye)) @ tensor(shadows.rotation)
     scale = shadows.focal / seen[:, 2]
     column, row = (seen[:, 0] * scale + shadows.side / 2).int(), (seen[:, 1] * scale + shadows.side / 2).int()
     known = (column >= 0) & (column < shadows.side) & (row >= 0) & (row < shadows.side)
@@ -185,8 +188,8 @@ def _haze(painter, colour, offset):
     return painter.horizon + (colour - painter.horizon) * clear
 
 
-def _ground(painter, offset, viewpoint, sunny):
-    x, y = offset[:, 0] + float(viewpoint[0]), offset[:, 1] + float(viewpoint[1])
+def _ground(painter, place, sunny):
+    x, y = place[:, 0], place[:, 1]
     grain = _noise(painter, x * 20, y * 20, 3)
     codes = _ground_codes(painter, x + 0.02 * grain, y + 0.02 * grain)
     soft = (codes == GRASS) | (codes == DIRT)

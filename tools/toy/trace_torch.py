@@ -1,10 +1,11 @@
 """Ray tracing of shapes and ground with PyTorch tensors, for GPUs: the same hits as ``trace_cpu``.
 
-All (shape, pixel) pairs that the shapes' image bounds allow are tested at once; each pixel keeps its nearest hit.
-n: shapes, E: edges of their bounding boxes, Q: pairs, P: pixels.
+All (shape, pixel) pairs that the shapes' image bounds allow are tested at once, for several cameras together, because
+a GPU's time goes into starting kernels; each pixel keeps its nearest hit.
+C: cameras, n: shapes of all of them, Q: pairs, P: pixels of all cameras.
 """
 import itertools
-from typing import NamedTuple, Tuple
+from typing import NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -14,7 +15,21 @@ from .trace import FAR, GROUND, NEAR, SKY, PackedScene
 
 PAIRS_AT_ONCE = 1 << 22
 _MISS = 1e30
-_SAFE_STEPS, _NEWTON_STEPS = 8, 4      # on the way to the ground
+_SAFE_STEPS, _NEWTON_STEPS = 8, 4       # on the way to the ground
+
+
+class _Lenses(NamedTuple):
+    """The cameras, float32: turn [C, 3, 3] camera frame to map axes; focal, centre [C, 2] (x, y), pixels."""
+    turn: torch.Tensor
+    focal: torch.Tensor
+    centre: torch.Tensor
+
+
+class _Shapes(NamedTuple):
+    """Shapes of all cameras: numbers float32 [n, 11] (see ``trace``), kind int32 [n], camera int64 [n]."""
+    numbers: torch.Tensor
+    kind: torch.Tensor
+    camera: torch.Tensor
 
 
 class _Bounds(NamedTuple):
@@ -25,38 +40,50 @@ class _Bounds(NamedTuple):
     rows: torch.Tensor
 
 
-def trace_image(scene: PackedScene, rotation: np.ndarray, intrinsic: np.ndarray, size: Tuple[int, int],
-                device: torch.device, ground: bool = True) -> Tuple[torch.Tensor, torch.Tensor]:
-    """What every pixel of a camera at the scene's viewpoint sees.
+def trace_images(scenes: Sequence[PackedScene], rotations: Sequence[np.ndarray], intrinsics: Sequence[np.ndarray],
+                 size: Tuple[int, int], device: torch.device,
+                 ground: bool = True) -> Tuple[torch.Tensor, torch.Tensor]:
+    """What every pixel of C cameras sees.
 
     Args:
-        scene: packed for the camera's position.
-        rotation: float64 [3, 3], camera frame to map axes.
-        intrinsic: float64 [3, 3].
-        size: (width, height).
+        scenes: packed for each camera's position; one ground for all.
+        rotations: float64 [3, 3] each, camera frame to map axes.
+        intrinsics: float64 [3, 3] each.
+        size: (width, height) of every image.
         device: where to trace.
         ground: look for the ground too.
 
     Returns:
-        depth float32 [height, width] along the optical axis, metres (FAR: nothing hit), and hit int32
-        [height, width]: index of the shape, GROUND or SKY; both on ``device``.
+        depth float32 [C, height, width] along the optical axis, metres (FAR: nothing hit), and hit int32
+        [C, height, width]: index of the shape in the scenes' concatenation, GROUND or SKY; both on ``device``.
     """
-    width, height = size
-    numbers = torch.as_tensor(scene.numbers, device=device)
-    kind = torch.as_tensor(scene.kind, device=device)
-    turn = torch.as_tensor(rotation.astype(np.float32), device=device)
-    fx, fy, cx, cy = (float(intrinsic[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    u = (torch.arange(width, dtype=torch.float32, device=device) + (0.5 - cx)) / fx
-    v = (torch.arange(height, dtype=torch.float32, device=device) + (0.5 - cy)) / fy
-    rays = (u[None, :, None] * turn[:, 0] + v[:, None, None] * turn[:, 1] + turn[:, 2]).reshape(-1, 3)
-    bounds = _bounds(numbers, turn, (fx, fy, cx, cy), size)
-    nearest = torch.full((width * height,), _key(FAR, SKY), dtype=torch.int64, device=device)
+    tensor = lambda a: torch.as_tensor(np.asarray(a, dtype=np.float32), device=device)  # noqa: E731
+    lenses = _Lenses(tensor(rotations), tensor([[k[0, 0], k[1, 1]] for k in intrinsics]),
+                     tensor([k[:2, 2] for k in intrinsics]))
+    counts = [len(scene.kind) for scene in scenes]
+    shapes = _Shapes(tensor(np.concatenate([scene.numbers for scene in scenes])),
+                     torch.as_tensor(np.concatenate([scene.kind for scene in scenes]), device=device),
+                     torch.as_tensor(np.repeat(np.arange(len(scenes)), counts), device=device))
+    rays = _rays(lenses, size)
+    bounds = _bounds(shapes, lenses, size)
+    nearest = torch.full((len(rays),), _key(FAR, SKY), dtype=torch.int64, device=device)
     for chunk in _chunks((bounds.columns * bounds.rows).cpu()):
-        _test_pairs(chunk.to(device), bounds, numbers, kind, rays, width, nearest)
+        _test_pairs(chunk.to(device), bounds, shapes, rays, size, nearest)
     depth, hit = _unpack(nearest)
     if ground:
-        depth, hit = _add_ground(scene.waves, rays, depth, hit)
-    return depth.reshape(height, width), hit.reshape(height, width)
+        depth, hit = _add_ground(tensor([scene.waves for scene in scenes]), rays, depth, hit)
+    shape = len(scenes), size[1], size[0]
+    return depth.reshape(shape), hit.reshape(shape)
+
+
+def _rays(lenses, size):
+    """[P, 3] rays through the middles of the pixels, map axes, depth 1."""
+    u = torch.arange(size[0], dtype=torch.float32, device=lenses.turn.device) + 0.5
+    v = torch.arange(size[1], dtype=torch.float32, device=lenses.turn.device) + 0.5
+    u = ((u - lenses.centre[:, :1]) / lenses.focal[:, :1])[:, None, :, None]
+    v = ((v - lenses.centre[:, 1:]) / lenses.focal[:, 1:])[:, :, None, None]
+    right, down, ahead = (lenses.turn[:, None, None, :, k] for k in range(3))
+    return (u * right + v * down + ahead).reshape(-1, 3)
 
 
 def _key(depth, index):
@@ -77,46 +104,44 @@ def _chunks(counts):
         yield seen[run == number]
 
 
-def _bounds(numbers, turn, lens, size) -> _Bounds:
+def _bounds(shapes, lenses, size) -> _Bounds:
     """Image bounds of every shape's box; edges that cross the near plane are cut there."""
-    fx, fy, cx, cy = lens
-    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), device=numbers.device)
-    local = signs[None] * numbers[:, None, 5:8]
-    cos, sin = numbers[:, 3, None], numbers[:, 4, None]
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), device=shapes.numbers.device)
+    local = signs[None] * shapes.numbers[:, None, 5:8]
+    cos, sin = shapes.numbers[:, 3, None], shapes.numbers[:, 4, None]
     placed = torch.stack([cos * local[..., 0] - sin * local[..., 1], sin * local[..., 0] + cos * local[..., 1],
-                          local[..., 2]], dim=-1) + numbers[:, None, :3]
-    corner = placed @ turn                                               # [n, 8, 3], camera frame
+                          local[..., 2]], dim=-1) + shapes.numbers[:, None, :3]
+    corner = torch.bmm(placed, lenses.turn[shapes.camera])               # [n, 8, 3], camera frame
     ends = [(a, a ^ bit) for a in range(8) for bit in (1, 2, 4)]
     start, end = corner[:, [a for a, _ in ends]], corner[:, [b for _, b in ends]]
     behind, lost = start[..., 2] < NEAR, (start[..., 2] < NEAR) & (end[..., 2] < NEAR)
     share = torch.where(behind, (NEAR - start[..., 2]) / (end[..., 2] - start[..., 2]), torch.zeros_like(start[..., 2]))
     point = start + share[..., None] * (end - start)
-    depth = point[..., 2].clamp(min=NEAR)
-    column, row = fx * point[..., 0] / depth + cx, fy * point[..., 1] / depth + cy
-    spans = []
-    for values, limit in ((column, size[0]), (row, size[1])):
-        low = values.masked_fill(lost, _MISS).amin(dim=1) - 1.0
-        high = values.masked_fill(lost, -_MISS).amax(dim=1) + 1.0
-        low, high = low.clamp(0, limit).long(), high.clamp(0, limit).long()
-        spans.append((low, (high - low).clamp(min=0)))
-    (column, columns), (row, rows) = spans
-    return _Bounds(column, row, columns, rows)
+    place = point[..., :2] / point[..., 2:].clamp(min=NEAR)
+    place = place * lenses.focal[shapes.camera][:, None] + lenses.centre[shapes.camera][:, None]
+    limit = torch.tensor([float(v) for v in size], device=place.device)
+    low = place.masked_fill(lost[..., None], _MISS).amin(dim=1) - 1.0
+    high = place.masked_fill(lost[..., None], -_MISS).amax(dim=1) + 1.0
+    low, high = (torch.minimum(v.clamp(min=0.0), limit).long() for v in (low, high))
+    span = (high - low).clamp(min=0)
+    return _Bounds(low[:, 0], low[:, 1], span[:, 0], span[:, 1])
 
 
-def _test_pairs(shapes, bounds, numbers, kind, rays, width, nearest):
-    """Test the pixels in the bounds of ``shapes`` (int64 indices) and keep the nearest hits in ``nearest``."""
+def _test_pairs(chosen, bounds, shapes, rays, size, nearest):
+    """Test the pixels in the bounds of the ``chosen`` shapes (int64 indices); keep nearest hits in ``nearest``."""
     for code, intersect in _INTERSECT.items():
-        chosen = shapes[kind[shapes] == code]
-        if len(chosen) == 0:
+        same = chosen[shapes.kind[chosen] == code]
+        if len(same) == 0:
             continue
-        columns = bounds.columns[chosen]
-        counts = columns * bounds.rows[chosen]
-        which = torch.repeat_interleave(torch.arange(len(chosen), device=rays.device), counts)
+        columns = bounds.columns[same]
+        counts = columns * bounds.rows[same]
+        first = (shapes.camera[same] * size[1] + bounds.row[same]) * size[0] + bounds.column[same]
+        which = torch.repeat_interleave(torch.arange(len(same), device=rays.device), counts)
         inner = torch.arange(len(which), device=rays.device) - (torch.cumsum(counts, 0) - counts)[which]
-        shape, columns = chosen[which], columns[which]
+        shape, columns = same[which], columns[which]
         down = torch.div(inner, columns, rounding_mode='floor')
-        pixel = (bounds.row[shape] + down) * width + bounds.column[shape] + inner - down * columns
-        t = _hit(intersect, numbers[shape], rays[pixel])
+        pixel = first[which] + down * (size[0] - columns) + inner
+        t = _hit(intersect, shapes.numbers[shape], rays[pixel])
         found = torch.nonzero(t < FAR)[:, 0]
         keys = (t[found].view(torch.int32).long() << 32) | shape[found]
         _keep_nearest(nearest, pixel[found], keys)
@@ -206,10 +231,12 @@ _INTERSECT = {BOX: _hit_box, ELLIPSOID: _hit_ellipsoid, CONE: _hit_cone, WHEEL: 
 
 
 def _add_ground(waves, rays, depth, hit):
-    """Depth and hits with the ground in: steps that cannot overshoot, then Newton's."""
-    height, highest, steepest = (float(v) for v in waves[4])
-    amplitude, kx, ky, phase = torch.as_tensor(waves[:4], device=rays.device)
-    falls = rays[:, 2] * FAR < min(highest - height, 0.0)                # the others never get down to the hills
+    """Depth and hits with the ground in: steps that cannot overshoot, then Newton's. ``waves`` [C, 5, 3]."""
+    pixels = len(rays) // len(waves)
+    highest, steepest = (float(v) for v in waves[0, 4, 1:])
+    amplitude, kx, ky = waves[0, :3]
+    phase, height = (v.repeat_interleave(pixels, dim=0) for v in (waves[:, 3], waves[:, 4, 0]))
+    falls = rays[:, 2] * FAR < (highest - height).clamp(max=0.0)         # the others never get down to the hills
     fall = torch.where(falls, rays[:, 2], torch.full_like(depth, -1.0))
     t = ((highest - height) / fall).clamp(min=0.0)
     rate = steepest * rays[:, :2].norm(dim=1) - fall
