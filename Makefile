@@ -15,7 +15,8 @@ SUITS := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in \
 PYTHON ?= $(shell for p in $(NAMES); do $$p -c '$(SUITS)' >/dev/null 2>&1 && echo $$p && break; done)
 
 BIN := $(VENV)/bin/python
-PINS := $(if $(filter py38-%,$(STACK)),$(wildcard requirements/py38/*.txt),$(wildcard requirements/*.txt))
+REQUIREMENTS := requirements$(if $(filter py38-%,$(STACK)),/py38)
+PINS := $(filter-out %/accel.txt,$(wildcard $(REQUIREMENTS)/*.txt))
 STAMP := $(VENV)/.installed-$(STACK)$(if $(filter 1,$(MMCV_OPS)),-mmcv-ops)
 
 .PHONY: help install test demo check-env accel build-ops clean
@@ -44,7 +45,7 @@ check-env:
 # Pillow-SIMD in Pillow's place, and TurboJPEG's wrapper.
 accel: $(STAMP)
 	$(BIN) -m pip uninstall -q -y pillow
-	$(BIN) -m pip install -q -r requirements/accel.txt
+	$(BIN) -m pip install -q -r $(REQUIREMENTS)/accel.txt
 
 # The CUDA extensions, in place. Needs nvcc of the CUDA version that torch was built with.
 build-ops: $(STAMP)

@@ -89,7 +89,8 @@ def test_every_requirement_is_pinned(folder):
 
 
 def test_both_folders_list_the_same_packages():
-    for name in ('build.txt', 'base.txt', 'mmcv.txt', 'mmcv-ops.txt', 'openmmlab.txt', 'test.txt'):
+    files = ('build.txt', 'base.txt', 'mmcv.txt', 'mmcv-ops.txt', 'openmmlab.txt', 'test.txt', 'accel.txt')
+    for name in files:
         packages = [sorted(map(name_of, lines_of(ROOT / folder / name))) for folder in FOLDERS]
         assert packages[0] == packages[1], name
 

@@ -60,10 +60,7 @@ def tested_versions(names: Sequence[str]) -> List[Tuple[str, str]]:
     """(package, version tested) of requirement files; several versions are joined by a comma."""
     versions = {}
     for name in names:
-        path = os.path.join(ROOT, requirement_folder(), name)
-        if not os.path.exists(path):
-            path = os.path.join(ROOT, 'requirements', name)
-        with open(path) as lines:
+        with open(os.path.join(ROOT, requirement_folder(), name)) as lines:
             for line in lines:
                 match = re.match(r'([A-Za-z0-9_.-]+)\s*([=>]=)\s*([^\s;#]+)', line)
                 if match:
