@@ -179,22 +179,30 @@ def nvcc_version() -> str:
 
 def compiled_rows() -> List[Row]:
     """mmcv's ops and the project's two CUDA extensions: compiled or not."""
-    optional = 'not needed; make install MMCV_OPS=1 compiles them'
     build = 'make build-ops (used on a GPU only)'
-    checks = (
-        ('mmcv compiled ops', 'lib.compat', 'has_compiled_ops', optional),
-        ('CUDA sampling', 'models.csrc.msmv_sampling', 'extension_available', build),
-        ('CUDA ray casting', 'lib.raycast', 'extension_available', build),
-    )
-    return [compiled_row(*check) for check in checks]
+    return [mmcv_ops_row(), extension_row('CUDA sampling', 'models.csrc._msmv_sampling', build),
+            extension_row('CUDA ray casting', 'lib.raycast.raycast_cuda', build)]
 
 
-def compiled_row(name: str, module: str, function: str, remedy: str) -> Row:
+def mmcv_ops_row() -> Row:
+    name, remedy = 'mmcv compiled ops', 'not needed; make install MMCV_OPS=1 compiles them'
     try:
-        compiled = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # as above: an extension built for another torch raises what it likes
-        return Row(name, 'no', '', NOTE, '%s (%s)' % (first_line(error), remedy))
+        from lib.compat import has_compiled_ops
+        compiled = has_compiled_ops()
+    except Exception as error:  # as above
+        return Row(name, 'no', '', NOTE, first_line(error))
     return Row(name, 'yes' if compiled else 'no', '', OK if compiled else NOTE, '' if compiled else remedy)
+
+
+def extension_row(name: str, module: str, remedy: str) -> Row:
+    try:
+        importlib.import_module('torch')  # the extension is linked against its libraries
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return Row(name, 'no', '', NOTE, remedy)
+    except Exception as error:  # as above: an extension built for another torch raises what it likes
+        return Row(name, 'no', '', NOTE, '%s; %s' % (first_line(error), remedy))
+    return Row(name, 'yes', '', OK)
 
 
 # ---- the table ----
