@@ -8,6 +8,8 @@ from typing import Callable, Dict, Hashable, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from models.autocast_state import autocast_dtype
+
 _WARM_UP_RUNS = 3  # lets libraries pick algorithms and allocate workspaces before the capture
 
 
@@ -63,13 +65,13 @@ class GraphedFunction:
         return self._graphs[key].replay(inputs)
 
     def _capture(self, inputs: Sequence[Tensor]) -> _Captured:
-        """Capture with autocast as it is outside, but without its weight cache: replays must see new weights."""
-        if not torch.is_autocast_enabled():
+        """Capture with autocast as outside, but without its weight cache: replays must see new weights."""
+        dtype = autocast_dtype('cuda')
+        if dtype is None:
             return _Captured(self.function, inputs)
-        with torch.autocast('cuda', dtype=torch.get_autocast_gpu_dtype(), cache_enabled=False):
+        with torch.autocast('cuda', dtype=dtype, cache_enabled=False):
             return _Captured(self.function, inputs)
 
     @staticmethod
     def _signature(inputs: Sequence[Tensor]) -> Tuple:
-        precision = torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-        return (precision,) + tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in inputs)
+        return (autocast_dtype('cuda'),) + tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in inputs)

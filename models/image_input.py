@@ -23,8 +23,8 @@ class ImageInput(nn.Module):
                  color_aug: bool):
         super().__init__()
         self.to_rgb, self.size_divisor, self.color_aug = to_rgb, size_divisor, color_aug
-        self.register_buffer('mean', torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        for name, value in (('mean', mean), ('std', std)):
+            self.register_buffer(name, torch.tensor(value).float().view(1, 3, 1, 1), persistent=False)
 
     @classmethod
     def from_config(cls, cfg: Mapping) -> 'ImageInput':

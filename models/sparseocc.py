@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lib.errors import ConfigError, DataError
 from lib.task import Task
+from models.autocast_state import autocast_dtype
 from models.cuda_graph import GraphedFunction
 from models.feature_cache import FeatureCache
 from models.heads.sparseocc_head import MergedPrediction
@@ -50,8 +51,8 @@ class SparseOcc(BaseModule):
         use_mask_camera: train on camera-visible voxels only.
         test_cfg: history ('cached' keeps the features of earlier frames between calls with batch 1, 'full'
             encodes all frames of every sample), draws ('even' or 'random'), merge_stuff ('published' or
-            'labelled'), overlap_threshold, score_threshold, cuda_graph (replay the encoder of one frame and the
-            head as CUDA graphs at batch 1: the same numbers sooner, for more memory; off by default).
+            'labelled'), overlap_threshold, score_threshold, cuda_graph (replay the encoder of one frame
+            and the head as CUDA graphs at batch 1: the same numbers sooner, for more memory; off by default).
         train_cfg, pretrained: accepted for mmdet's builders; must be None.
     """
 
@@ -61,8 +62,8 @@ class SparseOcc(BaseModule):
                  pretrained: Optional[str] = None):
         super().__init__()
         if train_cfg is not None or pretrained is not None:
-            raise ConfigError('model.train_cfg and model.pretrained are not used; remove them (weights to start '
-                              'from are given by load_from)')
+            raise ConfigError('model.train_cfg and model.pretrained are not used; remove them (weights to '
+                              'start from are given by load_from)')
         self.task = task if isinstance(task, Task) else Task.from_config(task)
         test_cfg = _checked_test_cfg(test_cfg or {})
         self.history = test_cfg.pop('history', 'full')
@@ -177,7 +178,8 @@ class SparseOcc(BaseModule):
         if keys is None:
             return self.extract_features(img)
         frames = img.view((len(keys), -1) + img.shape[2:])
-        maps = self._cache.fetch(keys, lambda missing: self.extract_features(frames[missing]))
+        maps = self._cache.fetch(keys, lambda missing: self.extract_features(
+            torch.stack([frames[t] for t in missing])))  # indexing with a list would wait for the device
         return [level.flatten(0, 1).unsqueeze(0) for level in maps]
 
     def _frame_keys(self, img: Tensor, img_metas) -> Optional[List]:
@@ -188,10 +190,11 @@ class SparseOcc(BaseModule):
         if not names:
             return None
         cameras = self.task.num_cameras
-        precision = (str(img.device), torch.is_autocast_enabled(), tuple(img.shape[-2:]))
-        return [(tuple(names[i:i + cameras]), precision) for i in range(0, len(names), cameras)]
+        setting = (str(img.device), autocast_dtype(img.device.type), tuple(img.shape[-2:]))
+        return [(tuple(names[i:i + cameras]), setting) for i in range(0, len(names), cameras)]
 
-    def _features(self, maps: List[Tensor], img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
+    def _features(self, maps: List[Tensor], img: Tensor, lidar2img: Tensor,
+                  ego2lidar: Tensor) -> ImageFeatures:
         ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
         return ImageFeatures(maps, ego2img, self.image_input.padded_size(img.shape[-2:]))
 
@@ -200,8 +203,8 @@ class SparseOcc(BaseModule):
             raise DataError('the batch has no labels, which training needs; put LoadOccGTFromFile into the '
                             'pipeline of data.train')
         if self.use_mask_camera and mask_camera is None:
-            raise DataError('model.use_mask_camera is set, but the label files have no mask_camera; use labels '
-                            'that have it or set model.use_mask_camera=False')
+            raise DataError('model.use_mask_camera is set, but the label files have no mask_camera; use '
+                            'labels that have it or set model.use_mask_camera=False')
         return OccupancyTargets(voxel_semantics, voxel_instances, tuple(instance_class_ids),
                                 mask_camera if self.use_mask_camera else None)
 
@@ -216,7 +219,9 @@ def _checked_test_cfg(test_cfg: Mapping) -> Dict:
     test_cfg = dict(test_cfg)
     unknown = set(test_cfg) - set(_TEST_KEYS)
     if unknown:
-        raise ConfigError('model.test_cfg: unknown keys %s; the keys are %s' % (sorted(unknown), list(_TEST_KEYS)))
+        raise ConfigError('model.test_cfg: unknown keys %s; the keys are %s'
+                          % (sorted(unknown), list(_TEST_KEYS)))
     if test_cfg.get('history', 'full') not in HISTORY:
-        raise ConfigError('model.test_cfg.history must be one of %s, got %r' % (list(HISTORY), test_cfg['history']))
+        raise ConfigError('model.test_cfg.history must be one of %s, got %r'
+                          % (list(HISTORY), test_cfg['history']))
     return test_cfg

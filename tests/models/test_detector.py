@@ -160,6 +160,18 @@ def test_history_without_keys_or_with_a_batch_encodes_everything():
     assert len(model._cache) == 0
 
 
+@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2,
+                    reason='no LayerNorm in the CPU autocast of PyTorch 1')
+def test_features_of_another_precision_are_not_reused():
+    model = small_model().eval()
+    model.history = 'cached'
+    batch = small_batch(model.task, with_labels=False)
+    expected = predict_keeping_history(model, batch)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        predict_keeping_history(model, batch)
+    assert_same_prediction(expected[0], predict_keeping_history(model, batch)[0])
+
+
 def test_repeated_frames_are_encoded_once_and_new_weights_forget_them():
     model = small_model().eval()
     model.history = 'cached'
