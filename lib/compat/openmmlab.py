@@ -6,8 +6,6 @@ import io
 import logging
 import warnings
 
-import numpy
-
 from ..errors import UserError
 from . import mmcv_ext, numpy_aliases
 
@@ -25,12 +23,12 @@ def prepare_openmmlab() -> None:
     - Warnings they raise while being imported are not shown.
 
     Raises:
-        UserError: mmcv or torch is not installed.
+        UserError: mmcv, torch or numpy is not installed.
     """
     global _prepared
     if _prepared:
         return
-    numpy_aliases.restore(numpy)
+    numpy_aliases.restore(_import_required('numpy'))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         _import_mmcv()
@@ -47,11 +45,15 @@ def has_compiled_ops() -> bool:
 
 
 def _import_mmcv():
+    _import_required('torch')  # first: the compiled ops are linked against its libraries
+    with _without_note_on_missing_gpu():
+        importlib.import_module('torch.utils.cpp_extension')  # mmcv imports it
+    _import_required('mmcv')
+
+
+def _import_required(name):
     try:
-        importlib.import_module('torch')  # first: the compiled ops are linked against its libraries
-        with _without_note_on_missing_gpu():
-            importlib.import_module('torch.utils.cpp_extension')  # mmcv imports it
-        importlib.import_module('mmcv')
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError('the Python package %r is not installed; run "make install" and use .venv/bin/python'
                         % error.name) from error
