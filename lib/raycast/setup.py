@@ -37,7 +37,7 @@ def point_to_cuda():
         if all(os.path.isfile(os.path.join(home, part)) for part in parts):
             os.environ['CUDA_HOME'] = home
             return
-    raise SystemExit('No CUDA toolkit found: install nvcc, or set CUDA_HOME to the folder that holds bin/nvcc.')
+    raise SystemExit('No CUDA toolkit found: install nvcc, or set CUDA_HOME to the folder of bin/nvcc.')
 
 
 def main():
