@@ -2,7 +2,7 @@
 """Make panoptic labels: Occ3D's label files with an instance id per voxel, from the boxes of the info files.
 
     python gen_instance_info.py --data-root data/nuscenes --version v1.0-trainval
-    python gen_instance_info.py --data-root data/nuscenes --version v1.0-mini --occ-gt-root occ3d --out occ3d_panoptic
+    python gen_instance_info.py --data-root data/nuscenes --version v1.0-mini --out occ3d_panoptic
 
 Needs the info files that gen_sweep_info.py writes. May be stopped and started again: files that are there
 are kept.
@@ -16,7 +16,8 @@ from lib.task import Task
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-root', default='data/nuscenes', help='nuScenes folder (default: %(default)s)')
     parser.add_argument('--version', default='v1.0-trainval',
                         help='nuScenes version of the info files (default: %(default)s)')
@@ -26,7 +27,8 @@ def parse_args():
                         help='new labels, relative to the data root (default: %(default)s)')
     parser.add_argument('--label-set', default='occ3d', choices=sorted(LABEL_SETS),
                         help='classes of the labels (default: %(default)s)')
-    parser.add_argument('--point-cloud-range', nargs=6, type=float, default=[-40.0, -40.0, -1.0, 40.0, 40.0, 5.4],
+    parser.add_argument('--point-cloud-range', nargs=6, type=float,
+                        default=[-40.0, -40.0, -1.0, 40.0, 40.0, 5.4],
                         metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'), help='volume of the labels, metres')
     parser.add_argument('--voxel-size', type=float, default=0.4, help='metres (default: %(default)s)')
     parser.add_argument('--infos', nargs='+', metavar='PKL',
@@ -46,7 +48,8 @@ def main():
     print('%d label files written, %d were there already, %d failed'
           % (result.written, result.kept, len(result.failed)))
     if result.failed:
-        raise DataError('%d keyframes have no usable label; the first: %s' % (len(result.failed), result.failed[0]))
+        raise DataError('%d keyframes have no usable label; the first: %s' %
+                        (len(result.failed), result.failed[0]))
 
 
 if __name__ == '__main__':

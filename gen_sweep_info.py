@@ -14,12 +14,15 @@ from lib.cli import run_main
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-root', default='data/nuscenes', help='nuScenes folder (default: %(default)s)')
-    parser.add_argument('--version', default='v1.0-trainval',
-                        help='table folder: v1.0-trainval, v1.0-mini, v1.0-test or another (default: %(default)s)')
+    parser.add_argument(
+        '--version', default='v1.0-trainval',
+        help='table folder: v1.0-trainval, v1.0-mini, v1.0-test or another (default: %(default)s)')
     parser.add_argument('--out', help='folder of the info files (default: the data root)')
-    parser.add_argument('--from-infos', metavar='DIR', help='extend the nuscenes_infos_{split}.pkl of this folder')
+    parser.add_argument('--from-infos', metavar='DIR',
+                        help='extend the nuscenes_infos_{split}.pkl of this folder')
     parser.add_argument('--processes', type=int, help='worker processes (default: all cores)')
     parser.add_argument('--debug', action='store_true', help='show tracebacks')
     return parser.parse_args()

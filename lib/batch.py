@@ -5,7 +5,7 @@ import torch
 
 
 def to_device(batch: Dict, device, non_blocking: bool = True) -> Dict:
-    """A copy of the batch with every tensor (also inside lists) on ``device``; other values are kept as they are.
+    """A copy of the batch with every tensor (also inside lists) on ``device``; other values stay as they are.
 
     Args:
         batch: what ``loaders.collate`` returns.

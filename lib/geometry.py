@@ -68,7 +68,7 @@ def project_points(matrix: np.ndarray, points: np.ndarray):
 
 
 def box_corners(box: Sequence[float]) -> np.ndarray:
-    """Corners float64 [8, 3] of a box (x, y, z, l, w, h, yaw): centre, sizes along its own axes, yaw about +z."""
+    """Corners float64 [8, 3] of a box (x, y, z, l, w, h, yaw): centre, sizes along its axes, yaw about +z."""
     signs = np.array([[i, j, k] for i in (-0.5, 0.5) for j in (-0.5, 0.5) for k in (-0.5, 0.5)])
     return (signs * np.asarray(box[3:6])) @ rotation_z(box[6]).T + np.asarray(box[:3])
 

@@ -16,8 +16,8 @@ from .errors import DataError, UserError
 
 PathLike = Union[str, os.PathLike]
 
-_SAFE_BUILTINS = frozenset(('bool', 'bytearray', 'bytes', 'complex', 'dict', 'float', 'frozenset', 'int', 'list',
-                            'range', 'set', 'slice', 'str', 'tuple'))
+_SAFE_BUILTINS = frozenset(('bool', 'bytearray', 'bytes', 'complex', 'dict', 'float', 'frozenset', 'int',
+                            'list', 'range', 'set', 'slice', 'str', 'tuple'))
 _SAFE_NUMPY = frozenset(('_frombuffer', '_reconstruct', 'dtype', 'ndarray', 'scalar'))
 _SAFE_OTHER = frozenset((('collections', 'OrderedDict'), ('_codecs', 'encode')))
 # Modules in which the names of _SAFE_NUMPY live; NumPy 2 moved numpy.core to numpy._core.
@@ -67,17 +67,20 @@ def load_pickle_safe(path: PathLike, allow_any: bool = False):
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError('%s does not exist; check the path (data_root, ann_file), or make the info files with '
-                        'gen_sweep_info.py' % path)
+        raise DataError(
+            '%s does not exist; check the path (data_root, ann_file), or make the info files with '
+            'gen_sweep_info.py' % path)
     try:
         with open(str(path), 'rb') as stream:
             return (pickle.Unpickler if allow_any else _RestrictedUnpickler)(stream).load()
     except pickle.UnpicklingError as error:
         if 'it names' not in str(error):
-            raise DataError('%s is not a readable pickle (%s); make or fetch it again' % (path, error)) from error
-        raise DataError('%s was refused: %s, and only plain data and numpy arrays are read from pickles; if you '
-                        'trust where the file is from, set allow_any_pickle=True (--allow-any-pickle)'
-                        % (path, error)) from error
+            raise DataError('%s is not a readable pickle (%s); make or fetch it again' %
+                            (path, error)) from error
+        raise DataError(
+            '%s was refused: %s, and only plain data and numpy arrays are read from pickles; if you '
+            'trust where the file is from, set allow_any_pickle=True (--allow-any-pickle)' %
+            (path, error)) from error
     except (EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError, ImportError, OSError,
             MemoryError, OverflowError, UnicodeDecodeError) as error:
         raise DataError('%s is not a readable pickle (%s: %s); make or fetch it again'
@@ -189,7 +192,8 @@ def load_npz_checked(path: PathLike, required: Iterable[str] = (),
                                                              if k in set(required) | set(optional)]
             return {key: archive[key] for key in wanted}
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError, AttributeError) as error:
-        raise DataError('%s is damaged or no .npz file (%s); make or fetch it again' % (path, error)) from error
+        raise DataError('%s is damaged or no .npz file (%s); make or fetch it again' %
+                        (path, error)) from error
 
 
 def path_inside(folder: PathLike, *parts: str) -> Path:
@@ -200,6 +204,7 @@ def path_inside(folder: PathLike, *parts: str) -> Path:
     """
     for part in parts:
         if part in ('', '.', '..') or any(c in part for c in ('/', '\\', '\0')):
-            raise UserError('%r is no plain file or folder name, so nothing is read or written under it in %s; '
-                            'the file that it comes from is damaged' % (part, folder))
+            raise UserError(
+                '%r is no plain file or folder name, so nothing is read or written under it in %s; '
+                'the file that it comes from is damaged' % (part, folder))
     return Path(folder, *parts)

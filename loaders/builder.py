@@ -76,9 +76,10 @@ class _Loader(torch.utils.data.DataLoader):
             self._stop_workers(iterator)
             if self.num_workers == 0 or not is_dead_worker(error):
                 raise
-            raise DataError('a data loading worker died (%s); most likely memory or shared memory (/dev/shm) ran '
-                            'out: use fewer workers (data.workers_per_gpu), or give the container more --shm-size'
-                            % (str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+            raise DataError(
+                'a data loading worker died (%s); most likely memory or shared memory (/dev/shm) ran '
+                'out: use fewer workers (data.workers_per_gpu), or give the container more --shm-size' %
+                (str(error).strip().splitlines() or [type(error).__name__])[0]) from error
         finally:
             if not self.persistent_workers:
                 self._stop_workers(iterator)

@@ -95,8 +95,9 @@ def _read(path, action):
         with open(os.fspath(path), 'rb') as stream:
             return action(stream)
     except FileNotFoundError as error:
-        raise DataError('image %s does not exist; check data_root, and that its samples/ and sweeps/ are complete'
-                        % path) from error
+        raise DataError(
+            'image %s does not exist; check data_root, and that its samples/ and sweeps/ are complete'
+            % path) from error
     except OSError as error:
         raise DataError('image %s cannot be read (%s)' % (path, error)) from error
 
@@ -110,7 +111,7 @@ def _decode_pillow(content, half):
     image = Image.open(io.BytesIO(content))
     if half:
         image.draft('RGB', ((image.width + 1) // 2, (image.height + 1) // 2))
-    return np.ascontiguousarray(np.asarray(image.convert('RGB'))[..., ::-1])
+    return cv2.cvtColor(np.asarray(image.convert('RGB')), cv2.COLOR_RGB2BGR)
 
 
 def _decode_turbojpeg(content, half):
@@ -127,9 +128,14 @@ def _turbojpeg():
             from turbojpeg import TurboJPEG
             _turbojpeg_decoder.append(TurboJPEG())
         except (ImportError, RuntimeError, OSError) as error:
-            raise ConfigError("decoder='turbojpeg' needs the package PyTurboJPEG and the library libturbojpeg (%s); "
-                              "install them, or use decoder='cv2'" % error) from error
+            raise ConfigError(
+                "decoder='turbojpeg' needs the package PyTurboJPEG and the library libturbojpeg (%s); "
+                "install them, or use decoder='cv2'" % error) from error
     return _turbojpeg_decoder[0]
 
 
-_DECODERS: Dict[str, Callable] = {'cv2': _decode_cv2, 'pillow': _decode_pillow, 'turbojpeg': _decode_turbojpeg}
+_DECODERS: Dict[str, Callable] = {
+    'cv2': _decode_cv2,
+    'pillow': _decode_pillow,
+    'turbojpeg': _decode_turbojpeg,
+}

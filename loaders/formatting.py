@@ -11,8 +11,8 @@ def format_sample(sample: Dict) -> Dict:
     """Tensors and metadata of one sample.
 
     Returns:
-        img uint8 [T*N, 3, H, W] (BGR), lidar2img float32 [T*N, 4, 4], ego2lidar float64 [T*N, 4, 4], img_metas
-        (dict), and where labels were loaded voxel_semantics and voxel_instances uint8 [X, Y, Z],
+        img uint8 [T*N, 3, H, W] (BGR), lidar2img float32 [T*N, 4, 4], ego2lidar float64 [T*N, 4, 4],
+        img_metas (dict), and where labels were loaded voxel_semantics and voxel_instances uint8 [X, Y, Z],
         instance_class_ids int64 [n], mask_camera bool [X, Y, Z].
     """
     info = sample['info']
@@ -22,7 +22,8 @@ def format_sample(sample: Dict) -> Dict:
         lidar2img=torch.from_numpy(np.ascontiguousarray(sample['lidar2img'], dtype=np.float32)),
         ego2lidar=torch.from_numpy(np.ascontiguousarray(sample['ego2lidar'], dtype=np.float64)),
         img_metas=dict(sample_token=info['token'], scene_token=info.get('scene_token'),
-                       scene_name=info.get('scene_name'), index=sample['index'], frame_keys=sample['frame_keys']))
+                       scene_name=info.get('scene_name'), index=sample['index'],
+                       frame_keys=sample['frame_keys']))
     for key in ('voxel_semantics', 'voxel_instances', 'mask_camera', 'instance_class_ids'):
         if key in sample:
             formatted[key] = torch.from_numpy(np.ascontiguousarray(sample[key]))
@@ -33,8 +34,8 @@ def collate(samples: Sequence[Dict]) -> Dict:
     """Batch of B samples.
 
     Returns:
-        The samples' tensors stacked to [B, ...]; ``img_metas`` and ``instance_class_ids`` as lists of B. A key
-        that only some of the samples have (``mask_camera``) is left out.
+        The samples' tensors stacked to [B, ...]; ``img_metas`` and ``instance_class_ids`` as lists of B. A
+        key that only some of the samples have (``mask_camera``) is left out.
     """
     batch = {key: torch.stack([sample[key] for sample in samples])
              for key in _STACKED if all(key in sample for sample in samples)}

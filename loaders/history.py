@@ -1,4 +1,4 @@
-"""Which earlier images belong to a keyframe, and which of them a sample uses (paper section 3.2, SPEC "History").
+"""Which earlier images belong to a keyframe, and which of them a sample uses.
 
 The history of a keyframe, newest first: its five camera sweeps, the keyframe before it, that one's five
 sweeps, and so on back to the start of the scene. Every sixth entry (5, 11, 17, ...) is a keyframe.

@@ -1,7 +1,12 @@
-"""Info files: the list of keyframes with calibration, poses, boxes and camera sweeps (format: docs/data.md).
+"""Info files: pickles ``dict(infos=[...], metadata=dict(version=...))``, a list of keyframes.
 
-One info describes a keyframe; ``cams[NAME]`` and every item of ``sweeps`` (``{NAME: entry}``) are camera
-entries. Files of MMDetection3D 1.0 lack the camera sweeps and the scene; they are read all the same.
+An info is a keyframe in the format of MMDetection3D 1.0: ``token``, ``timestamp`` (microseconds),
+``lidar_path``, ``lidar2ego_{translation,rotation}``, ``ego2global_{translation,rotation}`` (metres, quaternions
+w x y z), ``gt_boxes`` [n, 7] in LIDAR_TOP, ``gt_names`` and others, and ``cams``: {CAM: camera entry} with
+``data_path``, ``timestamp``, ``cam_intrinsic`` [3, 3], ``sensor2lidar_{rotation,translation}`` (p_lidar = R p + t).
+gen_sweep_info.py adds ``sensor2global_{rotation,translation}`` as rows (p_global = p · R + t) to every camera
+entry, ``sweeps`` (five dicts {CAM: camera entry}, newest first; none for the first keyframe of a scene),
+``scene_token`` and ``scene_name``. Files without those (MMDetection3D's, published ones) are read all the same.
 """
 import os
 from pathlib import Path
@@ -10,11 +15,12 @@ from typing import Dict, List, NamedTuple
 import numpy as np
 
 from lib.errors import DataError
-from lib.geometry import intrinsics_to_matrix, invert_rigid, make_transform, pose_to_matrix, quaternion_to_matrix
+from lib.geometry import (intrinsics_to_matrix, invert_rigid, make_transform, pose_to_matrix,
+                          quaternion_to_matrix)
 from lib.io import load_pickle_safe
 
-_REQUIRED = ('token', 'timestamp', 'cams', 'lidar2ego_translation', 'lidar2ego_rotation', 'ego2global_translation',
-             'ego2global_rotation')
+_REQUIRED = ('token', 'timestamp', 'cams', 'lidar2ego_translation', 'lidar2ego_rotation',
+             'ego2global_translation', 'ego2global_rotation')
 
 
 class InfoFile(NamedTuple):
@@ -36,14 +42,17 @@ def load_infos(path, allow_any_pickle: bool = False) -> InfoFile:
     """
     content = load_pickle_safe(path, allow_any=allow_any_pickle)
     if isinstance(content, dict) and 'data_list' in content:
-        raise DataError('%s is in the format of MMDetection3D 1.1 or later (data_list); infos of 1.0 are needed: '
-                        'make them with gen_sweep_info.py' % path)
+        raise DataError(
+            '%s is in the format of MMDetection3D 1.1 or later (data_list); infos of 1.0 are needed: '
+            'make them with gen_sweep_info.py' % path)
     if not isinstance(content, dict) or not isinstance(content.get('infos'), list):
-        raise DataError('%s holds no infos (a dict with a list "infos"); make it with gen_sweep_info.py' % path)
+        raise DataError('%s holds no infos (a dict with a list "infos"); make it with gen_sweep_info.py'
+                        % path)
     infos = content['infos']
     if not infos:
-        raise DataError('%s holds zero keyframes; make it again with gen_sweep_info.py and check --version and '
-                        'the scenes of the split' % path)
+        raise DataError(
+            '%s holds zero keyframes; make it again with gen_sweep_info.py and check --version and '
+            'the scenes of the split' % path)
     for position, info in enumerate(infos):
         missing = [key for key in _REQUIRED if key not in info]
         if missing:

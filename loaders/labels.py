@@ -1,4 +1,4 @@
-"""Label files ``<occ_gt_root>/<scene-name>/<sample-token>/labels.npz``: finding, reading and checking them."""
+"""Label files ``<occ_gt_root>/<scene-name>/<sample-token>/labels.npz``: finding, reading, checking."""
 import os
 from pathlib import Path
 from typing import Dict, Optional
@@ -40,11 +40,13 @@ class LabelFolder:
 
     def _look_up_scene(self, token):
         if self._scene_names is None:
-            self._scene_names = _scenes_from_tables(self._data_root, self._version) or _scenes_from_folder(self.root)
+            self._scene_names = (_scenes_from_tables(self._data_root, self._version)
+                                 or _scenes_from_folder(self.root))
         if token not in self._scene_names:
-            raise DataError('no label of keyframe %s in %s, and neither the info file nor %s names its scene; '
-                            'check occ_gt_root, or make the info file again with gen_sweep_info.py'
-                            % (token, self.root, self._data_root / (self._version or 'v1.0-*')))
+            raise DataError(
+                'no label of keyframe %s in %s, and neither the info file nor %s names its scene; '
+                'check occ_gt_root, or make the info file again with gen_sweep_info.py' %
+                (token, self.root, self._data_root / (self._version or 'v1.0-*')))
         return self._scene_names[token]
 
 
@@ -123,10 +125,12 @@ def _check_ids(path, semantics, task):
     if highest == IGNORE_LABEL and (semantics != IGNORE_LABEL).any():
         highest = int(semantics[semantics != IGNORE_LABEL].max())
     if lowest < 0 or highest > labels.free_id:
-        raise DataError("%s: 'semantics' holds id %d, but label set %r has ids 0..%d (free); these are labels of "
-                        'another set: set task.label_set, or point occ_gt_root at the right folder'
-                        % (path, lowest if lowest < 0 else highest, labels.name, labels.free_id))
+        raise DataError(
+            "%s: 'semantics' holds id %d, but label set %r has ids 0..%d (free); these are labels of "
+            'another set: set task.label_set, or point occ_gt_root at the right folder' %
+            (path, lowest if lowest < 0 else highest, labels.name, labels.free_id))
     if highest < labels.free_id:
-        raise DataError("%s: 'semantics' holds no free voxel (id %d of label set %r), its highest id is %d; these "
-                        'are labels of another set: set task.label_set, or point occ_gt_root at the right folder'
-                        % (path, labels.free_id, labels.name, highest))
+        raise DataError(
+            "%s: 'semantics' holds no free voxel (id %d of label set %r), its highest id is %d; these "
+            'are labels of another set: set task.label_set, or point occ_gt_root at the right folder' %
+            (path, labels.free_id, labels.name, highest))

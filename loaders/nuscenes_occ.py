@@ -38,7 +38,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
         seed: seed of all draws.
         on_error: training with unreadable images or labels: ``stop`` raises, ``skip`` takes the next readable
             sample instead and counts.
-        max_skipped: with ``skip``, the number of replaced samples (all workers of a process) that is too many.
+        max_skipped: with ``skip``, how many samples (of all workers of a process) may be replaced.
         allow_any_pickle: trust the info file and let it build any object.
 
     Attributes:
@@ -47,13 +47,14 @@ class NuSceneOcc(torch.utils.data.Dataset):
 
     def __init__(self, task: Task, data_root: str, ann_file: str, pipeline: Sequence[Dict],
                  occ_gt_root: Optional[str] = None, test_mode: bool = False, load_interval: int = 1,
-                 max_samples: Optional[int] = None, seed: int = 0, on_error: str = 'stop', max_skipped: int = 100,
-                 allow_any_pickle: bool = False):
+                 max_samples: Optional[int] = None, seed: int = 0, on_error: str = 'stop',
+                 max_skipped: int = 100, allow_any_pickle: bool = False):
         if on_error not in ('stop', 'skip'):
             raise ConfigError("on_error must be 'stop' or 'skip', got %r" % (on_error,))
         if test_mode and on_error == 'skip':
-            raise ConfigError("on_error='skip' replaces samples, which would falsify an evaluation; use 'stop' with "
-                              'test_mode=True')
+            raise ConfigError(
+                "on_error='skip' replaces samples, which would falsify an evaluation; use 'stop' with "
+                'test_mode=True')
         if load_interval < 1 or (max_samples is not None and max_samples < 1):
             raise ConfigError('load_interval and max_samples must be at least 1, got %r and %r'
                               % (load_interval, max_samples))
@@ -78,7 +79,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Dict:
-        """Sample ``index``: the tensors and metadata that ``collate`` makes a batch of (see ``format_sample``)."""
+        """Sample ``index``: what ``collate`` makes a batch of (see ``format_sample``)."""
         if not -len(self) <= index < len(self):
             raise IndexError('sample %d of %d' % (index, len(self)))
         index %= len(self)
@@ -89,7 +90,8 @@ class NuSceneOcc(torch.utils.data.Dataset):
                 return self._load((index + step) % len(self), index)
             except DataError as error:
                 self._skips.count(error)
-        raise DataError('not one of %d samples could be read; check data_root (%s)' % (len(self), self.data_root))
+        raise DataError('not one of %d samples could be read; check data_root (%s)' %
+                        (len(self), self.data_root))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the draws of this epoch. Call before the epoch's first batch is fetched."""
@@ -141,13 +143,14 @@ class NuSceneOcc(torch.utils.data.Dataset):
         token = self.infos[position]['token']
         if token not in self._origins:
             if self._scene_members is None:
-                self._scene_members = {member: scene for scene in split_scenes(self.infos) for member in scene}
+                scenes = split_scenes(self.infos)
+                self._scene_members = {member: scene for scene in scenes for member in scene}
             scene = [self.infos[member] for member in self._scene_members[position]]
             self._origins.update(scene_ray_origins(scene, self.task.point_cloud_range))
         return self._origins[token]
 
     def history(self, index: int) -> List[Dict]:
-        """Entries ``{CAM: camera entry}`` before sample ``index`` in its scene, newest first (see ``History``)."""
+        """Entries ``{CAM: camera entry}`` before sample ``index`` in its scene, newest first."""
         return self._history.entries(self._samples[index], history_limit(self.task.num_frames - 1))
 
     def previous(self, position: int) -> Optional[int]:

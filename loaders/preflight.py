@@ -32,11 +32,12 @@ def inspect_dataset(dataset, full: bool = False, decode: bool = False, processes
     look = Look(full, decode, processes, WARNING if dataset.skips_unreadable else ERROR, shown)
     used = dataset.used_positions()
     images_per_keyframe = STEPS_PER_KEYFRAME * len(dataset.task.cameras)
-    positions = [used[i] for i in spread(len(used), len(used) if full else QUICK_KEYFRAMES)]
-    of_images = [used[i] for i in spread(len(used), len(used) if full else QUICK_IMAGES // images_per_keyframe + 1)]
+    some = used if full else [used[i] for i in spread(len(used), QUICK_KEYFRAMES)]
+    some_for_images = used if full else \
+        [used[i] for i in spread(len(used), QUICK_IMAGES // images_per_keyframe + 1)]
     findings = _counts(dataset)
-    findings += check_calibration(dataset, positions, look)
-    findings += check_images(image_paths(dataset, of_images), _count_images(dataset, used), look)
+    findings += check_calibration(dataset, some, look)
+    findings += check_images(image_paths(dataset, some_for_images), _count_images(dataset, used), look)
     if dataset.has_labels:
         findings += check_labels(dataset, spread(len(dataset), len(dataset) if full else QUICK_LABELS), look)
     return findings
@@ -58,19 +59,20 @@ def preflight(dataset, name: str) -> None:
             print('data.%s: %s' % (name, finding.line()), file=sys.stderr)
     errors = [finding.text for finding in findings if finding.level == ERROR]
     if errors:
-        more = ' (and %d more; list them with tools/check_data.py)' % (len(errors) - 1) if len(errors) > 1 else ''
-        raise DataError('data.%s: %s%s' % (name, errors[0], more))
+        others = ' (and %d more; list them with tools/check_data.py)' % (len(errors) - 1)
+        raise DataError('data.%s: %s%s' % (name, errors[0], others if len(errors) > 1 else ''))
 
 
 def _counts(dataset) -> List[Finding]:
     scenes = split_scenes(dataset.infos)
-    with_sweeps = sum(any(is_camera_sweep(sweep) for sweep in info.get('sweeps', ())) for info in dataset.infos)
+    with_sweeps = sum(any(is_camera_sweep(sweep) for sweep in info.get('sweeps', ()))
+                      for info in dataset.infos)
     findings = [Finding(OK, '%s: %d samples of %d keyframes in %d scenes, %d with camera sweeps%s'
                         % (dataset.ann_file, len(dataset), len(dataset.infos), len(scenes), with_sweeps,
                            ', ' + dataset.version if dataset.version else ''))]
     if not with_sweeps and len(dataset.infos) > len(scenes) and dataset.task.num_frames > 1:
-        findings.append(Finding(WARNING, '%s has no camera sweeps, so training sees earlier keyframes only; make it '
-                                         'with gen_sweep_info.py' % dataset.ann_file))
+        text = '%s has no camera sweeps: training sees earlier keyframes only; make it with gen_sweep_info.py'
+        findings.append(Finding(WARNING, text % dataset.ann_file))
     return findings
 
 

@@ -14,7 +14,7 @@ class SkipCounter:
     Each worker counts in a slot of its own in shared memory, so no count is lost.
 
     Args:
-        limit: number of replaced samples that is too many.
+        limit: how many samples may be replaced.
     """
 
     def __init__(self, limit: int):
@@ -33,7 +33,8 @@ class SkipCounter:
         """
         worker = torch.utils.data.get_worker_info()
         self._slots[0 if worker is None else 1 + worker.id % (_MAX_WORKERS - 1)] += 1
-        print('warning: sample replaced by the next one (%d so far): %s' % (self.total, error), file=sys.stderr)
+        print('warning: sample replaced by the next one (%d so far): %s' % (self.total, error),
+              file=sys.stderr)
         if self.total > self.limit:
             raise DataError('%d samples could not be read, more than max_skipped=%d allows; the last one: %s'
                             % (self.total, self.limit, error)) from error

@@ -21,7 +21,8 @@ class InstanceTargets(NamedTuple):
     class_ids: np.ndarray
 
 
-def make_instance_targets(semantics: np.ndarray, instances: Optional[np.ndarray], task: Task) -> InstanceTargets:
+def make_instance_targets(semantics: np.ndarray, instances: Optional[np.ndarray],
+                          task: Task) -> InstanceTargets:
     """One target per stuff class present and, for panoptic tasks, one per (thing class, instance id).
 
     An instance id that spans classes is split, so each target holds one class. At most 255 targets fit into

@@ -72,8 +72,9 @@ def _two_ways(info: Dict, cameras) -> List[str]:
         entry = info['cams'].get(name)
         if entry is None:
             continue
-        lidar = np.asarray(entry['sensor2lidar_rotation'], float) @ [0, 0, 20.0] + entry['sensor2lidar_translation']
-        pixels = [matrix @ np.append(lidar, 1.0) for matrix in (current_lidar2img(entry), past_lidar2img(info, entry))]
+        ahead = np.asarray(entry['sensor2lidar_rotation'], dtype=np.float64) @ [0.0, 0.0, 20.0]
+        point = np.append(ahead + entry['sensor2lidar_translation'], 1.0)
+        pixels = [matrix @ point for matrix in (current_lidar2img(entry), past_lidar2img(info, entry))]
         with np.errstate(all='ignore'):  # what is not finite is reported as a disagreement
             apart = np.linalg.norm(pixels[0][:2] / pixels[0][2] - pixels[1][:2] / pixels[1][2])
         if not apart < MAX_PIXEL_DISAGREEMENT:

@@ -42,8 +42,9 @@ def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
     if not usable:
         return [finding._replace(level=ERROR) for finding in findings]
     arrays = set.intersection(*[set(fact.keys) for fact in usable])
-    findings.append(Finding(OK, '%d of %d label files read; grid %s, arrays: %s'
-                            % (len(usable), len(dataset), list(dataset.task.grid_shape), ', '.join(sorted(arrays)))))
+    text = '%d of %d label files read; grid %s, arrays: %s'
+    findings.append(Finding(OK, text % (len(usable), len(dataset), list(dataset.task.grid_shape),
+                                        ', '.join(sorted(arrays)))))
     findings.extend(_histogram(sum(fact.counts for fact in usable), dataset.task))
     if dataset.task.panoptic:
         findings.append(_instances(usable))
@@ -75,7 +76,8 @@ def _histogram(counts, task: Task) -> List[Finding]:
                         % (100.0 * occupied / counts.sum(), ', '.join(shares)))]
     absent = [name for name, count in zip(names, counts) if not count]
     if absent:
-        findings.append(Finding(WARNING, 'classes that do not occur in the labels looked at: %s' % ', '.join(absent)))
+        findings.append(
+            Finding(WARNING, 'classes that do not occur in the labels looked at: %s' % ', '.join(absent)))
     return findings
 
 

@@ -1,4 +1,4 @@
-"""Augmentation in the bird's eye view: the volume is rotated about z and flipped, matrices and labels alike."""
+"""Augmentation in the bird's eye view: the volume is rotated about z and flipped, labels and matrices."""
 from typing import Dict, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -36,9 +36,9 @@ class BEVTransform(NamedTuple):
 class BEVAug:
     """Rotate the volume about z and flip it along x and y at random; training only.
 
-    ``ego2lidar`` becomes ``ego2lidar · inv(bda)``, so that a point of the augmented volume still lands on its
-    pixels. Labels take the nearest voxel; voxels rotated in from outside get 255 (ignored, no instance), and
-    ``mask_camera`` False.
+    ``ego2lidar`` becomes ``ego2lidar · inv(bda)``, so that a point of the augmented volume still lands on
+    its pixels. Labels take the nearest voxel; voxels rotated in from outside get 255 (ignored, no instance),
+    and ``mask_camera`` False.
 
     Args:
         task: range and grid.
@@ -57,7 +57,8 @@ class BEVAug:
 
     def __call__(self, sample: Dict) -> Dict:
         if sample['test_mode']:
-            raise ConfigError('BEVAug turns the volume that predictions are compared in; use it in training only')
+            raise ConfigError(
+                'BEVAug turns the volume that predictions are compared in; use it in training only')
         rng = sample['rng']
         angle = np.deg2rad(rng.uniform(*self.rot_lim))
         flip_x, flip_y = rng.random(2) < self.flip_ratios

@@ -79,8 +79,9 @@ class RandomTransformImage:
                  training: Optional[bool] = None,
                  resize_reference: Optional[Sequence[Sequence[int]]] = (REFERENCE_SOURCE, REFERENCE_NETWORK)):
         if len(resize_lim) != 2 or not 0 < resize_lim[0] <= resize_lim[1]:
-            raise ConfigError('RandomTransformImage: resize_lim must be (lowest, highest), both above 0, got %r'
-                              % (resize_lim,))
+            raise ConfigError(
+                'RandomTransformImage: resize_lim must be (lowest, highest), both above 0, got %r' %
+                (resize_lim,))
         self.size = task.image_size
         self.resize_lim = tuple(float(v) for v in resize_lim)
         self.rand_flip = rand_flip
@@ -117,8 +118,8 @@ class RandomTransformImage:
         """Transform of an image of size ``source`` (H, W) in evaluation."""
         scale = fitting_scale(source, self.size)
         resized = _resized(source, scale)
-        return ImageTransform(scale, resized, max(0, resized[1] - self.size[1]) // 2, resized[0] - self.size[0],
-                              self.size, False)
+        left = max(0, resized[1] - self.size[1]) // 2
+        return ImageTransform(scale, resized, left, resized[0] - self.size[0], self.size, False)
 
 
 def _resized(source, scale):

@@ -18,22 +18,22 @@ from ..infos import current_lidar2img, ego_from_lidar, frame_key, past_lidar2img
 class LoadMultiViewImageFromMultiSweeps:
     """Choose the sample's T frames, decode their images, and compute their projections.
 
-    Adds ``img`` (list of T*N arrays, BGR uint8 [H, W, 3]), ``lidar2img`` float64 [T*N, 4, 4] (LIDAR_TOP of the
-    keyframe to pixels of the decoded image), ``ego2lidar`` float64 [T*N, 4, 4], ``frame_keys`` (T*N strings);
-    index = t*N + n, newest frame first.
+    Adds ``img`` (list of T*N arrays, BGR uint8 [H, W, 3]), ``lidar2img`` float64 [T*N, 4, 4] (LIDAR_TOP of
+    the keyframe to pixels of the decoded image), ``ego2lidar`` float64 [T*N, 4, 4], ``frame_keys`` (T*N
+    strings); index = t*N + n, newest frame first.
 
     Args:
         task: frames and cameras.
         decoder: ``cv2``, ``pillow`` or ``turbojpeg``; the pixels are the same.
-        fast_decode: decode JPEGs at half size where that still covers the network's images. Two to three
-            times as fast; pixels differ from the exact ones by about 2 grey levels on average (box filter before
-            the bicubic one).
+        fast_decode: decode JPEGs at half size where that still covers the network's images. Halves the time;
+            real images differ by 0.6 grey levels on average and by 15 at most (tools/bench_loading.py).
         threads: threads that decode one sample's images; 1 decodes in the worker itself.
     """
 
     def __init__(self, task: Task, decoder: str = 'cv2', fast_decode: bool = False, threads: int = 1):
         if threads < 1:
-            raise ConfigError('LoadMultiViewImageFromMultiSweeps: threads must be at least 1, got %r' % threads)
+            raise ConfigError('LoadMultiViewImageFromMultiSweeps: threads must be at least 1, got %r'
+                              % threads)
         check_decoder(decoder)
         self.task = task
         self.decoder = decoder

@@ -26,7 +26,8 @@ class LoadOccGTFromFile:
         if sample['label_path'] is None:
             if sample['test_mode']:
                 return sample
-            raise ConfigError('training needs labels: set occ_gt_root of the training data (LoadOccGTFromFile)')
+            raise ConfigError(
+                'training needs labels: set occ_gt_root of the training data (LoadOccGTFromFile)')
         labels = read_labels(sample['label_path'], self.task)
         targets = make_instance_targets(labels['semantics'], labels.get('instances'), self.task)
         sample['voxel_semantics'] = labels['semantics']

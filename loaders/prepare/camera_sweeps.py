@@ -21,16 +21,17 @@ def camera_entry(nusc, record: Dict) -> Dict:
     calibration = nusc.get('calibrated_sensor', record['calibrated_sensor_token'])
     pose = nusc.get('ego_pose', record['ego_pose_token'])
     global_from_ego = quaternion_to_matrix(pose['rotation'])
+    translation = np.asarray(calibration['translation']) @ global_from_ego.T + pose['translation']
     return dict(
         data_path=RECORDED_ROOT + record['filename'],
         sensor2global_rotation=quaternion_to_matrix(calibration['rotation']).T @ global_from_ego.T,
-        sensor2global_translation=np.asarray(calibration['translation']) @ global_from_ego.T + pose['translation'],
+        sensor2global_translation=translation,
         cam_intrinsic=np.asarray(calibration['camera_intrinsic'], dtype=np.float64),
         timestamp=record['timestamp'])
 
 
 def add_camera_sweeps(nusc, info: Dict) -> Dict:
-    """The info with global poses in ``cams`` and its camera sweeps in ``sweeps``; the argument stays as it is."""
+    """The info with global poses in ``cams`` and camera sweeps in ``sweeps``; the argument stays as it is."""
     sample = nusc.get('sample', info['token'])
     scene = nusc.get('scene', sample['scene_token'])
     records = {name: nusc.get('sample_data', sample['data'][name]) for name in info['cams']}

@@ -13,8 +13,8 @@ from lib.task import Task
 from ..infos import ego_from_lidar
 
 # Classes that nuScenes annotates with boxes; all others are stuff here, whatever a model counts as things.
-BOX_CLASSES = ('car', 'truck', 'trailer', 'bus', 'construction_vehicle', 'bicycle', 'motorcycle', 'pedestrian',
-               'traffic_cone', 'barrier')
+BOX_CLASSES = ('car', 'truck', 'trailer', 'bus', 'construction_vehicle', 'bicycle', 'motorcycle',
+               'pedestrian', 'traffic_cone', 'barrier')
 ENLARGEMENT = 0.8  # metres added to l, w and h for voxels just outside every box
 MAX_ID = 255       # ids are stored as uint8
 
@@ -92,6 +92,7 @@ def _claim_nearby(points, classes, ids, owners):
     nearest = np.full(len(left), np.inf)
     for position, box in enumerate(owners):
         distance = np.linalg.norm(points[left] - box.center, axis=1)
-        taken = (classes[left] == box.class_id) & (distance < nearest) & box.contains(points[left], ENLARGEMENT)
+        in_reach = (classes[left] == box.class_id) & box.contains(points[left], ENLARGEMENT)
+        taken = in_reach & (distance < nearest)
         nearest[taken] = distance[taken]
         ids[left[taken]] = position + 1

@@ -42,7 +42,8 @@ def _camera(nusc, record, lidar_from_global):
     """The part of a camera entry that refers to LIDAR_TOP of the keyframe; p_lidar = R p_camera + t."""
     lidar_from_camera = lidar_from_global @ _global_from_sensor(nusc, record)
     return dict(type=record['channel'], sample_data_token=record['token'],
-                sensor2lidar_rotation=lidar_from_camera[:3, :3], sensor2lidar_translation=lidar_from_camera[:3, 3])
+                sensor2lidar_rotation=lidar_from_camera[:3, :3],
+                sensor2lidar_translation=lidar_from_camera[:3, 3])
 
 
 def _boxes(nusc, sample, lidar_token, lidar_from_global):
@@ -52,7 +53,8 @@ def _boxes(nusc, sample, lidar_token, lidar_from_global):
     _, boxes, _ = nusc.get_sample_data(lidar_token)
     annotations = [nusc.get('sample_annotation', box.token) for box in boxes]
     velocities = np.array([nusc.box_velocity(box.token) for box in boxes]) @ lidar_from_global[:3, :3].T
-    rows = [np.concatenate([box.center, box.wlh[[1, 0, 2]], box.orientation.yaw_pitch_roll[:1]]) for box in boxes]
+    rows = [np.concatenate([box.center, box.wlh[[1, 0, 2]], box.orientation.yaw_pitch_roll[:1]])
+            for box in boxes]
     lidar_points = np.array([annotation['num_lidar_pts'] for annotation in annotations])
     radar_points = np.array([annotation['num_radar_pts'] for annotation in annotations])
     return dict(

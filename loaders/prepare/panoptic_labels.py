@@ -64,27 +64,30 @@ def write_panoptic_labels(data_root, version: str, occ_gt_root: str, out: str, t
         DataError: no info file, one of another version, or not one label could be read.
     """
     infos = _gather_infos(Path(data_root), version, info_files)
-    job = PanopticJob(infos, LabelFolder(Path(data_root, occ_gt_root), data_root, version), Path(data_root, out),
-                      task, overwrite)
+    job = PanopticJob(infos, LabelFolder(Path(data_root, occ_gt_root), data_root, version),
+                      Path(data_root, out), task, overwrite)
     results = list(parallel_map(_write_one, range(len(infos)), job, 'labels', processes))
     failed = [result for result in results if result not in ('written', 'kept')]
     if len(failed) == len(infos):
-        raise DataError('not one label of %d keyframes could be read; the first: %s' % (len(infos), failed[0]))
+        raise DataError('not one label of %d keyframes could be read; the first: %s' %
+                        (len(infos), failed[0]))
     return PanopticResult(results.count('written'), results.count('kept'), failed)
 
 
 def _gather_infos(data_root, version, info_files):
-    paths = [data_root / name for name in info_files] if info_files else \
-        [data_root / (SWEEP_FILE % split) for split in ('train', 'val') if (data_root / (SWEEP_FILE % split)).is_file()]
+    usual = [data_root / (SWEEP_FILE % split) for split in ('train', 'val')]
+    paths = [data_root / name for name in info_files] if info_files else [p for p in usual if p.is_file()]
     if not paths:
-        raise DataError('%s holds no info files (%s); make them with gen_sweep_info.py, or name others with --infos'
-                        % (data_root, SWEEP_FILE % 'train'))
+        raise DataError(
+            '%s holds no info files (%s); make them with gen_sweep_info.py, or name others with --infos' %
+            (data_root, SWEEP_FILE % 'train'))
     infos = []
     for path in paths:
         content = load_infos(path)
         if content.version and content.version != version:
-            raise DataError('%s is of version %s, not %s; give --version %s, or make it again with gen_sweep_info.py'
-                            % (path, content.version, version, content.version))
+            raise DataError(
+                '%s is of version %s, not %s; give --version %s, or make it again with gen_sweep_info.py' %
+                (path, content.version, version, content.version))
         infos.extend(content.infos)
     return infos
 

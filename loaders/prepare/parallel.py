@@ -32,13 +32,16 @@ def parallel_map(function: Callable, items: Sequence, shared, label: str,
         for item in tqdm(items, desc=label, disable=not progress):
             yield function(shared, item)
         return
-    context = multiprocessing.get_context('fork' if 'fork' in multiprocessing.get_all_start_methods() else None)
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_keep, initargs=(function, shared)) as pool:
+    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_keep,
+                             initargs=(function, shared)) as pool:
         try:
             yield from tqdm(pool.map(_call, items), total=len(items), desc=label, disable=not progress)
         except BrokenProcessPool as error:
-            raise UserError('%s: a worker process was killed, most likely for want of memory; run the command '
-                            'again with fewer --processes (now %d)' % (label, processes)) from error
+            raise UserError(
+                '%s: a worker process was killed, most likely for want of memory; run the command '
+                'again with fewer --processes (now %d)' % (label, processes)) from error
 
 
 def _keep(function, shared):

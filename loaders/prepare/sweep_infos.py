@@ -73,6 +73,7 @@ def _extended(nusc, path, split, processes):
     known = {sample['token'] for sample in nusc.sample}
     foreign = [info['token'] for info in infos if info['token'] not in known]
     if foreign:
-        raise DataError('%s holds keyframe %s, which is not in the tables of %s; give the --version that the file '
-                        'was made from' % (path, foreign[0], nusc.version))
+        raise DataError(
+            '%s holds keyframe %s, which is not in the tables of %s; give the --version that the file '
+            'was made from' % (path, foreign[0], nusc.version))
     return list(parallel_map(add_camera_sweeps, infos, nusc, '%s: keyframes' % split, processes))

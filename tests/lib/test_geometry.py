@@ -1,4 +1,4 @@
-"""lib.geometry against pyquaternion and hand-made cases. Tolerance 1e-12: double precision, a few operations."""
+"""lib.geometry against pyquaternion and hand-made cases. Tolerance 1e-12: double precision."""
 import math
 
 import numpy as np
@@ -26,7 +26,8 @@ def test_a_rigid_inverse_undoes_the_transform():
     matrix = geometry.pose_to_matrix(rng.normal(size=4), rng.normal(size=3))
     points = rng.normal(size=(7, 3))
     there = geometry.transform_points(matrix, points)
-    np.testing.assert_allclose(geometry.transform_points(geometry.invert_rigid(matrix), there), points, **EXACT)
+    np.testing.assert_allclose(geometry.transform_points(geometry.invert_rigid(matrix), there), points,
+                               **EXACT)
     assert not np.allclose(there, points)
 
 
@@ -51,7 +52,8 @@ def test_voxel_centers():
     assert centres.shape == (200, 200, 16, 3)
     np.testing.assert_allclose(centres[0, 0, 0], [-39.8, -39.8, -0.8], **EXACT)
     np.testing.assert_allclose(centres[100, 199, 15], [0.2, 39.8, 5.2], **EXACT)
-    chosen = geometry.voxel_centers((-40, -40, -1, 40, 40, 5.4), 0.4, (200, 200, 16), np.array([[100, 199, 15]]))
+    chosen = geometry.voxel_centers((-40, -40, -1, 40, 40, 5.4), 0.4, (200, 200, 16),
+                                    np.array([[100, 199, 15]]))
     np.testing.assert_allclose(chosen, [[0.2, 39.8, 5.2]], **EXACT)
 
 

@@ -29,13 +29,15 @@ def _dump(path, value, protocol=4):
 
 @pytest.mark.parametrize('protocol', [0, 2, 3, 4, 5])
 def test_plain_data_and_numpy_arrays_are_read(tmp_path, protocol):
-    value = dict(a=[1, 2.5, None, True, 'x', b'y'], b=(np.arange(6.0).reshape(2, 3), np.array(['car', 'bus'])),
-                 c=np.float32(3), d={1, 2}, e=collections.OrderedDict(k=np.array([True])), f=np.int64(7),
-                 g=np.zeros(0), h=np.asfortranarray(np.eye(2)), i=bytearray(b'z'), j=complex(1, 2))
+    value = dict(a=[1, 2.5, None, True, 'x',
+                    b'y'], b=(np.arange(6.0).reshape(2, 3), np.array(['car', 'bus'])), c=np.float32(3),
+                 d={1, 2}, e=collections.OrderedDict(k=np.array([True])), f=np.int64(7), g=np.zeros(0),
+                 h=np.asfortranarray(np.eye(2)), i=bytearray(b'z'), j=complex(1, 2))
     loaded = io.load_pickle_safe(_dump(tmp_path / 'a.pkl', value, protocol))
     np.testing.assert_array_equal(loaded['b'][0], value['b'][0])
     assert loaded['b'][1].tolist() == ['car', 'bus'] and loaded['c'] == 3 and loaded['f'] == 7
-    assert loaded['a'] == value['a'] and loaded['d'] == {1, 2} and loaded['i'] == b'z' and loaded['j'] == 1 + 2j
+    assert loaded['a'] == value['a'] and loaded['d'] == {1, 2
+                                                         } and loaded['i'] == b'z' and loaded['j'] == 1 + 2j
 
 
 @pytest.mark.parametrize('module', ['numpy.core.multiarray', 'numpy._core.multiarray'])

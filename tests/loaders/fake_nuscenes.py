@@ -26,8 +26,8 @@ class FakeNuScenes:
         self.root, self.version, self.image_size = Path(root), version, image_size
         self.sweeps = sweeps
         self.rng = np.random.default_rng(seed)
-        names = ('category', 'attribute', 'visibility', 'instance', 'sensor', 'calibrated_sensor', 'ego_pose', 'log',
-                 'scene', 'sample', 'sample_data', 'sample_annotation', 'map')
+        names = ('category', 'attribute', 'visibility', 'instance', 'sensor', 'calibrated_sensor', 'ego_pose',
+                 'log', 'scene', 'sample', 'sample_data', 'sample_annotation', 'map')
         self.tables = {name: [] for name in names}
         self._add_fixed_tables()
         for number, name in enumerate(scenes):
@@ -73,7 +73,8 @@ class FakeNuScenes:
         return (q / np.linalg.norm(q)).tolist()
 
     def _add_fixed_tables(self):
-        self.log = self._add('log', logfile='x', vehicle='n000', date_captured='2018-01-01', location='nowhere')
+        self.log = self._add('log', logfile='x', vehicle='n000', date_captured='2018-01-01',
+                             location='nowhere')
         self._add('map', log_tokens=[self.log], category='semantic_prior', filename='maps/map.png')
         self.categories = [self._add('category', name=name, description='')
                            for name in ('vehicle.car', 'human.pedestrian.adult', 'human.pedestrian.stroller')]
@@ -92,12 +93,14 @@ class FakeNuScenes:
     def _add_scene(self, name, start, keyframes):
         scene = self._add('scene', log_token=self.log, nbr_samples=keyframes, name=name, description='')
         period = (self.sweeps + 1) * STEP
-        samples = [self._add('sample', timestamp=start + k * period, scene_token=scene) for k in range(keyframes)]
+        samples = [self._add('sample', timestamp=start + k * period, scene_token=scene)
+                   for k in range(keyframes)]
         self._chain('sample', samples)
         self.tables['scene'][-1].update(first_sample_token=samples[0], last_sample_token=samples[-1])
         for sensor in SENSORS:
             steps = range((keyframes - 1) * (self.sweeps + 1) + 1)
-            self._chain('sample_data', [self._add_image(name, sensor, start, step, samples) for step in steps])
+            self._chain('sample_data',
+                        [self._add_image(name, sensor, start, step, samples) for step in steps])
         for _ in range(2):
             self._add_object(samples)
 
@@ -112,18 +115,25 @@ class FakeNuScenes:
         pose = self._add('ego_pose', timestamp=time, rotation=self._quaternion(),
                          translation=self.rng.normal(scale=100.0, size=3).tolist())
         suffix = 'jpg' if sensor.startswith('CAM') else 'pcd.bin'
+        next_keyframe = min(-(-step // (self.sweeps + 1)), len(samples) - 1)
+        folder = 'samples' if is_key else 'sweeps'
+        name = '%s/%s/%s__%s__%d.%s' % (folder, sensor, scene, sensor, time, suffix)
         return self._add(
-            'sample_data', sample_token=samples[min(-(-step // (self.sweeps + 1)), len(samples) - 1)],
-            ego_pose_token=pose, calibrated_sensor_token=self.calibrations[sensor], timestamp=time,
-            fileformat=suffix.split('.')[0], is_key_frame=is_key, height=self.image_size[1], width=self.image_size[0],
-            filename='%s/%s/%s__%s__%d.%s' % ('samples' if is_key else 'sweeps', sensor, scene, sensor, time, suffix))
+            'sample_data', sample_token=samples[next_keyframe], ego_pose_token=pose,
+            calibrated_sensor_token=self.calibrations[sensor], timestamp=time, filename=name,
+            fileformat=suffix.split('.')[0], is_key_frame=is_key, height=self.image_size[1],
+            width=self.image_size[0])
 
     def _add_object(self, samples):
         category = self.categories[int(self.rng.integers(len(self.categories)))]
         instance = self._add('instance', category_token=category, nbr_annotations=len(samples))
-        boxes = [self._add('sample_annotation', sample_token=sample, instance_token=instance, attribute_tokens=[],
-                           visibility_token=self.visibility, translation=self.rng.normal(scale=20.0, size=3).tolist(),
-                           size=self.rng.uniform(1, 4, size=3).tolist(), rotation=self._quaternion(),
-                           num_lidar_pts=int(self.rng.integers(5)), num_radar_pts=0) for sample in samples]
+        boxes = [self._add_box(sample, instance) for sample in samples]
         self._chain('sample_annotation', boxes)
         self.tables['instance'][-1].update(first_annotation_token=boxes[0], last_annotation_token=boxes[-1])
+
+    def _add_box(self, sample, instance):
+        return self._add(
+            'sample_annotation', sample_token=sample, instance_token=instance, attribute_tokens=[],
+            visibility_token=self.visibility, translation=self.rng.normal(scale=20.0, size=3).tolist(),
+            size=self.rng.uniform(1, 4, size=3).tolist(), rotation=self._quaternion(),
+            num_lidar_pts=int(self.rng.integers(5)), num_radar_pts=0)

@@ -1,4 +1,4 @@
-"""BEVAug: labels and matrices turn together, shown on a labelled object that is projected before and after."""
+"""BEVAug: labels and matrices turn together, shown on a labelled object that is projected twice."""
 import numpy as np
 import pytest
 
@@ -26,8 +26,9 @@ def _sample():
     ego2lidar = np.eye(4)
     ego2lidar[:3, :3] = rotation_z(1.5)
     ego2lidar[:3, 3] = [0.0, 0.9, -1.8]
-    return dict(voxel_semantics=semantics, voxel_instances=instances, mask_camera=np.ones(TASK.grid_shape, bool),
-                ego2lidar=ego2lidar[None], lidar2img=(intrinsics @ camera @ np.linalg.inv(ego2lidar))[None])
+    return dict(voxel_semantics=semantics, voxel_instances=instances,
+                mask_camera=np.ones(TASK.grid_shape, bool), ego2lidar=ego2lidar[None],
+                lidar2img=(intrinsics @ camera @ np.linalg.inv(ego2lidar))[None])
 
 
 def _object_pixel(sample):
@@ -55,7 +56,7 @@ def test_the_object_stays_on_its_pixels(transform):
 
 @pytest.mark.parametrize('mutation', ['rotation', 'flip_x', 'flip_y', 'order'])
 def test_the_projection_test_notices_a_wrong_sign(mutation, monkeypatch):
-    """One sign or the order changed in what the labels do, not in what the matrices do: some case must fail."""
+    """One sign or the order changed in what the labels do, not in the matrices: some case must fail."""
     right = module.source_columns
 
     def wrong(task, transform):
@@ -92,8 +93,8 @@ def test_no_turn_changes_nothing():
 def test_voxels_from_outside_are_ignored():
     sample = BEVAug(TASK).apply(_sample(), BEVTransform(np.deg2rad(20), False, True))
     outside = sample['voxel_semantics'] == IGNORE
-    # Four triangles: 2 sin cos / (1 + sin + cos)^2 = 0.1235 of a square turned by 20 degrees; a voxel at the rim
-    # is 1/200 of the side.
+    # Four triangles: 2 sin cos / (1 + sin + cos)^2 = 0.1235 of a square turned by 20 degrees; a voxel at the
+    # rim is 1/200 of the side.
     assert outside.mean() == pytest.approx(0.1235, abs=0.003)
     assert outside[0, 0].all() and not outside[100].any()
     assert (sample['voxel_instances'][outside] == 255).all() and not sample['mask_camera'][outside].any()
@@ -117,7 +118,8 @@ def test_a_grid_that_is_not_centred_on_the_car_turns_about_the_car():
     sample = dict(voxel_semantics=semantics, ego2lidar=np.eye(4)[None])
     found = np.argwhere(BEVAug(task).apply(sample, transform)['voxel_semantics'] == CAR)
     centre = voxel_centers(task.point_cloud_range, 0.4, task.grid_shape, found).mean(axis=0)
-    np.testing.assert_allclose(centre[:2], (transform.matrix() @ [20.2, 0.2, 0, 1])[:2], atol=0.4)  # one voxel
+    expected = transform.matrix() @ [20.2, 0.2, 0, 1]
+    np.testing.assert_allclose(centre[:2], expected[:2], atol=0.4)  # one voxel
 
 
 def test_draws_are_uniform_angles_and_fair_flips():
@@ -131,7 +133,8 @@ def test_draws_are_uniform_angles_and_fair_flips():
     for seed in range(300):
         step(dict(rng=np.random.default_rng(seed), test_mode=False))
     angles = np.rad2deg([transform.angle for transform in seen])
-    assert -22.5 <= angles.min() < -20 and 20 < angles.max() <= 22.5 and abs(angles.mean()) < 4 * 13 / 300 ** 0.5
+    assert -22.5 <= angles.min() < -20 and 20 < angles.max() <= 22.5
+    assert abs(angles.mean()) < 4 * 13 / 300 ** 0.5  # four deviations of the mean
     for flips in ([t.flip_x for t in seen], [t.flip_y for t in seen]):
         assert 115 < sum(flips) < 185  # 300 coins: 150 +- 8.7, four deviations
 

@@ -32,7 +32,8 @@ def _has_turbojpeg():
     return True
 
 
-needs_turbojpeg = pytest.mark.skipif(not _has_turbojpeg(), reason='PyTurboJPEG or libturbojpeg is not installed')
+needs_turbojpeg = pytest.mark.skipif(not _has_turbojpeg(),
+                                     reason='PyTurboJPEG or libturbojpeg is not installed')
 
 
 @pytest.mark.parametrize('decoder', ['cv2', 'pillow', pytest.param('turbojpeg', marks=needs_turbojpeg)])

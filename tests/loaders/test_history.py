@@ -21,7 +21,8 @@ def _scene(number, keyframes, named):
     for k in range(keyframes):
         name = 's%dk%d' % (number, k)
         sweeps = [_cams('%s-sweep%d' % (name, step)) for step in range(5)] if k else []
-        info = dict(token=name, timestamp=number * 20 * SECOND + k * SECOND // 2, cams=_cams(name), sweeps=sweeps)
+        info = dict(token=name, timestamp=number * 20 * SECOND + k * SECOND // 2, cams=_cams(name),
+                    sweeps=sweeps)
         infos.append(dict(info, scene_token='scene%d' % number) if named else info)
     return infos
 
@@ -51,7 +52,7 @@ def test_history_runs_back_to_the_start_of_the_scene_and_no_further(named):
 def test_adjacent_scenes_do_not_mix(named):
     infos = _scene(0, 3, named) + _scene(1, 3, named)
     for info in infos[3:]:
-        info['timestamp'] -= int(18.5 * SECOND)  # the second scene starts half a second after the first one ends
+        info['timestamp'] -= 37 * SECOND // 2  # the second scene starts 0.5 s after the first one ends
     history = History(infos, CAMERAS)
     assert history.entries(3, 1000) == [] and history.previous(3) is None
     assert _names(history.entries(5, 1000)) == _expected(1, 2)
@@ -71,14 +72,15 @@ def test_a_list_without_the_start_of_a_scene_ends_with_the_sweeps_that_are_there
     infos = _scene(0, 2, named) + _scene(1, 4, named)[2:]
     history = History(infos, CAMERAS)
     assert _names(history.entries(2, 1000)) == ['s1k2-sweep%d' % step for step in range(5)]
-    assert _names(history.entries(3, 1000)) == _expected(1, 3)[:6] + ['s1k2-sweep%d' % step for step in range(5)]
+    expected = _expected(1, 3)[:6] + ['s1k2-sweep%d' % step for step in range(5)]
+    assert _names(history.entries(3, 1000)) == expected
 
 
 def test_a_list_that_lacks_keyframes_keeps_the_order_and_the_scene():
     infos = _scene(0, 6, True)[::2]
     names = _names(History(infos, CAMERAS).entries(2, 1000))
-    assert names == (['s0k4-sweep%d' % s for s in range(5)] + ['s0k2'] + ['s0k2-sweep%d' % s for s in range(5)]
-                     + ['s0k0'])
+    sweeps = {k: ['s0k%d-sweep%d' % (k, step) for step in range(5)] for k in (2, 4)}
+    assert names == sweeps[4] + ['s0k2'] + sweeps[2] + ['s0k0']
 
 
 def test_an_incomplete_sweep_takes_the_entry_before_it():
@@ -106,7 +108,7 @@ def test_the_limit_cuts_the_oldest():
     (60, [5, 11, 17, 23, 29, 35, 41]), (42, [5, 11, 17, 23, 29, 35, 41]), (41, [5, 11, 17, 23, 29, 35, 40]),
     (12, [5, 11, 11, 11, 11, 11, 11]), (6, [5] * 7), (5, [4] * 7), (1, [0] * 7)])
 def test_evaluation_takes_earlier_keyframes(available, expected):
-    """41 entries and 5 entries differ from 42 and 6 by one: an off-by-one in the step or the clip fails here."""
+    """41 and 5 entries differ from 42 and 6 by one: an off-by-one in the step or the clip fails here."""
     assert choose_test_frames(available, 7) == expected
 
 
@@ -115,7 +117,8 @@ def _train_intervals(available, count=7, draws=400):
     chosen = [choose_train_frames(available, count, rng) for _ in range(draws)]
     intervals = collections.Counter(frames[0] + 1 for frames in chosen)
     for frames in chosen:
-        assert frames == [(frames[0] + 1) * (step + 1) - 1 for step in range(count)] and frames[-1] < available
+        assert frames == [(frames[0] + 1) * (step + 1) - 1 for step in range(count)]
+        assert frames[-1] < available
     return intervals
 
 

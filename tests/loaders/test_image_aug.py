@@ -26,12 +26,13 @@ def test_evaluation_pixels_are_spec_s():
     sample = RandomTransformImage(TASK, rand_flip=True)(_sample([image], test_mode=True))
     expected = np.asarray(Image.fromarray(image).resize((704, 396), Image.BICUBIC))[140:]
     np.testing.assert_array_equal(sample['img'][0], expected)
-    np.testing.assert_allclose(sample['lidar2img'][0][:3, :3], [[0.44, 0, 0], [0, 0.44, -140], [0, 0, 1]], atol=1e-12)
+    np.testing.assert_allclose(sample['lidar2img'][0][:3, :3], [[0.44, 0, 0], [0, 0.44, -140], [0, 0, 1]],
+                               atol=1e-12)
 
 
 @pytest.mark.parametrize('seed', range(6))
 def test_training_pixels_are_spec_s(seed):
-    """From the scale, shift and mirror found in the matrix, the definition gives every pixel of the result."""
+    """From the scale, shift and mirror in the matrix, the definition gives every pixel of the result."""
     image = _noise(seed=seed)
     sample = RandomTransformImage(TASK, rand_flip=True)(_sample([image], seed))
     matrix, result = sample['lidar2img'][0], sample['img'][0]
@@ -47,7 +48,7 @@ def test_training_pixels_are_spec_s(seed):
 
 @pytest.mark.parametrize('seed', range(8))
 def test_the_matrix_moves_points_as_the_pixels_move(seed):
-    """Two white squares end where the matrix sends them. A wrong sign of the crop or the mirror fails here."""
+    """Two white squares end where the matrix sends them. A wrong sign of crop or mirror fails here."""
     image = np.zeros((900, 1600, 3), np.uint8)
     spots = np.array([[900.0, 700.0], [760.0, 600.0]])  # x, y; inside every crop
     for x, y in spots.astype(int):
@@ -100,7 +101,8 @@ def test_other_sizes_see_the_same_share_of_the_picture(source, network):
 
 
 def test_plain_factors_where_no_reference_is_given():
-    step = RandomTransformImage(Task('occ3d', image_size=(64, 176)), resize_lim=(0.6, 0.6), resize_reference=None)
+    step = RandomTransformImage(Task('occ3d', image_size=(64, 176)), resize_lim=(0.6, 0.6),
+                                resize_reference=None)
     assert step.train_transform((180, 320), 0.5, 0.0, False).resized == (108, 192)
 
 

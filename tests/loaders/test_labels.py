@@ -83,14 +83,15 @@ def test_real_openocc_labels(real_dir):
 def test_labels_of_the_other_set_are_told_apart(real_dir):
     with pytest.raises(DataError, match="openocc_.*no free voxel .*label set 'occ3d'.*task.label_set"):
         read_labels(real_dir / 'openocc_unknown_sample_labels.npz', OCC3D_TASK)
-    with pytest.raises(DataError, match=r"occ3d_unknown.*holds id 17, but label set 'openocc_v2' has ids 0\.\.16"):
+    with pytest.raises(DataError,
+                       match=r"occ3d_unknown.*holds id 17, but label set 'openocc_v2' has ids 0\.\.16"):
         read_labels(real_dir / 'occ3d_unknown_sample_labels.npz', Task('openocc_v2'))
 
 
 def test_a_wrong_shape_names_file_key_and_shapes(tmp_path):
     path = _write(tmp_path / 'labels.npz', semantics=np.full((100, 200, 16), 17, np.uint8))
-    with pytest.raises(DataError, match=r"labels\.npz: 'semantics' has shape \[100, 200, 16\], but the task grid is "
-                                        r'\[200, 200, 16\]'):
+    with pytest.raises(DataError, match=r"labels\.npz: 'semantics' has shape \[100, 200, 16\], but the task "
+                                        r'grid is \[200, 200, 16\]'):
         read_labels(path, OCC3D_TASK)
     path = _write(tmp_path / 'labels.npz', semantics=_free(), mask_camera=np.ones((200, 200), bool))
     with pytest.raises(DataError, match="'mask_camera' has shape"):
@@ -108,7 +109,8 @@ def test_unknown_ids_are_named(tmp_path, value):
 def test_ignored_voxels_may_be_in_the_file(tmp_path):
     semantics = _free()
     semantics[0, 0, 0] = 255
-    assert read_labels(_write(tmp_path / 'labels.npz', semantics=semantics), OCC3D_TASK)['semantics'][0, 0, 0] == 255
+    assert read_labels(_write(tmp_path / 'labels.npz', semantics=semantics),
+                       OCC3D_TASK)['semantics'][0, 0, 0] == 255
 
 
 def test_labels_that_are_no_integers_are_refused(tmp_path):
@@ -149,7 +151,8 @@ def test_targets_are_the_published_ones(golden_dir, name):
     with np.load(str(path)) as golden:
         task = PANOPTIC if name.endswith('panoptic') else OCC3D_TASK
         for sample in range(2):
-            targets = make_instance_targets(golden['voxel_semantics'][sample], golden['instances'][sample], task)
+            targets = make_instance_targets(golden['voxel_semantics'][sample], golden['instances'][sample],
+                                            task)
             np.testing.assert_array_equal(targets.voxel_instances, golden['voxel_instances'][sample])
             np.testing.assert_array_equal(targets.class_ids, golden['instance_class_ids_%d' % sample])
 
@@ -157,7 +160,7 @@ def test_targets_are_the_published_ones(golden_dir, name):
 def test_an_id_that_spans_classes_is_split():
     semantics, instances = _free(), np.zeros(GRID, np.int32)
     semantics[0, 0, :4], instances[0, 0, :4] = [4, 4, 10, 10], [5, 6, 5, 0]  # cars 5 and 6, trucks 5 and none
-    semantics[1, 0, :2], instances[1, 0, :2] = [11, 11], [1, 2]              # road: one target whatever its ids
+    semantics[1, 0, :2], instances[1, 0, :2] = [11, 11], [1, 2]  # road: one target whatever its ids
     targets = make_instance_targets(semantics, instances, PANOPTIC)
     assert targets.class_ids.tolist() == [4, 4, 10, 10, 11]
     assert targets.voxel_instances[0, 0, :5].tolist() == [0, 1, 3, 2, 255]
@@ -169,7 +172,8 @@ def test_semantic_tasks_have_one_target_per_class():
     semantics = _free()
     semantics[0, 0, :4] = [4, 4, 10, 0]
     targets = make_instance_targets(semantics, None, OCC3D_TASK)
-    assert targets.class_ids.tolist() == [0, 4, 10] and targets.voxel_instances[0, 0, :4].tolist() == [1, 1, 2, 0]
+    assert targets.class_ids.tolist() == [0, 4, 10]
+    assert targets.voxel_instances[0, 0, :4].tolist() == [1, 1, 2, 0]
 
 
 def test_ignored_and_free_voxels_belong_to_no_target():
@@ -188,8 +192,9 @@ def test_of_more_than_255_the_smallest_are_left_out():
     semantics, instances = _free(), np.zeros(GRID, np.int32)
     semantics[:, 0, 0], instances[:, 0, 0] = 4, np.arange(200) + 1
     semantics[:100, 1, 0], instances[:100, 1, 0] = 10, np.arange(100) + 1
-    semantics[100:155, 0, 1], instances[100:155, 0, 1] = 4, np.arange(100, 155) + 1  # a second voxel for 55 cars
-    semantics[:100, 1, 1], instances[:100, 1, 1] = 10, np.arange(100) + 1            # and for all trucks
+    semantics[100:155, 0, 1] = 4  # a second voxel for 55 cars
+    instances[100:155, 0, 1] = np.arange(100, 155) + 1
+    semantics[:100, 1, 1], instances[:100, 1, 1] = 10, np.arange(100) + 1  # and for all trucks
     targets = make_instance_targets(semantics, instances, PANOPTIC)
     assert len(targets.class_ids) == 255 and targets.voxel_instances.max() == 255
     assert (targets.voxel_instances[:100, 1] < 255)[:, :2].all() and (targets.class_ids == 10).sum() == 100

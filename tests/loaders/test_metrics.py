@@ -223,6 +223,22 @@ def test_ray_pq_equals_its_definition(pair):
     np.testing.assert_allclose(score_pq(*pair), slow_ray_pq(*pair), rtol=1e-12)
 
 
+def as_tensors(side):
+    return RayEnds(*(torch.from_numpy(array) for array in (side.label, side.distance_m, side.instance)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs_of_ends())
+def test_counting_tensors_equals_counting_arrays(pair):
+    """What runs on a GPU, on CPU tensors."""
+    tensors = [as_tensors(side) for side in pair]
+    for one, other in zip(count_ray_iou(*pair, CLASSES, THRESHOLDS), count_ray_iou(*tensors, CLASSES, THRESHOLDS)):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(group_segments(*pair, CLASSES, THRESHOLDS),
+                          group_segments(*tensors, CLASSES, THRESHOLDS)):
+        np.testing.assert_array_equal(one, other)
+
+
 # mIoU
 
 def test_voxel_iou_by_hand():
@@ -233,6 +249,9 @@ def test_voxel_iou_by_hand():
     mask = np.array([1, 1, 1, 0, 0, 1, 1], dtype=bool).reshape(7, 1, 1)
     np.testing.assert_array_equal(voxel_iou([count_voxel_iou(truth, prediction, mask, CLASSES)]),
                                   [1 / 2, 1 / 2, np.nan])
+    tensors = [torch.from_numpy(array) for array in (truth, prediction, mask)]
+    for one, other in zip(count_voxel_iou(truth, prediction, mask, CLASSES), count_voxel_iou(*tensors, CLASSES)):
+        np.testing.assert_array_equal(one, other)
 
 
 # The evaluator

@@ -58,7 +58,9 @@ def _image_path(root, key):
 
 def test_a_batch_has_the_agreed_form(source):
     batch = collate([_train(source)[i] for i in (1, 4)])
-    shapes = {key: (tuple(value.shape), value.dtype) for key, value in batch.items() if hasattr(value, 'shape')}
+    shapes = {
+        key: (tuple(value.shape), value.dtype) for key, value in batch.items() if hasattr(value, 'shape')
+    }
     grid = (2,) + TASK.grid_shape
     assert shapes == dict(
         img=((2, 18, 3, 32, 64), torch.uint8), lidar2img=((2, 18, 4, 4), torch.float32),
@@ -85,7 +87,8 @@ def test_each_image_is_the_one_its_key_names_and_blue_comes_first(root):
     key = _test(root)[1]['img_metas']['frame_keys'][8]
     Image.new('RGB', (160, 90), (250, 120, 10)).save(_image_path(root, key))
     image = _test(root)[1]['img'][8]
-    np.testing.assert_allclose(image.float().mean(dim=(1, 2)), [10, 120, 250], atol=3)  # JPEG keeps flat colours
+    colour = image.float().mean(dim=(1, 2))
+    np.testing.assert_allclose(colour, [10, 120, 250], atol=3)  # JPEG keeps flat colours
 
 
 def test_projections_take_lidar_points_into_every_image_through_global(source):
@@ -160,7 +163,7 @@ def test_draws_depend_on_seed_epoch_and_index_alone(source):
     assert _same(first[2], again[2])
 
 
-@pytest.mark.parametrize('workers, persistent', [(0, False), (2, False), (3, True)])
+@pytest.mark.parametrize('workers, persistent', [(0, False), (1, False), (2, True)])
 def test_workers_do_not_change_the_draws(source, workers, persistent):
     dataset = _train(source)
     loader = build_dataloader(dataset, 1, workers, persistent_workers=persistent)
@@ -203,7 +206,7 @@ def test_a_shuffled_info_file_changes_nothing(root):
 
 
 def test_pickles_without_scenes_give_the_same_histories(root):
-    """As published for SparseBEV and SparseOcc: no scene token or name, './data/nuscenes/' before every path."""
+    """As published for SparseBEV and SparseOcc: no scene token or name, './data/nuscenes/' in paths."""
     path = root / 'nuscenes_infos_train_sweep.pkl'
     before = _train(root)
     content = load_pickle_safe(path)
@@ -281,8 +284,8 @@ def test_opening_looks_at_the_info_file_only(root, monkeypatch):
 def _spoil(root, index=2, kind='image'):
     """Truncate the front image or the label of one training keyframe; returns its path."""
     dataset = _train(root)
-    path = str(dataset.label_path(index)) if kind == 'label' else \
-        _image_path(root, 'samples/' + dataset.info(index)['cams']['CAM_FRONT']['data_path'].split('samples/')[1])
+    image = dataset.info(index)['cams']['CAM_FRONT']['data_path'].replace('data/nuscenes/', '')
+    path = str(dataset.label_path(index)) if kind == 'label' else _image_path(root, image)
     with open(path, 'rb+') as stream:
         stream.truncate(50)
     return path
@@ -291,7 +294,8 @@ def _spoil(root, index=2, kind='image'):
 @pytest.mark.parametrize('kind', ['image', 'label'])
 def test_a_damaged_file_is_named_with_its_keyframe(root, kind):
     path = _spoil(root, kind=kind)
-    with pytest.raises(DataError, match='^keyframe sample-2: .*%s' % os.path.basename(path).replace('.', r'\.')):
+    with pytest.raises(DataError,
+                       match='^keyframe sample-2: .*%s' % os.path.basename(path).replace('.', r'\.')):
         _train(root)[2]
 
 
@@ -340,9 +344,12 @@ def test_evaluation_never_skips(source):
     (dict(max_samples=0), 'load_interval and max_samples must be at least 1'),
     (dict(type='NuScenesOcc'), "unknown data set type 'NuScenesOcc'; did you mean 'NuSceneOcc'"),
     (dict(pipelin=[]), 'pipelin'),
-    (dict(pipeline=[dict(type='LoadOccGtFromFile')]), "'LoadOccGtFromFile'; did you mean 'LoadOccGTFromFile'"),
-    (dict(pipeline=[dict(type='BEVAug', rot_limit=1)]), "BEVAug: unknown key 'rot_limit'; did you mean 'rot_lim'"),
-    (dict(pipeline=[dict(type='LoadMultiViewImageFromMultiSweeps', threads=0)]), 'threads must be at least 1'),
+    (dict(pipeline=[dict(type='LoadOccGtFromFile')]),
+     "'LoadOccGtFromFile'; did you mean 'LoadOccGTFromFile'"),
+    (dict(pipeline=[dict(type='BEVAug', rot_limit=1)]),
+     "BEVAug: unknown key 'rot_limit'; did you mean 'rot_lim'"),
+    (dict(pipeline=[dict(type='LoadMultiViewImageFromMultiSweeps', threads=0)]),
+     'threads must be at least 1'),
 ])
 def test_wrong_options_are_named(source, options, message):
     with pytest.raises(ConfigError, match=message):
@@ -407,7 +414,8 @@ def test_a_data_set_of_trainval_size_opens_in_three_seconds(source, tmp_path, mo
     infos = [dict(some[1 if n % 40 else 0], token='t%d' % n, timestamp=n * 500_000,
                   scene_token='s%d' % (n // 40), scene_name='scene-%04d' % (n // 40)) for n in range(28_130)]
     from loaders import infos as infos_module
-    monkeypatch.setattr(infos_module, 'load_pickle_safe', lambda *_, **__: dict(infos=infos[::-1], metadata={}))
+    monkeypatch.setattr(infos_module, 'load_pickle_safe',
+                        lambda *_, **__: dict(infos=infos[::-1], metadata={}))
     start = time.process_time()
     dataset = nuscenes_occ.NuSceneOcc(TASK, str(source), 'x.pkl', TRAIN, occ_gt_root='occ3d')
     seconds = time.process_time() - start

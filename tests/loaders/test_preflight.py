@@ -1,4 +1,4 @@
-"""The look at a data set before long work: each kind of damage is found and named, a sound set is not doubted."""
+"""The look at a data set before long work: damage is found and named, a sound set is not doubted."""
 import shutil
 import sys
 import time
@@ -38,8 +38,9 @@ def root(source, tmp_path):
 
 
 def _open(root, task=TASK, **options):
-    return build_dataset(dict(dict(type='NuSceneOcc', data_root=str(root), ann_file=INFOS, occ_gt_root='occ3d',
-                                   pipeline=[]), **options), task)
+    return build_dataset(
+        dict(dict(type='NuSceneOcc', data_root=str(root), ann_file=INFOS, occ_gt_root='occ3d', pipeline=[]),
+             **options), task)
 
 
 def _lines(root, level, **options):
@@ -88,9 +89,9 @@ def test_what_is_no_image_is_found_by_decoding(root):
     assert 'cannot be decoded' in _lines(root, 'error', decode=True)[0]
 
 
-@pytest.mark.parametrize('damage, message', [
-    ('missing', 'does not exist'), ('damaged', 'is damaged'), ('shape', r'has shape \[4, 4, 4\], but the task grid'),
-    ('ids', 'holds id 99')])
+@pytest.mark.parametrize('damage, message', [('missing', 'does not exist'), ('damaged', 'is damaged'),
+                                             ('shape', r'has shape \[4, 4, 4\], but the task grid'),
+                                             ('ids', 'holds id 99')])
 def test_bad_labels_are_named(root, damage, message):
     path = _open(root).label_path(3)
     if damage == 'missing':
@@ -129,7 +130,8 @@ def test_free_labels_are_an_error_and_absent_classes_a_warning(root):
         semantics = np.full(TASK.grid_shape, 17, np.uint8)
         semantics[0, 0, 0] = 4 if index else 17
         np.savez(str(dataset.label_path(index)), semantics=semantics)
-    assert any('do not occur in the labels looked at: others, barrier, bicycle' in w for w in _lines(root, 'warning'))
+    assert any('do not occur in the labels looked at: others, barrier, bicycle' in w
+               for w in _lines(root, 'warning'))
     np.savez_compressed(str(dataset.label_path(0)), semantics=np.full(TASK.grid_shape, 17, np.uint8))
     for index in range(len(dataset)):
         shutil.copy(str(dataset.label_path(0)), str(dataset.label_path(index))) if index else None
@@ -141,7 +143,8 @@ def test_things_without_instances_are_a_warning(root):
     dataset = _open(root, task)
     for index in range(len(dataset)):
         semantics = np.load(str(dataset.label_path(index)))['semantics']
-        np.savez_compressed(str(dataset.label_path(index)), semantics=semantics, instances=np.zeros_like(semantics))
+        np.savez_compressed(str(dataset.label_path(index)), semantics=semantics,
+                            instances=np.zeros_like(semantics))
     warnings = [f.text for f in inspect_dataset(dataset) if f.level == 'warning']
     assert len(warnings) == 1 and 'voxels of things have no instance id' in warnings[0]
 
@@ -151,7 +154,8 @@ def _mirror(info):
 
 
 def _wrong_pose(info):
-    info['cams']['CAM_FRONT']['sensor2global_rotation'] = info['cams']['CAM_FRONT']['sensor2global_rotation'].T
+    entry = info['cams']['CAM_FRONT']
+    entry['sensor2global_rotation'] = entry['sensor2global_rotation'].T
 
 
 def _far_camera(info):
@@ -217,8 +221,10 @@ def test_evaluation_without_labels_passes(root):
 
 def test_a_large_set_is_looked_at_in_seconds(source):
     dataset = _open(source)
-    dataset.infos = [dict(dataset.infos[1 if n % 40 else 0], token='sample-%d' % (n % 2), timestamp=n * 500_000,
-                          scene_token='s%d' % (n // 40)) for n in range(28_130)]
+    dataset.infos = [
+        dict(dataset.infos[1 if n % 40 else 0], token='sample-%d' % (n % 2), timestamp=n * 500_000,
+             scene_token='s%d' % (n // 40)) for n in range(28_130)
+    ]
     dataset._samples = list(range(28_130))
     from loaders.history import History
     dataset._history = History(dataset.infos, TASK.cameras)

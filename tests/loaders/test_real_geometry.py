@@ -19,8 +19,8 @@ def demo(real_dir):
     folder = real_dir / 'mmdet3d_demo_nuscenes'
     with open(str(next(folder.glob('*.pkl'))), 'rb') as stream:  # known where it is from
         keyframe = pickle.load(stream)['data_list'][0]
-    points = np.fromfile(str(folder / keyframe['lidar_points']['lidar_path']), np.float32).reshape(-1, 5)[:, :3]
-    return keyframe, points.astype(np.float64), folder
+    points = np.fromfile(str(folder / keyframe['lidar_points']['lidar_path']), np.float32).reshape(-1, 5)
+    return keyframe, points[:, :3].astype(np.float64), folder
 
 
 def _quaternion(matrix):
@@ -107,13 +107,13 @@ def test_real_images_have_spec_s_pixels(demo, converted):
     keyframe, _, folder = demo
     sample = _dataset(converted, pipeline=PIPELINE + [dict(type='RandomTransformImage')])[0]
     for index, name in enumerate(NUSCENES_CAMERAS):
-        picture = Image.open(str(folder / keyframe['images'][name]['img_path'])).resize((704, 396), Image.BICUBIC)
-        expected = np.asarray(picture)[140:, :, ::-1]
+        picture = Image.open(str(folder / keyframe['images'][name]['img_path']))
+        expected = np.asarray(picture.resize((704, 396), Image.BICUBIC))[140:, :, ::-1]
         np.testing.assert_array_equal(sample['img'][index].permute(1, 2, 0).numpy(), expected)
 
 
 def test_earlier_keyframes_are_projected_through_global(real_dir, tmp_path):
-    """Real poses: a lamp post fixed in the world, seen from three keyframes, by the pickle's own calibration."""
+    """Real poses: a post fixed in the world, seen from three keyframes, by the pickle's own calibration."""
     with open(str(real_dir / 'nuscenes_mini_infos_val.pkl'), 'rb') as stream:  # known where it is from
         infos = pickle.load(stream)['infos']
     import cv2
@@ -133,8 +133,10 @@ def test_earlier_keyframes_are_projected_through_global(real_dir, tmp_path):
     for frame, info in enumerate((infos[10], infos[9], infos[8])):
         for index, name in enumerate(NUSCENES_CAMERAS):
             entry = info['cams'][name]
-            ego = Quaternion(entry['ego2global_rotation']).inverse.rotate(world - entry['ego2global_translation'])
-            camera = Quaternion(entry['sensor2ego_rotation']).inverse.rotate(ego - entry['sensor2ego_translation'])
+            to_ego, to_camera = (Quaternion(entry[key]).inverse
+                                 for key in ('ego2global_rotation', 'sensor2ego_rotation'))
+            ego = to_ego.rotate(world - entry['ego2global_translation'])
+            camera = to_camera.rotate(ego - entry['sensor2ego_translation'])
             pixel = entry['cam_intrinsic'] @ camera
             if camera[2] < 1:
                 continue

@@ -39,8 +39,9 @@ def _rows(fake, table):
 
 def _records(fake, channel, scene):
     """sample_data records of one sensor and scene, oldest first."""
-    return sorted((row for row in fake.tables['sample_data'] if '/%s__%s__' % (scene, channel) in row['filename']),
-                  key=lambda row: row['timestamp'])
+    return sorted(
+        (row for row in fake.tables['sample_data'] if '/%s__%s__' % (scene, channel) in row['filename']),
+        key=lambda row: row['timestamp'])
 
 
 def _global(fake, record):
@@ -50,6 +51,10 @@ def _global(fake, record):
     to_ego, to_global = Quaternion(calibration['rotation']), Quaternion(pose['rotation'])
     return (to_global * to_ego).rotation_matrix, \
         to_global.rotate(np.array(calibration['translation'])) + pose['translation']
+
+
+def _annotations(fake, info):
+    return [row for row in fake.tables['sample_annotation'] if row['sample_token'] == info['token']]
 
 
 def test_every_split_has_its_scenes_in_time_order(fake, infos):
@@ -71,7 +76,8 @@ def test_sweeps_are_the_five_images_before_each_keyframe_newest_first(fake, info
             times = [sweep[name]['timestamp'] for sweep in info['sweeps']]
             assert times == [info['cams'][name]['timestamp'] - STEP * step for step in range(1, 6)]
             paths = [sweep[name]['data_path'] for sweep in info['sweeps']]
-            assert all(path.startswith('data/nuscenes/sweeps/%s/%s' % (name, info['scene_name'])) for path in paths)
+            assert all(
+                path.startswith('data/nuscenes/sweeps/%s/%s' % (name, info['scene_name'])) for path in paths)
 
 
 def test_poses_are_kept_as_rows(fake, infos):
@@ -104,8 +110,9 @@ def test_keyframes_refer_cameras_and_boxes_to_the_lidar(fake, infos):
             rotation, translation = _global(fake, _rows(fake, 'sample_data')[entry['sample_data_token']])
             in_lidar = lidar_to_global[0].T @ (rotation @ [1.0, 2.0, 3.0] + translation - lidar_to_global[1])
             np.testing.assert_allclose(
-                entry['sensor2lidar_rotation'] @ [1.0, 2.0, 3.0] + entry['sensor2lidar_translation'], in_lidar, **EXACT)
-        annotations = [row for row in fake.tables['sample_annotation'] if row['sample_token'] == info['token']]
+                entry['sensor2lidar_rotation'] @ [1.0, 2.0, 3.0] + entry['sensor2lidar_translation'],
+                in_lidar, **EXACT)
+        annotations = _annotations(fake, info)
         assert len(annotations) == len(info['gt_boxes']) == 2
         for box, annotation in zip(info['gt_boxes'], annotations):
             centre = lidar_to_global[0].T @ (np.array(annotation['translation']) - lidar_to_global[1])
@@ -122,7 +129,7 @@ def test_names_velocity_and_valid_flag(fake, infos):
     short = {'vehicle.car': 'car', 'human.pedestrian.adult': 'pedestrian',
              'human.pedestrian.stroller': 'human.pedestrian.stroller'}  # not a detection class: name kept
     for info in infos:
-        annotations = [row for row in fake.tables['sample_annotation'] if row['sample_token'] == info['token']]
+        annotations = _annotations(fake, info)
         expected = [short[names[instances[row['instance_token']]['category_token']]] for row in annotations]
         assert info['gt_names'].tolist() == expected
         assert info['valid_flag'].tolist() == [row['num_lidar_pts'] > 0 for row in annotations]
@@ -141,7 +148,8 @@ def _as_mmdetection3d(fake, infos, lidar_sweep):
     for info in base:
         for entry in info['cams'].values():
             record = records[entry['sample_data_token']]
-            calibration, pose = calibrations[record['calibrated_sensor_token']], poses[record['ego_pose_token']]
+            calibration = calibrations[record['calibrated_sensor_token']]
+            pose = poses[record['ego_pose_token']]
             del entry['sensor2global_rotation'], entry['sensor2global_translation']
             entry.update(data_path='./data/nuscenes/' + record['filename'],
                          sensor2ego_translation=calibration['translation'],
@@ -169,7 +177,8 @@ def test_infos_of_mmdetection3d_are_extended_to_the_same(fake, infos, tmp_path):
     base = _as_mmdetection3d(fake, infos, dict(data_path='x.bin', type='lidar'))
     val = load_pickle_safe(fake.root / 'nuscenes_infos_val_sweep.pkl')['infos']
     for split, some in (('train', base), ('val', _as_mmdetection3d(fake, val, dict(data_path='x.bin')))):
-        save_pickle(tmp_path / ('nuscenes_infos_%s.pkl' % split), dict(infos=some, metadata=dict(version='v1.0-mini')))
+        save_pickle(tmp_path / ('nuscenes_infos_%s.pkl' % split),
+                    dict(infos=some, metadata=dict(version='v1.0-mini')))
     write_sweep_infos(fake.root, 'v1.0-mini', tmp_path, from_infos=tmp_path, processes=1)
     _assert_same(load_pickle_safe(tmp_path / 'nuscenes_infos_train_sweep.pkl')['infos'], infos)
 
@@ -178,7 +187,8 @@ def test_mmdetection3d_entries_give_the_same_pose(fake, infos):
     base = _as_mmdetection3d(fake, infos, {})[::-1]
     for info, extended in zip(base, infos):
         for name, entry in info['cams'].items():
-            np.testing.assert_allclose(global_from_camera(entry), global_from_camera(extended['cams'][name]), **EXACT)
+            np.testing.assert_allclose(global_from_camera(entry), global_from_camera(extended['cams'][name]),
+                                       **EXACT)
 
 
 def test_infos_of_another_version_are_refused(fake, infos, tmp_path):
@@ -199,8 +209,9 @@ def test_a_camera_that_starts_late_repeats_the_last_complete_sweep(tmp_path):
     write_sweep_infos(fake.root, 'v1.0-mini', fake.root, processes=1)
     sweeps = load_infos(fake.root / 'nuscenes_infos_train_sweep.pkl').infos[1]['sweeps']
     key = late[6]['timestamp']
-    assert [key - sweep['CAM_BACK']['timestamp'] for sweep in sweeps] == [STEP, 2 * STEP, 3 * STEP, 3 * STEP, 3 * STEP]
-    assert [sweep['CAM_FRONT']['timestamp'] for sweep in sweeps][2:] == [sweeps[2]['CAM_FRONT']['timestamp']] * 3
+    back, front = ([sweep[name]['timestamp'] for sweep in sweeps] for name in ('CAM_BACK', 'CAM_FRONT'))
+    assert [(key - time) // STEP for time in back] == [1, 2, 3, 3, 3]
+    assert front[2:] == [front[2]] * 3
 
 
 def test_without_recorded_sweeps_the_keyframe_is_repeated_and_history_stays_at_2_hz(tmp_path):
@@ -254,7 +265,9 @@ def test_the_script_says_what_it_wrote_and_fails_in_one_line(fake, tmp_path, mon
         monkeypatch.setattr(sys, 'argv', ['gen_sweep_info.py', '--data-root', str(fake.root)] + list(options))
         run_main(gen_sweep_info.main)
         return capsys.readouterr()
-    assert 'train_sweep.pkl: 2 scenes, 6 keyframes' in run('--version', 'v1.0-mini', '--out', str(tmp_path)).out
+
+    said = run('--version', 'v1.0-mini', '--out', str(tmp_path)).out
+    assert 'train_sweep.pkl: 2 scenes, 6 keyframes' in said
     with pytest.raises(SystemExit) as stop:
         run('--version', 'v1.0-none')
     error = capsys.readouterr().err
@@ -280,7 +293,8 @@ def _square(shared, item):
 
 @pytest.mark.parametrize('processes', [1, 2])
 def test_results_come_in_order(processes):
-    assert list(parallel_map(_square, list(range(20)), 3, 'test', processes)) == [3 * i * i for i in range(20)]
+    results = list(parallel_map(_square, list(range(20)), 3, 'test', processes))
+    assert results == [3 * i * i for i in range(20)]
 
 
 def test_pickles_are_of_a_protocol_that_python_3_8_reads(fake, infos):
