@@ -103,6 +103,7 @@ class SparseOcc(BaseModule):
             occ_loc [1, K, 3] voxel indices and, for panoptic tasks, pano_inst int16 [1, K] and pano_sem
             uint8 [1, K].
         """
+        self._check_images(img)
         if return_loss:
             targets = self._targets(voxel_semantics, voxel_instances, instance_class_ids, mask_camera)
             return self.loss(img, lidar2img, ego2lidar, targets)
@@ -198,10 +199,21 @@ class SparseOcc(BaseModule):
         ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
         return ImageFeatures(maps, ego2img, self.image_input.padded_size(img.shape[-2:]))
 
+    def _check_images(self, img: Tensor):
+        expected = self.task.num_frames * self.task.num_cameras
+        if img.dim() != 5 or img.shape[1] != expected:
+            raise DataError('a batch of shape %s does not hold the %d images per sample (%d frames x %d cameras) '
+                            'of the task' % (tuple(img.shape), expected, self.task.num_frames,
+                                             self.task.num_cameras))
+
     def _targets(self, voxel_semantics, voxel_instances, instance_class_ids, mask_camera) -> OccupancyTargets:
         if voxel_semantics is None or voxel_instances is None or instance_class_ids is None:
             raise DataError('the batch has no labels, which training needs; put LoadOccGTFromFile into the '
                             'pipeline of data.train')
+        if tuple(voxel_semantics.shape[1:]) != self.task.grid_shape:
+            raise DataError('the labels have %s voxels, the task has %s; give labels made for '
+                            'task.point_cloud_range and task.voxel_size'
+                            % (tuple(voxel_semantics.shape[1:]), self.task.grid_shape))
         if self.use_mask_camera and mask_camera is None:
             raise DataError('model.use_mask_camera is set, but the label files have no mask_camera; use '
                             'labels that have it or set model.use_mask_camera=False')

@@ -35,7 +35,7 @@ def take_blocks(volume: Tensor, coords: Tensor, scale: int) -> Tensor:
     """
     batch, sx, sy, sz = volume.shape
     nx, ny, nz = sx // scale, sy // scale, sz // scale
-    blocks = volume.view(batch, nx, scale, ny, scale, nz, scale).permute(0, 1, 3, 5, 2, 4, 6)
+    blocks = volume.reshape(batch, nx, scale, ny, scale, nz, scale).permute(0, 1, 3, 5, 2, 4, 6)
     blocks = blocks.reshape(batch, nx * ny * nz, scale ** 3)
     index = (coords[..., 0] * ny + coords[..., 1]) * nz + coords[..., 2]
     return blocks.gather(1, index.unsqueeze(-1).expand(-1, -1, scale ** 3))

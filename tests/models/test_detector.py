@@ -271,3 +271,12 @@ def test_training_without_labels_is_a_sentence():
     model = small_model()
     with pytest.raises(DataError, match='no labels'):
         model(**small_batch(model.task, with_labels=False))
+
+
+def test_images_and_labels_that_do_not_fit_the_task_are_a_sentence():
+    model = small_model()
+    batch = small_batch(model.task)
+    with pytest.raises(DataError, match='2 frames x 3 cameras'):
+        model(**dict(batch, img=batch['img'][:, :5]))
+    with pytest.raises(DataError, match=r'have \(16, 24, 4\) voxels, the task has \(16, 24, 8\)'):
+        model(**dict(batch, voxel_semantics=batch['voxel_semantics'][..., :4]))
