@@ -202,8 +202,8 @@ class SparseOcc(BaseModule):
     def _check_images(self, img: Tensor):
         expected = self.task.num_frames * self.task.num_cameras
         if img.dim() != 5 or img.shape[1] != expected:
-            raise DataError('a batch of shape %s does not hold the %d images per sample (%d frames x %d cameras) '
-                            'of the task' % (tuple(img.shape), expected, self.task.num_frames,
+            raise DataError('a batch of shape %s does not hold the %d images per sample (%d frames x %d '
+                            'cameras) of the task' % (tuple(img.shape), expected, self.task.num_frames,
                                              self.task.num_cameras))
 
     def _targets(self, voxel_semantics, voxel_instances, instance_class_ids, mask_camera) -> OccupancyTargets:
