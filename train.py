@@ -45,8 +45,9 @@ def components():
     from lib.run.components import Components
     from loaders import build_dataset, collate
     from loaders.metrics import OccEvaluator
+    from loaders.preflight import preflight
     from models import build_model
-    return Components(build_model, build_dataset, collate, OccEvaluator)
+    return Components(build_model, build_dataset, collate, OccEvaluator, preflight)
 
 
 def main():

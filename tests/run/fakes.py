@@ -2,11 +2,13 @@
 
     python tests/run/fakes.py train --config C ... + val --config C ...
 
-with the arguments of train.py and val.py; ``+`` separates runs that follow each other in the same processes.
+with the arguments of train.py and val.py; ``+`` separates runs that follow each other in the same process.
+``train.py`` and ``val.py`` instead of ``train`` and ``val`` run the real scripts in the same way.
 
 The model has what makes runs hard to repeat: dropout, draws that depend on the epoch, and a loss normaliser
 that is not linear in the batch.
 """
+import importlib
 import os
 import shlex
 import signal
@@ -167,7 +169,13 @@ def components():
 
 
 def run_script(name, arguments):
-    """One of the scripts; its exit status."""
+    """One of the scripts, with the fake parts or (``train.py``, ``val.py``) the real ones; its exit status."""
+    if name.endswith('.py'):
+        sys.argv = [name] + arguments
+        try:
+            importlib.import_module(name[:-3]).main()
+        except SystemExit as stop:
+            return stop.code
     if name == 'train':
         import train
         from lib.run.train_script import run_training
