@@ -102,6 +102,8 @@ def index_entry(dataset, index, prediction, free_id):
 
 def main():
     args = parse_args()
+    from lib.run.arguments import check_files
+    check_files(args.config, None, args.weights)
     import torch
     from lib.config import load_config
     from lib.io import write_json
