@@ -24,16 +24,19 @@ from tools.toy.names import SPLITS, VERSIONS, plan_scenes  # noqa: E402
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, required=True, help='data root to write; new or empty')
     parser.add_argument('--scenes', type=int, default=10, help='number of scenes (default 10)')
-    parser.add_argument('--keyframes', type=int, default=10, help='keyframes per scene, 2 a second (default 10)')
+    parser.add_argument('--keyframes', type=int, default=10,
+                        help='keyframes per scene, 2 a second (default 10)')
     parser.add_argument('--image-size', default='800x450', metavar='WxH',
-                        help='image size; calibration is scaled to it (default 800x450, nuScenes is 1600x900)')
-    parser.add_argument('--no-sweeps', action='store_true', help='keyframes only: no 12 Hz images, no 20 Hz scans')
+                        help='image size; calibration is scaled to it (default 800x450; nuScenes: 1600x900)')
+    parser.add_argument('--no-sweeps', action='store_true',
+                        help='keyframes only: no 12 Hz images, no 20 Hz scans')
     parser.add_argument('--seed', type=int, default=0, help='another seed makes another world (default 0)')
     parser.add_argument('--split', choices=SPLITS, default='both',
-                        help='which splits the scenes belong to (default both: about one in five is for validation)')
+                        help='splits that the scenes belong to (default both: about one in five is val)')
     parser.add_argument('--version', choices=VERSIONS, help='default: v1.0-mini if its scenes suffice')
     parser.add_argument('--label-sets', default='occ3d,openocc_v2', metavar='A,B',
                         help='occupancy labels to write (default occ3d,openocc_v2)')
@@ -41,7 +44,7 @@ def parse_args():
                         help='where images are traced (default: a GPU if there is one)')
     parser.add_argument('--workers', type=int, help='processes (default: all cores)')
     parser.add_argument('--overwrite', action='store_true',
-                        help='write into a folder that is not empty; files of the same names are replaced, others stay')
+                        help='write into a folder that is not empty: replaces files of the same names only')
     parser.add_argument('--debug', action='store_true', help='show tracebacks')
     return parser.parse_args()
 
@@ -87,8 +90,8 @@ def check_out(out, overwrite):
     if out.exists() and not out.is_dir():
         raise UserError('--out %s is a file; give a folder' % out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError('--out %s is not empty; give a new folder, or --overwrite to replace files of the same '
-                        'names in it (nothing is deleted)' % out)
+        raise UserError('--out %s is not empty; give a new folder, or --overwrite to replace files of the '
+                        'same names in it (nothing is deleted)' % out)
 
 
 def check_at_least_one(**numbers):

@@ -26,8 +26,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         if temporary.exists():
             temporary.unlink()
-        raise UserError('cannot write %s: %s; free some space or choose another --out' % (path, error.strerror)
-                        ) from error
+        raise UserError('cannot write %s: %s; free some space or choose another --out'
+                        % (path, error.strerror)) from error
 
 
 def write_jpeg(path: Path, image: np.ndarray) -> None:

@@ -17,7 +17,8 @@ from lib.errors import UserError
 from . import tables
 from .files import write_bytes, write_jpeg, write_npz, write_png
 from .names import ScenePlan
-from .rig import (CAMERA_PERIOD_US, CAMERA_SWEEPS, KEYFRAME_US, LIDAR, LIDAR_PERIOD_US, LIDAR_SWEEPS, Rig, make_rig)
+from .rig import (CAMERA_PERIOD_US, CAMERA_SWEEPS, KEYFRAME_US, LIDAR, LIDAR_PERIOD_US, LIDAR_SWEEPS, Rig,
+                  make_rig)
 from .road import GROUND_CLASSES
 from .world import ToyWorld
 
@@ -69,8 +70,8 @@ class JobResult(NamedTuple):
 
 
 class _Moment(NamedTuple):
-    """When a sensor fires: microseconds after the scene's first keyframe, the keyframe that it belongs to (a sweep
-    to the one it leads up to, as in nuScenes), is it a keyframe."""
+    """When a sensor fires: microseconds after the scene's first keyframe, the keyframe that it belongs to (a
+    sweep to the one it leads up to, as in nuScenes), is it a keyframe."""
     offset_us: int
     keyframe: int
     is_key_frame: bool
@@ -106,7 +107,8 @@ def _run_jobs(jobs, options):
             for result in pool.map(run_job, jobs, chunksize=_run_length(len(jobs), workers)):
                 yield result
     except BrokenProcessPool as error:
-        raise UserError('a worker process was killed (out of memory?); run again with fewer --workers') from error
+        raise UserError('a worker process was killed (out of memory?); run again with fewer --workers'
+                        ) from error
 
 
 def _run_length(jobs, workers):
@@ -263,8 +265,8 @@ def _boxes(job, scene):
         pose = item.pose(t)
         boxes.append(tables.BoxRecord(
             job.keyframe, item.index, np.array([pose.x, pose.y, pose.z + item.box_centre_z]),
-            float(np.arctan2(np.sin(pose.yaw), np.cos(pose.yaw))), item.size, int(points[item.index]), float(share),
-            item.moving))
+            float(np.arctan2(np.sin(pose.yaw), np.cos(pose.yaw))), item.size, int(points[item.index]),
+            float(share), item.moving))
     return boxes
 
 

@@ -1,7 +1,7 @@
 """Occupancy labels of a keyframe: the surfaces of the world as voxels, and which voxels the sensors see.
 
-Like Occ3D's, labels mark surfaces, not the inside of things. A voxel of which the surfaces of several things pass
-takes the one with a box before scenery before ground, and among equals the one with more surface in it.
+Like Occ3D's, labels mark surfaces, not the inside of things. A voxel of which the surfaces of several things
+pass takes the one with a box before scenery before ground, and among equals the one with more surface in it.
 The grid is Occ3D's (``lib.task.Task``'s defaults), in the ego frame of the keyframe.
 """
 from typing import Dict, List, NamedTuple
@@ -35,7 +35,8 @@ class Labels(NamedTuple):
     Attributes:
         semantics: uint8 Occ3D class ids.
         instances: int16, 1 + position of the object in ``world.annotated``; 0 where no such object is.
-        mask_lidar: uint8, 1 where a LiDAR ray passes or ends, on scans from a second before to a second after.
+        mask_lidar: uint8, 1 where a LiDAR ray passes or ends, on scans from a second before to a second
+            after.
         mask_camera: uint8, 1 where a camera ray passes or meets the first occupied voxel.
     """
     semantics: np.ndarray
@@ -44,7 +45,7 @@ class Labels(NamedTuple):
     mask_camera: np.ndarray
 
 
-# ---- surface samples ----------------------------------------------------------------------------------------
+# ---- surface samples ----
 
 
 def _steps(length, spacing):
@@ -85,8 +86,8 @@ def _cone_surface(radius, half_height, lean, spacing):
     up = 2 * _steps(2 * half_height, spacing) - 1
     r = (radius - lean * half_height * (up + 1))[:, None]
     angle = np.linspace(0, 2 * np.pi, max(int(2 * np.pi * radius / spacing), 6), endpoint=False)
-    side = np.stack(np.broadcast_arrays(r * np.cos(angle), r * np.sin(angle), half_height * up[:, None]), axis=-1)
-    points = [side.reshape(-1, 3)]
+    side = np.broadcast_arrays(r * np.cos(angle), r * np.sin(angle), half_height * up[:, None])
+    points = [np.stack(side, axis=-1).reshape(-1, 3)]
     for sign in (-1, 1):
         disc = _disc(radius - lean * half_height * (1 + sign), spacing)
         points.append(np.column_stack([disc, np.full(len(disc), sign * half_height)]))
@@ -106,7 +107,7 @@ def _shape_surface(table, i, spacing):
 
 
 def object_surface(item: ToyObject) -> np.ndarray:
-    """Samples float64 [m, 3] of the outer surface of an object, in its own frame, below the top of the grid."""
+    """Samples float64 [m, 3] of an object's outer surface, in its own frame, up to the top of the grid."""
     spacing = WIDE_SPACING if max(item.size) > 8 and item.type is None else SPACING
     parts = []
     radius = item.shapes.radius
@@ -121,7 +122,7 @@ def object_surface(item: ToyObject) -> np.ndarray:
     return np.concatenate(parts)
 
 
-# ---- labels -------------------------------------------------------------------------------------------------
+# ---- labels ----
 
 
 def _between(rows, count):
@@ -151,11 +152,13 @@ class Labeller:
         semantics.reshape(-1)[voxels] = self._classes[owners]
         instances.reshape(-1)[voxels] = self._instance[owners]
         occupied = semantics != OCC3D.free_id
-        return Labels(semantics, instances, self._seen_by_lidar(t, ego_to_map), self._seen_by_cameras(occupied))
+        return Labels(semantics, instances, self._seen_by_lidar(t, ego_to_map),
+                      self._seen_by_cameras(occupied))
 
     def _ground_voxels(self, ego_to_map):
         """Semantics with the ground alone."""
-        x, y = (GRID_LOW[a] + (np.arange(_SUBCELLS * GRID_SHAPE[a]) + 0.5) * VOXEL / _SUBCELLS for a in (0, 1))
+        fine = VOXEL / _SUBCELLS
+        x, y = (GRID_LOW[a] + (np.arange(_SUBCELLS * GRID_SHAPE[a]) + 0.5) * fine for a in (0, 1))
         x, y = x[:, None], y[None, :]
         z = self._ground_height(ego_to_map)
         r, t = ego_to_map[:3, :3], ego_to_map[:3, 3]
@@ -166,7 +169,8 @@ class Labeller:
         i, j = (np.arange(len(a)) // _SUBCELLS for a in (x[:, 0], y[0]))
         voxel = (i[:, None] * GRID_SHAPE[1] + j[None, :])[known] * GRID_SHAPE[2] + level[known]
         classes, code = np.unique(GROUND_CLASS_IDS, return_inverse=True)
-        votes = np.bincount(voxel * len(classes) + code[codes[known]], minlength=np.prod(GRID_SHAPE) * len(classes))
+        votes = np.bincount(voxel * len(classes) + code[codes[known]],
+                            minlength=np.prod(GRID_SHAPE) * len(classes))
         votes = votes.reshape(GRID_SHAPE + (len(classes),))
         semantics = classes[votes.argmax(axis=3)]
         semantics[votes.sum(axis=3) < MIN_SAMPLES] = OCC3D.free_id
@@ -185,7 +189,8 @@ class Labeller:
         for _ in range(2):
             mx = r[0, 0] * x + r[0, 1] * y + r[0, 2] * z + t[0]
             my = r[1, 0] * x + r[1, 1] * y + r[1, 2] * z + t[1]
-            z = z + (self.world.waves.height(mx, my) - (r[2, 0] * x + r[2, 1] * y + r[2, 2] * z + t[2])) / r[2, 2]
+            mz = r[2, 0] * x + r[2, 1] * y + r[2, 2] * z + t[2]
+            z = z + (self.world.waves.height(mx, my) - mz) / r[2, 2]
         return _between(_between(z, stride * _SUBCELLS).T, stride * _SUBCELLS).T
 
     def _object_voxels(self, t, ego_to_map):
@@ -203,7 +208,8 @@ class Labeller:
             cell = np.floor((points - GRID_LOW) / VOXEL).astype(np.int64)
             cell = cell[((cell >= 0) & (cell < GRID_SHAPE)).all(axis=1)]
             flat, count = np.unique(np.ravel_multi_index(cell.T, GRID_SHAPE), return_counts=True)
-            voxels.append(np.stack([flat, count, np.full_like(flat, item.index)], axis=1)[count >= MIN_SAMPLES])
+            found = np.stack([flat, count, np.full_like(flat, item.index)], axis=1)
+            voxels.append(found[count >= MIN_SAMPLES])
         found = np.concatenate(voxels) if voxels else np.zeros((0, 3), dtype=np.int64)
         boxed = self._instance[found[:, 2]] > 0
         order = np.lexsort((found[:, 1], boxed, found[:, 0]))
@@ -216,14 +222,15 @@ class Labeller:
         """Voxels that LiDAR rays pass or end in: the scene as it is at time t, scanned along the drive."""
         moments = sorted({min(max(t + offset, 0.0), self.world.duration) for offset in _MASK_MOMENTS})
         seen = np.zeros(GRID_SHAPE, dtype=np.uint8)
-        rays, _ = lidar_directions(_MASK_AZIMUTHS)
+        nothing, (rays, _) = np.zeros(GRID_SHAPE, dtype=bool), lidar_directions(_MASK_AZIMUTHS)
         for moment in moments:
             to_map = self.world.ego_to_map(moment) @ self.rig.lidar_to_ego
             to_ego = np.linalg.inv(ego_to_map) @ to_map
-            scene = pack_scene(self.world.shapes_at(t, to_map[:3, 3], LIDAR_RANGE), self.world.waves, to_map[:3, 3])
+            eye = to_map[:3, 3]
+            scene = pack_scene(self.world.shapes_at(t, eye, LIDAR_RANGE), self.world.waves, eye)
             directions = (rays @ to_map[:3, :3].T).reshape(_MASK_AZIMUTHS, -1, 3)
             distance, _ = trace_fan(scene, to_map[:3, :3], directions, LIDAR_RANGE)
-            mark_seen(np.zeros(GRID_SHAPE, dtype=bool), (to_ego[:3, 3] - GRID_LOW) / VOXEL, rays @ to_ego[:3, :3].T,
+            mark_seen(nothing, (to_ego[:3, 3] - GRID_LOW) / VOXEL, rays @ to_ego[:3, :3].T,
                       distance.reshape(-1) / VOXEL, seen)
         return seen
 
@@ -235,7 +242,8 @@ class Labeller:
             u, v = (g.ravel() for g in np.meshgrid(u, v))
             rays = np.stack([u, v, np.ones_like(u)], axis=1) @ np.linalg.inv(camera.intrinsic).T
             rays = rays / np.linalg.norm(rays, axis=1, keepdims=True) @ camera.to_ego[:3, :3].T
-            mark_seen(occupied, (camera.to_ego[:3, 3] - GRID_LOW) / VOXEL, rays, np.full(len(rays), np.inf), seen)
+            origin = (camera.to_ego[:3, 3] - GRID_LOW) / VOXEL
+            mark_seen(occupied, origin, rays, np.full(len(rays), np.inf), seen)
         return seen
 
 

@@ -39,7 +39,7 @@ def scan(world: ToyWorld, rig: Rig, t: float, rng, azimuths: int = LIDAR_AZIMUTH
 
 
 def visible_share(world: ToyWorld, t: float, eye: np.ndarray, items: List[ToyObject]) -> np.ndarray:
-    """Share float64 [n] of each object's box that nothing else hides from ``eye`` (map frame, float64 [3])."""
+    """Share float64 [n] of each object's box that nothing else hides from ``eye`` (map frame, [3])."""
     if not items:
         return np.zeros(0)
     steps = np.linspace(-0.35, 0.35, 3)
@@ -49,7 +49,8 @@ def visible_share(world: ToyWorld, t: float, eye: np.ndarray, items: List[ToyObj
         pose = item.pose(t)
         x, y, z = (grid * item.size).T
         c, s = np.cos(pose.yaw), np.sin(pose.yaw)
-        targets.append(np.stack([c * x - s * y + pose.x, s * x + c * y + pose.y, z + pose.z + item.box_centre_z], axis=1))
+        turned = np.stack([c * x - s * y, s * x + c * y, z], axis=1)
+        targets.append(turned + (pose.x, pose.y, pose.z + item.box_centre_z))
     offset = np.concatenate(targets) - eye
     reach = np.linalg.norm(offset, axis=1)
     table = world.shapes_at(t, eye)

@@ -3,8 +3,8 @@ from typing import List, NamedTuple, Optional
 
 from lib.errors import UserError
 
-MINI_TRAIN = ('scene-0061', 'scene-0553', 'scene-0655', 'scene-0757', 'scene-0796', 'scene-1077', 'scene-1094',
-              'scene-1100')
+MINI_TRAIN = ('scene-0061', 'scene-0553', 'scene-0655', 'scene-0757', 'scene-0796', 'scene-1077',
+              'scene-1094', 'scene-1100')
 MINI_VAL = ('scene-0103', 'scene-0916')
 SPLITS = ('both', 'train', 'val', 'test')
 VERSIONS = ('v1.0-mini', 'v1.0-trainval', 'v1.0-test')
@@ -51,16 +51,16 @@ def plan_scenes(count: int, split: str = 'both', version: Optional[str] = None) 
     version = version or _smallest_version(count, split)
     train, val, test = _split_names(version)
     if split == 'both':
-        wanted = 0 if count == 1 else max(1, round(count / 5))
-        wanted = dict(train=count - wanted, val=wanted, test=0) if version != 'v1.0-test' else dict(test=count)
+        held_out = 0 if count == 1 else max(1, round(count / 5))
+        wanted = dict(test=count) if version == 'v1.0-test' else dict(train=count - held_out, val=held_out)
     else:
         wanted = {split: count}
     chosen = {}
     for name, known in (('train', train), ('val', val), ('test', test)):
         number = wanted.get(name, 0)
         if number > len(known):
-            raise UserError('--scenes %d needs %d %s scenes, but %s has %d of them; ask for fewer, or for another '
-                            '--version or --split' % (count, number, name, version, len(known)))
+            raise UserError('--scenes %d needs %d %s scenes, but %s has %d of them; ask for fewer, or for '
+                            'another --version or --split' % (count, number, name, version, len(known)))
         chosen[name] = list(known[:number])
     return ScenePlan(version, **chosen)
 

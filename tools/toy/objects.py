@@ -8,8 +8,8 @@ from typing import Dict, List, NamedTuple, Tuple
 
 import numpy as np
 
-from .shapes import (BARK, BOX, CHECKS, CONE, CONE_BANDS, ELLIPSOID, FOLIAGE, GLASS, PLAIN, RIBS, STRIPES, WALL,
-                     WHEEL, Shape)
+from .shapes import (BARK, BOX, CHECKS, CONE, CONE_BANDS, ELLIPSOID, FOLIAGE, GLASS, PLAIN, RIBS, STRIPES,
+                     WALL, WHEEL, Shape)
 
 RUBBER, GLASS_BLUE, METAL = (0.06, 0.06, 0.07), (0.12, 0.17, 0.22), (0.45, 0.46, 0.48)
 LAMP_WHITE, LAMP_RED, SKIN = (0.95, 0.93, 0.80), (0.75, 0.05, 0.05), (0.85, 0.62, 0.48)
@@ -59,7 +59,8 @@ def _jitter(rng, colour, amount=0.06):
 def _block(x, y, z, colour, material=PLAIN, taper=(1.0, 1.0)):
     """Box given by its (lower, upper) bounds along x, y and z."""
     bounds = np.array([x, y, z], dtype=np.float64)
-    return Shape(BOX, tuple(bounds.mean(axis=1)), tuple((bounds[:, 1] - bounds[:, 0]) / 2), colour, material, taper)
+    half = (bounds[:, 1] - bounds[:, 0]) / 2
+    return Shape(BOX, tuple(bounds.mean(axis=1)), tuple(half), colour, material, taper)
 
 
 def _wheels(xs, half_track, radius, half_width):
@@ -86,7 +87,8 @@ def car(rng) -> List[Shape]:
     back, front = -hl * rng.uniform(0.72, 0.95), hl * rng.uniform(0.30, 0.45)
     return [
         _block((-hl + 0.05, hl - 0.05), (-hw, hw), (0.24, belt), colour, taper=(0.97, 0.94)),
-        _block((back, front), (-0.92 * hw, 0.92 * hw), (belt, height - 0.06), GLASS_BLUE, GLASS, (0.76, 0.84)),
+        _block((back, front), (-0.92 * hw, 0.92 * hw), (belt, height - 0.06), GLASS_BLUE, GLASS,
+               (0.76, 0.84)),
         _block((0.85 * back, 0.72 * front), (-0.79 * hw, 0.79 * hw), (height - 0.08, height), colour),
         *_wheels((-0.60 * hl, 0.62 * hl), hw, 0.34, 0.11),
         *_lamps(hl, -hl, hw, 0.62)]
@@ -101,7 +103,8 @@ def truck(rng) -> List[Shape]:
     return [
         _block((-hl + 0.05, hl - 0.06), (-0.8 * hw, 0.8 * hw), (0.45, 0.85), (0.15, 0.15, 0.16)),
         _block((split + 0.1, hl - 0.03), (-0.96 * hw, 0.96 * hw), (0.5, 1.5), cab),
-        _block((split + 0.1, hl - 0.03), (-0.94 * hw, 0.94 * hw), (1.5, 2.15), GLASS_BLUE, GLASS, (0.9, 0.95)),
+        _block((split + 0.1, hl - 0.03), (-0.94 * hw, 0.94 * hw), (1.5, 2.15), GLASS_BLUE, GLASS,
+               (0.9, 0.95)),
         _block((split + 0.1, hl - 0.25), (-0.88 * hw, 0.88 * hw), (2.15, 2.4), cab),
         _block((-hl, split - 0.1), (-hw, hw), (0.85, height), cargo, RIBS),
         *_wheels((-0.62 * hl, 0.70 * hl), hw, 0.46, 0.15),
@@ -116,7 +119,8 @@ def bus(rng) -> List[Shape]:
     return [
         _block((-hl + 0.03, hl - 0.03), (-hw + 0.02, hw - 0.02), (0.30, 1.45), colour),
         _block((-hl, hl), (-hw, hw), (1.45, 2.45), GLASS_BLUE, GLASS),
-        _block((-hl + 0.03, hl - 0.03), (-hw + 0.02, hw - 0.02), (2.45, height), _jitter(rng, (0.9, 0.9, 0.86))),
+        _block((-hl + 0.03, hl - 0.03), (-hw + 0.02, hw - 0.02), (2.45, height),
+               _jitter(rng, (0.9, 0.9, 0.86))),
         *[_block((x - 0.08, x + 0.08), (-hw - 0.01, hw + 0.01), (1.44, 2.46), colour)
           for x in np.linspace(-0.9 * hl, 0.9 * hl, 6)],
         *_wheels((-0.58 * hl, 0.62 * hl), hw, 0.48, 0.15),
@@ -156,7 +160,8 @@ def _rider(rng, seat, lean=0.0):
     shirt = _vivid(rng)
     return [
         Shape(ELLIPSOID, (lean, 0.0, seat + 0.38), (0.20, 0.24, 0.40), shirt),
-        Shape(ELLIPSOID, (lean + 0.1, 0.0, seat + 0.88), (0.13, 0.13, 0.16), _jitter(rng, (0.2, 0.2, 0.25), 0.15)),
+        Shape(ELLIPSOID, (lean + 0.1, 0.0, seat + 0.88), (0.13, 0.13, 0.16),
+              _jitter(rng, (0.2, 0.2, 0.25), 0.15)),
         _block((lean - 0.1, lean + 0.35), (-0.24, -0.10), (seat - 0.35, seat + 0.05), (0.12, 0.14, 0.25)),
         _block((lean - 0.1, lean + 0.35), (0.10, 0.24), (seat - 0.35, seat + 0.05), (0.12, 0.14, 0.25))]
 
@@ -207,16 +212,16 @@ def barrier(rng) -> List[Shape]:
     """A striped road barrier, long side along y."""
     height = rng.uniform(0.95, 1.10)
     return [_block((-0.30, 0.30), (-1.0, 1.0), (0.0, 0.30), (0.75, 0.75, 0.75)),
-            _block((-0.20, 0.20), (-0.98, 0.98), (0.30, height), _jitter(rng, (0.85, 0.12, 0.10), 0.04), STRIPES,
-                   (0.6, 1.0))]
+            _block((-0.20, 0.20), (-0.98, 0.98), (0.30, height), _jitter(rng, (0.85, 0.12, 0.10), 0.04),
+                   STRIPES, (0.6, 1.0))]
 
 
 def traffic_cone(rng) -> List[Shape]:
     """An orange cone with white bands."""
     height = rng.uniform(0.75, 0.95)
     return [_block((-0.28, 0.28), (-0.28, 0.28), (0.0, 0.06), (0.90, 0.35, 0.05)),
-            Shape(CONE, (0.0, 0.0, 0.06 + height / 2), (0.21, 0.21, height / 2), _jitter(rng, (0.98, 0.40, 0.05), 0.03),
-                  CONE_BANDS, (0.25, 1.0))]
+            Shape(CONE, (0.0, 0.0, 0.06 + height / 2), (0.21, 0.21, height / 2),
+                  _jitter(rng, (0.98, 0.40, 0.05), 0.03), CONE_BANDS, (0.25, 1.0))]
 
 
 def cart(rng) -> List[Shape]:
@@ -275,8 +280,8 @@ def tree(rng) -> List[Shape]:
     """A broad-leaved tree."""
     trunk, spread = rng.uniform(1.8, 2.6), rng.uniform(1.2, 1.9)
     green = _jitter(rng, (0.16, 0.36, 0.10), 0.06)
-    shapes = [Shape(CONE, (0.0, 0.0, trunk / 2 - 0.2), (0.22, 0.22, trunk / 2 + 0.4), (0.30, 0.21, 0.13), BARK,
-                    (0.7, 1.0)),
+    shapes = [Shape(CONE, (0.0, 0.0, trunk / 2 - 0.2), (0.22, 0.22, trunk / 2 + 0.4), (0.30, 0.21, 0.13),
+                    BARK, (0.7, 1.0)),
               Shape(ELLIPSOID, (0.0, 0.0, trunk + spread), (spread, spread, 1.15 * spread), green, FOLIAGE)]
     for _ in range(3):
         angle, out = rng.uniform(0, 2 * np.pi), 0.6 * spread
@@ -292,14 +297,14 @@ def conifer(rng) -> List[Shape]:
     green = _jitter(rng, (0.10, 0.28, 0.14), 0.04)
     shapes = [Shape(CONE, (0.0, 0.0, 0.4), (0.2, 0.2, 0.6), (0.28, 0.19, 0.12), BARK)]
     for k, share in enumerate((1.0, 0.75, 0.5)):
-        low = 0.8 + k * 0.27 * height
-        shapes.append(Shape(CONE, (0.0, 0.0, low + 0.19 * height), (radius * share, radius * share, 0.19 * height),
-                            green, FOLIAGE, (0.12, 1.0)))
+        low, wide, half_height = 0.8 + k * 0.27 * height, radius * share, 0.19 * height
+        shapes.append(Shape(CONE, (0.0, 0.0, low + half_height), (wide, wide, half_height), green, FOLIAGE,
+                            (0.12, 1.0)))
     return shapes
 
 
 def bush(rng) -> List[Shape]:
     """A round bush."""
     size = rng.uniform(0.5, 0.9)
-    return [Shape(ELLIPSOID, (0.0, 0.0, 0.6 * size), (size, size, 0.8 * size), _jitter(rng, (0.18, 0.40, 0.12), 0.06),
-                  FOLIAGE)]
+    green = _jitter(rng, (0.18, 0.40, 0.12), 0.06)
+    return [Shape(ELLIPSOID, (0.0, 0.0, 0.6 * size), (size, size, 0.8 * size), green, FOLIAGE)]

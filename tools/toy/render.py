@@ -28,8 +28,8 @@ class View(NamedTuple):
 
 
 class _Shot(NamedTuple):
-    """A camera at a moment: rotation float64 [3, 3] to map axes, eye float64 [3], intrinsic and size (width, height)
-    of the traced image, which has ``fine`` pixels per pixel and side, and what may be seen."""
+    """A camera at a moment: rotation float64 [3, 3] to map axes, eye float64 [3], intrinsic and size (width,
+    height) of the traced image, which has ``fine`` pixels per pixel and side, and what may be seen."""
     rotation: np.ndarray
     eye: np.ndarray
     intrinsic: np.ndarray
@@ -74,8 +74,8 @@ class Renderer:
     def _expose(self, shots, shadows):
         width, height = shots[0].size
         fine = shots[0].fine
-        depth, hit = self._trace([s.scene for s in shots], [s.rotation for s in shots], [s.intrinsic for s in shots],
-                                 shots[0].size)
+        depth, hit = self._trace([s.scene for s in shots], [s.rotation for s in shots],
+                                 [s.intrinsic for s in shots], shots[0].size)
         rays = torch.cat([self._directions(s) for s in shots])
         eye = torch.as_tensor(np.array([s.eye for s in shots], dtype=np.float32), device=self.device)
         eye = eye[:, None].expand(-1, width * height, -1).reshape(-1, 3)
@@ -98,11 +98,12 @@ class Renderer:
         focal = 0.5 * _SHADOW_PIXELS * _SUN_METRES / _SHADOW_REACH
         intrinsic = np.array([[focal, 0, _SHADOW_PIXELS / 2], [0, focal, _SHADOW_PIXELS / 2], [0, 0, 1.0]])
         scene = pack_scene(self.world.shapes_at(t, middle, 1.2 * _SHADOW_REACH), self.world.waves, eye)
-        depth, _ = self._trace([scene], [rotation], [intrinsic], (_SHADOW_PIXELS, _SHADOW_PIXELS), ground=False)
+        size = (_SHADOW_PIXELS, _SHADOW_PIXELS)
+        depth, _ = self._trace([scene], [rotation], [intrinsic], size, ground=False)
         return Shadows(depth.reshape(-1), _SHADOW_PIXELS, eye, rotation, focal)
 
     def _trace(self, scenes, rotations, intrinsics, size, ground=True):
-        """Depth and hit tensors [C, height, width] on the device; hits index the scenes' concatenated shapes."""
+        """Depth and hit tensors [C, height, width]; hits index the scenes' concatenated shapes."""
         if self.device.type != 'cpu':
             from .trace_torch import trace_images
             return trace_images(scenes, rotations, intrinsics, size, self.device, ground)

@@ -49,12 +49,13 @@ class Rig(NamedTuple):
 
 
 def make_rig(seed: int, scene_index: int, size: Tuple[int, int]) -> Rig:
-    """The rig of a scene: every scene's car is mounted a little differently. ``size``: (width, height) of images."""
+    """The rig of a scene, each mounted a little differently. ``size``: (width, height) of the images."""
     rng = np.random.default_rng([seed, scene_index, 2])
     cameras = {}
     for name in NUSCENES_CAMERAS:
         position, yaw, focal, centre, delay = _MOUNTING[name]
-        rotation = _turn(np.deg2rad(yaw) + rng.normal(0, 0.005), rng.normal(0, 0.005), rng.normal(0, 0.005)) @ _CAMERA_AXES
+        yaw, pitch, roll = np.deg2rad([yaw, 0.0, 0.0]) + rng.normal(0, 0.005, 3)
+        rotation = _turn(yaw, pitch, roll) @ _CAMERA_AXES
         focal = focal + rng.normal(0, 3.0)
         scale_x, scale_y = size[0] / NATIVE_SIZE[0], size[1] / NATIVE_SIZE[1]
         intrinsic = np.array([[focal * scale_x, 0.0, (centre[0] + rng.normal(0, 4)) * scale_x],
@@ -72,7 +73,7 @@ _CAMERA_AXES = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
 
 
 def _turn(yaw, pitch, roll):
-    cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
+    (cy, cp, cr), (sy, sp, sr) = np.cos([yaw, pitch, roll]), np.sin([yaw, pitch, roll])
     about_z = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1.0]])
     about_y = np.array([[cp, 0, sp], [0, 1.0, 0], [-sp, 0, cp]])
     about_x = np.array([[1.0, 0, 0], [0, cr, -sr], [0, sr, cr]])

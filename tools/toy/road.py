@@ -7,8 +7,9 @@ import numpy as np
 GRASS, DIRT, ASPHALT, WHITE_PAINT, YELLOW_PAINT, PAVING, KERB, TILES = range(8)
 NO_GROUND = 255
 
-GROUND_CLASSES = {GRASS: 'terrain', DIRT: 'terrain', ASPHALT: 'driveable_surface', WHITE_PAINT: 'driveable_surface',
-                  YELLOW_PAINT: 'driveable_surface', PAVING: 'sidewalk', KERB: 'sidewalk', TILES: 'other_flat'}
+GROUND_CLASSES = {GRASS: 'terrain', DIRT: 'terrain', ASPHALT: 'driveable_surface',
+                  WHITE_PAINT: 'driveable_surface', YELLOW_PAINT: 'driveable_surface', PAVING: 'sidewalk',
+                  KERB: 'sidewalk', TILES: 'other_flat'}
 
 # Lateral distances from the centre line, metres.
 LANE_WIDTH, PARKING_CENTRE, ROAD_EDGE, SIDEWALK_EDGE = 3.5, 5.4, 7.1, 10.4
@@ -105,7 +106,8 @@ def _codes(s, d, zones):
     for zone in zones:
         code = {'park': GRASS, 'dirt': DIRT, 'plaza': TILES, 'building': PAVING}[zone.kind]
         reach = {'park': 40.0, 'dirt': 26.0, 'plaza': 22.0, 'building': 12.0}[zone.kind]
-        rows, columns = (s[:, 0] >= zone.start) & (s[:, 0] < zone.end), (d[0] * zone.side > 0) & (wide[0] < reach)
+        rows = (s[:, 0] >= zone.start) & (s[:, 0] < zone.end)
+        columns = (d[0] * zone.side > 0) & (wide[0] < reach)
         codes[np.ix_(rows, columns)] = code
     for code, reach in ((PAVING, SIDEWALK_EDGE), (KERB, ROAD_EDGE + 0.2), (ASPHALT, ROAD_EDGE)):
         codes[:, wide[0] < reach] = code
@@ -123,7 +125,8 @@ def _paint_cross_street(image, road, crossing):
     r0, r1 = max(int((y - reach) / CELL), 0), min(int((y + reach) / CELL), rows)
     dx = ((np.arange(c0, c1) + 0.5) * CELL - x)[None, :]
     dy = ((np.arange(r0, r1) + 0.5) * CELL - y)[:, None]
-    along, across = np.abs(dx * np.cos(heading) + dy * np.sin(heading)), dy * np.cos(heading) - dx * np.sin(heading)
+    along = np.abs(dx * np.cos(heading) + dy * np.sin(heading))
+    across = dy * np.cos(heading) - dx * np.sin(heading)
     wide = np.abs(across)
     patch = image[r0:r1, c0:c1]
     outside = (wide > ROAD_EDGE) & (wide < 60.0)

@@ -1,7 +1,7 @@
 """Colours of what the rays hit: light, textures, sky. Plain tensor code, the same on the CPU and on a GPU.
 
-P: pixels of one image, or those of them that hit one kind of thing. Colours are RGB 0..1; all tensors are float32
-unless stated.
+P: pixels of one image, or those of them that hit one kind of thing. Colours are RGB 0..1; all tensors are
+float32 unless stated.
 """
 from typing import NamedTuple, Optional
 
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from . import shapes as sh
-from .road import ASPHALT, CELL, DIRT, GRASS, KERB, NO_GROUND, PAVING, TILES, WHITE_PAINT, YELLOW_PAINT
+from .road import ASPHALT, CELL, DIRT, GRASS, KERB, PAVING, TILES, WHITE_PAINT, YELLOW_PAINT
 from .trace import GROUND, SKY
 
 _GROUND_COLOURS = {GRASS: (0.30, 0.46, 0.16), DIRT: (0.52, 0.42, 0.28), ASPHALT: (0.25, 0.25, 0.27),
-                   WHITE_PAINT: (0.86, 0.86, 0.84), YELLOW_PAINT: (0.80, 0.65, 0.12), PAVING: (0.60, 0.57, 0.55),
-                   KERB: (0.74, 0.73, 0.71), TILES: (0.60, 0.28, 0.24)}
+                   WHITE_PAINT: (0.86, 0.86, 0.84), YELLOW_PAINT: (0.80, 0.65, 0.12),
+                   PAVING: (0.60, 0.57, 0.55), KERB: (0.74, 0.73, 0.71), TILES: (0.60, 0.28, 0.24)}
 _HAZE_METRES = 350.0
 _NOISE_SIZE = 256       # a power of two
 _NOISE_SHIFT = 65536.0  # keeps texture coordinates positive, so that truncation rounds down
@@ -47,9 +47,9 @@ def make_painter(world, device: torch.device) -> Painter:
         colours[code] = colour
     tensor = lambda a: torch.as_tensor(np.asarray(a, dtype=np.float32), device=device)  # noqa: E731
     look = world.look
-    return Painter(torch.as_tensor(world.ground.reshape(-1), device=device), world.ground.shape, tensor(colours),
-                   tensor(_noise_layers()), tensor(look.sun), tensor(look.zenith), tensor(look.horizon),
-                   look.sunlight, look.ambient)
+    return Painter(torch.as_tensor(world.ground.reshape(-1), device=device), world.ground.shape,
+                   tensor(colours), tensor(_noise_layers()), tensor(look.sun), tensor(look.zenith),
+                   tensor(look.horizon), look.sunlight, look.ambient)
 
 
 def _noise_layers():
@@ -197,7 +197,7 @@ def _ground(painter, place, sunny):
     shade = 1.0 + rough * torch.where(soft, 2.0 * torch.ones_like(x), 0.6 * torch.ones_like(x))
     joints = ((_wrap(x, 0.8) < 0.075) | (_wrap(y, 0.8) < 0.075)) & ((codes == PAVING) | (codes == TILES))
     shade = shade * (1.0 - 0.18 * joints.float())
-    light = painter.sunlight * float(painter.sun[2]) * sunny + painter.ambient     # the ground is level, nearly
+    light = painter.sunlight * float(painter.sun[2]) * sunny + painter.ambient      # nearly level
     return painter.ground_colours.index_select(0, codes) * (shade * light)[:, None]
 
 
@@ -224,8 +224,8 @@ def _local_hit(numbers, kind, offset):
     """Hit point and unit normal, both [P, 3], in the local frame of the shape that was hit."""
     relative = offset - numbers[:, :3]
     cos, sin = numbers[:, 3], numbers[:, 4]
-    local = torch.stack([cos * relative[:, 0] + sin * relative[:, 1], cos * relative[:, 1] - sin * relative[:, 0],
-                         relative[:, 2]], dim=1)
+    local = torch.stack([cos * relative[:, 0] + sin * relative[:, 1],
+                         cos * relative[:, 1] - sin * relative[:, 0], relative[:, 2]], dim=1)
     normal = torch.empty_like(local)
     for code, find in _NORMALS.items():
         chosen = torch.nonzero(kind == code)[:, 0]
@@ -265,12 +265,13 @@ def _wheel_normal(local, half, slope):
     return torch.stack([x * tread, y.sign() * (1 - tread), z * tread], dim=1)
 
 
-_NORMALS = {sh.BOX: _box_normal, sh.ELLIPSOID: _ellipsoid_normal, sh.CONE: _cone_normal, sh.WHEEL: _wheel_normal}
+_NORMALS = {sh.BOX: _box_normal, sh.ELLIPSOID: _ellipsoid_normal, sh.CONE: _cone_normal,
+            sh.WHEEL: _wheel_normal}
 
 
 class _Spots(NamedTuple):
-    """Places on surfaces, all [P]: texture coordinates (along the wall, height; x, y on tops), height above the
-    shape's foot, on a top, owner's index; normal [P, 3]."""
+    """Places on surfaces, all [P]: texture coordinates (along the wall, height; x, y on tops), height above
+    the shape's foot, on a top, owner's index; normal [P, 3]."""
     u: torch.Tensor
     v: torch.Tensor
     height: torch.Tensor
@@ -284,7 +285,8 @@ def _materials(painter, material, local, normal, numbers):
     x, y, z = local.unbind(dim=1)
     top = normal[:, 2].abs() > 0.75
     along = torch.where(normal[:, 0].abs() > normal[:, 1].abs(), y, x)
-    spots = _Spots(torch.where(top, x, along), torch.where(top, y, z), z + numbers[:, 7], top, numbers[:, 14], normal)
+    spots = _Spots(torch.where(top, x, along), torch.where(top, y, z), z + numbers[:, 7], top, numbers[:, 14],
+                   normal)
     fine = _noise(painter, spots.u * 25 + spots.owner * 7, spots.v * 25 + spots.owner * 13, 2)
     colour = numbers[:, 11:14] * (1.0 + 0.06 * fine)[:, None]
     for code, texture in _TEXTURES.items():
@@ -308,7 +310,8 @@ def _wall(painter, colour, spots):
 
 def _foliage(painter, colour, spots):
     """Leaves: strong noise of two scales."""
-    a, b = spots.normal[:, 0] * 30 + spots.owner * 11, (spots.normal[:, 2] + spots.height) * 20 + spots.owner * 3
+    a = spots.normal[:, 0] * 30 + spots.owner * 11
+    b = (spots.normal[:, 2] + spots.height) * 20 + spots.owner * 3
     leaves = 0.35 * _noise(painter, a, b, 2) + 0.30 * _noise(painter, spots.u * 18, spots.v * 18, 3)
     return colour * (1.0 + leaves)[:, None]
 

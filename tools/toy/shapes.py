@@ -102,7 +102,7 @@ def concat_tables(tables: Sequence[ShapeTable]) -> ShapeTable:
 
 
 def extent(table: ShapeTable) -> Tuple[np.ndarray, np.ndarray]:
-    """Tightest box, aligned with the axes of the table's frame, around all shapes: lower, upper, float64 [3]."""
+    """Tightest box along the axes of the table's frame around all shapes: lower, upper, float64 [3]."""
     c, s = np.abs(table.turn[:, 0]), np.abs(table.turn[:, 1])
     x, y, z = table.half.T
     reach = np.stack([c * x + s * y, s * x + c * y, z], axis=1)
@@ -124,7 +124,7 @@ def from_local(points: np.ndarray, table: ShapeTable, i: int) -> np.ndarray:
 
 
 def inside(points: np.ndarray, table: ShapeTable, i: int, margin: float = 0.0) -> np.ndarray:
-    """bool [m]: which points float64 [m, 3] lie in shape i, at least about ``margin`` metres below its surface."""
+    """bool [m]: which points [m, 3] lie in shape i, at least about ``margin`` metres below its surface."""
     x, y, z = to_local(points, table, i).T
     hx, hy, hz = table.half[i]
     kind = table.kind[i]

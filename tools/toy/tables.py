@@ -112,8 +112,8 @@ class TableWriter:
     def __init__(self, seed: int, annotations: bool = True):
         self._seed, self._annotations = seed, annotations
         self._tables = {name: [] for name in (
-            'category', 'attribute', 'visibility', 'instance', 'sensor', 'calibrated_sensor', 'ego_pose', 'log',
-            'scene', 'sample', 'sample_data', 'sample_annotation', 'map')}
+            'category', 'attribute', 'visibility', 'instance', 'sensor', 'calibrated_sensor', 'ego_pose',
+            'log', 'scene', 'sample', 'sample_data', 'sample_annotation', 'map')}
         self._channels = []
         self._fixed_tables()
 
@@ -127,7 +127,8 @@ class TableWriter:
         for attribute in sorted({a for t in types for a in t.attributes if a}):
             self._add('attribute', self.token('attribute', attribute), name=attribute, description='')
         for key, level, _ in VISIBILITY_LEVELS:
-            self._add('visibility', key, level=level, description='visibility of the object, %s percent' % level[1:])
+            self._add('visibility', key, level=level,
+                      description='visibility of the object, %s percent' % level[1:])
 
     def _add(self, table, key, **fields):
         record = dict(token=key, **fields)
@@ -143,8 +144,9 @@ class TableWriter:
         self._add('map', self.token('map', name), category='semantic_prior', filename=scene.map_file,
                   log_tokens=[log])
         samples = [sample_token(self._seed, name, k) for k in range(count)]
-        self._add('scene', self.token('scene', name), log_token=log, nbr_samples=count, first_sample_token=samples[0],
-                  last_sample_token=samples[-1], name=name, description=scene.description)
+        self._add('scene', self.token('scene', name), log_token=log, nbr_samples=count,
+                  first_sample_token=samples[0], last_sample_token=samples[-1], name=name,
+                  description=scene.description)
         for k, stamp in enumerate(scene.timestamps):
             self._add('sample', samples[k], timestamp=int(stamp), scene_token=self.token('scene', name),
                       prev=samples[k - 1] if k else '', next=samples[k + 1] if k + 1 < count else '')
@@ -171,8 +173,8 @@ class TableWriter:
         for channel, records in by_channel.items():
             keys = [self.token('data', scene.name, channel, r.timestamp) for r in records]
             for k, r in enumerate(records):
-                self._add('ego_pose', keys[k], timestamp=int(r.timestamp), rotation=quaternion(r.ego_to_map[:3, :3]),
-                          translation=r.ego_to_map[:3, 3].tolist())
+                self._add('ego_pose', keys[k], timestamp=int(r.timestamp),
+                          rotation=quaternion(r.ego_to_map[:3, :3]), translation=r.ego_to_map[:3, 3].tolist())
                 self._add('sample_data', keys[k], sample_token=samples[r.keyframe], ego_pose_token=keys[k],
                           calibrated_sensor_token=self.token('calibrated', scene.name, channel),
                           timestamp=int(r.timestamp), fileformat='pcd' if channel == LIDAR else 'jpg',
@@ -190,12 +192,14 @@ class TableWriter:
             keys = [self.token('annotation', scene.name, item, b.keyframe) for b in boxes]
             category = scene.categories[item]
             self._add('instance', instance, category_token=self.token('category', category),
-                      nbr_annotations=len(boxes), first_annotation_token=keys[0], last_annotation_token=keys[-1])
+                      nbr_annotations=len(boxes), first_annotation_token=keys[0],
+                      last_annotation_token=keys[-1])
             for k, box in enumerate(boxes):
                 attribute = types[category].attributes[0 if box.moving else 1]
                 length, width, height = box.size
-                self._add('sample_annotation', keys[k], sample_token=samples[box.keyframe], instance_token=instance,
-                          visibility_token=next(key for key, _, top in VISIBILITY_LEVELS if box.visible < top),
+                level = next(key for key, _, top in VISIBILITY_LEVELS if box.visible < top)
+                self._add('sample_annotation', keys[k], sample_token=samples[box.keyframe],
+                          instance_token=instance, visibility_token=level,
                           attribute_tokens=[self.token('attribute', attribute)] if attribute else [],
                           translation=box.centre.tolist(), size=[width, length, height],
                           rotation=[float(np.cos(box.yaw / 2)), 0.0, 0.0, float(np.sin(box.yaw / 2))],

@@ -1,7 +1,8 @@
 """Ray tracing of shapes and ground on the CPU (numba, compiled on first use and cached).
 
-``trace_image`` tests each shape only against the pixels of its image bounds, ``trace_fan`` only against the columns
-of a scan that may meet it; ``trace_rays`` takes any bundle of rays from one point. All report a distance t (the hit is t * direction) and a hit index.
+``trace_image`` tests each shape only against the pixels of its image bounds, ``trace_fan`` only against the
+columns of a scan that may meet it; ``trace_rays`` takes any bundle of rays from one point. All report a
+distance t (the hit is t * direction) and a hit index.
 """
 import math
 from typing import Tuple
@@ -92,7 +93,7 @@ def _hit_shape(kind, s, dx, dy, dz):
 
 @_jit
 def _hit_ground(waves, dx, dy, dz, limit):
-    """Distance to the ground: steps that cannot overshoot, until within a hair of it. _MISS beyond ``limit``."""
+    """Distance to the ground, in steps that cannot overshoot, to a hair above it. _MISS beyond ``limit``."""
     height, highest, steepest = waves[4, 0], waves[4, 1], waves[4, 2]
     t = 0.0
     if height > highest:
@@ -149,8 +150,9 @@ def _trace_image(kind, numbers, waves, rotation, fx, fy, cx, cy, ground, distanc
     height, width = distance.shape
     distance[:] = FAR
     hit[:] = SKY
-    nearest = rotation[0, 2] * numbers[:, 0] + rotation[1, 2] * numbers[:, 1] + rotation[2, 2] * numbers[:, 2] \
-        - numbers[:, 10]
+    nearest = -numbers[:, 10].astype(np.float64)
+    for a in range(3):
+        nearest = nearest + rotation[a, 2] * numbers[:, a]
     for i in np.argsort(nearest):       # front to back, so that hidden shapes are skipped
         s = numbers[i]
         c0, c1, r0, r1 = _bounds(s, rotation, fx, fy, cx, cy, width, height, NEAR)
@@ -214,7 +216,8 @@ def _trace_fan(kind, numbers, waves, axes, directions, limit, distance, hit):
         across = math.sqrt(x * x + y * y)
         first, count = 0, columns
         if across > s[10]:
-            middle, reach = math.atan2(y, x) * columns / (2 * math.pi), math.asin(s[10] / across) * columns / (2 * math.pi)
+            per_radian = columns / (2 * math.pi)
+            middle, reach = math.atan2(y, x) * per_radian, math.asin(s[10] / across) * per_radian
             first = int(math.floor(middle - reach))
             count = min(int(math.ceil(middle + reach)) - first + 1, columns)
         square = s[0] * s[0] + s[1] * s[1] + s[2] * s[2] - s[10] * s[10]
@@ -230,8 +233,8 @@ def _trace_fan(kind, numbers, waves, axes, directions, limit, distance, hit):
                     distance[column, r], hit[column, r] = t, i
     for column in range(columns):
         for r in range(rings):
-            t = _hit_ground(waves, directions[column, r, 0], directions[column, r, 1], directions[column, r, 2],
-                            distance[column, r])
+            dx, dy, dz = directions[column, r, 0], directions[column, r, 1], directions[column, r, 2]
+            t = _hit_ground(waves, dx, dy, dz, distance[column, r])
             if t < distance[column, r]:
                 distance[column, r], hit[column, r] = t, GROUND
 
@@ -246,7 +249,8 @@ def trace_fan(scene: PackedScene, axes: np.ndarray, directions: np.ndarray,
             2 pi k / columns of the scanner frame.
 
     Returns:
-        distance float64 [columns, rings], metres (``limit`` where nothing is hit), and hit int32 of that shape.
+        distance float64 [columns, rings], metres (``limit`` where nothing is hit), and hit int32 of that
+        shape.
     """
     distance, hit = np.empty(directions.shape[:2]), np.empty(directions.shape[:2], dtype=np.int32)
     _trace_fan(scene.kind, scene.numbers, scene.waves, np.ascontiguousarray(axes, dtype=np.float64),
@@ -275,7 +279,8 @@ def _trace_rays(kind, numbers, waves, directions, limit, distance, hit):
         distance[r], hit[r] = best, index
 
 
-def trace_rays(scene: PackedScene, directions: np.ndarray, limit: float = FAR) -> Tuple[np.ndarray, np.ndarray]:
+def trace_rays(scene: PackedScene, directions: np.ndarray,
+               limit: float = FAR) -> Tuple[np.ndarray, np.ndarray]:
     """What rays from the scene's viewpoint meet within ``limit`` metres.
 
     Args:

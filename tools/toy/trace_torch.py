@@ -1,8 +1,8 @@
 """Ray tracing of shapes and ground with PyTorch tensors, for GPUs: the same hits as ``trace_cpu``.
 
-All (shape, pixel) pairs that the shapes' image bounds allow are tested at once, for several cameras together, because
-a GPU's time goes into starting kernels; each pixel keeps its nearest hit.
-C: cameras, n: shapes of all of them, Q: pairs, P: pixels of all cameras.
+All (shape, pixel) pairs that the shapes' image bounds allow are tested at once, for several cameras together,
+because a GPU's time goes into starting kernels; each pixel keeps its nearest hit. C: cameras, n: shapes of
+all of them, Q: pairs, P: pixels of all cameras.
 """
 import itertools
 from typing import NamedTuple, Sequence, Tuple
@@ -40,8 +40,8 @@ class _Bounds(NamedTuple):
     rows: torch.Tensor
 
 
-def trace_images(scenes: Sequence[PackedScene], rotations: Sequence[np.ndarray], intrinsics: Sequence[np.ndarray],
-                 size: Tuple[int, int], device: torch.device,
+def trace_images(scenes: Sequence[PackedScene], rotations: Sequence[np.ndarray],
+                 intrinsics: Sequence[np.ndarray], size: Tuple[int, int], device: torch.device,
                  ground: bool = True) -> Tuple[torch.Tensor, torch.Tensor]:
     """What every pixel of C cameras sees.
 
@@ -55,7 +55,8 @@ def trace_images(scenes: Sequence[PackedScene], rotations: Sequence[np.ndarray],
 
     Returns:
         depth float32 [C, height, width] along the optical axis, metres (FAR: nothing hit), and hit int32
-        [C, height, width]: index of the shape in the scenes' concatenation, GROUND or SKY; both on ``device``.
+        [C, height, width]: index of the shape in the scenes' concatenation, GROUND or SKY; both on
+        ``device``.
     """
     tensor = lambda a: torch.as_tensor(np.asarray(a, dtype=np.float32), device=device)  # noqa: E731
     lenses = _Lenses(tensor(rotations), tensor([[k[0, 0], k[1, 1]] for k in intrinsics]),
@@ -109,13 +110,14 @@ def _bounds(shapes, lenses, size) -> _Bounds:
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), device=shapes.numbers.device)
     local = signs[None] * shapes.numbers[:, None, 5:8]
     cos, sin = shapes.numbers[:, 3, None], shapes.numbers[:, 4, None]
-    placed = torch.stack([cos * local[..., 0] - sin * local[..., 1], sin * local[..., 0] + cos * local[..., 1],
-                          local[..., 2]], dim=-1) + shapes.numbers[:, None, :3]
+    x, y, z = local.unbind(dim=-1)
+    placed = torch.stack([cos * x - sin * y, sin * x + cos * y, z], dim=-1) + shapes.numbers[:, None, :3]
     corner = torch.bmm(placed, lenses.turn[shapes.camera])               # [n, 8, 3], camera frame
     ends = [(a, a ^ bit) for a in range(8) for bit in (1, 2, 4)]
     start, end = corner[:, [a for a, _ in ends]], corner[:, [b for _, b in ends]]
-    behind, lost = start[..., 2] < NEAR, (start[..., 2] < NEAR) & (end[..., 2] < NEAR)
-    share = torch.where(behind, (NEAR - start[..., 2]) / (end[..., 2] - start[..., 2]), torch.zeros_like(start[..., 2]))
+    depth, beyond = start[..., 2], end[..., 2]
+    behind, lost = depth < NEAR, (depth < NEAR) & (beyond < NEAR)
+    share = torch.where(behind, (NEAR - depth) / (beyond - depth), torch.zeros_like(depth))
     point = start + share[..., None] * (end - start)
     place = point[..., :2] / point[..., 2:].clamp(min=NEAR)
     place = place * lenses.focal[shapes.camera][:, None] + lenses.centre[shapes.camera][:, None]
@@ -128,7 +130,7 @@ def _bounds(shapes, lenses, size) -> _Bounds:
 
 
 def _test_pairs(chosen, bounds, shapes, rays, size, nearest):
-    """Test the pixels in the bounds of the ``chosen`` shapes (int64 indices); keep nearest hits in ``nearest``."""
+    """Test the pixels in the bounds of the ``chosen`` shapes (int64); keep nearest hits in ``nearest``."""
     for code, intersect in _INTERSECT.items():
         same = chosen[shapes.kind[chosen] == code]
         if len(same) == 0:
@@ -152,17 +154,16 @@ def _keep_nearest(nearest, pixel, keys):
     if hasattr(nearest, 'scatter_reduce_'):
         nearest.scatter_reduce_(0, pixel, keys, 'amin')
         return
-    order = torch.argsort(keys, descending=True)        # PyTorch before 1.12: without ties, sort and take the last
-    pixel, keys = pixel[order].cpu().numpy(), keys[order].cpu().numpy()
-    best = nearest.cpu().numpy().copy()
-    np.minimum.at(best, pixel, keys)
+    best = nearest.cpu().numpy().copy()     # PyTorch before 1.12
+    np.minimum.at(best, pixel.cpu().numpy(), keys.cpu().numpy())
     nearest.copy_(torch.from_numpy(best))
 
 
 def _hit(intersect, numbers, rays):
     """Distance [Q] along ``rays`` [Q, 3] to the shapes of ``numbers`` [Q, 11]; _MISS or more where they miss.
 
-    Rays start, for the arithmetic, at their point nearest to the shape's centre, which keeps it exact far away.
+    Rays start, for the arithmetic, at their point nearest to the shape's centre, which keeps it exact far
+    away.
     """
     centre = numbers[:, :3]
     nearby = (rays * centre).sum(dim=1) / (rays * rays).sum(dim=1)
@@ -218,7 +219,8 @@ def _upright(o, d, radius, half_height, lean, start):
     real, root = (root > 0) & (a != 0), torch.sqrt(root.clamp(min=0.0))
     for sign in (-1.0, 1.0):
         t = (-b + sign * root) / torch.where(a == 0, torch.ones_like(a), a)
-        fits = real & (t > start) & (t < best) & ((o[2] + t * d[2]).abs() <= half_height) & (top - lean * t * d[2] >= 0)
+        height, radius_there = o[2] + t * d[2], top - lean * t * d[2]
+        fits = real & (t > start) & (t < best) & (height.abs() <= half_height) & (radius_there >= 0)
         best = torch.where(fits, t, best)
     for sign in (-1.0, 1.0):
         t = (sign * half_height - o[2]) / torch.where(d[2] == 0, torch.full_like(start, 1e-12), d[2])
@@ -236,7 +238,8 @@ def _add_ground(waves, rays, depth, hit):
     highest, steepest = (float(v) for v in waves[0, 4, 1:])
     amplitude, kx, ky = waves[0, :3]
     phase, height = (v.repeat_interleave(pixels, dim=0) for v in (waves[:, 3], waves[:, 4, 0]))
-    falls = rays[:, 2] * FAR < (highest - height).clamp(max=0.0)         # the others never get down to the hills
+    # The other rays never get down to the hills.
+    falls = rays[:, 2] * FAR < (highest - height).clamp(max=0.0)
     fall = torch.where(falls, rays[:, 2], torch.full_like(depth, -1.0))
     t = ((highest - height) / fall).clamp(min=0.0)
     rate = steepest * rays[:, :2].norm(dim=1) - fall

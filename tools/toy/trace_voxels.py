@@ -52,4 +52,5 @@ def mark_seen(occupied: np.ndarray, origin: np.ndarray, rays: np.ndarray, reach:
         seen: uint8 [X, Y, Z], changed in place.
     """
     _mark_seen(np.ascontiguousarray(occupied), np.asarray(origin, dtype=np.float64),
-               np.ascontiguousarray(rays, dtype=np.float64), np.ascontiguousarray(reach, dtype=np.float64), seen)
+               np.ascontiguousarray(rays, dtype=np.float64), np.ascontiguousarray(reach, dtype=np.float64),
+               seen)

@@ -1,8 +1,8 @@
 """One scene of the toy world: the road, everything that stands or moves on it, and the ego car's drive.
 
-Places are laid out in road coordinates: s metres along the centre line from where the ego car starts, d metres
-to its left. Traffic keeps to the right. Objects of one class keep well over 0.8 m apart, so that a voxel is never
-within reach of two boxes of its class.
+Places are laid out in road coordinates: s metres along the centre line from where the ego car starts, d
+metres to its left. Traffic keeps to the right. Objects of one class keep well over 0.8 m apart, so that a
+voxel is never within reach of two boxes of its class.
 """
 from dataclasses import dataclass
 from typing import Callable, List, NamedTuple, Optional, Tuple
@@ -12,14 +12,15 @@ import numpy as np
 from lib.classes import OCC3D
 
 from . import objects
-from .road import (CELL, CROSS_STREET_HALF, GROUND_CLASSES, LANE_WIDTH, NO_GROUND, PARKING_CENTRE, Road, SideZone,
-                   draw_waves, paint_map)
+from .road import (CELL, CROSS_STREET_HALF, GROUND_CLASSES, LANE_WIDTH, NO_GROUND, PARKING_CENTRE, Road,
+                   SideZone, draw_waves, paint_map)
 from .shapes import ShapeTable, concat_tables, extent, make_table
 
 KEYFRAME_SECONDS = 0.5
 VIEW_DISTANCE = 140.0       # metres; shapes further from the ego car are left out
 CLASS_IDS = {name: i for i, name in enumerate(OCC3D.class_names)}
-GROUND_CLASS_IDS = np.array([CLASS_IDS[GROUND_CLASSES[code]] for code in sorted(GROUND_CLASSES)], dtype=np.uint8)
+GROUND_CLASS_IDS = np.array([CLASS_IDS[GROUND_CLASSES[code]] for code in sorted(GROUND_CLASSES)],
+                            dtype=np.uint8)
 ITEM_LANE, WALKING_LANE = 7.9, 9.6      # d of what stands, and of who walks, on the sidewalks
 
 
@@ -56,7 +57,7 @@ class ToyObject:
 
 
 class Look(NamedTuple):
-    """Light of a scene: direction to the sun float64 [3], RGB 0..1 of zenith, horizon; strength of sun, ambient."""
+    """Light of a scene: direction to the sun [3], RGB 0..1 of zenith and horizon, strengths of the light."""
     sun: np.ndarray
     zenith: Tuple[float, float, float]
     horizon: Tuple[float, float, float]
@@ -95,7 +96,7 @@ class ToyWorld:
         self._furnish(zones)
         self._split_static()
 
-    # ---- motion -------------------------------------------------------------------------------------------
+    # ---- motion ----
 
     def ego_s(self, t: float) -> float:
         """Metres driven at time t."""
@@ -115,7 +116,7 @@ class ToyWorld:
         return matrix
 
     def shapes_at(self, t: float, about: np.ndarray, reach: float = VIEW_DISTANCE) -> ShapeTable:
-        """All shapes within ``reach`` metres of the point ``about`` (map frame) at time t, in the map frame."""
+        """All shapes within ``reach`` metres of the point ``about`` at time t; both in the map frame."""
         moving = [o.shapes.placed(*o.pose(t)) for o in self._moving]
         table = concat_tables([self._static] + moving)
         near = np.linalg.norm(table.centre[:, :2] - np.asarray(about)[:2], axis=1) < reach + table.radius
@@ -126,16 +127,16 @@ class ToyWorld:
         """The objects that get boxes."""
         return [o for o in self.objects if o.type is not None]
 
-    # ---- layout -------------------------------------------------------------------------------------------
+    # ---- layout ----
 
     def _draw_look(self) -> Look:
         rng = self._rng
         azimuth, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.2)
         sun = np.array([np.cos(azimuth) * np.cos(height), np.sin(azimuth) * np.cos(height), np.sin(height)])
         grey = rng.uniform(0.0, 0.5)
-        blend = lambda a, b: tuple(float(x) for x in (1 - grey) * np.array(a) + grey * np.array(b))  # noqa: E731
-        return Look(sun, blend((0.25, 0.45, 0.80), (0.62, 0.66, 0.70)), blend((0.75, 0.84, 0.93), (0.80, 0.82, 0.84)),
-                    float(0.75 - 0.45 * grey), float(0.50 + 0.25 * grey))
+        zenith = tuple((1 - grey) * np.array((0.25, 0.45, 0.80)) + grey * np.array((0.62, 0.66, 0.70)))
+        horizon = tuple((1 - grey) * np.array((0.75, 0.84, 0.93)) + grey * np.array((0.80, 0.82, 0.84)))
+        return Look(sun, zenith, horizon, float(0.75 - 0.45 * grey), float(0.50 + 0.25 * grey))
 
     def _draw_zones(self) -> List[SideZone]:
         rng, zones = self._rng, []
@@ -197,7 +198,8 @@ class ToyWorld:
     def _park_vehicles(self, side) -> None:
         rng, s = self._rng, -60.0
         rare = self._wanted(['work_zone', 'trailer', 'bus', 'truck', 'work_zone', 'trailer'], side)
-        room = {'car': 5.2, 'truck': 8.6, 'bus': 12.0, 'trailer': 11.0, 'work_zone': 21.0, 'motorcycle': 2.6, '': 5.0}
+        room = {'car': 5.2, 'truck': 8.6, 'bus': 12.0, 'trailer': 11.0, 'work_zone': 21.0, 'motorcycle': 2.6,
+                '': 5.0}
         while s < self.road.length + 70.0:
             if rare and s > -14.0:
                 name = rare.pop(0)
@@ -229,7 +231,8 @@ class ToyWorld:
     def _fill_sidewalk(self, side) -> None:
         rng, s = self._rng, -50.0
         rare = self._wanted(['bicycle', 'cart', 'motorcycle', 'debris', 'pedestrian', 'traffic_cone'], side)
-        common = ['lamp', 'sign', 'bicycle', 'motorcycle', 'cart', 'debris', 'pedestrian', 'bush', 'traffic_cone']
+        common = ['lamp', 'sign', 'bicycle', 'motorcycle', 'cart', 'debris', 'pedestrian', 'bush',
+                  'traffic_cone']
         while s < self.road.length + 60.0:
             name = rare.pop(0) if rare and s > -8.0 else str(rng.choice(common))
             if not self._near_crossing(s, 4.0):
@@ -281,7 +284,8 @@ class ToyWorld:
             s = zone.start + rng.uniform(1.0, 4.0)
             while s < zone.end - 2.0:
                 place = self._stand(s, zone.side * (d + rng.uniform(-1.0, 1.0)), rng.uniform(0, 2 * np.pi))
-                builder = (objects.tree, objects.conifer, objects.bush)[int(rng.choice(3, p=[0.45, 0.25, 0.30]))]
+                kind = int(rng.choice(3, p=[0.45, 0.25, 0.30]))
+                builder = (objects.tree, objects.conifer, objects.bush)[kind]
                 shapes = builder(rng)
                 if not self._near_crossing(s, 4.0):
                     self._add(shapes, 'vegetation', place)
@@ -301,13 +305,16 @@ class ToyWorld:
         """Vehicles ahead of and behind the ego car, at its pace, and a cyclist at the lane's edge."""
         rng = self._rng
         gaps = [rng.uniform(17, 24), rng.uniform(40, 48), -rng.uniform(17, 24), -rng.uniform(40, 50)]
-        for k, gap in enumerate(gaps):
+        for gap in gaps:
             name = str(rng.choice(['car', 'motorcycle', 'truck', 'bus'], p=[0.5, 0.2, 0.2, 0.1]))
             wobble = rng.uniform(0, 6)
-            self._drive(name, lambda t, gap=gap, wobble=wobble: self.ego_s(t) + gap + 0.5 * np.sin(0.6 * t + wobble),
-                        -LANE_WIDTH / 2, 0.0)
+            self._drive(name, self._follow(gap, wobble), -LANE_WIDTH / 2, 0.0)
         pace, start = rng.uniform(3.5, 5.0), rng.uniform(5.0, 12.0)
         self._drive('bicycle', lambda t: start + pace * t, -(LANE_WIDTH - 0.1), 0.0)
+
+    def _follow(self, gap, wobble):
+        """Road coordinate over time of something that keeps about ``gap`` metres ahead of the ego car."""
+        return lambda t: self.ego_s(t) + gap + 0.5 * np.sin(0.6 * t + wobble)
 
     def _drive_other_lane(self) -> None:
         """Oncoming vehicles, all at one pace."""
