@@ -11,3 +11,8 @@ def jit(function):
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # no folder to keep it in can be written
         return numba.njit(nogil=True)(function)
+
+
+def inlined(function):
+    """The same for a function that is compiled into its callers: a call with many arguments costs time."""
+    return numba.njit(nogil=True, inline='always')(function)

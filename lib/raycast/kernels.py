@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from ..jit import jit
+from ..jit import inlined, jit
 
 MIN_STEP_LIMIT = 1000
 NEVER = np.finfo(np.float64).max  # "distance" to the next border along an axis the ray does not move along
@@ -38,6 +38,12 @@ def _axis(start, slope):
 def _leaves(cell, step, size):
     """The voxel lies outside along this axis and the ray moves away."""
     return (cell < 0 and step < 0) or (cell >= size and step > 0)
+
+
+@jit
+def _voxels_left(cell, step, size):
+    """Voxels between this one and the side of the grid the ray moves to."""
+    return size - 1 - cell if step > 0 else cell
 
 
 @jit
@@ -69,6 +75,43 @@ def _record(slot, hits, voxel, depth, voxel_out, distance_out):
             distance_out[volume, slot] = depth
 
 
+@inlined
+def _walk(cells, voxel, jump_x, jump_y, step_z, left_x, left_y, left_z, tx, ty, tz, dx, dy, dz, steps_left,
+          pending, slot, metres, voxel_out, distance_out):
+    """Walk inside the grid from ``voxel`` until all pending volumes were hit or the ray leaves; record it."""
+    here, t = voxel, 0.0
+    for _ in range(steps_left):
+        t = min(tx, ty)
+        hits = cells[np.uint64(voxel)] & pending  # unsigned: no check for indices from the end
+        if hits:
+            _record(slot, hits, voxel, np.float32(min(t, tz)) * metres, voxel_out, distance_out)
+            pending ^= hits
+            if pending == 0:
+                return
+        here = voxel
+        if t < tz:
+            if tx < ty:
+                voxel += jump_x
+                left_x -= 1
+                tx += dx
+                if left_x < 0:
+                    break
+            else:
+                voxel += jump_y
+                left_y -= 1
+                ty += dy
+                if left_y < 0:
+                    break
+        else:
+            t = tz
+            voxel += step_z
+            left_z -= 1
+            tz += dz
+            if left_z < 0:
+                break
+    _record(slot, pending, here, np.float32(t) * metres, voxel_out, distance_out)
+
+
 @jit
 def trace_rays(occupied, origins, directions, range_min, voxel_size, rays, first, last, voxel_out,
                distance_out):
@@ -84,14 +127,12 @@ def trace_rays(occupied, origins, directions, range_min, voxel_size, rays, first
     """
     size_x, size_y, size_z = occupied.shape
     cells = occupied.reshape(-1)
-    stride_x = size_y * size_z
-    num_directions = directions.shape[0]
     all_volumes = (1 << voxel_out.shape[0]) - 1
     step_limit = max(MIN_STEP_LIMIT, size_x + size_y + size_z)
     metres = np.float32(voxel_size)
     for slot in range(first, last):
-        o = rays[slot] // num_directions
-        r = rays[slot] - o * num_directions
+        o = rays[slot] // directions.shape[0]
+        r = rays[slot] - o * directions.shape[0]
         start_x = _to_voxels(origins[o, 0], range_min[0], voxel_size)
         start_y = _to_voxels(origins[o, 1], range_min[1], voxel_size)
         start_z = _to_voxels(origins[o, 2], range_min[2], voxel_size)
@@ -107,36 +148,7 @@ def trace_rays(occupied, origins, directions, range_min, voxel_size, rays, first
         if steps_left == 0:
             _record(slot, all_volumes, 0, np.float32(-1.0) * metres, voxel_out, distance_out)
             continue
-        left_x = size_x - 1 - x if step_x > 0 else x  # voxels to the side the ray moves to
-        left_y = size_y - 1 - y if step_y > 0 else y
-        left_z = size_z - 1 - z if step_z > 0 else z
-        jump_x, jump_y = step_x * stride_x, step_y * size_z
-        voxel = x * stride_x + y * size_z + z
-        pending = all_volumes
-        while True:
-            t = min(tx, ty)
-            hits = cells[voxel] & pending
-            if hits:
-                _record(slot, hits, voxel, np.float32(min(t, tz)) * metres, voxel_out, distance_out)
-                pending ^= hits
-                if pending == 0:
-                    break
-            here = voxel
-            if t < tz:
-                if tx < ty:
-                    voxel += jump_x
-                    left_x -= 1
-                    tx += dx
-                else:
-                    voxel += jump_y
-                    left_y -= 1
-                    ty += dy
-            else:
-                t = tz
-                voxel += step_z
-                left_z -= 1
-                tz += dz
-            steps_left -= 1
-            if (left_x | left_y | left_z | (steps_left - 1)) < 0:
-                _record(slot, pending, here, np.float32(t) * metres, voxel_out, distance_out)
-                break
+        _walk(cells, (x * size_y + y) * size_z + z, step_x * size_y * size_z, step_y * size_z, step_z,
+              _voxels_left(x, step_x, size_x), _voxels_left(y, step_y, size_y),
+              _voxels_left(z, step_z, size_z), tx, ty, tz, dx, dy, dz, steps_left, all_volumes, slot, metres,
+              voxel_out, distance_out)

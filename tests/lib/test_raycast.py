@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib import raycast
-from lib.raycast import cast_rays, cast_rays_through, cpu, gpu
+from lib.raycast import cast_rays, cast_rays_through, casting, cpu, gpu
 
 from slow_caster import cast_all
 
@@ -220,6 +220,29 @@ def test_without_extension_the_cpu_is_used_and_says_so_once(monkeypatch):
 def test_import_compiles_nothing():
     code = 'import sys, lib.raycast; assert not {"numba", "torch", "lib.raycast.kernels"} & set(sys.modules)'
     subprocess.run([sys.executable, '-c', code], cwd=str(ROOT), check=True)
+
+
+def test_handling_of_tensors_around_the_kernel(monkeypatch):
+    """The CUDA path but for the kernel, on CPU tensors."""
+    def trace(semantics, free_id, origins, directions, range_min, voxel_size, rays):
+        volumes, points = semantics.numpy(), (origins.numpy(), directions.numpy())
+        voxel, distance = cpu.trace(volumes, free_id, *points, range_min, voxel_size, rays.numpy())
+        label = np.stack([volume.reshape(-1)[index] for volume, index in zip(volumes, voxel)])
+        return tuple(torch.from_numpy(array) for array in (label, voxel, distance))
+
+    monkeypatch.setattr(gpu, 'trace', trace)
+    semantics, origins, directions, lower, voxel_size, free_id = random_case()
+    directions.setflags(write=False)
+    instances = [volume.astype(np.int16) + 100 for volume in semantics]
+    for rays in (None, np.array([5, 3, 9000])):
+        arguments = (semantics, origins, directions, lower, voxel_size, free_id, instances, rays)
+        expected = cast_rays_through(*arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')  # PyTorch warns about read-only arrays
+            hits = casting._cast_cuda(*arguments, 'cpu')
+        for one, other in zip(expected, hits):
+            for name in ('label', 'distance_m', 'voxel', 'instance'):
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name).numpy())
 
 
 @pytest.fixture(scope='module')

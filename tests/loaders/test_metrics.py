@@ -232,11 +232,9 @@ def as_tensors(side):
 def test_counting_tensors_equals_counting_arrays(pair):
     """What runs on a GPU, on CPU tensors."""
     tensors = [as_tensors(side) for side in pair]
-    for one, other in zip(count_ray_iou(*pair, CLASSES, THRESHOLDS), count_ray_iou(*tensors, CLASSES, THRESHOLDS)):
-        np.testing.assert_array_equal(one, other)
-    for one, other in zip(group_segments(*pair, CLASSES, THRESHOLDS),
-                          group_segments(*tensors, CLASSES, THRESHOLDS)):
-        np.testing.assert_array_equal(one, other)
+    for count in (count_ray_iou, group_segments):
+        for one, other in zip(count(*pair, CLASSES, THRESHOLDS), count(*tensors, CLASSES, THRESHOLDS)):
+            np.testing.assert_array_equal(one, other)
 
 
 # mIoU
@@ -250,7 +248,8 @@ def test_voxel_iou_by_hand():
     np.testing.assert_array_equal(voxel_iou([count_voxel_iou(truth, prediction, mask, CLASSES)]),
                                   [1 / 2, 1 / 2, np.nan])
     tensors = [torch.from_numpy(array) for array in (truth, prediction, mask)]
-    for one, other in zip(count_voxel_iou(truth, prediction, mask, CLASSES), count_voxel_iou(*tensors, CLASSES)):
+    on_cpu, as_on_gpu = (count_voxel_iou(*side, CLASSES) for side in ((truth, prediction, mask), tensors))
+    for one, other in zip(on_cpu, as_on_gpu):
         np.testing.assert_array_equal(one, other)
 
 
