@@ -1,12 +1,13 @@
 """Info files: pickles ``dict(infos=[...], metadata=dict(version=...))``, a list of keyframes.
 
 An info is a keyframe in the format of MMDetection3D 1.0: ``token``, ``timestamp`` (microseconds),
-``lidar_path``, ``lidar2ego_{translation,rotation}``, ``ego2global_{translation,rotation}`` (metres, quaternions
-w x y z), ``gt_boxes`` [n, 7] in LIDAR_TOP, ``gt_names`` and others, and ``cams``: {CAM: camera entry} with
-``data_path``, ``timestamp``, ``cam_intrinsic`` [3, 3], ``sensor2lidar_{rotation,translation}`` (p_lidar = R p + t).
-gen_sweep_info.py adds ``sensor2global_{rotation,translation}`` as rows (p_global = p · R + t) to every camera
-entry, ``sweeps`` (five dicts {CAM: camera entry}, newest first; none for the first keyframe of a scene),
-``scene_token`` and ``scene_name``. Files without those (MMDetection3D's, published ones) are read all the same.
+``lidar_path``, ``lidar2ego_{translation,rotation}``, ``ego2global_{translation,rotation}`` (metres,
+quaternions w x y z), ``gt_boxes`` [n, 7] in LIDAR_TOP, ``gt_names`` and others, and ``cams``, {CAM: camera
+entry} with ``data_path``, ``timestamp``, ``cam_intrinsic`` [3, 3] and ``sensor2lidar_{rotation,translation}``
+(p_lidar = R p + t). gen_sweep_info.py adds ``sensor2global_{rotation,translation}`` as rows
+(p_global = p · R + t) to every camera entry, ``sweeps`` (five dicts {CAM: camera entry}, newest first; none
+for the first keyframe of a scene), ``scene_token`` and ``scene_name``. Files without those (MMDetection3D's,
+published ones) are read all the same.
 """
 import os
 from pathlib import Path

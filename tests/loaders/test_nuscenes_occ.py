@@ -421,3 +421,36 @@ def test_a_data_set_of_trainval_size_opens_in_three_seconds(source, tmp_path, mo
     seconds = time.process_time() - start
     assert len(dataset) == 28_130 and len(dataset.history(39)) == 16
     assert seconds < 3, 'opening took %.1f s' % seconds
+
+
+# ---- OpenOcc v2 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('panoptic', [False, True])
+def test_real_openocc_labels_become_batches_of_17_classes(source, real_dir, panoptic):
+    task = Task('openocc_v2', panoptic=panoptic, image_size=(32, 64), num_frames=2)
+    dataset = _train(source, task, occ_gt_root='openocc_v2',
+                     pipeline=[step for step in TRAIN if step['type'] != 'BEVAug'])
+    path = dataset.label_path(1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(str(real_dir / 'openocc_unknown_sample_labels.npz'), str(path))
+    batch = collate([dataset[1]])
+    raw = np.load(str(path))
+    np.testing.assert_array_equal(batch['voxel_semantics'][0], raw['semantics'])
+    assert 'mask_camera' not in batch
+    (class_ids,) = batch['instance_class_ids']
+    assert class_ids.max() < 16 and (batch['voxel_instances'][0][raw['semantics'] == 16] == 255).all()
+    for target, class_id in enumerate(class_ids.tolist()):
+        where = (batch['voxel_instances'][0] == target).numpy()
+        assert (raw['semantics'][where] == class_id).all() and where.any()
+    cars = len(np.unique(raw['instances'][raw['semantics'] == 0]))
+    assert (class_ids == 0).sum() == (cars if panoptic else 1) and cars > 1
+
+
+def test_labels_of_the_other_set_are_named_by_the_data_set(source, real_dir):
+    dataset = _train(source, Task('occ3d', image_size=(32, 64)), occ_gt_root='misplaced')
+    path = dataset.label_path(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(str(real_dir / 'openocc_unknown_sample_labels.npz'), str(path))
+    with pytest.raises(DataError, match='keyframe sample-0: .*misplaced.*set task.label_set'):
+        dataset[0]
