@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from lib.errors import UserError
 
+_LARGEST_CHUNK = 64  # items handed to a worker at once
 _job = {}
 
 
@@ -32,12 +33,14 @@ def parallel_map(function: Callable, items: Sequence, shared, label: str,
         for item in tqdm(items, desc=label, disable=not progress):
             yield function(shared, item)
         return
+    chunk = max(1, min(_LARGEST_CHUNK, len(items) // (8 * processes)))
     method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_keep,
                              initargs=(function, shared)) as pool:
         try:
-            yield from tqdm(pool.map(_call, items), total=len(items), desc=label, disable=not progress)
+            results = pool.map(_call, items, chunksize=chunk)
+            yield from tqdm(results, total=len(items), desc=label, disable=not progress)
         except BrokenProcessPool as error:
             raise UserError(
                 '%s: a worker process was killed, most likely for want of memory; run the command '

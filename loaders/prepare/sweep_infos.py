@@ -76,4 +76,10 @@ def _extended(nusc, path, split, processes):
         raise DataError(
             '%s holds keyframe %s, which is not in the tables of %s; give the --version that the file '
             'was made from' % (path, foreign[0], nusc.version))
-    return list(parallel_map(add_camera_sweeps, infos, nusc, '%s: keyframes' % split, processes))
+    label = '%s: keyframes' % split
+    return list(parallel_map(_extend_one, range(len(infos)), (nusc, infos), label, processes))
+
+
+def _extend_one(shared, position):
+    nusc, infos = shared
+    return add_camera_sweeps(nusc, infos[position])
