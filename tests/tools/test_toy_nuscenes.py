@@ -39,6 +39,15 @@ def make(out, scenes=2, keyframes=KEYFRAMES, size=SIZE, seed=SEED, workers=2):
     return out
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """As the tool's workers do: small images only lose by being shared out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
     return make(tmp_path_factory.mktemp('toy') / 'data')
