@@ -7,7 +7,7 @@ For sampling, one row per decoder stage and type: milliseconds of the operator a
 and backward, and the rate at which the operator moves bytes. Bytes are counted as if nothing were cached:
 four corners of every level per slot that falls in an image, the output, points and weights; the backward
 pass also adds to as many values of gradient as it reads. A rate above the memory's bandwidth means that
-caches serve the rest. Then the same for the forward pass of adaptive mixing, whose bytes are x, M, S and the result.
+caches serve the rest. Then the same for adaptive mixing, forward; its bytes are x, M, S and the result.
 """
 import argparse
 import math

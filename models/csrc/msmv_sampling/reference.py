@@ -3,7 +3,7 @@
 Shapes: B batch, T frames, N cameras, L pyramid levels, Q queries, G groups, P points per group, C channels.
 
 Every point is sampled in one camera only, so nothing is computed for the other cameras. Per level the four
-corners of all points are one ``embedding_bag`` over the map's rows: forward stores no gathered rows, and the
+corners of all points are one ``embedding_bag`` over the map's rows: no gathered rows are stored, and the
 gradients of the bilinear weights (hence of points and level weights) and of the map come from its backward.
 
 Positions, matrices and weights have one dtype, float32 or float64, which is also the type of all sums.
@@ -13,6 +13,8 @@ from typing import List, NamedTuple, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 DEPTH_EPS = 1e-5
 
@@ -167,13 +169,37 @@ def _axis_corners(position: Tensor, size: int) -> List[Tensor]:
 
 def _weighted_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """sum_k weights[..., k] * rows[index[..., k]] -> [slots, channels of a row]."""
-    if index.numel() == 0:
+    index, weights = index.reshape(-1, 4), weights.reshape(-1, 4)
+    if index.shape[0] == 0:
         return rows.new_zeros(0, rows.shape[1]) + 0 * (rows.sum() + weights.sum())
+    if not rows.is_cuda:
+        return _WeightedRowsOnCpu.apply(rows, index, weights)
     if weights.requires_grad and not rows.requires_grad:
         # Before PyTorch 2.1 the backward pass fails where only the weights want a gradient.
         rows = rows.detach().requires_grad_()
-    return F.embedding_bag(index.reshape(-1, index.shape[-1]), rows, mode='sum',
-                           per_sample_weights=weights.reshape(-1, weights.shape[-1]))
+    return F.embedding_bag(index, rows, mode='sum', per_sample_weights=weights)
+
+
+class _WeightedRowsOnCpu(Function):
+    """``embedding_bag`` with a backward pass that, on the CPU, takes half the time of its own and less memory."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, index, weights)
+        return F.embedding_bag(index, rows, mode='sum', per_sample_weights=weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        rows, index, weights = ctx.saved_tensors
+        grad_rows = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
+        grad_weights = torch.empty_like(weights) if ctx.needs_input_grad[2] else None
+        for corner in range(index.shape[1]):
+            if grad_rows is not None:
+                grad_rows.index_add_(0, index[:, corner], grad * weights[:, corner:corner + 1])
+            if grad_weights is not None:
+                torch.sum(rows.index_select(0, index[:, corner]) * grad, dim=1, out=grad_weights[:, corner])
+        return grad_rows, None, grad_weights
 
 
 def sample_multi_view_reference(features: Sequence[Tensor], points: Tensor, ego2img: Tensor,
