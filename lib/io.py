@@ -79,7 +79,7 @@ def load_pickle_safe(path: PathLike, allow_any: bool = False):
                             (path, error)) from error
         raise DataError(
             '%s was refused: %s, and only plain data and numpy arrays are read from pickles; if you '
-            'trust where the file is from, set allow_any_pickle=True (--allow-any-pickle)' %
+            'trust where the file is from, set allow_any_pickle=True in that section of data' %
             (path, error)) from error
     except (EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError, ImportError, OSError,
             MemoryError, OverflowError, UnicodeDecodeError) as error:

@@ -4,6 +4,8 @@ from typing import Dict, List, Sequence
 import numpy as np
 import torch
 
+from lib.errors import ConfigError
+
 _STACKED = ('img', 'lidar2img', 'ego2lidar', 'voxel_semantics', 'voxel_instances', 'mask_camera')
 
 
@@ -16,9 +18,8 @@ def format_sample(sample: Dict) -> Dict:
         instance_class_ids int64 [n], mask_camera bool [X, Y, Z].
     """
     info = sample['info']
-    images = np.stack(sample['img']).transpose(0, 3, 1, 2)
     formatted = dict(
-        img=torch.from_numpy(np.ascontiguousarray(images)),
+        img=torch.from_numpy(_channels_first(sample['img'])),
         lidar2img=torch.from_numpy(np.ascontiguousarray(sample['lidar2img'], dtype=np.float32)),
         ego2lidar=torch.from_numpy(np.ascontiguousarray(sample['ego2lidar'], dtype=np.float64)),
         img_metas=dict(sample_token=info['token'], scene_token=info.get('scene_token'),
@@ -28,6 +29,22 @@ def format_sample(sample: Dict) -> Dict:
         if key in sample:
             formatted[key] = torch.from_numpy(np.ascontiguousarray(sample[key]))
     return formatted
+
+
+def _channels_first(images: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 [n, 3, H, W] of n images [H, W, 3].
+
+    Raises:
+        ConfigError: they are not of one size.
+    """
+    sizes = sorted({image.shape[:2] for image in images})
+    if len(sizes) > 1:
+        raise ConfigError('the images of a sample have different sizes, e.g. %dx%d and %dx%d; bring them to '
+                          'one with RandomTransformImage' % (sizes[0][::-1] + sizes[1][::-1]))
+    stacked = np.empty((len(images), 3) + sizes[0], dtype=np.uint8)
+    for target, image in zip(stacked, images):
+        target[...] = image.transpose(2, 0, 1)
+    return stacked
 
 
 def collate(samples: Sequence[Dict]) -> Dict:

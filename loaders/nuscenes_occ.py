@@ -172,7 +172,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
         info = self.info(index)
         sample = dict(
             info=info, index=index, data_root=os.fspath(self.data_root), test_mode=self.test_mode,
-            history=self.history(index), label_path=self._labels.path(info) if self.has_labels else None,
+            history=self.history(index), label_folder=self._labels,
             rng=np.random.default_rng([self.seed, int(self._epoch[0]), seed_index]))
         try:
             for step in self._pipeline:

@@ -23,12 +23,12 @@ class LoadOccGTFromFile:
         self.task = task
 
     def __call__(self, sample: Dict) -> Dict:
-        if sample['label_path'] is None:
+        if sample['label_folder'] is None:
             if sample['test_mode']:
                 return sample
             raise ConfigError(
                 'training needs labels: set occ_gt_root of the training data (LoadOccGTFromFile)')
-        labels = read_labels(sample['label_path'], self.task)
+        labels = read_labels(sample['label_folder'].path(sample['info']), self.task)
         targets = make_instance_targets(labels['semantics'], labels.get('instances'), self.task)
         sample['voxel_semantics'] = labels['semantics']
         sample['voxel_instances'] = targets.voxel_instances

@@ -6,6 +6,7 @@ from PIL import Image
 from lib.errors import ConfigError
 from lib.task import Task
 from loaders.pipelines import RandomTransformImage
+from loaders.pipelines.image_aug import ImageTransform
 
 TASK = Task('occ3d', image_size=(256, 704), num_frames=1)
 
@@ -46,9 +47,8 @@ def test_training_pixels_are_spec_s(seed):
     np.testing.assert_array_equal(result, expected[:, ::-1] if mirror else expected)
 
 
-@pytest.mark.parametrize('seed', range(8))
-def test_the_matrix_moves_points_as_the_pixels_move(seed):
-    """Two white squares end where the matrix sends them. A wrong sign of crop or mirror fails here."""
+def _spot_drift(seed):
+    """Largest distance between two white squares of the result and where the matrix sends them, pixels."""
     image = np.zeros((900, 1600, 3), np.uint8)
     spots = np.array([[900.0, 700.0], [760.0, 600.0]])  # x, y; inside every crop
     for x, y in spots.astype(int):
@@ -57,9 +57,31 @@ def test_the_matrix_moves_points_as_the_pixels_move(seed):
     rows, columns = np.nonzero(sample['img'][0][..., 0] > 128)
     moved = np.column_stack([spots, np.ones(2), np.ones(2)]) @ sample['lidar2img'][0].T
     found = np.column_stack([columns, rows])
-    nearest = [found[np.linalg.norm(found - spot[:2], axis=1) < 12].mean(axis=0) for spot in moved]
-    # The spot's pixels average within 1.5 pixels: half-pixel conventions and int(W·s) / (W·s).
-    np.testing.assert_allclose(np.array(nearest), moved[:, :2], atol=1.5)
+    spread = [np.linalg.norm(found - spot[:2], axis=1) for spot in moved]
+    return max(np.abs(found[near < 12].mean(axis=0) - spot[:2]).max() if (near < 12).any() else near.min()
+               for near, spot in zip(spread, moved))
+
+
+# Half-pixel conventions, int(W·s) / (W·s), and the mean over the bright pixels of a square of 20·s.
+SPOT_TOLERANCE = 1.5
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_the_matrix_moves_points_as_the_pixels_move(seed):
+    assert _spot_drift(seed) < SPOT_TOLERANCE
+
+
+@pytest.mark.parametrize('row, column', [(0, 0), (0, 2), (1, 2)])
+def test_the_spot_test_notices_a_wrong_sign(row, column, monkeypatch):
+    """Mirror, crop x and crop y of the matrix with the other sign: some draw must fail."""
+    right = ImageTransform.matrix
+
+    def wrong(transform):
+        matrix = right(transform)
+        matrix[row, column] *= -1
+        return matrix
+    monkeypatch.setattr(ImageTransform, 'matrix', wrong)
+    assert max(_spot_drift(seed) for seed in range(8)) > 10 * SPOT_TOLERANCE
 
 
 def test_release_1_0_never_mirrors_and_1_1_mirrors_half():

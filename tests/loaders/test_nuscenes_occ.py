@@ -454,3 +454,23 @@ def test_labels_of_the_other_set_are_named_by_the_data_set(source, real_dir):
     shutil.copy(str(real_dir / 'openocc_unknown_sample_labels.npz'), str(path))
     with pytest.raises(DataError, match='keyframe sample-0: .*misplaced.*set task.label_set'):
         dataset[0]
+
+
+def test_images_of_different_sizes_need_the_transform(root):
+    key = _test(root)[1]['img_metas']['frame_keys'][3]
+    Image.new('RGB', (80, 50)).save(_image_path(root, key))
+    with pytest.raises(ConfigError, match='different sizes, e.g. 80x50 and 160x90; .*RandomTransformImage'):
+        _test(root, pipeline=TEST[:1])[1]
+    assert _test(root)[1]['img'].shape == (18, 3, 32, 64)
+
+
+def test_evaluation_without_the_label_folder_needs_neither_scene_nor_tables(root):
+    """A published pickle names no scene; a pipeline that loads no labels must not ask for it."""
+    path = root / 'nuscenes_infos_train_sweep.pkl'
+    content = load_pickle_safe(path)
+    for info in content['infos']:
+        del info['scene_token'], info['scene_name']
+    save_pickle(path, content)
+    shutil.rmtree(str(root / 'occ3d'))
+    shutil.rmtree(str(root / 'v1.0-mini'))
+    assert 'img' in _test(root)[3]

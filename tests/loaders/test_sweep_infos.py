@@ -14,6 +14,7 @@ from lib.io import load_pickle_safe, save_pickle
 from lib.task import NUSCENES_CAMERAS
 from loaders.history import History
 from loaders.infos import global_from_camera, load_infos
+from loaders.prepare import camera_sweeps
 from loaders.prepare.parallel import parallel_map
 from loaders.prepare.sweep_infos import write_sweep_infos
 
@@ -66,11 +67,11 @@ def test_every_split_has_its_scenes_in_time_order(fake, infos):
     assert not (fake.root / 'nuscenes_infos_test_sweep.pkl').exists()
 
 
-def test_sweeps_are_the_five_images_before_each_keyframe_newest_first(fake, infos):
-    """One image more or less, or the other order, fails here: every sweep is identified by its time."""
+def _check_sweeps(infos):
+    """Every sweep is the image so many steps before its keyframe, known by its time; none at scene starts."""
     for info in infos:
         for name in NUSCENES_CAMERAS:
-            if info is infos[0] or info is infos[3]:
+            if info['token'] in ('sample-0', 'sample-3'):
                 assert info['sweeps'] == []
                 continue
             times = [sweep[name]['timestamp'] for sweep in info['sweeps']]
@@ -78,6 +79,34 @@ def test_sweeps_are_the_five_images_before_each_keyframe_newest_first(fake, info
             paths = [sweep[name]['data_path'] for sweep in info['sweeps']]
             assert all(
                 path.startswith('data/nuscenes/sweeps/%s/%s' % (name, info['scene_name'])) for path in paths)
+
+
+def test_sweeps_are_the_five_images_before_each_keyframe_newest_first(infos):
+    _check_sweeps(infos)
+
+
+@pytest.mark.parametrize('mutation', ['one fewer', 'one more', 'oldest first', 'starting at the keyframe',
+                                      'across the scene'])
+def test_the_sweep_check_notices_a_mistake(fake, tmp_path, monkeypatch, mutation):
+    right = camera_sweeps._collect_sweeps
+
+    def wrong(nusc, records, cams):
+        if mutation == 'oldest first':
+            return right(nusc, records, cams)[::-1]
+        return [cams] + right(nusc, records, cams)[:-1]
+    if mutation in ('one fewer', 'one more'):
+        monkeypatch.setattr(camera_sweeps, 'SWEEPS_PER_KEYFRAME', 4 if mutation == 'one fewer' else 6)
+    elif mutation == 'across the scene':
+        starts = dict(fake.tables['sample'][3], prev='sample-2')
+        monkeypatch.setitem(fake.tables, 'sample', [starts if row['token'] == 'sample-3' else row
+                                                    for row in fake.tables['sample']])
+        monkeypatch.setattr(fake, 'root', tmp_path)
+        fake.write()
+    else:
+        monkeypatch.setattr(camera_sweeps, '_collect_sweeps', wrong)
+    write_sweep_infos(fake.root, 'v1.0-mini', tmp_path, processes=1)
+    with pytest.raises(AssertionError):
+        _check_sweeps(load_pickle_safe(tmp_path / 'nuscenes_infos_train_sweep.pkl')['infos'])
 
 
 def test_poses_are_kept_as_rows(fake, infos):
