@@ -1,10 +1,12 @@
 """Makes a toy data set: one job per keyframe, spread over processes; tables last.
 
-A data set whose version folder exists is complete: the tables are written when everything else is.
+The tables are written when everything else is, so a new folder that has them is complete.
 """
+import contextlib
 import functools
 import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -102,13 +104,42 @@ def _run_jobs(jobs, options):
     _compile_tracers()      # once here, not once in every worker
     fork = options.device == 'cpu' and 'fork' in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context('fork' if fork else 'spawn')
+    stop = context.Event()
     try:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool, _set_at_end(stop):
             for result in pool.map(run_job, jobs, chunksize=_run_length(len(jobs), workers)):
                 yield result
     except BrokenProcessPool as error:
         raise UserError('a worker process was killed (out of memory?); run again with fewer --workers'
                         ) from error
+
+
+@contextlib.contextmanager
+def _set_at_end(event):
+    """Set the event when the block ends, in whatever way: workers that are still busy then give up."""
+    try:
+        yield
+    finally:
+        event.set()
+
+
+class _Stopped(Exception):
+    """Nobody waits for this job any more."""
+
+
+_stop_event = None      # of the pool that this process works for
+
+
+def _start_worker(stop):
+    """Leave Ctrl-C to the parent, which sets ``stop``."""
+    global _stop_event
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _stop_event = stop
+
+
+def _check_wanted():
+    if _stop_event is not None and _stop_event.is_set():
+        raise _Stopped
 
 
 def _run_length(jobs, workers):
@@ -150,6 +181,7 @@ def _open_scene(seed, index, keyframes, size, device):
 def run_job(job: Job) -> JobResult:
     """Make all files of one keyframe, and of the sweeps up to the next keyframe."""
     o = job.options
+    _check_wanted()
     scene = _open_scene(o.seed, job.scene, o.keyframes, o.size, o.device)
     sensors = _camera_records(job, scene) + _lidar_records(job, scene)
     if job.keyframe == 0:
@@ -189,7 +221,9 @@ def _camera_records(job, scene):
     records = []
     cameras = list(scene.rig.cameras.values())
     moments = [_moments(job, camera.delay_us, CAMERA_PERIOD_US, CAMERA_SWEEPS) for camera in cameras]
-    for round_ in zip(*moments):    # all cameras fire within 50 ms and share one shadow map
+    for round_ in zip(*moments):
+        _check_wanted()
+        # All cameras fire within 50 ms and share one shadow map.
         shadows = scene.renderer.shadows(round_[0].offset_us * 1e-6)
         views = scene.renderer.views(cameras, [moment.offset_us * 1e-6 for moment in round_], shadows)
         for camera, moment, view in zip(cameras, round_, views):

@@ -100,7 +100,7 @@ def _unpack(keys):
 def _chunks(counts):
     """Indices of shapes in runs of at most about PAIRS_AT_ONCE pairs; shapes without pixels are left out."""
     seen = torch.nonzero(counts)[:, 0]
-    run = torch.cumsum(counts[seen], 0) // PAIRS_AT_ONCE
+    run = torch.div(torch.cumsum(counts[seen], 0), PAIRS_AT_ONCE, rounding_mode='floor')
     for number in range(int(run[-1]) + 1 if len(seen) else 0):
         yield seen[run == number]
 
