@@ -181,7 +181,7 @@ def _weighted_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 
 class _WeightedRowsOnCpu(Function):
-    """``embedding_bag`` with a backward pass that, on the CPU, takes half the time of its own and less memory."""
+    """``embedding_bag`` with a backward pass that takes half the CPU time of its own, and less memory."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -170,9 +170,9 @@ SPARSEOCC_DEVICE WarpShared<real> warp_shared(unsigned char* memory, int levels,
 // Softmax over L neighbouring values, written with a stride of one warp.
 template <typename real>
 SPARSEOCC_DEVICE void softmax(const real* logits, int levels, real* weights) {
-  real largest = logits[0];
+  real largest = logits[0], sum = 0;
   for (int l = 1; l < levels; ++l) largest = logits[l] > largest ? logits[l] : largest;
-  real sum = 0;
+#pragma unroll 1
   for (int l = 0; l < levels; ++l) {
     const real value = exponential(logits[l] - largest);
     weights[l * kWarpSize] = value;
@@ -188,7 +188,7 @@ SPARSEOCC_DEVICE const real* frame_matrices(const SamplingShape& shape, const Sl
   return source.ego2img + image * kMatrixSize;
 }
 
-// The scalar work of one slot, by one lane.
+// The scalar work of one slot, by one lane. It is little, so its loops are kept small instead of unrolled.
 template <bool kFused, typename real>
 SPARSEOCC_DEVICE void prepare_slot(const SamplingShape& shape, const SlotSource<real>& source,
                                    const WarpTask& task, int lane, const WarpShared<real>& shared) {
@@ -213,6 +213,7 @@ SPARSEOCC_DEVICE void prepare_slot(const SamplingShape& shape, const SlotSource<
     const int64_t view = source.views[index];
     CUDA_KERNEL_ASSERT(view >= 0 && view < shape.cameras);
     shared.view[lane] = static_cast<int>(view);
+#pragma unroll 1
     for (int l = 0; l < shape.levels; ++l)
       shared.weights[l * kWarpSize + lane] = source.weights[index * shape.levels + l];
   }
@@ -357,6 +358,7 @@ SPARSEOCC_DEVICE void finish_slot(const BackwardArguments<scalar_t>& arguments, 
     arguments.grad_position[2 * index] = shared.grad_u[lane];
     arguments.grad_position[2 * index + 1] = shared.grad_v[lane];
   }
+#pragma unroll 1
   for (int l = 0; l < shape.levels; ++l)
     arguments.grad_weights[index * shape.levels + l] = shared.grad_weights[l * kWarpSize + lane];
 }
