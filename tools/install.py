@@ -36,7 +36,8 @@ class InstallError(Exception):
 def main():
     args = parse_args()
     try:
-        python = make_venv(args.venv, args.stack) if args.venv else sys.executable
+        check_python(args.stack)
+        python = make_venv(args.venv) if args.venv else sys.executable
         install(python, args.stack, args.mmcv_ops)
     except InstallError as error:
         print('\nerror: %s' % error, file=sys.stderr)
@@ -62,9 +63,8 @@ def check_python(stack):
                               + (stack, ' or '.join('%d.%d' % version for version in tested))))
 
 
-def make_venv(folder, stack):
+def make_venv(folder):
     """Make the virtual environment if ``folder`` has none that works; return the path of its Python."""
-    check_python(stack)
     python = os.path.join(os.path.abspath(folder), 'bin', 'python')
     version = _version_of(python)
     if version is None:
