@@ -23,8 +23,8 @@ def built_operators():
         pytest.skip('needs the compiled operators: ' + extension.BUILD_COMMAND)
 
 
-# Of the largest expected value. Kernel and reference sum the same float32 products in another order (the
-# maps' gradients by atomic additions), then round once to the type of the features.
+# Of the largest expected value. Kernel and reference sum the same float32 products in another order (the maps'
+# gradients by atomic additions), then round once to the type of the features.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 CHANNELS = [8, 20, 32, 64, 6]
