@@ -66,8 +66,8 @@ def _without_note_on_missing_gpu():
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # older PyTorch prints the remark
-            yield
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield  # older PyTorch prints the remark, some to one and some to the other
     finally:
         logger.setLevel(level)
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAKE_PACKAGES = {
     'torch/__init__.py': '',
     'torch/utils/__init__.py': '',
-    'torch/utils/cpp_extension.py': 'print("No CUDA runtime is found")',
+    'torch/utils/cpp_extension.py': 'import sys; print("No CUDA"); print("No CUDA", file=sys.stderr)',
     'mmcv/__init__.py': 'import warnings; __version__ = "1.7.2"; warnings.warn("MMCV will release v2.0.0")',
     'mmcv/utils/__init__.py': '',
     'mmcv/utils/config.py': 'def FormatCode(text, style_config=None): return text, style_config',
