@@ -26,22 +26,21 @@ class FeatureCache:
         """Forget every frame."""
         self._frames.clear()
 
-    def fetch(self, keys: Sequence[Hashable], encode: Callable[[List[int]], Maps]) -> Maps:
+    def fetch(self, keys: Sequence[Hashable], encode: Callable[[int], Maps]) -> Maps:
         """Feature maps of the frames of one sample.
 
         Args:
             keys: T frame keys; equal keys mean equal images.
-            encode: given the positions (0..T-1) of the frames to encode, their maps: L tensors
-                [frames, N, H_l, W_l, C].
+            encode: given the position (0..T-1) of a frame to encode, its maps: L tensors [N, H_l, W_l, C].
+                One frame at a time, so that its features have the same bits whatever is in the store: on a
+                GPU, rounding depends on how many images are encoded together.
 
         Returns:
             L tensors [T, N, H_l, W_l, C].
         """
-        missing = [t for t, key in enumerate(keys) if key not in self._frames and key not in keys[:t]]
-        if missing:
-            encoded = encode(missing)
-            for i, t in enumerate(missing):
-                self._frames[keys[t]] = [level[i] for level in encoded]
+        for t, key in enumerate(keys):
+            if key not in self._frames:
+                self._frames[key] = encode(t)
         frames = [self._frames[key] for key in keys]
         for key in keys:
             self._frames.move_to_end(key)

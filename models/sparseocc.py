@@ -179,8 +179,8 @@ class SparseOcc(BaseModule):
         if keys is None:
             return self.extract_features(img)
         frames = img.view((len(keys), -1) + img.shape[2:])
-        maps = self._cache.fetch(keys, lambda missing: self.extract_features(
-            torch.stack([frames[t] for t in missing])))  # indexing with a list would wait for the device
+        maps = self._cache.fetch(
+            keys, lambda t: [level[0] for level in self.extract_features(frames[t:t + 1])])
         return [level.flatten(0, 1).unsqueeze(0) for level in maps]
 
     def _frame_keys(self, img: Tensor, img_metas) -> Optional[List]:
