@@ -43,10 +43,11 @@ def parse_args(argv=None):
 def components():
     """SparseOcc's parts for the training run."""
     from lib.run.components import Components
-    from loaders import build_dataset, collate
+    from loaders import allow_many_open_files, build_dataset, collate
     from loaders.metrics import OccEvaluator
     from loaders.preflight import preflight
     from models import build_model
+    allow_many_open_files()
     return Components(build_model, build_dataset, collate, OccEvaluator, preflight)
 
 

@@ -145,6 +145,9 @@ def _check_sections(config):
     for name, keys in SECTION_KEYS.items():
         value = config.get(name)
         check_keys(section(value, name), keys, name)
+    workers = section(config.get('data'), 'data').get('workers_per_gpu', 0)
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        raise ConfigError('data.workers_per_gpu must be an integer of at least 0, got %r' % (workers,))
     TrainSettings.from_config(config.get('train'))
     EvaluationSettings.from_config(config.get('evaluation'))
 

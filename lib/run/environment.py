@@ -40,7 +40,8 @@ def describe_commit() -> str:
         return 'no git repository'
     changed = _git('status', '--porcelain', '--untracked-files=no') or ''
     names = [line[3:] for line in changed.splitlines()]
-    return commit + (' with changes in %s' % ', '.join(names[:20]) if names else '')
+    more = ', ...' if len(names) > 5 else ''
+    return commit + (' with changes in %s%s' % (', '.join(names[:5]), more) if names else '')
 
 
 def versions() -> Dict[str, str]:

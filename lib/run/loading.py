@@ -1,6 +1,8 @@
 """Loading batches: worker processes whose failures reach the user as one sentence."""
 import errno
+import signal
 import sys
+import threading
 from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional
 
 import torch
@@ -89,6 +91,7 @@ def read_batches(loader: DataLoader) -> Iterator[Any]:
         DataError: a sample cannot be read, a worker was killed, or there are too many open files.
     """
     iterator = _translated(lambda: iter(loader))
+    _find_dead_workers_here_only(loader)
     while True:
         try:
             batch = _translated(lambda: next(iterator))
@@ -97,6 +100,13 @@ def read_batches(loader: DataLoader) -> Iterator[Any]:
         if isinstance(batch, Failure):
             raise DataError(batch.message)
         yield batch
+
+
+def _find_dead_workers_here_only(loader) -> None:
+    """Take away PyTorch's handler that raises the death of a worker wherever the program happens to be, in the
+    middle of an optimizer's step too. The loader finds it within seconds when the next batch is asked for."""
+    if loader.num_workers and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _translated(action):

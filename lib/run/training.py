@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional
 
+import torch
 from torch import nn
 
 from ..errors import DataError, UserError
@@ -116,10 +117,14 @@ class Trainer:
 
     def _wrapped(self):
         """The model, in DDP where there are several processes. Batches are on the device already."""
+        model = self.job.model
         if self.job.processes.world_size == 1:
-            return self.job.model
+            return model
+        # Boolean tables are the same everywhere, and gloo of PyTorch 1.10 cannot send them.
+        tables = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
         return nn.parallel.DistributedDataParallel(
-            self.job.model, find_unused_parameters=self.job.settings.find_unused_parameters)
+            model, find_unused_parameters=self.job.settings.find_unused_parameters)
 
     def _train_epoch(self, epoch: int) -> None:
         """From where the run is to the end of the epoch (or of the run)."""
@@ -168,6 +173,8 @@ class Trainer:
         except DataError as error:
             message = str(error)
         if processes.any(message is not None):
+            if processes.any(self._stop_request.received is not None):
+                self._leave()  # who stops a job often stops its workers as well
             messages = [text for text in processes.gather(message) or ['another process'] if text]
             saved = self._save_on_the_way_out()
             processes.wait_for_all()
@@ -184,6 +191,9 @@ class Trainer:
         terms = ' '.join('%s %.4g' % (name[5:], value) for name, value in values.items()
                          if name.startswith('loss_'))
         values.setdefault('grad_norm', 0.0)  # fp16 skipped every step of the window
+        if getattr(job.dataset, 'num_skipped', 0):
+            values['skipped_samples'] = job.dataset.num_skipped
+            terms += '  |  %d unreadable samples replaced' % job.dataset.num_skipped
         job.log.say(_LINE % dict(values, iteration=self.iteration, of=job.max_iterations,
                                  left=self._countdown.text(), terms=terms))
         job.log.record('train', self.iteration, values)

@@ -190,11 +190,22 @@ def test_bad_data_is_named(kind, broken_root, tmp_path, monkeypatch, capsys):
     one_sentence(capsys, *words)
 
 
+def test_unreadable_images_can_be_skipped(broken_root, tmp_path, monkeypatch, capsys):
+    break_it('truncated image', broken_root)
+    assert call(train, monkeypatch, '--config', CONFIG, '--work-dir', tmp_path / 'run', '--max-iters', 3,
+                *overrides(broken_root, 'train.on_data_error=skip', 'task.num_frames=1',
+                           'evaluation.interval=-1')) == 0
+    assert sorted(losses(tmp_path / 'run')) == [1, 2, 3]
+    assert 'sample replaced by the next one (1 so far)' in capsys.readouterr().err
+    assert '1 unreadable samples replaced' in (tmp_path / 'run' / 'log.txt').read_text()
+
+
 @pytest.mark.parametrize('arguments, words', [
     (('--config', 'configs/toy/sematic.py'), ('configs/toy/sematic.py', 'does not exist')),
     (('--config', CONFIG, '--override', 'data.train.data_root=nowhere'), ('nowhere',)),
     (('--config', CONFIG, '--override', 'optimiser.lr=1'), ("'optimiser'", "did you mean 'optimizer'")),
     (('--config', CONFIG, '--override', 'model.typ=1'), ('typ',)),
+    (('--config', CONFIG, '--override', 'data.workers_per_gpu=two'), ('workers_per_gpu', 'two')),
     (('--config', CONFIG, '--override', 'model.img_backbone.dept=50'), ('dept',)),
     (('--config', CONFIG, '--override', 'data.train.ocup=1'), ('ocup',)),
     (('--config', CONFIG, '--override', 'data.train.type=NuScenesOcc'), ("'NuScenesOcc'", "'NuSceneOcc'")),
