@@ -8,6 +8,7 @@ from lib.task import Task
 
 from ..infos import load_infos
 from ..labels import LABEL_FILE, LabelFolder, check_labels
+from .box_convention import with_length_first
 from .instances import ego_boxes, make_instances
 from .parallel import parallel_map
 from .sweep_infos import SWEEP_FILE
@@ -88,7 +89,7 @@ def _gather_infos(data_root, version, info_files):
             raise DataError(
                 '%s is of version %s, not %s; give --version %s, or make it again with gen_sweep_info.py' %
                 (path, content.version, version, content.version))
-        infos.extend(content.infos)
+        infos.extend(with_length_first(content.infos))
     return infos
 
 

@@ -6,6 +6,7 @@ from lib.errors import DataError
 from lib.io import save_pickle
 
 from ..infos import load_infos
+from .box_convention import with_length_first
 from .camera_sweeps import add_camera_sweeps
 from .keyframe_infos import keyframe_info
 from .parallel import parallel_map
@@ -69,7 +70,7 @@ def _scene_infos(nusc, scene) -> List[Dict]:
 
 
 def _extended(nusc, path, split, processes):
-    infos = load_infos(path).infos
+    infos = with_length_first(load_infos(path).infos)
     known = {sample['token'] for sample in nusc.sample}
     foreign = [info['token'] for info in infos if info['token'] not in known]
     if foreign:
