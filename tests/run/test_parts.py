@@ -2,12 +2,14 @@
 import math
 import os
 
+import fakes
 import numpy as np
 import pytest
 import torch
 
 from lib.errors import CheckpointError, ConfigError, UserError
 from lib.run.folder import CheckpointKeeper, checkpoints, create_run_folder, find_checkpoint_to_resume
+from lib.run.loading import make_loader, read_batches
 from lib.run.log import RunLog
 from lib.run.meters import Countdown, WindowAverage, duration
 from lib.run.seeding import mix, seed_step
@@ -115,6 +117,18 @@ def test_run_folder_that_cannot_be_made(tmp_path):
 def test_an_empty_folder_is_used_as_it_is(tmp_path):
     (tmp_path / 'run').mkdir()
     assert create_run_folder(str(tmp_path / 'run'), 'c.py') == tmp_path / 'run'
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_workers_learn_of_the_epoch(workers):
+    """Also workers that live on from one epoch to the next."""
+    dataset = fakes.FakeDataset(None, length=4)
+    loader = make_loader(dataset, [[2]], fakes.collate, workers, torch.device('cpu'), persistent=True)
+    batches = []
+    for epoch in (0, 1, 0):
+        loader.dataset.set_epoch(epoch)
+        batches += [batch['img'] for batch in read_batches(loader)]
+    assert torch.equal(batches[0], batches[2]) and not torch.equal(batches[0], batches[1])
 
 
 def test_log_that_cannot_be_written_complains_once_and_goes_on(tmp_path, capsys):
