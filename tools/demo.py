@@ -126,8 +126,8 @@ def run_steps(demo: Demo, args) -> None:
         '--out', str(demo.folder / 'scores.json')] + override)
     demo.run('score the guess that never looks', [
         'tools/baseline.py', '--config', CONFIG, '--json', str(demo.folder / 'baseline.json')] + override)
-    demo.run('time it', ['timing.py', '--config', CONFIG, '--weights', weights, '--samples', '8', '--warmup', '2',
-                         '--out', str(demo.folder / 'timing.json')] + override)
+    demo.run('time it', ['timing.py', '--config', CONFIG, '--weights', weights, '--samples', '6', '--warmup', '1',
+                         '--history', 'full', '--out', str(demo.folder / 'timing.json')] + override)
     demo.run('draw a sample', [
         'tools/visualize.py', '--config', CONFIG, '--predictions', str(demo.folder / 'predictions'), '--sample',
         str(args.keyframes // 2), '--out', str(demo.folder / 'picture.png')] + override)
