@@ -4,9 +4,10 @@
     python models/csrc/benchmark.py --types fp16 --repeats 50
 
 One row per decoder stage and type: milliseconds of the compiled operator and of the reference, forward and
-backward, and the rate at which the operator moves bytes. Bytes are counted as if nothing were cached: four corners
-of every level per slot that falls in an image, the output, points and weights; the backward pass also adds to as
-many bytes of gradient as it reads. A rate above the memory's bandwidth means that caches serve the rest.
+backward, and the rate at which the operator moves bytes. Bytes are counted as if nothing were cached: four
+corners of every level per slot that falls in an image, the output, points and weights; the backward pass also
+adds to as many values of gradient as it reads. A rate above the memory's bandwidth means that caches serve
+the rest.
 """
 import argparse
 import math
@@ -60,7 +61,8 @@ class Timing(NamedTuple):
 def camera(index: int) -> Tensor:
     """ego2img [4, 4] of one of six cameras with nuScenes-like optics, 1.5 m above the ground."""
     yaw = 2 * math.pi * index / CAMERAS
-    rotation = torch.tensor([[math.sin(yaw), -math.cos(yaw), 0], [0, 0, -1], [math.cos(yaw), math.sin(yaw), 0]])
+    right, forward = [math.sin(yaw), -math.cos(yaw), 0.0], [math.cos(yaw), math.sin(yaw), 0.0]
+    rotation = torch.tensor([right, [0.0, 0.0, -1.0], forward])
     intrinsic = torch.tensor([[557.0, 0, IMAGE[1] / 2], [0, 557.0, IMAGE[0] / 2], [0, 0, 1]])
     matrix = torch.eye(4)
     matrix[:3, :3] = intrinsic @ rotation
@@ -133,8 +135,21 @@ def largest_difference(inputs: Inputs) -> float:
         return float((sample_multi_view(*inputs).double() - expected).abs().max() / expected.abs().max())
 
 
+def report(stage: Stage, name: str, batch: int, repeats: int) -> None:
+    """Check, time and print one row."""
+    inputs = make_inputs(stage, TYPES[name], batch)
+    difference = largest_difference(inputs)
+    ours = time_operator(sample_multi_view, inputs, repeats)
+    theirs = time_operator(sample_multi_view_reference, inputs, repeats)
+    print('%-9s %-5s | %9.3f %9.3f %7.0f | %9.3f %9.3f %7.0f | %9.1e' % (
+        stage.name, name,
+        ours.forward_ms, theirs.forward_ms, ours.forward_bytes / ours.forward_ms / 1e6,
+        ours.backward_ms, theirs.backward_ms, ours.backward_bytes / ours.backward_ms / 1e6, difference))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--types', nargs='+', choices=sorted(TYPES), default=['fp32', 'fp16'])
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--repeats', type=int, default=30)
@@ -148,13 +163,7 @@ def main() -> None:
         'stage', 'type', 'fwd ms', 'torch ms', 'GB/s', 'bwd ms', 'torch ms', 'GB/s', 'differs'))
     for stage in STAGES:
         for name in arguments.types:
-            inputs = make_inputs(stage, TYPES[name], arguments.batch)
-            difference = largest_difference(inputs)
-            ours = time_operator(sample_multi_view, inputs, arguments.repeats)
-            theirs = time_operator(sample_multi_view_reference, inputs, arguments.repeats)
-            print('%-9s %-5s | %9.3f %9.3f %7.0f | %9.3f %9.3f %7.0f | %9.1e' % (
-                stage.name, name, ours.forward_ms, theirs.forward_ms, ours.forward_bytes / ours.forward_ms / 1e6,
-                ours.backward_ms, theirs.backward_ms, ours.backward_bytes / ours.backward_ms / 1e6, difference))
+            report(stage, name, arguments.batch, arguments.repeats)
 
 
 if __name__ == '__main__':

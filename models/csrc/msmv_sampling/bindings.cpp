@@ -1,5 +1,7 @@
 #include "msmv_sampling.h"
 
+#include <torch/extension.h>
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "CUDA kernels of models.csrc.msmv_sampling; see msmv_sampling.h";
   module.attr("interface_version") = sparseocc::kInterfaceVersion;

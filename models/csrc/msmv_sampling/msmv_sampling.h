@@ -5,7 +5,7 @@
 // type real are contiguous. Features may be strided as long as their channels are contiguous.
 #pragma once
 
-#include <torch/extension.h>
+#include <ATen/ATen.h>
 
 #include <vector>
 

@@ -1,7 +1,9 @@
 """The compiled sampling operators on a GPU against the PyTorch reference on the same GPU and against float64.
 
-A small part of them is for compute-sanitizer:
-    compute-sanitizer --tool memcheck python -m pytest tests/models/csrc -k sanitize -q
+A small part of them is for compute-sanitizer, with PyTorch's caching of memory off so that every tensor has
+borders that can be overstepped:
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \\
+        python -m pytest tests/models/csrc -k sanitize -q
 (and ``--tool racecheck``). Needs the operators built: cd models/csrc && python setup.py build_ext --inplace
 """
 import pytest
@@ -23,8 +25,8 @@ def built_operators():
         pytest.skip('needs the compiled operators: ' + extension.BUILD_COMMAND)
 
 
-# Of the largest expected value. Kernel and reference sum the same float32 products in another order (the maps'
-# gradients by atomic additions), then round once to the type of the features.
+# Of the largest expected value. Kernel and reference sum the same float32 products in another order (the
+# maps' gradients by atomic additions), then round once to the type of the features.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 CHANNELS = [8, 20, 32, 64, 6]
