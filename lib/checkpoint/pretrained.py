@@ -38,6 +38,13 @@ class PretrainedReport(NamedTuple):
 _NECK = (r'^neck\.', 'img_neck.')
 
 
+def check_pretrained_file(path: str) -> None:
+    """Raise CheckpointError unless the file of ``load_from`` exists."""
+    if not os.path.exists(path):
+        raise CheckpointError('pretrained weights %s (load_from) do not exist; download them to that path '
+                              '(docs/nuscenes.md), or start without them: --override load_from=None' % path)
+
+
 def load_pretrained(model: nn.Module, path: str, revise_keys: Sequence[Tuple[str, str]] = (),
                     trust: bool = False) -> PretrainedReport:
     """Load the parts of another network's checkpoint that fit by name and shape, e.g. a detector's backbone.
@@ -52,9 +59,7 @@ def load_pretrained(model: nn.Module, path: str, revise_keys: Sequence[Tuple[str
     Raises:
         CheckpointError: as ``read_checkpoint``; or nothing fits.
     """
-    if not os.path.exists(path):
-        raise CheckpointError('pretrained weights %s (load_from) do not exist; download them to that path '
-                              '(docs/nuscenes.md), or start without them: --override load_from=None' % path)
+    check_pretrained_file(path)
     weights = state_dict_of(read_checkpoint(path, trust), path)
     own, used, reshaped, unknown = model.state_dict(), OrderedDict(), [], []
     for name, value in weights.items():

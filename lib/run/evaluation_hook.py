@@ -19,24 +19,23 @@ class EvaluationHook:
         dataset: to evaluate on.
         settings: which metrics.
         processes, log: of the run.
-        folder: run folder.
         workers: data-loading processes.
         amp: precision of the forward pass.
     """
 
     def __init__(self, components: Components, task: Task, dataset, settings: EvaluationSettings,
-                 processes: Processes, log: RunLog, folder: Path, workers: int, amp: Optional[str]):
+                 processes: Processes, log: RunLog, workers: int, amp: Optional[str]):
         self.components, self.task, self.dataset = components, task, dataset
-        self.processes, self.log, self.folder, self.workers, self.amp = processes, log, folder, workers, amp
+        self.processes, self.log, self.workers, self.amp = processes, log, workers, amp
         self.evaluator = components.build_evaluator(task, metrics=settings.metrics or default_metrics(task),
                                                     device=processes.device)
 
-    def __call__(self, model, iteration: int) -> Optional[Dict[str, float]]:
+    def __call__(self, model, iteration: int, folder: Path) -> Optional[Dict[str, float]]:
         """Scores of the model in the main process, None in the others.
 
-        A continued run finds the scores that it has already written.
+        A continued run finds the scores that it has already written into its folder.
         """
-        path = self.folder / ('evaluation_iter_%d.json' % iteration)
+        path = folder / ('evaluation_iter_%d.json' % iteration)
         if self.processes.broadcast(path.exists()):
             return _totals(read_json(path)) if self.processes.is_main else None
         result = evaluate(EvaluationJob(

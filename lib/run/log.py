@@ -8,18 +8,27 @@ from typing import Dict, Optional
 class RunLog:
     """Writes in the main process and is silent in the others.
 
-    A disk that is full must not end a run: a line that cannot be written is on the console all the same.
+    Until ``open`` gives it a folder it logs to the console, and remembers. A disk that is full must not end a
+    run: a line that cannot be written is on the console all the same.
 
     Args:
-        folder: run folder; None logs to the console only.
         is_main: whether this is the process that logs.
-        tensorboard: write event files too, if TensorBoard is installed.
     """
 
-    def __init__(self, folder: Optional[str] = None, is_main: bool = True, tensorboard: bool = False):
-        self.folder, self.is_main = folder, is_main
+    def __init__(self, is_main: bool = True):
+        self.is_main = is_main
+        self.folder: Optional[str] = None
+        self._early = []
         self._complained = False
-        self._board = self._open_board() if folder and is_main and tensorboard else None
+        self._board = None
+
+    def open(self, folder: str, tensorboard: bool = False) -> None:
+        """Log to files in the run folder too; event files as well if wanted and TensorBoard is installed."""
+        self.folder = folder
+        for line in self._early:
+            self._append('log.txt', line)
+        if self.is_main and tensorboard:
+            self._board = self._open_board()
 
     def say(self, text: str) -> None:
         """A line for people, with the time."""
@@ -45,6 +54,7 @@ class RunLog:
 
     def _append(self, name, line):
         if self.folder is None:
+            self._early.append(line)
             return
         try:
             with open('%s/%s' % (self.folder, name), 'a', encoding='utf-8') as f:

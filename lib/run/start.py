@@ -19,15 +19,15 @@ class Start(NamedTuple):
 
     checkpoint  content of the checkpoint to continue from, or None
     path        its file
-    folder      run folder
+    in_place    the run goes on in the folder of that file
     """
     checkpoint: Optional[Dict]
     path: Optional[Path]
-    folder: Path
+    in_place: bool
 
 
 def find_start(args, resume: Optional[str], processes: Processes) -> Start:
-    """Checkpoint and run folder; the main process looks and makes.
+    """The checkpoint to continue from, if any; the main process looks for it.
 
     'auto' and a run folder are continued in place, a checkpoint file in a new folder.
 
@@ -35,22 +35,28 @@ def find_start(args, resume: Optional[str], processes: Processes) -> Start:
         args: arguments of ``train.py``.
         resume: 'auto', a folder, a file, or None.
     """
-    path = folder = None
-    if processes.is_main:
-        path = find_checkpoint_to_resume(resume, args.work_dir, args.config) if resume else None
-        folder = path.parent if _continues_in_place(args, resume, path) else \
-            create_run_folder(args.work_dir, args.config)
-        if resume == 'auto' and path is None:
+    path = None
+    if processes.is_main and resume:
+        path = find_checkpoint_to_resume(resume, args.work_dir, args.config)
+        if path is None:
             print('--resume auto: no checkpoint to continue from; starting anew', flush=True)
-    path, folder = processes.broadcast((path, folder))
+    path = processes.broadcast(path)
     checkpoint = None if path is None else read_training_state(str(path), args.trust_weights)
-    return Start(checkpoint, path, folder)
+    return Start(checkpoint, path, _continues_in_place(args, resume, path))
 
 
 def _continues_in_place(args, resume, path) -> bool:
     if path is None or not (resume == 'auto' or os.path.isdir(resume)):
         return False
     return not args.work_dir or Path(args.work_dir) == path.parent
+
+
+def make_folder(args, start: Start, processes: Processes) -> Path:
+    """The run folder; the main process makes it, late, so that bad input leaves none behind."""
+    folder = start.path.parent if start.in_place else None
+    if folder is None and processes.is_main:
+        folder = create_run_folder(args.work_dir, args.config)
+    return processes.broadcast(folder)
 
 
 def choose_seed(args, cfg, start: Start, processes: Processes) -> int:
@@ -60,22 +66,27 @@ def choose_seed(args, cfg, start: Start, processes: Processes) -> int:
     return processes.broadcast(pick_seed(cfg.get('seed')))
 
 
-def tell_start(log: RunLog, args, cfg, start: Start, seed: int, processes: Processes) -> None:
-    """First lines of the log, and the files that say what was run and on what."""
-    log.say('run folder %s' % start.folder)
+def tell_start(log: RunLog, args, cfg, start: Start, seed: int) -> None:
+    """First lines of the log."""
     log.say('config %s, seed %d' % (args.config, seed))
+    if start.checkpoint is not None:
+        log.say('continuing from %s' % start.path)
+        for line in config_differences(start.checkpoint['meta'].get('config', ''), config_lines(cfg)):
+            log.say("config differs from the checkpoint's: %s" % line)
+
+
+def write_facts(folder: Path, cfg, seed: int, processes: Processes, log: RunLog) -> None:
+    """Files of the run folder that say what was run and on what."""
+    log.say('run folder %s' % folder)
     if not processes.is_main:
         return
     facts = describe_environment(processes.device, processes.world_size)
-    dump_config(cfg, str(_unused(start.folder, 'config', '.py')))
-    with open(str(_unused(start.folder, 'environment', '.txt')), 'w', encoding='utf-8') as f:
+    dump_config(cfg, str(_unused(folder, 'config', '.py')))
+    with open(str(_unused(folder, 'environment', '.txt')), 'w', encoding='utf-8') as f:
         f.write('\n'.join(facts + ['seed: %d' % seed]) + '\n')
     for fact in facts:
         if fact.split(':')[0] in _FACTS_TO_SAY:
             log.say(fact)
-    if start.checkpoint is not None:
-        for line in config_differences(start.checkpoint['meta'].get('config', ''), config_lines(cfg)):
-            log.say("config differs from the checkpoint's: %s" % line)
 
 
 def _unused(folder: Path, stem: str, suffix: str) -> Path:

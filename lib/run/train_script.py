@@ -3,7 +3,7 @@ from typing import Callable, List, Optional, Tuple
 
 import torch
 
-from ..checkpoint import load_pretrained
+from ..checkpoint import check_pretrained_file, load_pretrained
 from ..config import load_config, require_keys
 from ..errors import ConfigError
 from ..task import Task
@@ -19,7 +19,7 @@ from .schedule import Schedule
 from .seeding import seed_everything
 from .settings import EvaluationSettings, TrainSettings
 from .signals import Interrupted
-from .start import Start, choose_seed, config_lines, find_start, tell_start
+from .start import Start, choose_seed, config_lines, find_start, make_folder, tell_start, write_facts
 from .step import clip_norm
 from .training import Trainer, TrainingJob
 
@@ -76,27 +76,32 @@ class Launch:
                                           self.settings.accumulate, self.settings.max_samples_per_gpu)
 
     def run(self) -> None:
-        """Make the run folder, the data sets, the model and the trainer, and train."""
+        """Make data sets, model, run folder and trainer, and train."""
         start = find_start(self.args, self.cfg.get('resume_from'), self.processes)
+        if start.checkpoint is None and self.cfg.get('load_from'):
+            check_pretrained_file(self.cfg.load_from)
         self.seed = choose_seed(self.args, self.cfg, start, self.processes)
-        self.log = RunLog(str(start.folder), self.processes.is_main, self.settings.tensorboard)
+        self.log = RunLog(self.processes.is_main)
         try:
             self._prepare(start).run()
         finally:
             self.log.close()
 
     def _prepare(self, start: Start) -> Trainer:
-        tell_start(self.log, self.args, self.cfg, start, self.seed, self.processes)
+        tell_start(self.log, self.args, self.cfg, start, self.seed)
         self._set_backends()
         self.log.say(self.plan.describe())
         seed_everything(self.seed)
         dataset, validation = self._training_set(), self._validation_set()
         self.processes.wait_for_all()
         model = self._model(start).to(self.processes.device)
-        trainer = Trainer(self._job(model, dataset, validation, start))
+        trainer = Trainer(self._job(model, dataset, validation))
         if start.checkpoint is not None:
             trainer.resume(start.checkpoint, str(start.path))
-            self.log.say('continuing from %s at iteration %d' % (start.path, trainer.iteration))
+        folder = make_folder(self.args, start, self.processes)
+        self.log.open(str(folder), self.settings.tensorboard)
+        write_facts(folder, self.cfg, self.seed, self.processes, self.log)
+        trainer.use_folder(folder)
         return trainer
 
     def _set_backends(self) -> None:
@@ -130,7 +135,7 @@ class Launch:
                      % (sum(p.numel() for p in model.parameters()) / 1e6, learning / 1e6))
         return model
 
-    def _job(self, model, dataset, validation, start: Start) -> TrainingJob:
+    def _job(self, model, dataset, validation) -> TrainingJob:
         cfg = self.cfg
         order = EpochOrder(len(dataset), self.plan.total, self.seed)
         epochs, iterations = run_length(cfg.runner, order.steps)
@@ -140,14 +145,14 @@ class Launch:
         if validation is not None:
             hook = EvaluationHook(
                 self.components, self.task, validation, self.evaluation, self.processes, self.log,
-                start.folder, cfg.data.get('workers_per_gpu', 0), self.settings.amp)
+                cfg.data.get('workers_per_gpu', 0), self.settings.amp)
         return TrainingJob(
             model=model, optimizer=build_optimizer(model, cfg.optimizer), dataset=dataset,
             collate=self.components.collate, plan=self.plan, order=order,
             schedule=Schedule.from_config(cfg.get('lr_config'), epochs, iterations, order.steps),
             max_iterations=iterations, settings=self.settings, seed=self.seed,
             max_norm=clip_norm(cfg.get('optimizer_config')), workers=cfg.data.get('workers_per_gpu', 0),
-            processes=self.processes, folder=start.folder, log=self.log, evaluate=hook,
+            processes=self.processes, log=self.log, evaluate=hook,
             evaluation_interval=self.evaluation.interval,
             meta=dict(seed=self.seed, total_batch_size=self.plan.total, num_samples=len(dataset),
                       config=config_lines(cfg)))

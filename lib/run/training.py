@@ -45,11 +45,10 @@ class TrainingJob:
         max_norm: of the gradient (``clip_norm``).
         workers: data-loading processes.
         processes: this process among the others.
-        folder: run folder.
         log: where to tell.
         meta: plain facts for checkpoints: seed, total_batch_size, num_samples, config, ...
-        evaluate: called with the bare model in evaluation mode and the iteration, in every process; returns
-            figures to log (None in all but the main process).
+        evaluate: called with the bare model in evaluation mode, the iteration and the run folder, in every
+            process; returns figures to log (None in all but the main process).
         evaluation_interval: epochs between two calls; 0 at the end only, -1 never.
     """
     model: nn.Module
@@ -65,10 +64,9 @@ class TrainingJob:
     max_norm: float
     workers: int
     processes: Processes
-    folder: Path
     log: RunLog
     meta: Mapping
-    evaluate: Optional[Callable[[nn.Module, int], Optional[Dict]]] = None
+    evaluate: Optional[Callable[[nn.Module, int, Path], Optional[Dict]]] = None
     evaluation_interval: int = 0
 
 
@@ -81,8 +79,9 @@ class Trainer:
         self.evaluated = 0  # iteration of the last evaluation
         self.window = WindowAverage()
         self.scaler = make_scaler(job.settings.amp)
-        self.keeper = CheckpointKeeper(job.folder, job.settings.max_keep_ckpts)
         self._saved = None  # iteration of the last checkpoint
+        self.folder: Optional[Path] = None
+        self.keeper: Optional[CheckpointKeeper] = None
 
     def resume(self, checkpoint: Mapping, path: str) -> None:
         """Continue where a checkpoint was written (before ``run``)."""
@@ -91,7 +90,12 @@ class Trainer:
         self.iteration, self.evaluated = int(progress['iteration']), int(progress['evaluated'])
         self.window.load_state_dict(progress['window'])
         self._saved = self.iteration
-        if job.processes.is_main:
+
+    def use_folder(self, folder: Path) -> None:
+        """Write checkpoints and scores there (before ``run``)."""
+        self.folder = folder
+        self.keeper = CheckpointKeeper(folder, self.job.settings.max_keep_ckpts)
+        if self.job.processes.is_main:
             self.keeper.remove_leftovers()
 
     def run(self) -> None:
@@ -107,6 +111,8 @@ class Trainer:
         self._batches = RankBatches(job.order, job.plan, job.processes.rank)
         self._loader = make_loader(job.dataset, self._batches, job.collate, job.workers, job.processes.device,
                                    persistent=True)
+        if self.iteration:
+            job.log.say('continuing at iteration %d' % self.iteration)
         self._countdown = Countdown(job.max_iterations, self.iteration)
         with StopRequest() as self._stop_request:
             while self.iteration < job.max_iterations:
@@ -248,7 +254,8 @@ class Trainer:
         if job.processes.is_main:
             facts = dict(lr=highest_learning_rate(job.optimizer), loss_scale=self.scaler.get_scale(),
                          seed=job.seed)
-            stopped = report_non_finite(error, self.iteration + 1, tokens, facts, self._capture(), job.folder)
+            stopped = report_non_finite(error, self.iteration + 1, tokens, facts, self._capture(),
+                                        self.folder)
         else:
             stopped = RunStopped(str(error))
         job.processes.wait_for_all()
@@ -270,7 +277,7 @@ class Trainer:
         self._stop_request.at_once = ('stopped while evaluating; the checkpoint of iteration %d is saved'
                                       % self.iteration)
         job.model.eval()
-        figures = job.evaluate(job.model, self.iteration)
+        figures = job.evaluate(job.model, self.iteration, self.folder)
         self._stop_request.at_once = None
         self.evaluated = self.iteration
         self._countdown.pause(time.monotonic() - begin)

@@ -169,7 +169,7 @@ def components():
 
 
 def run_script(name, arguments):
-    """One of the scripts, with the fake parts or (``train.py``, ``val.py``) the real ones; its exit status."""
+    """One of the scripts with the fake parts, or ``train.py``, ``val.py`` themselves; the exit status."""
     if name.endswith('.py'):
         sys.argv = [name] + arguments
         try:

@@ -132,15 +132,26 @@ def test_workers_learn_of_the_epoch(workers):
 
 
 def test_log_that_cannot_be_written_complains_once_and_goes_on(tmp_path, capsys):
-    log = RunLog(str(tmp_path / 'gone'))
+    log = RunLog()
     log.say('one')
+    log.open(str(tmp_path / 'gone'))
     log.say('two')
     captured = capsys.readouterr()
     assert 'one' in captured.out and 'two' in captured.out and captured.err.count('warning') == 1
 
 
+def test_lines_from_before_the_folder_are_in_the_log(tmp_path):
+    log = RunLog()
+    log.say('early')
+    log.open(str(tmp_path))
+    log.say('late')
+    early, late = (tmp_path / 'log.txt').read_text().splitlines()
+    assert early.endswith('early') and late.endswith('late')
+
+
 def test_other_processes_are_silent(tmp_path, capsys):
-    log = RunLog(str(tmp_path), is_main=False)
+    log = RunLog(is_main=False)
+    log.open(str(tmp_path))
     log.say('one')
     log.record('train', 1, dict(a=1))
     assert capsys.readouterr().out == '' and not list(tmp_path.iterdir())

@@ -119,7 +119,7 @@ def test_half_written_checkpoint_does_not_shadow_a_good_one(workshop, capsys):
     # The cosine of the cut run was shorter, so take the schedule that both share.
     workshop.train(*options, more=('--resume', 'auto'))
     assert 'epoch_2_iter_6.pth is not whole' in capsys.readouterr().out
-    assert 'epoch_1_iter_3.pth at iteration 3' in workshop.log()
+    assert 'epoch_1_iter_3.pth' in workshop.log() and 'continuing at iteration 3' in workshop.log()
     assert not list(folder.glob('.*.tmp.pth'))
     assert len(workshop.curve()) == 9
 
@@ -264,3 +264,4 @@ def test_bfloat16_on_the_cpu(workshop):
 def test_bad_input_ends_before_training(workshop, overrides, more, error, words):
     with pytest.raises(error, match=words):
         workshop.train(*overrides, more=more)
+    assert not (workshop.folder / 'run').exists()
