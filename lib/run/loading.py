@@ -104,7 +104,7 @@ def read_batches(loader: DataLoader) -> Iterator[Any]:
 
 def _find_dead_workers_here_only(loader) -> None:
     """Take away PyTorch's handler that raises the death of a worker wherever the program happens to be, in
-    the middle of an optimizer's step too. The loader finds it within seconds when the next batch is asked for."""
+    the middle of an optimizer's step too. The loader finds it within seconds of being asked for a batch."""
     if loader.num_workers and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
