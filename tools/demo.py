@@ -35,7 +35,7 @@ def parse_args(argv=None):
     parser.add_argument('--scenes', type=int, default=10, help='of the toy data; two are held out (default 10)')
     parser.add_argument('--keyframes', type=int, default=8, help='per scene (default 8)')
     parser.add_argument('--image-size', default='640x360', help='of the toy data (default 640x360)')
-    parser.add_argument('--minutes', type=float, default=6.3, help='wall-clock time to aim at (default 6.3)')
+    parser.add_argument('--minutes', type=float, default=7.0, help='wall-clock time to aim at (default 7)')
     parser.add_argument('--max-iters', type=int, help='training steps (default: as many as fit into --minutes)')
     parser.add_argument('--seed', type=int, default=0, help='of data and training (default 0)')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
