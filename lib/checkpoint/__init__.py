@@ -5,5 +5,5 @@ from .reading import check_checkpoint_file, read_checkpoint, state_dict_of
 from .writing import is_complete, save_checkpoint
 
 __all__ = ['PretrainedReport', 'check_checkpoint_file', 'check_pretrained_file', 'compare',
-           'describe_weights', 'fit_weights', 'is_complete', 'load_model_weights', 'load_pretrained', 'read_checkpoint',
-           'save_checkpoint', 'state_dict_of']
+           'describe_weights', 'fit_weights', 'is_complete', 'load_model_weights', 'load_pretrained',
+           'read_checkpoint', 'save_checkpoint', 'state_dict_of']
