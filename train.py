@@ -28,6 +28,7 @@ def parse_args(argv=None):
         help='go on from the newest checkpoint of the last run or --work-dir (auto), of a folder, or a file')
     add('--load-from', metavar='PATH', help='start from these weights instead of load_from of the config')
     add('--amp', choices=('fp16', 'bf16'), help='mixed precision (default: train.amp of the config, float32)')
+    add('--tf32', choices=('on', 'off'), help='default: train.tf32 of the config')
     add('--seed', type=int, help='default: seed of the config')
     add('--accumulate', metavar='auto|N', help='forward passes per optimizer step')
     add('--max-epochs', type=int, help='default: runner.max_epochs')

@@ -24,6 +24,8 @@ class TrainSettings:
         amp: None (float32), 'fp16' (with loss scaling) or 'bf16'.
         tf32: 'default' (PyTorch's own: convolutions yes, matrix products no), 'off' or 'on' (both).
         cudnn_benchmark: let cuDNN time its algorithms; faster, and not repeatable to the bit.
+        deterministic: repeat to the bit on the same machine and number of GPUs, slower (see
+            ``set_deterministic``); without it a GPU adds some gradients up in no fixed order.
         log_interval: optimizer steps between two log lines.
         checkpoint_interval: epochs between two checkpoints; the last epoch always writes one.
         checkpoint_interval_iters: optimizer steps between two checkpoints inside an epoch; 0 writes none.
@@ -39,6 +41,7 @@ class TrainSettings:
     amp: Optional[str] = None
     tf32: str = 'default'
     cudnn_benchmark: bool = False
+    deterministic: bool = False
     log_interval: int = 50
     checkpoint_interval: int = 1
     checkpoint_interval_iters: int = 0
@@ -59,6 +62,9 @@ class TrainSettings:
         for name, low in (('log_interval', 1), ('checkpoint_interval', 1), ('checkpoint_interval_iters', 0),
                           ('max_keep_ckpts', 0), ('max_skipped', 0), ('max_samples_per_gpu', 0)):
             _at_least('train.' + name, getattr(self, name), low)
+        _choice('train.deterministic', self.deterministic, (False, True))
+        if self.deterministic and self.cudnn_benchmark:
+            raise ConfigError('train.deterministic and train.cudnn_benchmark exclude each other; set one of them')
         if self.accumulate != 'auto':
             _at_least('train.accumulate', self.accumulate, 1)
 

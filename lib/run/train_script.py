@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..task import Task
 from .batch_plan import BatchPlan, EpochOrder, plan_batch
 from .components import Components, open_dataset, read_task
+from .determinism import set_deterministic
 from .evaluation_hook import EvaluationHook
 from .faults import RunStopped
 from .log import RunLog
@@ -57,7 +58,8 @@ def run_training(args, components: Callable[[], Components]) -> int:
 
 def config_changes(args) -> List[str]:
     """``--override``, and after it the arguments that stand for a config value."""
-    named = {'seed': args.seed, 'train.amp': args.amp, 'train.accumulate': args.accumulate,
+    named = {'seed': args.seed, 'train.amp': args.amp, 'train.tf32': args.tf32,
+             'train.accumulate': args.accumulate,
              'runner.max_epochs': args.max_epochs, 'runner.max_iters': args.max_iters,
              'load_from': args.load_from, 'resume_from': args.resume}
     return list(args.override) + ['%s=%s' % item for item in named.items() if item[1] is not None]
@@ -107,6 +109,7 @@ class Launch:
     def _set_backends(self) -> None:
         set_tf32(self.settings.tf32)
         torch.backends.cudnn.benchmark = self.settings.cudnn_benchmark
+        set_deterministic(self.settings.deterministic)
         self.log.say('precision: %s' % describe_precision(self.settings.amp, self.processes.device))
 
     @property
