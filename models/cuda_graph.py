@@ -43,10 +43,13 @@ class GraphedFunction:
             that depend on the inputs' shapes alone. Module weights may change in place between calls, but
             their storage may not: call :meth:`clear` after ``module.to(...)``.
         max_graphs: graphs kept; the oldest is dropped.
+        state: tells what else the result depends on, such as a version of weights that the function prepares
+            outside the graph; a new graph is captured where it gives another value.
     """
 
-    def __init__(self, function: Callable[..., Sequence[Tensor]], max_graphs: int = 4):
-        self.function, self.max_graphs = function, max_graphs
+    def __init__(self, function: Callable[..., Sequence[Tensor]], max_graphs: int = 4,
+                 state: Callable[[], Hashable] = lambda: None):
+        self.function, self.max_graphs, self.state = function, max_graphs, state
         self._graphs: Dict[Hashable, _Captured] = {}
 
     def clear(self):
@@ -57,7 +60,7 @@ class GraphedFunction:
         """The function's result, in fresh tensors."""
         if not inputs[0].is_cuda:
             return list(self.function(*inputs))
-        key = self._signature(inputs)
+        key = (self.state(), self._signature(inputs))
         if key not in self._graphs:
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.pop(next(iter(self._graphs)))

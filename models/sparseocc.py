@@ -18,6 +18,7 @@ from models.cuda_graph import GraphedFunction
 from models.feature_cache import FeatureCache
 from models.heads.sparseocc_head import MergedPrediction
 from models.image_input import ImageInput
+from models.layers.fused_resnet import FusedResNet, can_fuse
 from models.losses import OccupancyTargets
 from models.sampling import ImageFeatures
 from models.transformer import TransformerOutput
@@ -53,12 +54,14 @@ class SparseOcc(BaseModule):
             encodes all frames of every sample), draws ('even' or 'random'), merge_stuff ('published' or
             'labelled'), overlap_threshold, score_threshold, cuda_graph (replay the encoder of one frame
             and the head as CUDA graphs at batch 1: the same numbers sooner, for more memory; off by default).
+        fuse_backbone: on a GPU, compute a ResNet with fixed norm statistics by ``FusedResNet``: the same but for
+            rounding, sooner and in less memory. False runs mmdet's modules as they are.
         train_cfg, pretrained: accepted for mmdet's builders; must be None.
     """
 
     def __init__(self, task: Union[Task, Mapping], img_backbone: Mapping, img_neck: Mapping,
                  pts_bbox_head: Mapping, data_aug: Mapping, use_mask_camera: bool = False,
-                 test_cfg: Optional[Mapping] = None, train_cfg: Optional[Mapping] = None,
+                 test_cfg: Optional[Mapping] = None, fuse_backbone: bool = True, train_cfg: Optional[Mapping] = None,
                  pretrained: Optional[str] = None):
         super().__init__()
         if train_cfg is not None or pretrained is not None:
@@ -76,7 +79,9 @@ class SparseOcc(BaseModule):
         for part in (self.img_backbone, self.img_neck):  # the layout that the sampling reads
             part.to(memory_format=torch.channels_last)
         self._cache = FeatureCache(capacity=self.task.num_frames)
-        self._graphed_encoder = GraphedFunction(self._encode)
+        fuses = fuse_backbone and can_fuse(self.img_backbone)
+        self._fused_backbone = FusedResNet(self.img_backbone) if fuses else None
+        self._graphed_encoder = GraphedFunction(self._encode, state=self._backbone_version)
         self._graphed_head = GraphedFunction(self._predict_from_maps)
         self._register_load_state_dict_pre_hook(self._forget_history)
 
@@ -143,9 +148,15 @@ class SparseOcc(BaseModule):
 
     def _encode(self, img: Tensor) -> List[Tensor]:
         batch, count = img.shape[:2]
-        maps = self.img_neck(self.img_backbone(self.image_input(img.flatten(0, 1), samples=batch)))
+        images = self.image_input(img.flatten(0, 1), samples=batch)
+        fused = self._fused_backbone
+        stages = fused(images) if fused is not None and fused.serves(images) else self.img_backbone(images)
+        maps = self.img_neck(stages)
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]
+
+    def _backbone_version(self) -> int:
+        return 0 if self._fused_backbone is None else self._fused_backbone.version()
 
     def _predict_from_maps(self, ego2img: Tensor, *maps: Tensor) -> List[Tensor]:
         """Labels of one sample, as the fields of ``MergedPrediction`` that the task has."""
@@ -171,7 +182,10 @@ class SparseOcc(BaseModule):
         self._graphed_encoder.clear()
         self._graphed_head.clear()
         self.reset_history()
-        return super()._apply(fn, *args)
+        super()._apply(fn, *args)
+        if self._fused_backbone is not None:
+            self._fused_backbone.clear()
+        return self
 
     def _test_maps(self, img: Tensor, img_metas: Optional[Sequence[Mapping]]) -> List[Tensor]:
         """Feature maps of all frames; those of frames seen before come from the cache if it may be used."""

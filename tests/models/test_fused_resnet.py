@@ -1,0 +1,196 @@
+"""The fused ResNet against mmdet's modules: the same features and gradients.
+
+cuDNN's fused calls exist on GPUs only; on the CPU plain operations take their place, in double.
+"""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.layers import fused_resnet  # before mmdet: makes it importable
+from models.layers.fused_resnet import FusedResNet, can_fuse
+from small_model import small_batch, small_model, small_task
+
+from mmdet.models.builder import build_backbone  # isort: skip
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+
+
+def make_resnet(depth=50, frozen_stages=1, with_cp=False, **options):
+    """A thin ResNet whose norms are far from the identity."""
+    torch.manual_seed(depth)
+    net = build_backbone(dict(type='ResNet', depth=depth, base_channels=8, stem_channels=8, norm_eval=True,
+                              frozen_stages=frozen_stages, with_cp=with_cp, **options))
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.3, 0.3)
+                module.running_mean.uniform_(-0.2, 0.2)
+                module.running_var.uniform_(0.5, 2.0)
+    net.train()  # mmdet's returns nothing
+    return net
+
+
+@pytest.fixture
+def plain_operations(monkeypatch):
+    """What cuDNN's fused calls compute, where there is no GPU."""
+    def convolve_relu(x, weight, bias, stride, padding, dilation, groups):
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    def convolve_add_relu(x, weight, added, alpha, bias, stride, padding, dilation, groups):
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * added)
+
+    monkeypatch.setattr(torch, 'cudnn_convolution_relu', convolve_relu, raising=False)
+    monkeypatch.setattr(torch, 'cudnn_convolution_add_relu', convolve_add_relu, raising=False)
+
+
+def features_and_gradients(compute, net, images):
+    """Stages, and gradients of their weighted sum with respect to images and weights, by name."""
+    images = images.clone().requires_grad_()
+    net.zero_grad()
+    stages = compute(images)
+    sum((stage * torch.linspace(-1, 1, stage.numel()).to(stage).view_as(stage)).sum() for stage in stages).backward()
+    return stages, images.grad, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def assert_same(net, images, tolerance):
+    """Relative to each tensor's norm."""
+    def distance(a, b):
+        return float((a.double() - b.double()).norm() / b.double().norm())
+
+    fused = FusedResNet(net)
+    ours = features_and_gradients(fused, net, images)
+    theirs = features_and_gradients(net, net, images)
+    assert len(ours[0]) == len(theirs[0]) == 4
+    assert max(distance(a, b) for a, b in zip(ours[0], theirs[0])) < tolerance
+    assert distance(ours[1], theirs[1]) < tolerance
+    assert ours[2].keys() == theirs[2].keys()
+    assert max(distance(ours[2][name], theirs[2][name]) for name in theirs[2]) < tolerance
+    return theirs[2]
+
+
+needs_backward = pytest.mark.skipif(not fused_resnet._has_operators(True), reason='PyTorch 1.10 has no such backward')
+
+
+@needs_backward
+@pytest.mark.parametrize('depth, frozen, with_cp, style', [
+    (50, 1, False, 'pytorch'), (50, 1, True, 'pytorch'), (18, -1, False, 'pytorch'), (50, 0, True, 'caffe')])
+def test_features_and_gradients_are_those_of_the_modules(plain_operations, depth, frozen, with_cp, style):
+    """In double; 1e-10 leaves room for rounding through fifty layers."""
+    net = make_resnet(depth, frozen, with_cp, style=style).double()
+    gradients = assert_same(net, torch.randn(2, 3, 64, 96, dtype=torch.double), 1e-10)
+    assert ('conv1.weight' in gradients) == (frozen < 0)
+    assert ('layer1.0.conv1.weight' in gradients) == (frozen < 1) and 'layer4.0.conv1.weight' in gradients
+
+
+def test_changed_weights_are_seen(plain_operations):
+    net = make_resnet(18)
+    net.eval()
+    fused, images = FusedResNet(net), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        for change in (lambda: None, lambda: net.layer2[0].conv1.weight.mul_(2.0), lambda: net.bn1.running_var.add_(1.0),
+                       lambda: net.load_state_dict(make_resnet(18, frozen_stages=0).state_dict())):
+            before = fused.version()
+            change()
+            for ours, theirs in zip(fused(images), net(images)):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert fused.version() > before
+        net.double()
+        fused.clear()
+        for ours, theirs in zip(fused(images.double()), net(images.double())):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_copy_computes_with_its_own_weights(plain_operations):
+    net = make_resnet(18)
+    net.eval()
+    fused, images = FusedResNet(net), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        first = fused(images)[0]
+        twin = copy.deepcopy(fused)
+        twin.backbone.conv1.weight.zero_()
+        assert not torch.equal(twin(images)[0], first) and torch.equal(fused(images)[0], first)
+
+
+@pytest.mark.parametrize('options', [
+    dict(norm_cfg=dict(type='GN', num_groups=2)), dict(deep_stem=True), dict(avg_down=True),
+    dict(plugins=[dict(cfg=dict(type='ContextBlock', ratio=1. / 4), position='after_conv3')])])
+def test_other_backbones_run_as_they_are(options):
+    assert can_fuse(make_resnet(50))
+    torch.manual_seed(0)
+    assert not can_fuse(build_backbone(dict(type='ResNet', depth=50, **options)))
+    assert not can_fuse(build_backbone(dict(type='ResNeXt', depth=50, groups=32, base_width=4)))
+
+
+def test_on_the_cpu_the_modules_run():
+    fused = FusedResNet(make_resnet(18))
+    assert not fused.serves(torch.zeros(1, 3, 32, 32))
+
+
+@needs_cuda
+def test_cuda_takes_it_only_with_fixed_statistics():
+    from mmcv.cnn import fuse_conv_bn
+    net, images = make_resnet(18).cuda(), torch.zeros(1, 3, 32, 32, device='cuda')
+    fused = FusedResNet(net)
+    assert fused.serves(images)
+    net.norm_eval = False
+    net.train()
+    assert not fused.serves(images)
+    net.eval()
+    assert fused.serves(images)
+    fuse_conv_bn(net)
+    assert not fused.serves(images)
+
+
+@needs_cuda
+@pytest.mark.parametrize('depth, with_cp', [(50, False), (50, True), (18, False)])
+def test_cuda_features_and_gradients_are_those_of_the_modules(depth, with_cp):
+    """float32 without TF32: 1e-4 is a hundred times its rounding, which gradients add up over fifty layers."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        net = make_resnet(depth, with_cp=with_cp).cuda().to(memory_format=torch.channels_last)
+        images = torch.randn(4, 3, 128, 192, device='cuda').contiguous(memory_format=torch.channels_last)
+        assert_same(net, images, 1e-4)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@needs_cuda
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
+def test_cuda_autocast_stays_as_close_to_float32_as_the_modules_do(dtype, tolerance):
+    """Compared with float32, whose result the type's 11 or 8 bits blur in each of fifty layers."""
+    net = make_resnet(50).cuda().to(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 128, 192, device='cuda').contiguous(memory_format=torch.channels_last)
+    fused = FusedResNet(net)
+    exact = features_and_gradients(net, net, images)
+
+    def compute(images):
+        with torch.autocast('cuda', dtype=dtype):
+            return [stage.float() for stage in fused(images)]
+    ours = features_and_gradients(compute, net, images)
+    for a, b in zip(ours[0], exact[0]):
+        assert float((a - b).norm() / b.norm()) < tolerance
+    for name, b in exact[2].items():
+        assert float((ours[2][name] - b).norm() / b.norm()) < 20 * tolerance
+
+
+@needs_cuda
+def test_cuda_losses_are_those_of_the_model_with_its_modules():
+    """The whole small model; TF32 off. Rounding may move a point across an image's border: 1e-3."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        model = small_model(small_task()).cuda().eval()
+        batch = {name: value.cuda() if torch.is_tensor(value) else value
+                 for name, value in small_batch(model.task, 2).items()}
+        batch['instance_class_ids'] = [ids.cuda() for ids in batch['instance_class_ids']]
+        ours = model(**batch)
+        model._fused_backbone = None
+        for name, theirs in model(**batch).items():
+            assert float(ours[name]) == pytest.approx(float(theirs), rel=1e-3), name
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
