@@ -25,6 +25,7 @@ def parse_args(argv=None):
     add('--warmup', type=int, default=10, help='samples before the clock runs (default: 10)')
     add('--history', default='both', choices=('cached', 'full', 'both'), help='default: both')
     add('--amp', choices=('fp16', 'bf16'), help='mixed precision (default: float32)')
+    add('--tf32', choices=('on', 'off'), help='TF32 in convolutions and matrix products (default: in convolutions)')
     add('--device', choices=('cpu', 'cuda'), help='default: cuda if there is one')
     add('--out', metavar='JSON', help='write the figures to this file as well')
     add('--trust-weights', action='store_true', help='let the checkpoint run code; for known sources only')

@@ -27,6 +27,7 @@ def parse_args(argv=None):
     add('--save-predictions', metavar='DIR', help='write every prediction into this folder')
     add('--out', metavar='JSON', help='where the figures go (default: beside the checkpoint)')
     add('--amp', choices=('fp16', 'bf16'), help='mixed precision (default: float32)')
+    add('--tf32', choices=('on', 'off'), help='TF32 in convolutions and matrix products (default: in convolutions)')
     add('--device', choices=('cpu', 'cuda'), help='default: cuda if there is one')
     add('--workers', type=int, help='data-loading processes (default: data.workers_per_gpu)')
     add('--no-preflight', action='store_true', help='do not look for missing data files first')

@@ -27,10 +27,10 @@ def parse_args(argv=None):
     parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE')
     parser.add_argument('--what', nargs='+', default=list(PARTS), choices=PARTS)
     parser.add_argument('--amp', choices=('fp16', 'bf16'), help='mixed precision (default: fp32)')
-    parser.add_argument('--tf32', action='store_true', help='allow TF32 in matrix products as well as convolutions')
+    parser.add_argument('--tf32', choices=('on', 'off'),
+                        help='TF32 in convolutions and matrix products (default: in convolutions)')
+    parser.add_argument('--no-cudnn-benchmark', action='store_true', help='let cuDNN guess its algorithms')
     parser.add_argument('--cuda-graph', action='store_true', help='inference: replay encoder and head as CUDA graphs')
-    parser.add_argument('--fuse-conv-bn', action='store_true',
-                        help='inference: fold the frozen batch norms into the convolutions (rounds differently)')
     parser.add_argument('--batch-sizes', nargs='+', type=int, default=[1], help='training batch sizes per GPU')
     parser.add_argument('--steps', type=int, default=30, help='timed steps')
     parser.add_argument('--warmup', type=int, default=10, help='steps before timing')
@@ -53,13 +53,14 @@ class Bench:
     def __init__(self, args):
         import torch
         from lib.config import load_config
+        from lib.run.precision import set_tf32
         from lib.task import Task
         from models import build_model
         self.torch, self.args = torch, args
         self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.device = self._pick_device()
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = args.tf32
+        torch.backends.cudnn.benchmark = not args.no_cudnn_benchmark
+        set_tf32(args.tf32)
         self.cfg = load_config(args.config, args.override)
         self.task = Task.from_config(self.cfg.task)
         torch.manual_seed(0)
@@ -91,9 +92,6 @@ class Bench:
     def model_for_inference(self):
         model = self.model.eval()
         model.cuda_graph = self.args.cuda_graph
-        if self.args.fuse_conv_bn:
-            from mmcv.cnn import fuse_conv_bn
-            fuse_conv_bn(model.img_backbone)
         return model
 
     def batch(self, size, with_labels=False, first_index=0):

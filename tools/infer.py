@@ -34,7 +34,12 @@ def parse_args(argv=None):
     parser.add_argument('--out', required=True, help='output folder; files of the same samples are replaced')
     parser.add_argument('--pictures', action='store_true', help='also draw every sample')
     parser.add_argument('--max-samples', type=int, help='at most so many samples (the first)')
-    parser.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
+    parser.add_argument('--amp', choices=('fp16', 'bf16'), help='mixed precision (default: float32)')
+    parser.add_argument('--tf32', choices=('on', 'off'),
+                        help='TF32 in convolutions and matrix products (default: in convolutions)')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: cuda if there is one')
+    parser.add_argument('--trust-weights', action='store_true',
+                        help='let the checkpoint run code; for known sources only')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
 
@@ -70,21 +75,23 @@ def load_model(args, cfg, task, device):
     from lib.checkpoint import load_model_weights
     from models import build_model
     model = build_model(cfg.model, task)
-    load_model_weights(model, args.weights)
+    load_model_weights(model, args.weights, trust=args.trust_weights)
     return model.to(device).eval()
 
 
-def predict_all(model, dataset, device, out, workers):
+def predict_all(model, dataset, device, amp, out, workers):
     """Predict every sample in order, write its file, and yield (index, prediction)."""
     from lib.batch import to_device
     from lib.io import path_inside
     from lib.prediction import save_prediction
+    from lib.run.precision import autocast
     from loaders import build_dataloader
     start = time.time()
     for index, batch in enumerate(build_dataloader(dataset, 1, workers)):
         batch = to_device(batch, device)
-        (prediction,) = model(img=batch['img'], lidar2img=batch['lidar2img'], ego2lidar=batch['ego2lidar'],
-                              img_metas=batch['img_metas'], return_loss=False)
+        with autocast(amp, device):
+            (prediction,) = model(img=batch['img'], lidar2img=batch['lidar2img'], ego2lidar=batch['ego2lidar'],
+                                  img_metas=batch['img_metas'], return_loss=False)
         save_prediction(path_inside(out, dataset.sample_token(index) + '.npz'), prediction)
         left = (time.time() - start) / (index + 1) * (len(dataset) - index - 1)
         print('%d/%d  %s  %.0f s left' % (index + 1, len(dataset), dataset.sample_token(index), left), flush=True)
@@ -104,18 +111,22 @@ def main():
     args = parse_args()
     from lib.run.arguments import check_files
     check_files(args.config, None, args.weights)
-    import torch
     from lib.config import load_config
     from lib.io import write_json
+    from lib.run.precision import check_precision, set_tf32
+    from lib.run.processes import pick_device
     from lib.task import Task
     from tools.visualize import draw_sample, save_image
     cfg = load_config(args.config, args.override)
+    device = pick_device(args.device)
+    check_precision(args.amp, device)
+    set_tf32(args.tf32)
     os.makedirs(os.path.join(args.out, 'predictions'), exist_ok=True)
     dataset, task = make_dataset(args, cfg, Task.from_config(cfg.task))
-    device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     model = load_model(args, cfg, task, device)
     folder, entries = os.path.join(args.out, 'predictions'), []
-    for index, prediction in predict_all(model, dataset, device, folder, cfg.data.get('workers_per_gpu', 0)):
+    for index, prediction in predict_all(model, dataset, device, args.amp, folder,
+                                         cfg.data.get('workers_per_gpu', 0)):
         entries.append(index_entry(dataset, index, prediction, task.label_set.free_id))
         if args.pictures:
             save_image(os.path.join(args.out, 'pictures', '%s.png' % dataset.sample_token(index)),

@@ -34,9 +34,9 @@ def make_scaler(amp: Optional[str]):
     return torch.cuda.amp.GradScaler(enabled=amp == 'fp16')
 
 
-def set_tf32(policy: str) -> None:
-    """'default' leaves PyTorch's settings, 'on' and 'off' set convolutions and matrix products alike."""
-    if policy == 'default':
+def set_tf32(policy: Optional[str]) -> None:
+    """'default' or None leaves PyTorch's settings, 'on' and 'off' set convolutions and matrix products alike."""
+    if policy in (None, 'default'):
         return
     torch.backends.cuda.matmul.allow_tf32 = policy == 'on'
     torch.backends.cudnn.allow_tf32 = policy == 'on'

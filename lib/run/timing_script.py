@@ -13,7 +13,7 @@ from .components import Components, open_dataset, read_task
 from .environment import device_name
 from .evaluation import without_labels
 from .meters import peak_memory_mib
-from .precision import autocast, check_precision, describe_precision
+from .precision import autocast, check_precision, describe_precision, set_tf32
 from .processes import pick_device
 
 
@@ -29,6 +29,8 @@ def run_timing(args, components: Callable[[], Components]) -> List[Dict]:
     cfg = load_config(args.config, args.override)
     device = pick_device(args.device)
     check_precision(args.amp, device)
+    set_tf32(args.tf32)
+    torch.backends.cudnn.benchmark = True  # all samples have one size
     clock = _make_clock(args, cfg, components(), device)
     _print_setting(args, clock)
     rows = []

@@ -11,7 +11,7 @@ from .components import Components, default_metrics, open_dataset, read_task
 from .evaluation import EvaluationJob, evaluate, make_predictions_folder
 from .log import RunLog
 from .meters import duration
-from .precision import check_precision, describe_precision
+from .precision import check_precision, describe_precision, set_tf32
 from .processes import Processes, start_processes
 from .settings import EvaluationSettings
 
@@ -31,6 +31,7 @@ def run_validation(args, components: Callable[[], Components]) -> int:
 def _validate(args, cfg, components, processes: Processes) -> None:
     log = RunLog(is_main=processes.is_main)
     check_precision(args.amp, processes.device)
+    set_tf32(args.tf32)
     out = args.out or os.path.splitext(os.path.realpath(args.weights))[0] + '.eval.json'
     _check_writable(out)
     task = read_task(cfg)
@@ -57,7 +58,7 @@ def _validate(args, cfg, components, processes: Processes) -> None:
 def _report(result, out, args, meta: Dict, seconds: float, folder: Optional[str]) -> None:
     print(result.as_table())
     about = dict(config=args.config, override=list(args.override), weights=args.weights, split=args.split,
-                 amp=args.amp, iteration=meta.get('iteration'), seconds=round(seconds, 1))
+                 amp=args.amp, tf32=args.tf32, iteration=meta.get('iteration'), seconds=round(seconds, 1))
     write_json(out, dict(result.as_dict(), run=about))
     print('evaluated in %s; figures in %s%s'
           % (duration(seconds), out, '; predictions in %s' % folder if folder else ''), flush=True)
