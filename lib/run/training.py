@@ -27,6 +27,7 @@ from .step import Stepper
 _LINE = ('epoch %(epoch)d iteration %(iteration)d/%(of)d  loss %(loss).4f  lr %(lr).3g  '
          'grad %(grad_norm).3g  %(time).3f s (data %(data_time).3f)  memory %(memory_mib).0f MiB  '
          'left %(left)s  |  %(terms)s')
+_LONG_WAIT = 0.2  # share of the time spent waiting for data that is worth a hint
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Trainer:
         self.window = WindowAverage()
         self.scaler = make_scaler(job.settings.amp)
         self._saved = None  # iteration of the last checkpoint
+        self._windows = 0  # log lines written by this process
         self.folder: Optional[Path] = None
         self.keeper: Optional[CheckpointKeeper] = None
 
@@ -203,6 +205,11 @@ class Trainer:
         job.log.say(_LINE % dict(values, iteration=self.iteration, of=job.max_iterations,
                                  left=self._countdown.text(), terms=terms))
         job.log.record('train', self.iteration, values)
+        self._windows += 1
+        if self._windows == 3 and values['data_time'] > _LONG_WAIT * values['time']:  # workers have warmed up
+            job.log.say('NOTE: %d %% of the time goes into waiting for data; data.workers_per_gpu is %d, and docs/'
+                        'performance.md ("Data loading") says how to load faster'
+                        % (100 * values['data_time'] / values['time'], job.workers))
 
     # -- checkpoints
 

@@ -108,6 +108,16 @@ def test_real_libraries_are_prepared_once_and_mmcv_ops_import():
     assert callable(sigmoid_focal_loss)
 
 
+def test_compiled_ops_compute_where_they_are_installed():
+    if not has_compiled_ops():
+        pytest.skip('mmcv has no compiled ops here (make install MMCV_OPS=1)')
+    import torch
+    from mmcv.ops import nms
+    boxes = torch.tensor([[0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30.0]])
+    kept = nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)[1]
+    assert kept.tolist() == [0, 2]
+
+
 def test_importing_the_libraries_shows_nothing():
     code = ('from lib.compat import prepare_openmmlab; prepare_openmmlab(); '
             'import mmdet.models, mmdet.datasets, nuscenes.nuscenes')

@@ -36,6 +36,11 @@ def test_a_run_and_what_it_leaves(workshop):
     assert scores['num_samples'] == 7
 
 
+def test_waiting_for_data_is_worth_a_note(workshop):
+    workshop.train('data.train.delay=0.01', 'runner.max_epochs=2', work_dir='slow')
+    assert workshop.log('slow').count('of the time goes into waiting for data; data.workers_per_gpu is 0') == 1
+
+
 def test_no_folder_is_overwritten(workshop):
     for _ in range(3):
         workshop.train('runner.max_epochs=1', work_dir='run')
