@@ -2,6 +2,7 @@
 import contextlib
 import datetime
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any, Iterator, List, Optional
 
@@ -10,6 +11,7 @@ import torch.distributed as torch_dist
 
 from ..errors import ConfigError
 
+_TIME_TO_FREE_TENSORS = 0.5  # seconds; it takes microseconds where the machine is not overloaded
 _TIMEOUT = datetime.timedelta(minutes=60)  # rank 0 may evaluate or write for long while the others wait
 
 
@@ -87,7 +89,15 @@ def start_processes(device: Optional[str] = None) -> Iterator[Processes]:
         yield Processes(torch_dist.get_rank(), torch_dist.get_world_size(), chosen, objects)
     finally:
         if begins_here:
+            _let_threads_finish()
             torch_dist.destroy_process_group()
+
+
+def _let_threads_finish() -> None:
+    """PyTorch before 2.1 holds Python's lock while it waits for gloo's threads to end. One that just then frees
+    the tensors of the last exchange needs that lock, and neither goes on; so it gets its time beforehand."""
+    if tuple(int(n) for n in torch.__version__.split('.')[:2]) < (2, 1):
+        time.sleep(_TIME_TO_FREE_TENSORS)
 
 
 def pick_device(device: Optional[str] = None) -> torch.device:

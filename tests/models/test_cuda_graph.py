@@ -39,7 +39,8 @@ def test_predictions_are_equal_with_and_without_graphs(precision):
         model.reset_history()
         results[graphed] = []
         for index in range(3):
-            data = {k: v.cuda() if torch.is_tensor(v) else v for k, v in synthetic_batch(task, first_index=index).items()}
+            data = {name: value.cuda() if torch.is_tensor(value) else value
+                    for name, value in synthetic_batch(task, first_index=index).items()}
             data['img_metas'] = [synthetic_meta(task, index)]
             with torch.autocast('cuda', dtype=precision or torch.float16, enabled=precision is not None):
                 results[graphed].append(model(return_loss=False, **data)[0])

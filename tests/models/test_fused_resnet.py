@@ -91,7 +91,8 @@ def test_changed_weights_are_seen(plain_operations):
     net.eval()
     fused, images = FusedResNet(net), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        for change in (lambda: None, lambda: net.layer2[0].conv1.weight.mul_(2.0), lambda: net.bn1.running_var.add_(1.0),
+        for change in (lambda: None, lambda: net.layer2[0].conv1.weight.mul_(2.0),
+                       lambda: net.bn1.running_var.add_(1.0),
                        lambda: net.load_state_dict(make_resnet(18, frozen_stages=0).state_dict())):
             before = fused.version()
             change()
