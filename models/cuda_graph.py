@@ -3,7 +3,7 @@
 The steps of the heads are many short kernels on tensors whose shapes do not depend on the data, so at
 batch 1 the time to launch them exceeds the time they run; a graph removes it. The numbers are the same.
 """
-from typing import Callable, Dict, Hashable, List, Sequence, Tuple
+from typing import Callable, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -44,23 +44,30 @@ class GraphedFunction:
             their storage may not: call :meth:`clear` after ``module.to(...)``.
         max_graphs: graphs kept; the oldest is dropped.
         state: tells what else the result depends on, such as a version of weights that the function prepares
-            outside the graph; a new graph is captured where it gives another value.
+            outside the graph. Graphs are dropped where it gives another value than before.
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], max_graphs: int = 4,
-                 state: Callable[[], Hashable] = lambda: None):
+                 state: Optional[Callable[[], Hashable]] = None):
         self.function, self.max_graphs, self.state = function, max_graphs, state
+        self._captured_in: Hashable = None
         self._graphs: Dict[Hashable, _Captured] = {}
 
     def clear(self):
         """Drop every graph."""
         self._graphs.clear()
 
+    def __getstate__(self):
+        return dict(self.__dict__, _graphs={})  # graphs cannot be copied or stored
+
     def __call__(self, *inputs: Tensor) -> List[Tensor]:
         """The function's result, in fresh tensors."""
         if not inputs[0].is_cuda:
             return list(self.function(*inputs))
-        key = (self.state(), self._signature(inputs))
+        if self.state is not None and self.state() != self._captured_in:
+            self.clear()
+            self._captured_in = self.state()
+        key = self._signature(inputs)
         if key not in self._graphs:
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.pop(next(iter(self._graphs)))

@@ -83,7 +83,7 @@ class SparseOcc(BaseModule):
         self._fused_backbone = FusedResNet(self.img_backbone) if fuses else None
         self._graphed_encoder = GraphedFunction(self._encode, state=self._backbone_version)
         self._graphed_head = GraphedFunction(self._predict_from_maps)
-        self._register_load_state_dict_pre_hook(self._forget_history)
+        self._register_load_state_dict_pre_hook(self._forget_weights)
 
     def forward(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
                 img_metas: Optional[Sequence[Mapping]] = None, voxel_semantics: Optional[Tensor] = None,
@@ -172,20 +172,22 @@ class SparseOcc(BaseModule):
     def train(self, mode: bool = True):
         """Switch mode; leaving or entering training forgets the features of earlier frames."""
         self.reset_history()
+        if mode != self.training:
+            self._forget_weights()
         return super().train(mode)
 
-    def _forget_history(self, *_):
-        self.reset_history()
-
-    def _apply(self, fn, *args):
-        """Move or convert the parameters; graphs and features hold the old ones."""
+    def _forget_weights(self, *_):
+        """Drop everything that was made from the weights as they were."""
         self._graphed_encoder.clear()
         self._graphed_head.clear()
-        self.reset_history()
-        super()._apply(fn, *args)
         if self._fused_backbone is not None:
             self._fused_backbone.clear()
-        return self
+        self.reset_history()
+
+    def _apply(self, fn, *args, **kwargs):
+        """Move or convert the parameters; graphs and features hold the old ones."""
+        self._forget_weights()
+        return super()._apply(fn, *args, **kwargs)
 
     def _test_maps(self, img: Tensor, img_metas: Optional[Sequence[Mapping]]) -> List[Tensor]:
         """Feature maps of all frames; those of frames seen before come from the cache if it may be used."""

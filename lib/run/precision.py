@@ -49,6 +49,8 @@ def describe_precision(amp: Optional[str], device: torch.device) -> str:
         text += '; TF32 in convolutions %s, in matrix products %s' % (
             _on_off(torch.backends.cudnn.allow_tf32), _on_off(torch.backends.cuda.matmul.allow_tf32))
         text += '; cuDNN benchmark %s' % _on_off(torch.backends.cudnn.benchmark)
+    if torch.are_deterministic_algorithms_enabled():
+        text += '; deterministic algorithms only'
     return text
 
 

@@ -9,7 +9,7 @@ either, which halves the memory of the activations.
 The weights stay where they are, in mmdet's ResNet; this only computes with them.
 """
 import functools
-from typing import Dict, Hashable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,14 @@ from torch import Tensor, nn
 
 from models.autocast_state import autocast_dtype
 from models.layers.recompute import recompute
+
+
+# Earlier releases reach cuDNN through another interface, which was not tried.
+_IS_RECENT = tuple(int(n) for n in torch.__version__.split('.')[:2]) >= (2, 2)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The largest maps, after the stem and in the first stage, hold 16 / 3 times the values of the images, and
+# cuDNN's fused calls count in 32 bits.
+_MOST_VALUES = 2 ** 31 * 3 // 16
 
 
 class _Geometry(NamedTuple):
@@ -46,35 +54,63 @@ def can_fuse(backbone: nn.Module) -> bool:
 class FusedResNet:
     """Computes the stages of a ResNet; not a module, so that the backbone's weights are registered once.
 
+    Weights changed in place, loaded or exchanged are seen; after writing to ``parameter.data``, which PyTorch
+    does not count as a change, call :meth:`clear` (the detector does when it changes between training and
+    evaluation).
+
     Args:
         backbone: for which ``can_fuse`` holds.
     """
 
     def __init__(self, backbone: ResNet):
         self.backbone = backbone
-        self._norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-        self._tensors = [*backbone.parameters(), *backbone.buffers()]
-        self._kept: Dict[nn.Module, Tuple[Hashable, Tuple[Tensor, Tensor]]] = {}
+        self._parts = [(parent._modules, name, part, type(part)) for parent in backbone.modules()
+                       for name, part in parent._modules.items()]
+        self._norms = [part for _, _, part, kind in self._parts if kind is nn.BatchNorm2d]
+        self._weights = [(table, name) for part in backbone.modules() for table in (part._parameters, part._buffers)
+                         for name in ('weight', 'bias', 'running_mean', 'running_var')
+                         if table.get(name) is not None]
+        self._changes = 0  # counted by version()
+        self.clear()
 
     def clear(self):
-        """Forget the folded weights, as after a move to another device."""
-        self._kept.clear()
-        self._tensors = [*self.backbone.parameters(), *self.backbone.buffers()]
+        """Forget the folded weights."""
+        self._kept: Dict[Tuple[nn.Module, torch.dtype], Tuple[Tensor, Tensor]] = {}
+        self._seen: List[Tuple[Tensor, int]] = []
+        self._changes += 1
+
+    def __getstate__(self):
+        return dict(self.__dict__, _kept={}, _seen=[])
 
     def version(self) -> int:
-        """A number that grows whenever a weight or statistic is changed in place."""
-        return sum(tensor._version for tensor in self._tensors)
+        """A number that grows whenever a weight or statistic has changed; folded weights are forgotten then."""
+        now = [(table[name], _changes_of(table[name])) for table, name in self._weights]
+        if len(now) != len(self._seen) or any(
+                tensor is not old or changes != count
+                for (tensor, changes), (old, count) in zip(now, self._seen)):
+            self.clear()
+            self._seen = now
+        return self._changes
 
     def serves(self, images: Tensor) -> bool:
-        """Whether these images can be encoded here: on CUDA with cuDNN, all statistics fixed."""
-        if not images.is_cuda or not torch.backends.cudnn.enabled or any(norm.training for norm in self._norms):
-            return False
-        untouched = self.backbone.norm1 is self._norms[0]  # mmcv's fuse_conv_bn replaces the norms
-        return untouched and _has_operators(torch.is_grad_enabled())
+        """Whether these images can be encoded here: NVIDIA GPU with cuDNN, all statistics fixed, modules as they
+        were (none replaced, no hooks), and no wish for deterministic algorithms, which cuDNN's fused calls do
+        not heed."""
+        return (images.is_cuda and torch.version.hip is None and torch.backends.cudnn.enabled
+                and _IS_RECENT and images.dtype in _DTYPES and images.numel() < _MOST_VALUES
+                and not torch.are_deterministic_algorithms_enabled() and self.is_as_built())
+
+    def is_as_built(self) -> bool:
+        """All norms use fixed statistics, no module was replaced, and none has hooks."""
+        return not any(norm.training for norm in self._norms) and all(
+            table.get(name) is part and type(part) is kind and not (
+                part._forward_hooks or part._forward_pre_hooks or part._backward_hooks)
+            for table, name, part, kind in self._parts)
 
     def __call__(self, images: Tensor) -> Tuple[Tensor, ...]:
         """images [n, 3, H, W], channels last -> the stages of ``out_indices``, as the backbone gives them."""
         net = self.backbone
+        self.version()
         dtype = autocast_dtype(images.device.type) or images.dtype
         x = _convolve_relu(images.to(dtype), *self._fold(net.conv1, net.norm1, dtype), _geometry(net.conv1))
         x = net.maxpool(x)
@@ -96,17 +132,19 @@ class FusedResNet:
         return recompute(run, x, *weights) if block.with_cp and x.requires_grad else run(x, *weights)
 
     def _fold(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
-        """Weight and bias in ``dtype``; kept where no gradient flows into them, until something changes."""
-        tensors = (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        state = tuple(tensor._version for tensor in tensors) + (dtype,)
-        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if not learns and conv in self._kept and self._kept[conv][0] == state:
-            return self._kept[conv][1]
-        weight, bias = fold_norm(conv.weight, norm)
-        folded = weight.to(dtype), bias.to(dtype)
-        if not learns:
-            self._kept[conv] = (state, folded)
-        return folded
+        """Weight and bias in ``dtype``; kept where no gradient flows into them."""
+        learning = (conv.weight, norm.weight, norm.bias)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learning):
+            return tuple(value.to(dtype) for value in fold_norm(conv.weight, norm))
+        if (conv, dtype) not in self._kept:
+            with torch.inference_mode(False), torch.no_grad():  # a later pass may need gradients through them
+                self._kept[conv, dtype] = tuple(value.to(dtype) for value in fold_norm(conv.weight, norm))
+        return self._kept[conv, dtype]
+
+
+def _changes_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; tensors made in inference mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def fold_norm(weight: Tensor, norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
@@ -174,13 +212,3 @@ class _ConvolveReLU(torch.autograd.Function):
                 grad, x, weight, [weight.shape[0]], *ctx.geometry[:3], False, [0, 0], ctx.geometry.groups, wanted)
         grads = [g if wants else None for g, wants in zip(grads, wanted)]
         return (*grads, grad if ctx.needs_input_grad[3] else None, None)
-
-
-def _has_operators(training: bool) -> bool:
-    """PyTorch 1.10 has the forward operators only."""
-    if not hasattr(torch, 'cudnn_convolution_add_relu'):
-        return False
-    try:
-        return not training or torch.ops.aten.convolution_backward is not None
-    except (AttributeError, RuntimeError):
-        return False

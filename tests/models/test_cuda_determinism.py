@@ -7,15 +7,19 @@ from small_model import small_batch, small_model, small_task
 
 
 @pytest.fixture
-def deterministic():
+def deterministic(monkeypatch):
     """The mode, switched off again afterwards."""
-    sdp = torch.backends.cuda
-    before = sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled()
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    names = [name for name in ('flash', 'mem_efficient', 'cudnn')
+             if hasattr(torch.backends.cuda, 'enable_%s_sdp' % name)]
+    before = {name: getattr(torch.backends.cuda, '%s_sdp_enabled' % name)() for name in names}
+    benchmark = torch.backends.cudnn.benchmark
     set_deterministic(True)
     yield
     torch.use_deterministic_algorithms(False)
-    sdp.enable_flash_sdp(before[0])
-    sdp.enable_mem_efficient_sdp(before[1])
+    torch.backends.cudnn.benchmark = benchmark
+    for name, enabled in before.items():
+        getattr(torch.backends.cuda, 'enable_%s_sdp' % name)(enabled)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')

@@ -3,24 +3,25 @@
 cuDNN's fused calls exist on GPUs only; on the CPU plain operations take their place, in double.
 """
 import copy
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import fused_resnet  # before mmdet: makes it importable
-from models.layers.fused_resnet import FusedResNet, can_fuse
+from models.layers.fused_resnet import FusedResNet, can_fuse  # before mmdet: makes it importable
 from small_model import small_batch, small_model, small_task
 
 from mmdet.models.builder import build_backbone  # isort: skip
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+VERSION = tuple(int(n) for n in torch.__version__.split('.')[:2])
 
 
-def make_resnet(depth=50, frozen_stages=1, with_cp=False, **options):
+def make_resnet(depth=50, frozen_stages=1, with_cp=False, seed=0, **options):
     """A thin ResNet whose norms are far from the identity."""
-    torch.manual_seed(depth)
+    torch.manual_seed(depth + seed)
     net = build_backbone(dict(type='ResNet', depth=depth, base_channels=8, stem_channels=8, norm_eval=True,
                               frozen_stages=frozen_stages, with_cp=with_cp, **options))
     with torch.no_grad():
@@ -72,7 +73,7 @@ def assert_same(net, images, tolerance):
     return theirs[2]
 
 
-needs_backward = pytest.mark.skipif(not fused_resnet._has_operators(True), reason='PyTorch 1.10 has no such backward')
+needs_backward = pytest.mark.skipif(VERSION < (1, 11), reason='PyTorch 1.10 has no such backward')
 
 
 @needs_backward
@@ -86,34 +87,77 @@ def test_features_and_gradients_are_those_of_the_modules(plain_operations, depth
     assert ('layer1.0.conv1.weight' in gradients) == (frozen < 1) and 'layer4.0.conv1.weight' in gradients
 
 
-def test_changed_weights_are_seen(plain_operations):
+CHANGES = {
+    'nothing': lambda net: None,
+    'a weight in place': lambda net: net.layer2[0].conv1.weight.mul_(2.0),
+    'a statistic in place': lambda net: net.bn1.running_var.add_(1.0),
+    'a new parameter': lambda net: setattr(net.layer3[1].bn2, 'weight', nn.Parameter(torch.rand(32))),
+    'loaded weights': lambda net: net.load_state_dict(make_resnet(18, frozen_stages=0, seed=1).state_dict()),
+    'another type': lambda net: net.double(),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_changed_weights_are_seen(plain_operations, change):
     net = make_resnet(18)
     net.eval()
     fused, images = FusedResNet(net), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        for change in (lambda: None, lambda: net.layer2[0].conv1.weight.mul_(2.0),
-                       lambda: net.bn1.running_var.add_(1.0),
-                       lambda: net.load_state_dict(make_resnet(18, frozen_stages=0).state_dict())):
-            before = fused.version()
-            change()
-            for ours, theirs in zip(fused(images), net(images)):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        assert fused.version() > before
-        net.double()
-        fused.clear()
-        for ours, theirs in zip(fused(images.double()), net(images.double())):
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        fused(images)
+        before = fused.version()
+        CHANGES[change](net)
+        assert (fused.version() == before) == (change == 'nothing')
+        assert fused.version() == fused.version()
+        images = images.to(net.conv1.weight.dtype)
+        for ours, theirs in zip(fused(images), net(images)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # float32 through 18 layers
+
+
+def test_precisions_do_not_push_each_other_out(plain_operations):
+    """A captured graph goes on using the folded weights of its own precision."""
+    net = make_resnet(18)
+    net.eval()
+    fused, images = FusedResNet(net), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        fused(images)
+        kept = dict(fused._kept)
+        fused(images.double())
+        fused(images)
+    assert len(fused._kept) == 2 * len(kept)
+    assert all(fused._kept[key] is value for key, value in kept.items())
+
+
+@needs_backward
+def test_folds_made_in_inference_mode_serve_training(plain_operations):
+    net = make_resnet(18, frozen_stages=4)
+    fused, images = FusedResNet(net), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        fused(images)
+    images.requires_grad_()
+    fused(images)[-1].sum().backward()
+    assert images.grad.abs().sum() > 0
 
 
 def test_a_copy_computes_with_its_own_weights(plain_operations):
+    """Copied twice and loaded: the change counters of copies start anew and must not be mistaken."""
     net = make_resnet(18)
     net.eval()
     fused, images = FusedResNet(net), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         first = fused(images)[0]
-        twin = copy.deepcopy(fused)
-        twin.backbone.conv1.weight.zero_()
+        twin = copy.deepcopy(copy.deepcopy(fused))
+        assert torch.equal(twin(images)[0], first)
+        twin.backbone.load_state_dict(make_resnet(18, seed=1).state_dict())
+        assert torch.equal(twin(images)[0], FusedResNet(twin.backbone)(images)[0])
         assert not torch.equal(twin(images)[0], first) and torch.equal(fused(images)[0], first)
+
+
+def test_a_model_with_it_can_be_stored(tmp_path):
+    model = small_model(small_task())
+    twin = pickle.loads(pickle.dumps(model))
+    assert twin._fused_backbone.backbone is twin.img_backbone
+    for name, value in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value)
 
 
 @pytest.mark.parametrize('options', [
@@ -128,22 +172,38 @@ def test_other_backbones_run_as_they_are(options):
 
 def test_on_the_cpu_the_modules_run():
     fused = FusedResNet(make_resnet(18))
-    assert not fused.serves(torch.zeros(1, 3, 32, 32))
+    assert fused.is_as_built() and not fused.serves(torch.zeros(1, 3, 32, 32))
+
+
+def fuse_a_stage(net):
+    from mmcv.cnn import fuse_conv_bn
+    fuse_conv_bn(net.layer2)
+
+
+@pytest.mark.parametrize('change', [
+    lambda net: net.bn1.train(), fuse_a_stage, lambda net: net.layer1.register_forward_hook(lambda *_: None),
+    lambda net: nn.utils.weight_norm(net.layer3[0].conv2), lambda net: setattr(net, 'maxpool', nn.Identity())])
+def test_modules_that_are_no_longer_as_built_run_themselves(change):
+    net = make_resnet(18)
+    fused = FusedResNet(net)
+    assert fused.is_as_built()
+    change(net)
+    assert not fused.is_as_built()
 
 
 @needs_cuda
-def test_cuda_takes_it_only_with_fixed_statistics():
-    from mmcv.cnn import fuse_conv_bn
+@pytest.mark.skipif(VERSION < (2, 2), reason='older PyTorch runs the modules')
+def test_cuda_takes_what_cudnn_can_do():
     net, images = make_resnet(18).cuda(), torch.zeros(1, 3, 32, 32, device='cuda')
     fused = FusedResNet(net)
-    assert fused.serves(images)
+    assert fused.serves(images) and fused.serves(images.half())
+    assert not fused.serves(images.double())
+    assert not fused.serves(images.expand(2 ** 20, 3, 32, 32))
     net.norm_eval = False
     net.train()
     assert not fused.serves(images)
     net.eval()
     assert fused.serves(images)
-    fuse_conv_bn(net)
-    assert not fused.serves(images)
 
 
 @needs_cuda

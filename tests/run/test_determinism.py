@@ -34,6 +34,7 @@ def test_only_repeatable_algorithms_are_taken():
 
 def test_a_cublas_workspace_that_does_not_repeat_is_refused(monkeypatch):
     monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':128:2')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     with pytest.raises(ConfigError, match="':128:2'; unset it"):
         set_deterministic(True)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -48,3 +49,4 @@ def test_training_with_it_runs_and_repeats(workshop):
     for work_dir in ('one', 'two'):
         assert workshop.train('train.deterministic=True', work_dir=work_dir) == 0
     assert workshop.curve('one') == workshop.curve('two') and workshop.curve('one')
+    assert 'deterministic algorithms only' in workshop.log('one')
