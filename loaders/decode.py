@@ -130,7 +130,7 @@ def _turbojpeg():
         except (ImportError, RuntimeError, OSError) as error:
             raise ConfigError(
                 "decoder='turbojpeg' needs the package PyTurboJPEG and the library libturbojpeg (%s); "
-                "install them, or use decoder='cv2'" % error) from error
+                "install them, or use decoder='cv2'" % str(error).splitlines()[0].rstrip('.')) from error
     return _turbojpeg_decoder[0]
 
 
