@@ -2,9 +2,11 @@
 
 A batch norm whose statistics are fixed is a scale and a shift per channel. Folded into the convolution before
 it, it costs no pass over the feature maps, and cuDNN adds shift and residual and applies the ReLU while it
-writes the convolution's result. For a step of 48 images those passes take longer than the convolutions. The
-result differs from the modules' in rounding only (for finite numbers: whether cuDNN's ReLU passes NaN on was not tried). In training the outputs of the convolutions are not kept
-either, which halves the memory of the activations.
+writes the convolution's result. For a step of 48 images those passes take longer than the convolutions. In
+training the outputs of the convolutions are not kept either, which saves memory.
+
+The result differs from the modules' in rounding only. That holds for finite numbers; whether cuDNN's ReLU
+passes NaN on was not tried.
 
 The weights stay where they are, in mmdet's ResNet; this only computes with them.
 """
