@@ -2,6 +2,7 @@
 from collections import Counter, OrderedDict
 from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
@@ -23,7 +24,8 @@ def load_model_weights(model: nn.Module, path: str, strict: bool = True, trust: 
         The checkpoint's ``meta`` (plain dict, maybe empty).
 
     Raises:
-        CheckpointError: as ``read_checkpoint``; or the weights belong to another model, which is named.
+        CheckpointError: as ``read_checkpoint``; or the weights belong to another model, which is named, or are
+            not finite.
     """
     checkpoint = read_checkpoint(path, trust)
     weights = state_dict_of(checkpoint, path)
@@ -34,11 +36,23 @@ def load_model_weights(model: nn.Module, path: str, strict: bool = True, trust: 
 
 def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, strict: bool = True) -> None:
     """Copy weights into a model; see ``load_model_weights``."""
+    require_finite(weights, path)
     difference = compare(model.state_dict(), weights)
     if strict and any(difference):
         raise CheckpointError(_misfit(path, model.state_dict(), weights, difference))
     skip = set(difference.unexpected) | set(name for name, _, _ in difference.reshaped)
     model.load_state_dict(OrderedDict((k, v) for k, v in weights.items() if k not in skip), strict=False)
+
+
+def require_finite(weights: Mapping[str, Tensor], path: str) -> None:
+    """Raise CheckpointError if any weight is NaN or infinite; results would be wrong without a word."""
+    bad = [name for name, value in weights.items()
+           if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    if bad:
+        raise CheckpointError('checkpoint %s holds NaN or infinite values in %d tensors (%s%s); its training went '
+                              'wrong or the file is damaged: use an earlier one'
+                              % (path, len(bad), ', '.join(bad[:_NAMES_SHOWN]),
+                                 ', ...' if len(bad) > _NAMES_SHOWN else ''))
 
 
 class Difference(NamedTuple):

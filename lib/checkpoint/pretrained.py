@@ -7,7 +7,7 @@ from typing import List, NamedTuple, Sequence, Tuple
 from torch import nn
 
 from ..errors import CheckpointError
-from .fitting import count_modules
+from .fitting import count_modules, require_finite
 from .reading import read_checkpoint, state_dict_of
 
 
@@ -57,7 +57,7 @@ def load_pretrained(model: nn.Module, path: str, revise_keys: Sequence[Tuple[str
         trust: see ``read_checkpoint``.
 
     Raises:
-        CheckpointError: as ``read_checkpoint``; or nothing fits.
+        CheckpointError: as ``read_checkpoint``; or nothing fits, or what fits is not finite.
     """
     check_pretrained_file(path)
     weights = state_dict_of(read_checkpoint(path, trust), path)
@@ -73,6 +73,7 @@ def load_pretrained(model: nn.Module, path: str, revise_keys: Sequence[Tuple[str
     if not used:
         raise CheckpointError('none of the %d tensors in %s (%s) fits the model; check load_from and '
                               'revise_keys' % (len(weights), path, count_modules(weights)))
+    require_finite(used, path)
     model.load_state_dict(used, strict=False)
     return PretrainedReport(path, list(used), reshaped, unknown, [k for k in own if k not in used])
 

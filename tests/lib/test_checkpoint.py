@@ -152,6 +152,20 @@ def test_misfit_lists_names(saved):
     ckpt.load_model_weights(Net(), path, strict=False)
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(saved, value):
+    """By both ways in; nothing is loaded."""
+    weights = Net().state_dict()
+    weights['img_backbone.0.bias'][3] = value
+    path = saved(weights)
+    for load in (ckpt.load_model_weights, ckpt.load_pretrained):
+        net = Net()
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        with pytest.raises(CheckpointError, match=r'w\.pth holds NaN or infinite.*1 tensors \(img_backbone\.0\.bias'):
+            load(net, path)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
 def test_another_network_is_recognised(saved):
     with pytest.raises(CheckpointError, match='not of a SparseOcc .it holds backbone 1'):
         ckpt.load_model_weights(Net(), saved({'backbone.conv1.weight': torch.zeros(1)}))
