@@ -64,9 +64,10 @@ class GraphedFunction:
         """The function's result, in fresh tensors."""
         if not inputs[0].is_cuda:
             return list(self.function(*inputs))
-        if self.state is not None and self.state() != self._captured_in:
+        state = None if self.state is None else self.state()
+        if state != self._captured_in:
             self.clear()
-            self._captured_in = self.state()
+            self._captured_in = state
         key = self._signature(inputs)
         if key not in self._graphs:
             while len(self._graphs) >= self.max_graphs:

@@ -11,6 +11,16 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    """For a module of small tensors, where more threads cost more than they bring, above all on a busy machine."""
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope='session')
 def golden_dir():
     """Folder of golden files: $SPARSEOCC_GOLDEN_DIR, or tests/data/golden."""

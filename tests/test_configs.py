@@ -10,6 +10,8 @@ from lib.synthetic import synthetic_batch
 from lib.task import Task
 from models import build_model
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIGS = sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, 'configs', '*.py'))
                  + glob.glob(os.path.join(ROOT, 'configs', 'toy', '*.py')))
@@ -28,15 +30,6 @@ NAMES = {
     'r50_nuimg_704x256_8f_v1.1_60e.py': ('1.1', False, 60, 5e-4),
     'r50_nuimg_704x256_8f_v1.1_pano.py': ('1.1', True, 24, 5e-4),
 }
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """More threads cost more than they bring at this size, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize('path', CONFIGS)

@@ -206,10 +206,15 @@ class Trainer:
                                  left=self._countdown.text(), terms=terms))
         job.log.record('train', self.iteration, values)
         self._windows += 1
-        if self._windows == 3 and values['data_time'] > _LONG_WAIT * values['time']:  # workers have warmed up
-            job.log.say('NOTE: %d %% of the time goes into waiting for data; data.workers_per_gpu is %d, and docs/'
-                        'performance.md ("Data loading") says how to load faster'
-                        % (100 * values['data_time'] / values['time'], job.workers))
+        if self._windows == 3:  # workers have warmed up
+            self._note_waiting(values['data_time'] / values['time'])
+
+    def _note_waiting(self, share: float) -> None:
+        """Say so if waiting for data takes a large share of the time."""
+        if share > _LONG_WAIT:
+            self.job.log.say('NOTE: %d %% of the time goes into waiting for data; data.workers_per_gpu is %d, and '
+                             'docs/performance.md ("Data loading") says how to load faster'
+                             % (100 * share, self.job.workers))
 
     # -- checkpoints
 

@@ -26,6 +26,8 @@ from tools.toy.trace import GROUND, pack_scene
 from tools.toy.trace_cpu import trace_fan, trace_image, trace_rays
 from tools.toy.world import ToyWorld
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 ROOT = Path(__file__).resolve().parents[2]
 SEED, SIZE, KEYFRAMES = 3, (192, 108), 3
 CLASS_OF = {t.category: t.occ_class for t in OBJECT_TYPES.values()}
@@ -37,15 +39,6 @@ def make(out, scenes=2, keyframes=KEYFRAMES, size=SIZE, seed=SEED, workers=2):
                       seed=seed, workers=workers, device='cpu', label_sets=('occ3d', 'openocc_v2'))
     generate(options, progress=lambda results, total: results)
     return out
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """As the tool's workers do: small images only lose by being shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='module')
