@@ -1,13 +1,13 @@
-"""Time the sampling operator against its PyTorch reference at the sizes of the full model.
+"""Time the compiled operators against their PyTorch references at the sizes of the full model.
 
     python models/csrc/benchmark.py
     python models/csrc/benchmark.py --types fp16 --repeats 50
 
-One row per decoder stage and type: milliseconds of the compiled operator and of the reference, forward and
-backward, and the rate at which the operator moves bytes. Bytes are counted as if nothing were cached: four
-corners of every level per slot that falls in an image, the output, points and weights; the backward pass also
-adds to as many values of gradient as it reads. A rate above the memory's bandwidth means that caches serve
-the rest.
+For sampling, one row per decoder stage and type: milliseconds of the operator and of the reference, forward
+and backward, and the rate at which the operator moves bytes. Bytes are counted as if nothing were cached:
+four corners of every level per slot that falls in an image, the output, points and weights; the backward
+pass also adds to as many values of gradient as it reads. A rate above the memory's bandwidth means that
+caches serve the rest. Then the same for adaptive mixing, forward; its bytes are x, M, S and the result.
 """
 import argparse
 import math
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from models.csrc.adaptive_mixing import adaptive_mix  # noqa: E402
+from models.csrc.adaptive_mixing.reference import adaptive_mix_reference  # noqa: E402
 from models.csrc.msmv_sampling import extension_available, sample_multi_view  # noqa: E402
 from models.csrc.msmv_sampling.reference import locate_points, sample_multi_view_reference  # noqa: E402
 
@@ -29,15 +31,16 @@ TYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
 class Stage(NamedTuple):
-    """Blocks of one decoder stage: their number, sampling points per group, edge in metres."""
+    """One decoder stage: queries, sampling points per group, their spread in metres, mixed points."""
     name: str
     queries: int
     points: int
     block: float
+    mixed_points: int
 
 
-STAGES = [Stage('voxels 1', 1250, 4, 3.2), Stage('voxels 2', 2000, 2, 1.6), Stage('voxels 3', 8000, 1, 0.8),
-          Stage('masks', 100, 4, 20.0)]
+STAGES = [Stage('voxels 1', 1250, 4, 3.2, 128), Stage('voxels 2', 2000, 2, 1.6, 64),
+          Stage('voxels 3', 8000, 1, 0.8, 32), Stage('masks', 100, 4, 20.0, 128)]
 
 
 class Inputs(NamedTuple):
@@ -128,17 +131,16 @@ def time_operator(operator: Callable[..., Tensor], inputs: Inputs, repeats: int)
     return Timing(forward, backward, *count_bytes(inputs))
 
 
-def largest_difference(inputs: Inputs) -> float:
-    """Of operator and reference, over the largest value: to know that the timed code is right."""
+def largest_difference(operator: Callable[..., Tensor], reference: Callable[..., Tensor], inputs) -> float:
+    """Over the largest value: to know that the timed code is right."""
     with torch.no_grad():
-        expected = sample_multi_view_reference(*inputs).double()
-        return float((sample_multi_view(*inputs).double() - expected).abs().max() / expected.abs().max())
+        expected = reference(*inputs).double()
+        return float((operator(*inputs).double() - expected).abs().max() / expected.abs().max())
 
 
-def report(stage: Stage, name: str, batch: int, repeats: int) -> None:
-    """Check, time and print one row."""
+def report_sampling(stage: Stage, name: str, batch: int, repeats: int) -> None:
     inputs = make_inputs(stage, TYPES[name], batch)
-    difference = largest_difference(inputs)
+    difference = largest_difference(sample_multi_view, sample_multi_view_reference, inputs)
     ours = time_operator(sample_multi_view, inputs, repeats)
     theirs = time_operator(sample_multi_view_reference, inputs, repeats)
     print('%-9s %-5s | %9.3f %9.3f %7.0f | %9.3f %9.3f %7.0f | %9.1e' % (
@@ -147,23 +149,46 @@ def report(stage: Stage, name: str, batch: int, repeats: int) -> None:
         ours.backward_ms, theirs.backward_ms, ours.backward_bytes / ours.backward_ms / 1e6, difference))
 
 
-def main() -> None:
+def report_mixing(stage: Stage, name: str, batch: int, repeats: int) -> None:
+    width, in_points, out_points = CHANNELS // GROUPS, stage.points * FRAMES, stage.mixed_points
+    sampled = torch.randn(batch, stage.queries, GROUPS, in_points, width, device='cuda', dtype=TYPES[name])
+    generated = torch.randn(batch, stage.queries, GROUPS * (width * width + out_points * in_points),
+                            device='cuda', dtype=TYPES[name])
+    inputs = (sampled, generated, out_points)
+    difference = largest_difference(adaptive_mix, adaptive_mix_reference, inputs)
+    with torch.no_grad():
+        ours = median_ms(lambda: adaptive_mix(*inputs), repeats)
+        theirs = median_ms(lambda: adaptive_mix_reference(*inputs), repeats)
+    values = sampled.numel() + generated.numel() + sampled.numel() // in_points * out_points
+    print('%-9s %-5s | %9.3f %9.3f %7.0f | %9.1e' % (
+        stage.name, name, ours, theirs, values * sampled.element_size() / ours / 1e6, difference))
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--types', nargs='+', choices=sorted(TYPES), default=['fp32', 'fp16'])
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--repeats', type=int, default=30)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     if not torch.cuda.is_available():
         raise SystemExit('This needs a CUDA device.')
     if not extension_available():
         raise SystemExit('The compiled operators are missing, so there is nothing to compare.')
     print('%s, PyTorch %s, batch %d' % (torch.cuda.get_device_name(), torch.__version__, arguments.batch))
-    print('%-9s %-5s | %9s %9s %7s | %9s %9s %7s | %9s' % (
-        'stage', 'type', 'fwd ms', 'torch ms', 'GB/s', 'bwd ms', 'torch ms', 'GB/s', 'differs'))
+    print('sampling        | %9s %9s %7s | %9s %9s %7s | %9s' % (
+        'fwd ms', 'torch ms', 'GB/s', 'bwd ms', 'torch ms', 'GB/s', 'differs'))
     for stage in STAGES:
         for name in arguments.types:
-            report(stage, name, arguments.batch, arguments.repeats)
+            report_sampling(stage, name, arguments.batch, arguments.repeats)
+    print('mixing          | %9s %9s %7s | %9s' % ('fwd ms', 'torch ms', 'GB/s', 'differs'))
+    for stage in STAGES:
+        for name in arguments.types:
+            report_mixing(stage, name, arguments.batch, arguments.repeats)
 
 
 if __name__ == '__main__':

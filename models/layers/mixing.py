@@ -3,10 +3,10 @@
 Shapes: B batch, Q queries, G groups, C channels, p_in sampled points (T*P), p_out mixed points.
 """
 import torch
-import torch.nn.functional as F
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
+from models.csrc.adaptive_mixing import adaptive_mix
 from models.layers.recompute import recompute
 
 
@@ -51,16 +51,6 @@ class AdaptiveMixing(BaseModule):
 
     def _mix(self, sampled: Tensor, query: Tensor) -> Tensor:
         """sampled [n, G, p_in, C/G], query [n, C] -> [n, C]."""
-        generated = self.parameter_generator(query).view(query.shape[0] * self.num_groups, -1)
-        with torch.autocast(query.device.type, enabled=False):  # LayerNorm accumulates in float32 by itself
-            mixed = self._filter(sampled.to(generated.dtype), generated)
-        return self.out_proj(mixed.view(query.shape[0], -1))
-
-    def _filter(self, sampled: Tensor, generated: Tensor) -> Tensor:
-        """sampled [n, G, p_in, C/G], generated [n*G, M and S] -> [n*G, p_out, C/G]."""
-        width, in_points, out_points = self.width, self.in_points, self.out_points
-        channel_mix, point_mix = generated.split([width * width, out_points * in_points], dim=1)
-        mixed = torch.bmm(sampled.reshape(-1, in_points, width), channel_mix.view(-1, width, width))
-        mixed = F.relu(F.layer_norm(mixed, [in_points, width]), inplace=True)
-        mixed = torch.bmm(point_mix.view(-1, out_points, in_points), mixed)
-        return F.relu(F.layer_norm(mixed, [out_points, width]), inplace=True)
+        generated = self.parameter_generator(query)
+        mixed = adaptive_mix(sampled.to(generated.dtype), generated, self.out_points)
+        return self.out_proj(mixed.flatten(1))

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define SPARSEOCC_HD __host__ __device__ __forceinline__
@@ -99,12 +100,36 @@ SPARSEOCC_DEVICE Pack<scalar_t, VEC> load_pack(const scalar_t* address) {
   return *reinterpret_cast<const Pack<scalar_t, VEC>*>(address);
 }
 
+// The machine word of a number of bytes.
+template <int BYTES>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned int;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// Stores a pack as one word, through an intrinsic: plain stores of a pack are at times taken apart.
 template <int VEC, typename scalar_t, typename acc_t>
 SPARSEOCC_DEVICE void store_pack(scalar_t* address, const acc_t (&value)[VEC]) {
   Pack<scalar_t, VEC> pack;
 #pragma unroll
   for (int i = 0; i < VEC; ++i) pack.value[i] = static_cast<scalar_t>(value[i]);
-  *reinterpret_cast<Pack<scalar_t, VEC>*>(address) = pack;
+  using word = typename Word<sizeof(scalar_t) * VEC>::type;
+  word bits;
+  memcpy(&bits, &pack, sizeof(word));
+  __stcg(reinterpret_cast<word*>(address), bits);
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && defined(CUDART_VERSION) && CUDART_VERSION >= 12010

@@ -22,6 +22,13 @@
 #define CUDA_KERNEL_ASSERT(condition) \
   if (!(condition)) emulation::fail("kernel assertion failed: " #condition)
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 namespace emulation {
 
 constexpr int kWarp = 32;
@@ -190,6 +197,11 @@ inline void __syncthreads() {
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::shuffle_from(value, (emulation::current()->thread_index.x % emulation::kWarp) ^ mask);
+}
+
+template <typename T>
+void __stcg(T* address, T value) {
+  *address = value;
 }
 
 template <typename T>

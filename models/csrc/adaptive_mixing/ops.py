@@ -1,0 +1,75 @@
+"""Public mixing operator.
+
+Shapes: n any leading dimensions, G groups, W channels of a group, p_in sampled points, p_out mixed points.
+"""
+from types import ModuleType
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from models.csrc.adaptive_mixing.reference import adaptive_mix_reference
+from models.csrc.extension import find_kernels
+
+# What the kernel is compiled for. Other sizes and types take the reference.
+KERNEL_WIDTH, KERNEL_MAX_IN, KERNEL_MAX_OUT = 64, 32, 128
+KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
+    """Filter the samples of every query and group with the matrices made for them.
+
+    x·M -> LayerNorm over the whole [p_in, W] slab -> ReLU -> S·x -> LayerNorm over [p_out, W] -> ReLU
+    (paper section 3.2). Both LayerNorms are without affine, with eps 1e-5.
+
+    Args:
+        sampled: x, [n, G, p_in, W], n any number of dimensions.
+        generated: [n, G*(W*W + p_out*p_in)], per group M [W, W] then S [p_out, p_in]; dtype as ``sampled``.
+        out_points: p_out.
+
+    Returns:
+        [n, G, p_out, W] in the same dtype.
+
+    Without gradients, one CUDA kernel does all of it when it is built: it reads x, M and S once, computes in
+    float32 and writes only the result. With gradients, on the CPU and for other sizes it is a chain of
+    PyTorch operations. Autocast is off inside.
+    """
+    _check(sampled, generated, out_points)
+    kernels = _kernels_for(sampled, generated, out_points)
+    if kernels is None:
+        return adaptive_mix_reference(sampled, generated, out_points)
+    in_points, width = sampled.shape[-2:]
+    result = kernels.adaptive_mix(sampled.reshape(-1, in_points, width).contiguous(),
+                                  generated.reshape(-1, width * width + out_points * in_points).contiguous(),
+                                  out_points)
+    return result.view(sampled.shape[:-2] + (out_points, width))
+
+
+def _check(sampled: Tensor, generated: Tensor, out_points: int) -> None:
+    if sampled.dim() < 3:
+        raise ValueError('sampled must be [..., G, p_in, W] but is %s' % list(sampled.shape))
+    groups, in_points, width = sampled.shape[-3:]
+    expected = tuple(sampled.shape[:-3]) + (groups * (width * width + out_points * in_points),)
+    if tuple(generated.shape) != expected:
+        raise ValueError('generated must be %s (for p_out = %d) but is %s'
+                         % (list(expected), out_points, list(generated.shape)))
+    if generated.dtype != sampled.dtype or not sampled.dtype.is_floating_point:
+        raise TypeError('sampled and generated must have one float dtype but are %s and %s'
+                        % (sampled.dtype, generated.dtype))
+    if generated.device != sampled.device:
+        raise ValueError('generated must be on the device of sampled, %s, but is on %s'
+                         % (sampled.device, generated.device))
+
+
+def _kernels_for(sampled: Tensor, generated: Tensor, out_points: int) -> Optional[ModuleType]:
+    """The compiled kernel if it can serve this call."""
+    needs_grad = torch.is_grad_enabled() and (sampled.requires_grad or generated.requires_grad)
+    if not sampled.is_cuda or needs_grad or sampled.dtype not in KERNEL_TYPES:
+        return None
+    in_points, width = sampled.shape[-2:]
+    row_bytes = (width * width + out_points * in_points) * sampled.element_size()
+    aligned = (row_bytes | sampled.data_ptr() | generated.data_ptr()) % 16 == 0
+    fits = width == KERNEL_WIDTH and 0 < in_points <= KERNEL_MAX_IN and 0 < out_points <= KERNEL_MAX_OUT
+    if not fits or not aligned:
+        return None
+    return find_kernels('_adaptive_mixing', sampled.device)
