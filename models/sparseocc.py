@@ -18,6 +18,7 @@ from models.cuda_graph import GraphedFunction
 from models.feature_cache import FeatureCache
 from models.heads.sparseocc_head import MergedPrediction
 from models.image_input import ImageInput
+from models.layers.fused_fpn import can_fuse_neck, run_neck
 from models.layers.fused_resnet import FusedResNet, can_fuse
 from models.losses import OccupancyTargets
 from models.sampling import ImageFeatures
@@ -81,6 +82,8 @@ class SparseOcc(BaseModule):
         self._cache = FeatureCache(capacity=self.task.num_frames)
         fuses = fuse_backbone and can_fuse(self.img_backbone)
         self._fused_backbone = FusedResNet(self.img_backbone) if fuses else None
+        self.img_backbone.keeps_float32 = True  # folded in float32, see lib.run.precision.convert_weights
+        self._fuses_neck = fuse_backbone and can_fuse_neck(self.img_neck)
         self._graphed_encoder = GraphedFunction(self._encode, state=self._backbone_version)
         self._graphed_head = GraphedFunction(self._predict_from_maps)
         self._register_load_state_dict_pre_hook(self._forget_weights)
@@ -151,7 +154,8 @@ class SparseOcc(BaseModule):
         images = self.image_input(img.flatten(0, 1), samples=batch)
         fused = self._fused_backbone
         stages = fused(images) if fused is not None and fused.serves(images) else self.img_backbone(images)
-        maps = self.img_neck(stages)
+        fuses_neck = self._fuses_neck and images.is_cuda and not torch.is_grad_enabled()
+        maps = run_neck(self.img_neck, stages) if fuses_neck else self.img_neck(stages)
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]
 

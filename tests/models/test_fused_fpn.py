@@ -1,0 +1,59 @@
+"""The FPN with fewer passes against mmdet's."""
+import pytest
+import torch
+
+from models.layers.fused_fpn import add_enlarged, can_fuse_neck, run_neck  # before mmdet: makes it importable
+
+from mmdet.models.builder import build_neck  # isort: skip
+
+CHANNELS = [4, 6, 8, 10]
+
+
+def make_neck(**options):
+    torch.manual_seed(0)
+    neck = build_neck(dict(dict(type='FPN', in_channels=CHANNELS, out_channels=5, num_outs=4), **options))
+    for parameter in neck.parameters():
+        torch.nn.init.normal_(parameter)  # mmcv's biases start from zero
+    return neck.double()
+
+
+def make_stages(sizes, channels_last=True):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return [torch.randn(2, c, h, w, dtype=torch.double).contiguous(memory_format=layout)
+            for c, (h, w) in zip(CHANNELS, sizes)]
+
+
+@pytest.mark.parametrize('channels_last', [True, False])
+@pytest.mark.parametrize('sizes', [[(16, 24), (8, 12), (4, 6), (2, 3)], [(9, 25), (5, 13), (3, 7), (2, 4)],
+                                   [(8, 12), (4, 12), (4, 6), (1, 1)]], ids=str)
+def test_levels_are_those_of_mmdet(sizes, channels_last):
+    neck, stages = make_neck(), make_stages(sizes, channels_last)
+    kept = [stage.clone() for stage in stages]
+    with torch.no_grad():
+        ours, theirs = run_neck(neck, stages), neck(stages)
+    assert all(torch.equal(a, b) for a, b in zip(stages, kept))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # double; the bias is added earlier
+
+
+def test_stages_before_the_start_are_left_out():
+    neck = make_neck(start_level=1, num_outs=3)
+    stages = make_stages([(16, 24), (8, 12), (4, 6), (2, 3)])
+    with torch.no_grad():
+        ours, theirs = run_neck(neck, stages), neck(stages)
+    assert can_fuse_neck(neck) and len(ours) == len(theirs) == 3
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_enlarging_is_exact():
+    level = torch.zeros(1, 2, 4, 6).contiguous(memory_format=torch.channels_last)
+    coarse = torch.randn(1, 2, 2, 3)
+    expected = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(add_enlarged(level, coarse), expected)
+
+
+@pytest.mark.parametrize('options', [dict(num_outs=5), dict(norm_cfg=dict(type='BN')), dict(act_cfg=dict(type='ReLU')),
+                                     dict(upsample_cfg=dict(scale_factor=2, mode='nearest'))], ids=str)
+def test_other_necks_run_themselves(options):
+    assert can_fuse_neck(make_neck()) and not can_fuse_neck(make_neck(**options))
