@@ -11,6 +11,7 @@ from torch import Tensor
 from lib.dist import batch_rand
 from lib.errors import ConfigError
 
+_PIECE = 256
 _CUBE_RATIOS = (0.8191725134, 0.6710436067, 0.5497004779)  # powers of 1/1.2207..., the root of x^4 = x + 1
 
 
@@ -61,8 +62,21 @@ def select_valid(valid: Tensor, fractions: Tensor) -> Tuple[Tensor, Tensor]:
     Returns:
         index int64 [B, Q, count] (any index where a row has no valid entry), and bool [B, Q]: no valid entry.
     """
-    running = valid.cumsum(-1, dtype=torch.int32)
+    running = running_count(valid)
     total = running[..., -1:]
     rank = torch.min((fractions * total).floor().to(torch.int32), (total - 1).clamp(min=0))
     index = torch.searchsorted(running, rank + 1)
     return index.clamp(max=valid.shape[-1] - 1), total.squeeze(-1) == 0
+
+
+def running_count(valid: Tensor) -> Tensor:
+    """int32 [B, Q, K]: how many entries of a row are true up to each, itself included; valid is bool [B, Q, K].
+
+    In pieces where K allows: a GPU gives each row to one block, so that a few long rows leave most of it idle.
+    """
+    batch, queries, count = valid.shape
+    if count % _PIECE or count == _PIECE:
+        return valid.cumsum(-1, dtype=torch.int32)
+    pieces = valid.view(batch, queries, -1, _PIECE).cumsum(-1, dtype=torch.int32)
+    before = pieces[..., -1].cumsum(-1, dtype=torch.int32) - pieces[..., -1]
+    return pieces.add_(before.unsqueeze(-1)).view(valid.shape)

@@ -5,7 +5,7 @@ import torch
 from lib.dist import shared_draws
 from lib.errors import ConfigError
 from models.colour_jitter import jitter_colours
-from models.draws import EvenDraws, RandomDraws, build_draws, select_valid
+from models.draws import EvenDraws, RandomDraws, build_draws, running_count, select_valid
 
 
 def naive_selection(valid, fractions):
@@ -71,3 +71,11 @@ def test_a_sample_draws_the_same_however_the_batch_is_dealt(parts):
     for whole, *pieces in zip(draw(0, 6), *[draw(*part) for part in parts]):
         assert torch.equal(whole, torch.cat(pieces))
         assert not torch.equal(whole[0], whole[1])
+
+
+@pytest.mark.parametrize('count', [0, 1, 255, 256, 512, 700, 1280])
+def test_running_count_in_one_piece_or_several(count):
+    torch.manual_seed(count)
+    valid = torch.rand(2, 3, count) < 0.4
+    result = running_count(valid)
+    assert result.dtype == torch.int32 and torch.equal(result, valid.cumsum(-1).int())
