@@ -37,6 +37,8 @@ class DistanceAttention(BaseModule):
             backward pass.
     """
 
+    keeps_float32 = True  # for lib.run.precision.convert_weights
+
     def __init__(self, embed_dims: int, num_heads: int = 8, dropout: float = 0.1, save_memory: bool = False):
         super().__init__()
         self.num_heads, self.save_memory = num_heads, save_memory
@@ -62,7 +64,8 @@ class DistanceAttention(BaseModule):
         parts = parts.view(batch, count, 3, self.num_heads, channels // self.num_heads)
         q, k, v = parts.permute(2, 0, 3, 1, 4)
         tau = self.gen_tau(query).transpose(1, 2)
-        bias = tau.neg().unsqueeze(-1) * distance.unsqueeze(1)
+        distance = F.pad(distance, (0, -count % 8))  # rows that start where the GPU kernel wants them
+        bias = (tau.neg().unsqueeze(-1) * distance.unsqueeze(1))[..., :count]
         dropout = weights.dropout if self.training else 0.0
         attended = biased_attention(q, k, v, bias, dropout)
         return query + weights.out_proj(attended.transpose(1, 2).reshape(batch, count, channels))
