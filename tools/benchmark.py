@@ -63,8 +63,9 @@ class Bench:
         set_tf32(args.tf32)
         self.cfg = load_config(args.config, args.override)
         self.task = Task.from_config(self.cfg.task)
+        self.build_model = lambda: build_model(self.cfg.model, self.task).to(self.device)
         torch.manual_seed(0)
-        self.model = build_model(self.cfg.model, self.task).to(self.device)
+        self.model = self.build_model()
         if self.world_size > 1:
             torch.distributed.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo')
 
@@ -90,7 +91,8 @@ class Bench:
                 yield
 
     def model_for_inference(self):
-        model = self.model.eval()
+        from lib.run.precision import convert_weights
+        model = convert_weights(self.model.eval(), self.args.amp)
         model.cuda_graph = self.args.cuda_graph
         return model
 
@@ -172,7 +174,10 @@ class Bench:
     def training(self):
         """Forward, backward and AdamW step."""
         from lib.run.precision import make_scaler
-        torch, model = self.torch, self.model.train()
+        torch = self.torch
+        if self.args.amp:  # inference has converted the weights
+            self.model = self.build_model()
+        model = self.model.train()
         if self.world_size > 1:
             ids = [self.device.index] if self.device.type == 'cuda' else None
             model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)

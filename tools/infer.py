@@ -73,10 +73,11 @@ def make_dataset(args, cfg, task):
 
 def load_model(args, cfg, task, device):
     from lib.checkpoint import load_model_weights
+    from lib.run.precision import convert_weights
     from models import build_model
     model = build_model(cfg.model, task)
     load_model_weights(model, args.weights, trust=args.trust_weights)
-    return model.to(device).eval()
+    return convert_weights(model.to(device).eval(), args.amp)
 
 
 def predict_all(model, dataset, device, amp, out, workers):

@@ -13,7 +13,7 @@ from .components import Components, open_dataset, read_task
 from .environment import device_name
 from .evaluation import without_labels
 from .meters import peak_memory_mib
-from .precision import autocast, check_precision, describe_precision, set_tf32
+from .precision import autocast, check_precision, convert_weights, describe_precision, set_tf32
 from .processes import pick_device
 
 
@@ -51,8 +51,8 @@ def _make_clock(args, cfg, components, device):
         load_model_weights(model, args.weights, trust=args.trust_weights)
     changes = dict(test_mode=True, max_samples=args.warmup + args.samples)
     dataset = open_dataset(components, cfg, args.split, task, changes, check_files=False)
-    return Clock(model.to(device).eval(), dataset, components.collate, device, args.amp, args.warmup,
-                 args.samples)
+    model = convert_weights(model.to(device).eval(), args.amp)
+    return Clock(model, dataset, components.collate, device, args.amp, args.warmup, args.samples)
 
 
 def _print_setting(args, clock) -> None:

@@ -11,7 +11,7 @@ from .components import Components, default_metrics, open_dataset, read_task
 from .evaluation import EvaluationJob, evaluate, make_predictions_folder
 from .log import RunLog
 from .meters import duration
-from .precision import check_precision, describe_precision, set_tf32
+from .precision import check_precision, convert_weights, describe_precision, set_tf32
 from .processes import Processes, start_processes
 from .settings import EvaluationSettings
 
@@ -49,7 +49,7 @@ def _validate(args, cfg, components, processes: Processes) -> None:
                processes.world_size, describe_precision(args.amp, processes.device)))
     workers = cfg.data.get('workers_per_gpu', 0) if args.workers is None else args.workers
     begin = time.monotonic()
-    result = evaluate(EvaluationJob(model.to(processes.device), dataset, components.collate, evaluator, task,
+    result = evaluate(EvaluationJob(convert_weights(model.to(processes.device), args.amp), dataset, components.collate, evaluator, task,
                                     processes, log.say, workers, args.amp, folder))
     if result is not None:
         _report(result, out, args, meta, time.monotonic() - begin, folder)
