@@ -16,17 +16,19 @@ _WARM_UP_RUNS = 3  # lets libraries pick algorithms and allocate workspaces befo
 class _Captured:
     """One graph with the tensors it reads and writes."""
 
-    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]):
+    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor],
+                 in_place: Sequence[Tensor]):
+        self.in_place = list(in_place)  # kept, so that their memory is not given to other tensors
         self.inputs = [tensor.clone(memory_format=torch.preserve_format) for tensor in inputs]
         stream = torch.cuda.Stream(self.inputs[0].device)
         stream.wait_stream(torch.cuda.current_stream(self.inputs[0].device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_RUNS):
-                function(*self.inputs)
+                function(*self.inputs, *self.in_place)
         torch.cuda.current_stream(self.inputs[0].device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.outputs = list(function(*self.inputs))
+            self.outputs = list(function(*self.inputs, *self.in_place))
 
     def replay(self, inputs: Sequence[Tensor]) -> List[Tensor]:
         for static, tensor in zip(self.inputs, inputs):
@@ -60,28 +62,34 @@ class GraphedFunction:
     def __getstate__(self):
         return dict(self.__dict__, _graphs={})  # graphs cannot be copied or stored
 
-    def __call__(self, *inputs: Tensor) -> List[Tensor]:
-        """The function's result, in fresh tensors."""
+    def __call__(self, *inputs: Tensor, in_place: Sequence[Tensor] = ()) -> List[Tensor]:
+        """The function's result, in fresh tensors.
+
+        Args:
+            inputs: copied into the graph's own memory.
+            in_place: further arguments, after the inputs, that the graph reads where they are: for tensors that
+                stay at one address. At another address the function is captured anew.
+        """
         if not inputs[0].is_cuda:
-            return list(self.function(*inputs))
+            return list(self.function(*inputs, *in_place))
         state = None if self.state is None else self.state()
         if state != self._captured_in:
             self.clear()
             self._captured_in = state
-        key = self._signature(inputs)
+        key = self._signature(list(inputs) + list(in_place)), tuple(t.data_ptr() for t in in_place)
         if key not in self._graphs:
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.pop(next(iter(self._graphs)))
-            self._graphs[key] = self._capture(inputs)
+            self._graphs[key] = self._capture(inputs, in_place)
         return self._graphs[key].replay(inputs)
 
-    def _capture(self, inputs: Sequence[Tensor]) -> _Captured:
+    def _capture(self, inputs: Sequence[Tensor], in_place: Sequence[Tensor]) -> _Captured:
         """Capture with autocast as outside, but without its weight cache: replays must see new weights."""
         dtype = autocast_dtype('cuda')
         if dtype is None:
-            return _Captured(self.function, inputs)
+            return _Captured(self.function, inputs, in_place)
         with torch.autocast('cuda', dtype=dtype, cache_enabled=False):
-            return _Captured(self.function, inputs)
+            return _Captured(self.function, inputs, in_place)
 
     @staticmethod
     def _signature(inputs: Sequence[Tensor]) -> Tuple:

@@ -1,6 +1,6 @@
 """Features of earlier frames, kept from one test-time step to the next."""
 from collections import OrderedDict
-from typing import Callable, Dict, Hashable, List, Sequence
+from typing import Callable, Dict, Hashable, List, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -8,8 +8,20 @@ from torch import Tensor
 Maps = List[Tensor]
 
 
+class StoredFrames(NamedTuple):
+    """The frames of one sample among those that the cache holds.
+
+    maps   L tensors [S, N, H_l, W_l, C], S the cache's capacity; always the same memory while sizes stay the same
+    slots  T numbers 0..S-1: where each frame of the sample is
+    """
+    maps: Maps
+    slots: List[int]
+
+
 class FeatureCache:
-    """A bounded store of the feature maps of whole frames (N images), oldest use dropped first.
+    """A bounded store of the feature maps of whole frames (N images); the one not used for longest is replaced.
+
+    Frames stay where they were written: a step writes what is new and says where the rest is.
 
     Args:
         capacity: frames held; the T of one sample suffice for keyframes in order.
@@ -17,33 +29,61 @@ class FeatureCache:
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self._frames: Dict[Hashable, Maps] = OrderedDict()
+        self._slots: Dict[Hashable, int] = OrderedDict()
+        self._maps: Maps = []
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return len(self._slots)
 
     def clear(self):
-        """Forget every frame."""
-        self._frames.clear()
+        """Forget every frame; the memory is kept for the next ones."""
+        self._slots.clear()
 
-    def fetch(self, keys: Sequence[Hashable], encode: Callable[[int], Maps]) -> Maps:
-        """Feature maps of the frames of one sample.
+    def release(self):
+        """Forget every frame and give the memory back."""
+        self.clear()
+        self._maps = []
+
+    def __getstate__(self):
+        return dict(self.__dict__, _slots=OrderedDict(), _maps=[])
+
+    def fetch(self, keys: Sequence[Hashable], encode: Callable[[int], Maps]) -> StoredFrames:
+        """Where the frames of one sample are.
 
         Args:
-            keys: T frame keys; equal keys mean equal images.
+            keys: T frame keys, at most ``capacity`` different ones; equal keys mean equal images, and keys of maps
+                of different sizes, types or devices differ.
             encode: given the position (0..T-1) of a frame to encode, its maps: L tensors [N, H_l, W_l, C].
                 One frame at a time, so that its features have the same bits whatever is in the store: on a
                 GPU, rounding depends on how many images are encoded together.
 
-        Returns:
-            L tensors [T, N, H_l, W_l, C].
+        Raises:
+            ValueError: more different keys than the store has room for.
         """
-        for t, key in enumerate(keys):
-            if key not in self._frames:
-                self._frames[key] = encode(t)
-        frames = [self._frames[key] for key in keys]
+        if len(set(keys)) > self.capacity:
+            raise ValueError('%d different frames do not fit into a cache of %d' % (len(set(keys)), self.capacity))
         for key in keys:
-            self._frames.move_to_end(key)
-        while len(self._frames) > self.capacity:
-            self._frames.popitem(last=False)
-        return [torch.stack(level) for level in zip(*frames)]
+            if key in self._slots:
+                self._slots.move_to_end(key)
+        for t, key in enumerate(keys):
+            if key not in self._slots:
+                self._store(key, encode(t))
+        return StoredFrames(self._maps, [self._slots[key] for key in keys])
+
+    def _store(self, key: Hashable, maps: Maps):
+        if [_layout(level) for level in maps] != [_layout(level[0]) for level in self._maps]:
+            self.clear()
+            with torch.inference_mode(False):  # later steps may write to it outside that mode
+                self._maps = [level.new_empty((self.capacity,) + level.shape) for level in maps]
+        if len(self._slots) < self.capacity:
+            slot = min(set(range(self.capacity)) - set(self._slots.values()))
+        else:
+            slot = self._slots.popitem(last=False)[1]
+        with torch.no_grad():
+            for stored, level in zip(self._maps, maps):
+                stored[slot].copy_(level)
+        self._slots[key] = slot
+
+
+def _layout(level: Tensor):
+    return level.shape, level.dtype, level.device

@@ -3,7 +3,7 @@
 Shapes: B batch, T frames, N cameras, L pyramid levels, Q queries, G groups, P points per group, C channels,
 K kept voxels. Points are in metres, ego frame of the current keyframe; the same points serve all frames.
 """
-from typing import NamedTuple, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmcv.runner import BaseModule
@@ -17,13 +17,16 @@ from models.draws import select_valid
 class ImageFeatures(NamedTuple):
     """What a decoder can look at.
 
-    maps        L tensors [B, T*N, H_l, W_l, C], channels last, image index t*N + n
-    ego2img     [B, T*N, 4, 4] float32, ego (metres) to pixels of the padded image
-    image_size  (height, width) of the padded image, pixels
+    maps         L tensors [B, T*N, H_l, W_l, C], channels last, image index t*N + n; S*N images of stored frames
+                 where there is a frame_index
+    ego2img      [B, T*N, 4, 4] float32, ego (metres) to pixels of the padded image
+    image_size   (height, width) of the padded image, pixels
+    frame_index  int64 [T], where frame t is among the stored frames; None: S = T, in order
     """
     maps: Sequence[Tensor]
     ego2img: Tensor
     image_size: Tuple[int, int]
+    frame_index: Optional[Tensor] = None
 
 
 class _Sampling(BaseModule):
@@ -40,7 +43,8 @@ class _Sampling(BaseModule):
         """query [B, Q, C], points [B, Q, G, P, 3] metres -> [B, Q, G, T*P, C/G]."""
         level_logits = self.scale_weights(query).view(points.shape[:4] + (-1,))
         return sample_multi_view(features.maps, points, features.ego2img, level_logits, features.image_size,
-                                 self.num_cameras, published_weight_order=self.published_weight_order)
+                                 self.num_cameras, published_weight_order=self.published_weight_order,
+                                 frame_index=features.frame_index)
 
 
 class BlockSampling(_Sampling):

@@ -14,6 +14,7 @@ from torch import Tensor
 from lib.errors import ConfigError, DataError
 from lib.task import Task
 from models.autocast_state import autocast_dtype
+from models.csrc.msmv_sampling import select_frames
 from models.cuda_graph import GraphedFunction
 from models.feature_cache import FeatureCache
 from models.heads.sparseocc_head import MergedPrediction
@@ -85,7 +86,7 @@ class SparseOcc(BaseModule):
         self.img_backbone.keeps_float32 = True  # folded in float32, see lib.run.precision.convert_weights
         self._fuses_neck = fuse_backbone and can_fuse_neck(self.img_neck)
         self._graphed_encoder = GraphedFunction(self._encode, state=self._backbone_version)
-        self._graphed_head = GraphedFunction(self._predict_from_maps)
+        self._graphed_head = GraphedFunction(self._predict_from_tensors)
         self._register_load_state_dict_pre_hook(self._forget_weights)
 
     def forward(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
@@ -127,18 +128,19 @@ class SparseOcc(BaseModule):
                 img_metas: Optional[Sequence[Mapping]] = None) -> List[Dict[str, np.ndarray]]:
         """Predictions per sample; arguments and result as in :meth:`forward`."""
         if self.cuda_graph and img.shape[0] == 1 and img.is_cuda and not self.training:
-            maps = self._test_maps(img, img_metas)
-            features = self._features(maps, img, lidar2img, ego2lidar)
-            self._graphed_image_size = features.image_size
-            merged = [MergedPrediction(*self._graphed_head(features.ego2img, *maps))]
+            merged = [self._predict_by_graph(self._test_features(img, lidar2img, ego2lidar, img_metas))]
         else:
-            merged = self.predict_raw(img, lidar2img, ego2lidar, img_metas).merged
+            features = self._test_features(img, lidar2img, ego2lidar, img_metas)
+            merged = self.pts_bbox_head.merge(self.pts_bbox_head(features))
         return [self._to_numpy(sample) for sample in merged]
 
     def predict_raw(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
                     img_metas: Optional[Sequence[Mapping]] = None) -> RawPrediction:
         """Intermediate results and labels; arguments as in :meth:`forward`."""
-        features = self._features(self._test_maps(img, img_metas), img, lidar2img, ego2lidar)
+        features = self._test_features(img, lidar2img, ego2lidar, img_metas)
+        if features.frame_index is not None:  # later steps write into the maps of the cache
+            maps = select_frames(features.maps, features.frame_index, self.task.num_cameras)
+            features = features._replace(maps=maps, frame_index=None)
         output = self.pts_bbox_head(features)
         return RawPrediction(features, output, self.pts_bbox_head.merge(output))
 
@@ -162,10 +164,24 @@ class SparseOcc(BaseModule):
     def _backbone_version(self) -> int:
         return 0 if self._fused_backbone is None else self._fused_backbone.version()
 
-    def _predict_from_maps(self, ego2img: Tensor, *maps: Tensor) -> List[Tensor]:
-        """Labels of one sample, as the fields of ``MergedPrediction`` that the task has."""
-        output = self.pts_bbox_head(ImageFeatures(list(maps), ego2img, self._graphed_image_size))
-        merged = self.pts_bbox_head.merge(output)[0]
+    def _predict_by_graph(self, features: ImageFeatures) -> MergedPrediction:
+        """Labels of one sample. The cache's maps stay where they are, so the graph reads them there."""
+        self._graphed_image_size = features.image_size
+        if features.frame_index is None:
+            return MergedPrediction(*self._graphed_head(features.ego2img, *features.maps))
+        return MergedPrediction(*self._graphed_head(features.ego2img, features.frame_index, in_place=features.maps))
+
+    def _predict_from_tensors(self, ego2img: Tensor, *others: Tensor) -> List[Tensor]:
+        """Labels of one sample, as the fields of ``MergedPrediction`` that the task has.
+
+        Args:
+            ego2img: [1, T*N, 4, 4].
+            others: frame_index if there is one, then the L maps.
+        """
+        frame_index = others[0] if others[0].dim() == 1 else None
+        maps = others if frame_index is None else others[1:]
+        features = ImageFeatures(list(maps), ego2img, self._graphed_image_size, frame_index)
+        merged = self.pts_bbox_head.merge(self.pts_bbox_head(features))[0]
         return [part for part in (merged.voxels, merged.semantics, merged.pano_inst, merged.pano_sem)
                 if part is not None]
 
@@ -186,22 +202,25 @@ class SparseOcc(BaseModule):
         self._graphed_head.clear()
         if self._fused_backbone is not None:
             self._fused_backbone.clear()
-        self.reset_history()
+        self._cache.release()
 
     def _apply(self, fn, *args, **kwargs):
         """Move or convert the parameters; graphs and features hold the old ones."""
         self._forget_weights()
         return super()._apply(fn, *args, **kwargs)
 
-    def _test_maps(self, img: Tensor, img_metas: Optional[Sequence[Mapping]]) -> List[Tensor]:
-        """Feature maps of all frames; those of frames seen before come from the cache if it may be used."""
+    def _test_features(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
+                       img_metas: Optional[Sequence[Mapping]]) -> ImageFeatures:
+        """Features of all frames; those of frames seen before come from the cache if it may be used."""
         keys = self._frame_keys(img, img_metas)
         if keys is None:
-            return self.extract_features(img)
+            return self._features(self.extract_features(img), img, lidar2img, ego2lidar)
         frames = img.view((len(keys), -1) + img.shape[2:])
-        maps = self._cache.fetch(
+        stored = self._cache.fetch(
             keys, lambda t: [level[0] for level in self.extract_features(frames[t:t + 1])])
-        return [level.flatten(0, 1).unsqueeze(0) for level in maps]
+        maps = [level.flatten(0, 1).unsqueeze(0) for level in stored.maps]
+        index = torch.tensor(stored.slots, device=img.device)
+        return self._features(maps, img, lidar2img, ego2lidar)._replace(frame_index=index)
 
     def _frame_keys(self, img: Tensor, img_metas) -> Optional[List]:
         """A key per frame, or None where the cache cannot be used: batch above 1, no keys, training."""

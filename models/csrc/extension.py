@@ -10,7 +10,7 @@ import torch
 BUILD_COMMAND = 'cd models/csrc && python setup.py build_ext --inplace'
 
 # What the Python side of each operator expects of `interface_version` in its extension.
-INTERFACE_VERSIONS = {'_adaptive_mixing': 1, '_msmv_sampling': 1}
+INTERFACE_VERSIONS = {'_adaptive_mixing': 1, '_msmv_sampling': 2}
 
 
 def find_kernels(name: str, device: torch.device) -> Optional[ModuleType]:

@@ -27,6 +27,18 @@ def test_a_replay_sees_new_inputs_and_new_weights():
 
 
 @needs_cuda
+def test_tensors_in_place_are_read_where_they_are():
+    graphed = GraphedFunction(lambda x, y, z: [x * y + z])
+    x, y, z = [torch.randn(5, device='cuda') for _ in range(3)]
+    for _ in range(3):
+        y.mul_(2)
+        assert torch.equal(graphed(x, in_place=(y, z))[0], x * y + z)
+    assert len(graphed._graphs) == 1
+    moved = y + 1
+    assert torch.equal(graphed(x, in_place=(moved, z))[0], x * moved + z) and len(graphed._graphs) == 2
+
+
+@needs_cuda
 @pytest.mark.parametrize('precision', [None, torch.float16])
 def test_predictions_are_equal_with_and_without_graphs(precision):
     """The same kernels in the same order: no tolerance."""

@@ -13,16 +13,19 @@ from torch.autograd.function import once_differentiable
 
 
 class SampleMultiView(Function):
-    """Gradients for the points, the level logits and the features; the choice of the view has none."""
+    """Gradients for the points, the level logits and the features; the choice of the view has none.
+
+    With a frame_index that is not empty there is no backward pass."""
 
     @staticmethod
     def forward(ctx, kernels: ModuleType, points: Tensor, ego2img: Tensor, level_logits: Tensor,
-                image_size: Tuple[int, int], num_cameras: int, published_weight_order: bool,
+                frame_index: Tensor, image_size: Tuple[int, int], num_cameras: int, published_weight_order: bool,
                 *features: Tensor) -> Tensor:
         ctx.kernels = kernels
         ctx.settings = (float(image_size[0]), float(image_size[1]), num_cameras, published_weight_order)
         ctx.save_for_backward(points, ego2img, level_logits, *features)
-        return kernels.sample_multi_view_forward(list(features), points, ego2img, level_logits, *ctx.settings)
+        return kernels.sample_multi_view_forward(list(features), points, ego2img, level_logits, frame_index,
+                                                 *ctx.settings)
 
     @staticmethod
     @once_differentiable
@@ -31,8 +34,8 @@ class SampleMultiView(Function):
         wants = ctx.needs_input_grad
         grads = ctx.kernels.sample_multi_view_backward(
             grad_output.contiguous(), features, points, ego2img, level_logits, *ctx.settings,
-            wants[1] or wants[3], any(wants[7:]))
-        return (None, grads[0], None, grads[1], None, None, None) + _feature_grads(grads, len(features))
+            wants[1] or wants[3], any(wants[8:]))
+        return (None, grads[0], None, grads[1], None, None, None, None) + _feature_grads(grads, len(features))
 
 
 class SampleViews(Function):

@@ -2,7 +2,7 @@
 
 Shapes: B batch, T frames, N cameras, L pyramid levels, Q queries, G groups, P points per group, C channels.
 """
-from typing import Sequence
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def check_features(features: Sequence[Tensor], num_cameras: int) -> None:
 
 
 def check_multi_view(features: Sequence[Tensor], points: Tensor, ego2img: Tensor, level_logits: Tensor,
-                     image_size, num_cameras: int) -> None:
+                     image_size, num_cameras: int, frame_index: Optional[Tensor] = None) -> None:
     """Arguments of ``sample_multi_view``."""
     check_features(features, num_cameras)
     first = features[0]
@@ -49,7 +49,11 @@ def check_multi_view(features: Sequence[Tensor], points: Tensor, ego2img: Tensor
         raise ValueError('points must be [B, Q, G, P, 3] with B = %d but is %s'
                          % (first.shape[0], list(points.shape)))
     _check_groups(points.shape[2], first.shape[4])
-    _check_shape('ego2img', ego2img, first.shape[:2] + (4, 4))
+    images = first.shape[1]
+    if frame_index is not None:
+        _check_frame_index(frame_index, images // num_cameras, first.device)
+        images = frame_index.shape[0] * num_cameras
+    _check_shape('ego2img', ego2img, (first.shape[0], images, 4, 4))
     _check_shape('level_logits', level_logits, points.shape[:4] + (len(features),))
     if len(image_size) != 2 or min(image_size) <= 0:
         raise ValueError('image_size must be (height, width) in pixels, both positive, but is %s'
@@ -77,6 +81,16 @@ def check_views(features: Sequence[Tensor], uv: Tensor, views: Tensor, weights: 
     if not views.is_cuda and views.numel() and not 0 <= int(views.min()) <= int(views.max()) < num_cameras:
         raise ValueError('views must lie in 0..%d but spans %d..%d'
                          % (num_cameras - 1, int(views.min()), int(views.max())))
+
+
+def _check_frame_index(index: Tensor, stored: int, device: torch.device) -> None:
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1 or not index.shape[0]:
+        raise TypeError('frame_index must be an int64 tensor [T] with T at least 1 but is %s' % _kind(index)
+                        + (' %s' % list(index.shape) if isinstance(index, Tensor) else ''))
+    _check_device('frame_index', index, device)
+    if not index.is_cuda and not 0 <= int(index.min()) <= int(index.max()) < stored:
+        raise ValueError('frame_index must lie in 0..%d, the stored frames, but spans %d..%d'
+                         % (stored - 1, int(index.min()), int(index.max())))
 
 
 def _check_float(name: str, tensor: Tensor) -> None:

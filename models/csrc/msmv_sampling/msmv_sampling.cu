@@ -53,7 +53,7 @@ void check_features(const Tensors& features, int64_t num_cameras) {
 }
 
 SamplingShape make_shape(const Tensors& features, const Tensor& points, int64_t points_per_group,
-                         int64_t num_cameras) {
+                         int64_t num_cameras, int64_t frames) {
   const int64_t channels = features[0].size(4), groups = points.size(2);
   TORCH_CHECK(points.size(0) == features[0].size(0), "features hold ", features[0].size(0),
               " samples, the points ", points.size(0), "; they must be equal.");
@@ -65,7 +65,7 @@ SamplingShape make_shape(const Tensors& features, const Tensor& points, int64_t 
   shape.batch = points.size(0);
   shape.queries = points.size(1);
   shape.groups = groups;
-  shape.frames = features[0].size(1) / num_cameras;
+  shape.frames = frames;
   shape.points = points_per_group;
   shape.cameras = num_cameras;
   shape.levels = features.size();
@@ -147,7 +147,8 @@ SlotSource<real> given_source(const Tensor& uv, const Tensor& views, const Tenso
 
 template <bool kFused, typename scalar_t>
 Tensor launch_forward(const Tensors& features, const SamplingShape& shape,
-                      const SlotSource<typename Accumulate<scalar_t>::type>& source) {
+                      const SlotSource<typename Accumulate<scalar_t>::type>& source,
+                      const int64_t* frame_index = nullptr) {
   using real = typename Accumulate<scalar_t>::type;
   constexpr int kVector = 16 / sizeof(scalar_t);
   Tensor output = at::empty({shape.batch, shape.queries, shape.groups,
@@ -160,6 +161,8 @@ Tensor launch_forward(const Tensors& features, const SamplingShape& shape,
   arguments.schedule = plan(shape, vectorise ? kVector : 1);
   arguments.source = source;
   for (int l = 0; l < shape.levels; ++l) arguments.level[l] = make_level(features[l]);
+  arguments.frame_index = frame_index;
+  arguments.stored_frames = features[0].size(1) / shape.cameras;
   arguments.output = output.data_ptr<scalar_t>();
   const size_t shared = kWarpsPerBlock * warp_shared_bytes<real>(shape.levels, false);
   const auto blocks = static_cast<unsigned>(count_blocks(shape, arguments.schedule));
@@ -239,15 +242,19 @@ Tensors collect(const Tensor& first, const Tensor& second, const Tensors& grads,
 }
 
 SamplingShape check_fused(const Tensors& features, const Tensor& points, const Tensor& ego2img,
-                          const Tensor& level_logits, int64_t num_cameras) {
+                          const Tensor& level_logits, const Tensor& frame_index, int64_t num_cameras) {
   check_features(features, num_cameras);
   check_real(points, "points", features[0]);
   check_real(ego2img, "ego2img", features[0]);
   check_real(level_logits, "level_logits", features[0]);
   TORCH_CHECK(points.dim() == 5 && points.size(4) == 3, "points must be [B, Q, G, P, 3] but is ",
               points.sizes(), ".");
-  const SamplingShape shape = make_shape(features, points, points.size(3), num_cameras);
-  check_last_sizes(ego2img, "ego2img", {shape.batch, features[0].size(1), 4, 4});
+  TORCH_CHECK(frame_index.device() == points.device() && frame_index.is_contiguous() &&
+                  frame_index.scalar_type() == at::kLong && frame_index.dim() == 1,
+              "frame_index must be a contiguous int64 tensor of one dimension on ", points.device(), ".");
+  const int64_t frames = frame_index.numel() > 0 ? frame_index.numel() : features[0].size(1) / num_cameras;
+  const SamplingShape shape = make_shape(features, points, points.size(3), num_cameras, frames);
+  check_last_sizes(ego2img, "ego2img", {shape.batch, frames * num_cameras, 4, 4});
   check_last_sizes(level_logits, "level_logits",
                    {shape.batch, shape.queries, shape.groups, shape.points, shape.levels});
   return shape;
@@ -259,7 +266,8 @@ SamplingShape check_given(const Tensors& features, const Tensor& uv, const Tenso
   check_real(uv, "uv", features[0]);
   check_real(weights, "weights", features[0]);
   TORCH_CHECK(uv.dim() == 6 && uv.size(5) == 2, "uv must be [B, Q, G, T, P, 2] but is ", uv.sizes(), ".");
-  const SamplingShape shape = make_shape(features, uv, uv.size(4), num_cameras);
+  const int64_t frames = features[0].size(1) / num_cameras;
+  const SamplingShape shape = make_shape(features, uv, uv.size(4), num_cameras, frames);
   TORCH_CHECK(views.device() == uv.device() && views.is_contiguous() && views.scalar_type() == at::kLong,
               "views must be a contiguous int64 tensor on ", uv.device(), ".");
   check_last_sizes(uv, "uv", {shape.batch, shape.queries, shape.groups, shape.frames, shape.points, 2});
@@ -288,9 +296,9 @@ bool runs_on_current_device() {
 }
 
 Tensor sample_multi_view_forward(const Tensors& features, const Tensor& points, const Tensor& ego2img,
-                                 const Tensor& level_logits, double height, double width, int64_t num_cameras,
-                                 bool published_weight_order) {
-  const SamplingShape shape = check_fused(features, points, ego2img, level_logits, num_cameras);
+                                 const Tensor& level_logits, const Tensor& frame_index, double height,
+                                 double width, int64_t num_cameras, bool published_weight_order) {
+  const SamplingShape shape = check_fused(features, points, ego2img, level_logits, frame_index, num_cameras);
   const c10::cuda::CUDAGuard guard(features[0].device());
   Tensor output;
   AT_DISPATCH_FLOATING_TYPES_AND2(
@@ -298,7 +306,8 @@ Tensor sample_multi_view_forward(const Tensors& features, const Tensor& points, 
         using real = typename Accumulate<scalar_t>::type;
         output = launch_forward<true, scalar_t>(
             features, shape,
-            fused_source<real>(points, ego2img, level_logits, height, width, published_weight_order));
+            fused_source<real>(points, ego2img, level_logits, height, width, published_weight_order),
+            frame_index.numel() > 0 ? frame_index.data_ptr<int64_t>() : nullptr);
       });
   return output;
 }
@@ -307,7 +316,8 @@ Tensors sample_multi_view_backward(const Tensor& grad_output, const Tensors& fea
                                    const Tensor& ego2img, const Tensor& level_logits, double height,
                                    double width, int64_t num_cameras, bool published_weight_order,
                                    bool wants_geometry, bool wants_features) {
-  const SamplingShape shape = check_fused(features, points, ego2img, level_logits, num_cameras);
+  const Tensor in_order = at::empty({0}, points.options().dtype(at::kLong));
+  const SamplingShape shape = check_fused(features, points, ego2img, level_logits, in_order, num_cameras);
   check_grad_output(grad_output, features[0], shape);
   const c10::cuda::CUDAGuard guard(features[0].device());
   Tensor slot_grad_point, slot_grad_weight, grad_points, grad_logits;

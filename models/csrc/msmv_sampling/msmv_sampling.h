@@ -12,7 +12,7 @@
 namespace sparseocc {
 
 // Raised by one whenever a signature or a layout below changes; models/csrc/extension.py checks it.
-constexpr int kInterfaceVersion = 1;
+constexpr int kInterfaceVersion = 2;
 
 // Whether this build holds code for the current device's architecture.
 bool runs_on_current_device();
@@ -21,11 +21,13 @@ bool runs_on_current_device();
 // points       [B, Q, G, P, 3] real, metres, ego frame
 // ego2img      [B, T*N, 4, 4] real, metres to pixels
 // level_logits [B, Q, G, P, L] real
+// frame_index  [T] int64, where frame t is among the S stored frames of features [B, S*N, ...]; empty: S = T, at t
 // height, width of the image that ego2img refers to, pixels
 // returns      [B, Q, G, T*P, C/G] in the type of the features
 at::Tensor sample_multi_view_forward(const std::vector<at::Tensor>& features, const at::Tensor& points,
-                                     const at::Tensor& ego2img, const at::Tensor& level_logits, double height,
-                                     double width, int64_t num_cameras, bool published_weight_order);
+                                     const at::Tensor& ego2img, const at::Tensor& level_logits,
+                                     const at::Tensor& frame_index, double height, double width,
+                                     int64_t num_cameras, bool published_weight_order);
 
 // Returns the gradients of points and level_logits (undefined unless wants_geometry), then those of the L
 // features (in the type of the features; none unless wants_features).

@@ -26,8 +26,8 @@ def extension_available() -> bool:
 
 
 def sample_multi_view(features: Sequence[Tensor], points: Tensor, ego2img: Tensor, level_logits: Tensor,
-                      image_size: Tuple[int, int], num_cameras: int,
-                      published_weight_order: bool = True) -> Tensor:
+                      image_size: Tuple[int, int], num_cameras: int, published_weight_order: bool = True,
+                      frame_index: Optional[Tensor] = None) -> Tensor:
     """Features of 3-D points in all frames: projection, choice of view, sampling, weighted sum over levels.
 
     A point is sampled in the first camera that sees it (depth over 1e-5 m, strictly inside the image), in
@@ -43,6 +43,8 @@ def sample_multi_view(features: Sequence[Tensor], points: Tensor, ego2img: Tenso
         num_cameras: N.
         published_weight_order: slot (frame t, group g) uses the level weights of group (t*G + g) // T, as
             released weights need; otherwise those of group g.
+        frame_index: int64 [T], 0..S-1, where ``features`` hold S stored frames [B, S*N, ...] and frame t is
+            the frame_index[t]-th; None: S = T, in order. Without gradients nothing is copied for it.
 
     Returns:
         [B, Q, G, T*P, C/G], dtype of the features, points frame-major (t*P + p).
@@ -51,18 +53,21 @@ def sample_multi_view(features: Sequence[Tensor], points: Tensor, ego2img: Tenso
     atomic additions, in no fixed order, so its last bits may differ from run to run; under
     ``torch.use_deterministic_algorithms(True)`` training takes the reference instead. All else is repeatable.
     """
-    check_multi_view(features, points, ego2img, level_logits, image_size, num_cameras)
+    check_multi_view(features, points, ego2img, level_logits, image_size, num_cameras, frame_index)
     real = _real_type([features[0], points, level_logits])
     points, ego2img, level_logits = points.to(real), ego2img.detach().to(real), level_logits.to(real)
     maps = _widen(features, real)
     kernels = _kernels_for(maps)
+    if frame_index is not None and (kernels is None or torch.is_grad_enabled()):
+        maps, frame_index = select_frames(maps, frame_index, num_cameras), None
     if kernels is None:
         result = reference.sample_multi_view_reference(maps, points, ego2img, level_logits, image_size,
                                                        num_cameras, published_weight_order)
     else:
         result = SampleMultiView.apply(kernels, points.contiguous(), ego2img.contiguous(),
-                                       level_logits.contiguous(), tuple(image_size), num_cameras,
-                                       published_weight_order, *_channels_last(maps))
+                                       level_logits.contiguous(), _index_or_empty(frame_index, points),
+                                       tuple(image_size), num_cameras, published_weight_order,
+                                       *_channels_last(maps))
     return result.to(features[0].dtype)
 
 
@@ -116,3 +121,26 @@ def _channels_last(features: Sequence[Tensor]) -> List[Tensor]:
     """Copies only maps whose channels are not contiguous."""
     return [feature if feature.stride(4) == 1 or feature.shape[4] == 1 else feature.contiguous()
             for feature in features]
+
+
+def select_frames(features: Sequence[Tensor], frame_index: Tensor, num_cameras: int) -> List[Tensor]:
+    """The frames that the index names, in its order.
+
+    Args:
+        features: L tensors [B, S*N, ...].
+        frame_index: int64 [T], 0..S-1.
+        num_cameras: N.
+
+    Returns:
+        L tensors [B, T*N, ...].
+    """
+    cameras = torch.arange(num_cameras, device=frame_index.device)
+    images = (frame_index.unsqueeze(1) * num_cameras + cameras).flatten()
+    return [feature.index_select(1, images) for feature in features]
+
+
+def _index_or_empty(frame_index: Optional[Tensor], like: Tensor) -> Tensor:
+    """What the kernels take for 'no index': an empty one."""
+    if frame_index is None:
+        return torch.empty(0, dtype=torch.int64, device=like.device)
+    return frame_index.contiguous()

@@ -77,6 +77,8 @@ struct ForwardArguments {
   Schedule schedule;
   SlotSource<real> source;
   FeatureLevel level[kMaxLevels];
+  const int64_t* frame_index;  // [T], where frame t is among the stored frames; null: at t
+  int stored_frames;
   scalar_t* output;  // [B, Q, G, T*P, C/G]
 };
 
@@ -264,12 +266,14 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kWarpSize;
   if (lane < task.count) prepare_slot<kFused>(shape, arguments.source, task, lane, shared);
   __syncwarp();
+  const int64_t frame = arguments.frame_index == nullptr ? task.frame : arguments.frame_index[task.frame];
+  CUDA_KERNEL_ASSERT(frame >= 0 && frame < arguments.stored_frames);
 
   const int lanes = 1 << schedule.log2_lanes;
   const int vectors = shape.channels / VEC;
   for (int s = lane >> schedule.log2_lanes; s < task.count; s += kWarpSize >> schedule.log2_lanes) {
     const real u = shared.u[s], v = shared.v[s];
-    const int64_t image = static_cast<int64_t>(task.frame) * shape.cameras + shared.view[s];
+    const int64_t image = frame * shape.cameras + shared.view[s];
     scalar_t* output = arguments.output + output_index(shape, task, task.first + s) * shape.channels;
     for (int vector = lane & (lanes - 1); vector < vectors; vector += lanes) {
       real sum[VEC] = {};

@@ -33,10 +33,10 @@ class SamplingCall(ctypes.Structure):
     _fields_ = [
         ('dtype', ctypes.c_int32), ('fused', ctypes.c_int32), ('vector', ctypes.c_int32),
         ('descending', ctypes.c_int32), ('published_weight_order', ctypes.c_int32),
-        ('enough_warps', ctypes.c_int64), ('shape', ctypes.c_int32 * 8),
+        ('enough_warps', ctypes.c_int64), ('shape', ctypes.c_int32 * 8), ('stored_frames', ctypes.c_int32),
         ('height', ctypes.c_double), ('width', ctypes.c_double),
         ('points', Pointer), ('ego2img', Pointer), ('level_logits', Pointer),
-        ('uv', Pointer), ('views', Pointer), ('weights', Pointer),
+        ('uv', Pointer), ('views', Pointer), ('weights', Pointer), ('frame_index', Pointer),
         ('features', Pointer * MAX_LEVELS), ('strides', ctypes.c_int64 * 4 * MAX_LEVELS),
         ('sizes', ctypes.c_int32 * 2 * MAX_LEVELS),
         ('output', Pointer), ('grad_output', Pointer), ('grad_features', Pointer * MAX_LEVELS),
@@ -57,10 +57,12 @@ class EmulatedSampling:
         self.library, self.vector = library, vector
         self.descending, self.enough_warps = descending, enough_warps
 
-    def sample_multi_view_forward(self, features, points, ego2img, level_logits, height, width, num_cameras,
-                                  published_weight_order):
+    def sample_multi_view_forward(self, features, points, ego2img, level_logits, frame_index, height, width,
+                                  num_cameras, published_weight_order):
         call, shape = self._fused_call(features, points, ego2img, level_logits, height, width, num_cameras,
                                        published_weight_order)
+        if frame_index.numel():
+            call.frame_index = frame_index.data_ptr()
         return self._forward(call, shape, features)
 
     def sample_multi_view_backward(self, grad_output, features, points, ego2img, level_logits, height, width,
@@ -93,25 +95,24 @@ class EmulatedSampling:
     def _fused_call(self, features, points, ego2img, level_logits, height, width, num_cameras,
                     published_weight_order):
         batch, queries, groups, per_group, _ = points.shape
-        call, shape = self._call(features, (batch, queries, groups, per_group), num_cameras, fused=True)
+        frames = ego2img.shape[1] // num_cameras
+        call, shape = self._call(features, (batch, queries, groups, frames, per_group), num_cameras, fused=True)
         call.points, call.ego2img, call.level_logits = [t.data_ptr() for t in (points, ego2img, level_logits)]
         call.height, call.width, call.published_weight_order = height, width, published_weight_order
         return call, shape
 
     def _given_call(self, features, uv, views, weights, num_cameras):
-        batch, queries, groups, _, per_group, _ = uv.shape
-        call, shape = self._call(features, (batch, queries, groups, per_group), num_cameras, fused=False)
+        call, shape = self._call(features, uv.shape[:5], num_cameras, fused=False)
         call.uv, call.views, call.weights = uv.data_ptr(), views.data_ptr(), weights.data_ptr()
         call.height = call.width = 1
         return call, shape
 
     def _call(self, features, sizes, num_cameras, fused):
-        batch, queries, groups, per_group = sizes
-        frames, channels = features[0].shape[1] // num_cameras, features[0].shape[4] // groups
-        shape = (batch, queries, groups, frames, per_group, num_cameras, len(features), channels)
+        shape = tuple(sizes) + (num_cameras, len(features), features[0].shape[4] // sizes[2])
         call = SamplingCall(dtype=DTYPES.index(features[0].dtype), fused=fused, vector=1 + self.vector,
                             descending=self.descending, enough_warps=self.enough_warps)
         call.shape[:] = shape
+        call.stored_frames = features[0].shape[1] // num_cameras
         for level, feature in enumerate(features):
             assert feature.stride(4) == 1
             call.features[level] = feature.data_ptr()

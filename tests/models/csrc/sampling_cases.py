@@ -65,6 +65,19 @@ def make_inputs(case: Case) -> Inputs:
     return Inputs(features, points, ego2img, logits, case.image, case.cameras)
 
 
+def store_frames(inputs: Inputs) -> Tuple[Inputs, Tensor]:
+    """The same inputs of three frames with the features stored as frames (2, unused, 0, unused, 1), and frame_index."""
+    images = inputs.features[0].shape[1]
+    assert images == 3 * inputs.num_cameras
+
+    def store(feature):
+        frames = feature.view(feature.shape[0], 3, inputs.num_cameras, *feature.shape[2:])
+        unused = torch.full_like(frames[:, :1], float('nan'))
+        return torch.cat([frames[:, 2:], unused, frames[:, :1], unused, frames[:, 1:2]], dim=1).flatten(1, 2)
+    index = torch.tensor([2, 4, 0], device=inputs.points.device)
+    return inputs._replace(features=[store(feature) for feature in inputs.features]), index
+
+
 def ring_camera(camera: int, cameras: int, image: Tuple[int, int], jitter: Tensor) -> Tensor:
     """ego2img of a camera that looks outwards, with some overlap to the next one. float64 [4, 4]."""
     height, width = image

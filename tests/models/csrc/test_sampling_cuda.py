@@ -8,7 +8,7 @@ borders that can be overstepped:
 """
 import pytest
 import torch
-from sampling_cases import Case, make_inputs
+from sampling_cases import Case, make_inputs, store_frames
 from torch.autograd import gradcheck
 
 from models.csrc import extension
@@ -229,6 +229,18 @@ def test_cuda_other_stream():
         result = sample_multi_view(*inputs)
     stream.synchronize()
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize('case', SANITIZE_CASES, ids=lambda case: 'channels%d' % case.channels)
+def test_cuda_sanitize_stored_frames(case, dtype):
+    """Read where they are, with and without gradients wanted: the bits of the frames in order."""
+    inputs = on_gpu(case._replace(frames=3), dtype)
+    stored, index = store_frames(inputs)
+    with torch.no_grad():
+        expected = sample_multi_view(*inputs)
+        assert torch.equal(sample_multi_view(*stored, frame_index=index), expected)
+    assert torch.equal(sample_multi_view(*stored, frame_index=index), expected)
 
 
 def test_cuda_graph_capture():

@@ -6,7 +6,7 @@ behaves in parallel on a GPU and how fast it is: see test_sampling_cuda.py and m
 import pytest
 import torch
 from kernel_emulation import EmulatedSampling, compile_harness
-from sampling_cases import Case, Inputs, make_inputs
+from sampling_cases import Case, Inputs, make_inputs, store_frames
 from torch.autograd import gradcheck
 
 from models.csrc.msmv_sampling.autograd import SampleMultiView, SampleViews
@@ -36,8 +36,11 @@ def library(tmp_path_factory):
     return built
 
 
-def fused(kernels, inputs, published=True):
-    return SampleMultiView.apply(kernels, inputs.points, inputs.ego2img, inputs.level_logits,
+IN_ORDER = torch.empty(0, dtype=torch.int64)
+
+
+def fused(kernels, inputs, published=True, frame_index=IN_ORDER):
+    return SampleMultiView.apply(kernels, inputs.points, inputs.ego2img, inputs.level_logits, frame_index,
                                  inputs.image_size, inputs.num_cameras, published, *inputs.features)
 
 
@@ -64,6 +67,15 @@ def test_fused_kernels(library, case, dtype):
     inputs = make_inputs(case).to(features=dtype, geometry=geometry)
     compare_with_gradients(lambda i: fused(kernels, i), lambda i: sample_multi_view_reference(*i), inputs,
                            TOLERANCES[dtype])
+
+
+def test_stored_frames_in_another_order(library):
+    inputs = make_inputs(Case(channels=8, frames=3, seed=7)).to(features=torch.float32, geometry=torch.float32)
+    expected = fused(EmulatedSampling(library), inputs)
+    stored, index = store_frames(inputs)
+    assert torch.equal(fused(EmulatedSampling(library), stored, frame_index=index), expected)
+    with pytest.raises(RuntimeError, match='stored_frames'):
+        fused(EmulatedSampling(library), stored, frame_index=index + 1)
 
 
 @pytest.mark.parametrize('options', [

@@ -1,7 +1,7 @@
 """The PyTorch reference of the sampling operators against nested loops; gradients; bad arguments."""
 import pytest
 import torch
-from sampling_cases import Case, choose_view, make_inputs, sample_multi_view_slowly
+from sampling_cases import Case, choose_view, make_inputs, sample_multi_view_slowly, store_frames
 from torch.autograd import gradcheck
 
 from models.csrc.msmv_sampling import sample_multi_view, sample_views
@@ -187,3 +187,24 @@ def test_bad_views_raise_one_sentence():
         sample_views(features, uv[:, :, :, :1], views, weights, 2)
     with pytest.raises(ValueError, match=r'weights must be \[1, 3, 2, 2, 1, 1\]'):
         sample_views(features, uv, views, weights[..., :0], 2)
+
+
+def test_stored_frames_in_another_order():
+    inputs = make_inputs(Case(seed=13))
+    stored, index = store_frames(inputs)
+    assert torch.equal(sample_multi_view(*stored, frame_index=index), sample_multi_view(*inputs))
+    leaves = stored.requiring_grad()
+    sample_multi_view(*leaves, frame_index=index).sum().backward()
+    grad = leaves.features[0].grad.abs().sum((0, 2, 3, 4)).view(5, inputs.num_cameras).sum(1)
+    assert (grad > 0).tolist() == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize('index, error, sentence', [
+    ([0, 1, 5], ValueError, r'frame_index must lie in 0\.\.4, the stored frames, but spans 0\.\.5'),
+    ([0, -1, 2], ValueError, r'spans -1\.\.2'), ([0, 1], ValueError, r'ego2img must be \[2, 6, 4, 4\]'),
+    ([0.0, 1.0, 2.0], TypeError, r'int64 tensor \[T\] .* but is torch.float32 \[3\]'),
+    ([[0, 1, 2]], TypeError, r'is torch.int64 \[1, 3\]'), ([], TypeError, 'T at least 1')])
+def test_bad_frame_index_raises_one_sentence(index, error, sentence):
+    stored, _ = store_frames(make_inputs(Case()))
+    with pytest.raises(error, match=sentence):
+        sample_multi_view(*stored, frame_index=torch.tensor(index))

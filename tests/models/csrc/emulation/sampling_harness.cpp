@@ -17,8 +17,10 @@ struct Call {
   int32_t fused, vector, descending, published_weight_order;
   int64_t enough_warps;
   int32_t shape[8];  // batch, queries, groups, frames, points, cameras, levels, channels
+  int32_t stored_frames;
   double height, width;
   const void *points, *ego2img, *level_logits, *uv, *views, *weights;
+  const int64_t* frame_index;
   const void* features[kMaxLevels];
   int64_t strides[kMaxLevels][4];
   int32_t sizes[kMaxLevels][2];
@@ -71,6 +73,8 @@ void forward(const Call& call) {
   arguments.schedule = make_schedule(arguments.shape, VEC, call.enough_warps);
   arguments.source = source_of<real>(call);
   for (int l = 0; l < arguments.shape.levels; ++l) arguments.level[l] = level_of(call, l);
+  arguments.frame_index = call.frame_index;
+  arguments.stored_frames = call.stored_frames;
   arguments.output = static_cast<scalar_t*>(call.output);
   emulation::launch(count_blocks(arguments.shape, arguments.schedule), kThreads,
                     kWarpsPerBlock * warp_shared_bytes<real>(arguments.shape.levels, false), call.descending,
