@@ -2,8 +2,9 @@
 
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n; X, Y, Z the grid.
 """
+import functools
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional, Sequence, Union
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -215,12 +216,12 @@ class SparseOcc(BaseModule):
         keys = self._frame_keys(img, img_metas)
         if keys is None:
             return self._features(self.extract_features(img), img, lidar2img, ego2lidar)
+        features = self._features([], img, lidar2img, ego2lidar)  # first, so that the GPU need not wait for it later
         frames = img.view((len(keys), -1) + img.shape[2:])
         stored = self._cache.fetch(
             keys, lambda t: [level[0] for level in self.extract_features(frames[t:t + 1])])
-        maps = [level.flatten(0, 1).unsqueeze(0) for level in stored.maps]
-        index = torch.tensor(stored.slots, device=img.device)
-        return self._features(maps, img, lidar2img, ego2lidar)._replace(frame_index=index)
+        return features._replace(maps=[level.flatten(0, 1).unsqueeze(0) for level in stored.maps],
+                                 frame_index=_index_on(img.device, tuple(stored.slots)))
 
     def _frame_keys(self, img: Tensor, img_metas) -> Optional[List]:
         """A key per frame, or None where the cache cannot be used: batch above 1, no keys, training."""
@@ -264,6 +265,13 @@ class SparseOcc(BaseModule):
         arrays = dict(sem_pred=merged.semantics, occ_loc=merged.voxels.to(index_type),
                       pano_inst=merged.pano_inst, pano_sem=merged.pano_sem)
         return {name: value.unsqueeze(0).cpu().numpy() for name, value in arrays.items() if value is not None}
+
+
+@functools.lru_cache(maxsize=64)
+def _index_on(device: torch.device, numbers: Tuple[int, ...]) -> Tensor:
+    """int64 tensor, kept: copying it to a GPU anew would wait for all work there. Not to be written to."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 def _checked_test_cfg(test_cfg: Mapping) -> Dict:

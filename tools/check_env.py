@@ -178,9 +178,11 @@ def nvcc_version() -> str:
 
 
 def compiled_rows() -> List[Row]:
-    """mmcv's ops and the project's two CUDA extensions: compiled or not."""
+    """mmcv's ops and the project's CUDA extensions: compiled or not."""
     build = 'make build-ops (used on a GPU only)'
     return [mmcv_ops_row(), extension_row('CUDA sampling', 'models.csrc._msmv_sampling', build),
+            extension_row('CUDA mixing', 'models.csrc._adaptive_mixing', build),
+            extension_row('CUDA attention', 'models.csrc._distance_attention', build),
             extension_row('CUDA ray casting', 'lib.raycast.raycast_cuda', build)]
 
 

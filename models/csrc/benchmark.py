@@ -7,7 +7,8 @@ For sampling, one row per decoder stage and type: milliseconds of the operator a
 and backward, and the rate at which the operator moves bytes. Bytes are counted as if nothing were cached:
 four corners of every level per slot that falls in an image, the output, points and weights; the backward
 pass also adds to as many values of gradient as it reads. A rate above the memory's bandwidth means that
-caches serve the rest. Then the same for adaptive mixing, forward; its bytes are x, M, S and the result.
+caches serve the rest. Then the same for adaptive mixing, forward; its bytes are x, M, S and the result. Then
+attention with distances, forward, in float32; its rate counts the multiplications of both matrix products.
 """
 import argparse
 import math
@@ -21,6 +22,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from models.csrc.adaptive_mixing import adaptive_mix  # noqa: E402
 from models.csrc.adaptive_mixing.reference import adaptive_mix_reference  # noqa: E402
+from models.csrc.distance_attention import distance_attention  # noqa: E402
+from models.csrc.distance_attention.reference import distance_attention_reference  # noqa: E402
 from models.csrc.msmv_sampling import extension_available, sample_multi_view  # noqa: E402
 from models.csrc.msmv_sampling.reference import locate_points, sample_multi_view_reference  # noqa: E402
 
@@ -164,6 +167,20 @@ def report_mixing(stage: Stage, name: str, batch: int, repeats: int) -> None:
         stage.name, name, ours, theirs, values * sampled.element_size() / ours / 1e6, difference))
 
 
+def report_attention(queries: int, batch: int, repeats: int) -> None:
+    """Check, time and print one row."""
+    heads, width = 8, CHANNELS // 8
+    parts = torch.randn(batch, queries, 3, heads, width, device='cuda')
+    inputs = (parts, torch.rand(batch, queries, heads, device='cuda') * 2,
+              torch.rand(1, queries, 3, device='cuda') * 80)
+    difference = largest_difference(distance_attention, distance_attention_reference, inputs)
+    with torch.no_grad():
+        ours = median_ms(lambda: distance_attention(*inputs), repeats)
+        theirs = median_ms(lambda: distance_attention_reference(*inputs), repeats)
+    products = 2.0 * batch * heads * queries * queries * width
+    print('%-9d fp32  | %9.3f %9.3f %7.1f | %9.1e' % (queries, ours, theirs, products / ours / 1e9, difference))
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,6 +206,9 @@ def main() -> None:
     for stage in STAGES:
         for name in arguments.types:
             report_mixing(stage, name, arguments.batch, arguments.repeats)
+    print('attention       | %9s %9s %7s | %9s' % ('fwd ms', 'torch ms', 'T mul/s', 'differs'))
+    for queries in (1250, 2000):
+        report_attention(queries, arguments.batch, arguments.repeats)
 
 
 if __name__ == '__main__':

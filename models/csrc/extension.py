@@ -10,13 +10,15 @@ import torch
 BUILD_COMMAND = 'cd models/csrc && python setup.py build_ext --inplace'
 
 # What the Python side of each operator expects of `interface_version` in its extension.
-INTERFACE_VERSIONS = {'_adaptive_mixing': 1, '_msmv_sampling': 2}
+INTERFACE_VERSIONS = {'_adaptive_mixing': 1, '_distance_attention': 1, '_msmv_sampling': 2}
+
+_said = set()  # problems that were warned of
 
 
 def find_kernels(name: str, device: torch.device) -> Optional[ModuleType]:
     """The extension ``models.csrc.<name>`` if it can run on the device, else None.
 
-    On a CUDA device without usable extension this warns, once per process and reason.
+    On a CUDA device without usable extension this warns, once per process and reason for all operators.
     """
     if device.type != 'cuda':
         return None
@@ -55,5 +57,8 @@ def _load(name: str) -> Optional[ModuleType]:
 
 
 def _warn(name: str, problem: str) -> None:
+    if problem in _said:
+        return
+    _said.add(problem)
     warnings.warn('models.csrc.%s %s, so the GPU runs the slower PyTorch version of its operators; '
                   'to build it: %s' % (name, problem, BUILD_COMMAND), RuntimeWarning, stacklevel=2)

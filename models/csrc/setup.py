@@ -20,9 +20,11 @@ HERE = Path(__file__).resolve().parent
 # Extension module -> its sources, relative to this folder. Headers count as dependencies.
 OPERATORS = {
     '_adaptive_mixing': ['adaptive_mixing/bindings.cpp', 'adaptive_mixing/adaptive_mixing.cu'],
+    '_distance_attention': ['distance_attention/bindings.cpp', 'distance_attention/distance_attention.cu'],
     '_msmv_sampling': ['msmv_sampling/bindings.cpp', 'msmv_sampling/msmv_sampling.cu'],
 }
 HEADERS = ['include/device.h', 'adaptive_mixing/adaptive_mixing.h', 'adaptive_mixing/mixing_kernels.h',
+           'distance_attention/distance_attention.h', 'distance_attention/attention_kernels.h',
            'msmv_sampling/msmv_sampling.h', 'msmv_sampling/sampling_kernels.h',
            'msmv_sampling/sampling_math.h']
 

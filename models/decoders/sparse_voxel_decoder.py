@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lib.errors import ConfigError
 from lib.task import Task
 from models.layers import AdaptiveMixing, DistanceAttention
-from models.layers.attention import plane_distance
 from models.sampling import BlockSampling, ImageFeatures
 
 # Child order: the corner itself, then one step along x, y, z, xy, xz, yz, xyz.
@@ -74,7 +73,7 @@ class SparseVoxelDecoderLayer(BaseModule):
         corners = coords.float() * self.voxel_size
         query = query + self.position_encoder(coords.float() / self.grid_shape)
         if self.self_attn is not None:
-            query = self.norm1(self.self_attn(query, plane_distance(corners)))
+            query = self.norm1(self.self_attn(query, corners))
         block_size = self.interval * self.voxel_size
         centres = corners + self.range_min + block_size / 2
         sampled = self.sampling(query, centres, block_size, features)

@@ -5,7 +5,7 @@ import torch
 from lib.errors import ConfigError
 from models import build_model
 from models.decoders.sparse_voxel_decoder import SparseVoxelDecoder, top_in_order
-from models.layers.attention import DistanceAttention, plane_distance
+from models.layers.attention import DistanceAttention
 from small_model import small_batch, small_config, small_model, small_task
 
 
@@ -76,7 +76,7 @@ def test_attention_bias_is_minus_tau_times_plane_distance():
     torch.manual_seed(0)
     layer = DistanceAttention(16, num_heads=8, dropout=0.0).eval()
     query, positions = torch.randn(2, 9, 16), torch.rand(2, 9, 3) * 10
-    ours = layer(query, plane_distance(positions))
+    ours = layer(query, positions)
     weights = layer.attention.attn
     tau = layer.gen_tau(query)
     expected = torch.zeros_like(query)
@@ -111,7 +111,7 @@ def test_attention_that_saves_memory_has_the_same_result_and_gradients():
         torch.manual_seed(0)
         layer = DistanceAttention(16, num_heads=8, dropout=0.3, save_memory=save_memory)
         query, positions = torch.randn(2, 9, 16, requires_grad=True), torch.rand(2, 9, 3) * 10
-        out = layer(query, plane_distance(positions))
+        out = layer(query, positions)
         out.square().sum().backward()
         results.append([out, query.grad, layer.gen_tau.weight.grad])
     assert all(torch.equal(kept, remade) for kept, remade in zip(*results))  # dropout repeats, too

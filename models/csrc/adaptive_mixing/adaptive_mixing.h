@@ -1,7 +1,7 @@
 // The compiled mixing operator, as models/csrc/adaptive_mixing/ops.py calls it.
 #pragma once
 
-#include <torch/extension.h>
+#include <ATen/ATen.h>
 
 namespace sparseocc {
 

@@ -1,5 +1,7 @@
 #include "adaptive_mixing.h"
 
+#include <torch/extension.h>
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "CUDA kernel of models.csrc.adaptive_mixing; see adaptive_mixing.h";
   module.attr("interface_version") = sparseocc::kInterfaceVersion;

@@ -89,6 +89,20 @@ SPARSEOCC_HD double round_down(double x) {
   return floor(x);
 }
 
+// To a few units in the last place.
+SPARSEOCC_DEVICE float approximate_square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return sqrtf(x);
+#endif
+}
+SPARSEOCC_DEVICE float power_of_two(float x) {
+  return exp2f(x);
+}
+
 // VEC neighbouring values, moved by one access.
 template <typename scalar_t, int VEC>
 struct alignas(sizeof(scalar_t) * VEC) Pack {

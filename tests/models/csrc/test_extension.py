@@ -20,9 +20,11 @@ def fresh_caches():
     caches = (extension._load, extension._load_for_device)
     for cache in caches:
         cache.cache_clear()
+    extension._said.clear()
     yield
     for cache in caches:
         cache.cache_clear()
+    extension._said.clear()
 
 
 @pytest.fixture
@@ -60,6 +62,7 @@ def test_a_missing_extension_is_said_once(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert find() is None
+        assert extension.find_kernels('_adaptive_mixing', torch.device('cuda', 0)) is None  # one for all operators
 
 
 def test_an_extension_that_does_not_load_is_named(monkeypatch):

@@ -1,0 +1,71 @@
+"""Public attention operator.
+
+Shapes: B batch, Q queries, H heads, D channels of a head.
+"""
+from types import ModuleType
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from models.csrc.distance_attention.reference import distance_attention_reference
+from models.csrc.extension import find_kernels
+
+KERNEL_WIDTH = 32  # what the kernel is compiled for; other widths take the reference
+
+
+def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor, dropout: float = 0.0) -> Tensor:
+    """Multi-head attention whose logits fall with the distance between queries (paper section 3.2).
+
+    softmax(q·kᵀ / sqrt(D) - reach * distance)·v, the distance in the ground plane.
+
+    Args:
+        parts: [B, Q, 3, H, D] queries, keys and values, any float dtype.
+        reach: tau [B, Q, H] per metre, of the query; same dtype.
+        positions: [B or 1, Q, 2 or more] metres, x and y first, any float dtype; get no gradient.
+        dropout: of the weights.
+
+    Returns:
+        [B, Q, H*D], same dtype.
+
+    Raises:
+        TypeError, ValueError: types, shapes or devices that do not fit.
+
+    Without gradients and dropout, one CUDA kernel does all of it for float32 and D = 32 when it is built: it
+    stores neither logits nor distances. Otherwise it is a chain of PyTorch operations.
+    """
+    _check(parts, reach, positions)
+    kernels = _kernels_for(parts, reach, dropout)
+    if kernels is None:
+        return distance_attention_reference(parts, reach, positions.detach(), dropout)
+    return kernels.distance_attention(parts.contiguous(), reach.contiguous(),
+                                      positions.detach().float().contiguous())
+
+
+def _check(parts: Tensor, reach: Tensor, positions: Tensor) -> None:
+    if parts.dim() != 5 or parts.shape[2] != 3:
+        raise ValueError('parts must be [B, Q, 3, H, D] but is %s' % list(parts.shape))
+    batch, count, _, heads, _ = parts.shape
+    if tuple(reach.shape) != (batch, count, heads):
+        raise ValueError('reach must be %s but is %s' % ([batch, count, heads], list(reach.shape)))
+    if (positions.dim() != 3 or positions.shape[0] not in (1, batch) or positions.shape[1] != count
+            or positions.shape[2] < 2):
+        raise ValueError('positions must be [%d or 1, %d, 2 or more] but is %s'
+                         % (batch, count, list(positions.shape)))
+    if reach.dtype != parts.dtype or not (parts.dtype.is_floating_point and positions.dtype.is_floating_point):
+        raise TypeError('parts and reach must have one float dtype, and positions a float dtype, but they are %s, '
+                        '%s and %s' % (parts.dtype, reach.dtype, positions.dtype))
+    for name, tensor in (('reach', reach), ('positions', positions)):
+        if tensor.device != parts.device:
+            raise ValueError('%s must be on the device of parts, %s, but is on %s'
+                             % (name, parts.device, tensor.device))
+
+
+def _kernels_for(parts: Tensor, reach: Tensor, dropout: float) -> Optional[ModuleType]:
+    """The compiled kernel if it can serve this call."""
+    needs_grad = torch.is_grad_enabled() and (parts.requires_grad or reach.requires_grad)
+    if not parts.is_cuda or needs_grad or dropout or parts.dtype != torch.float32:
+        return None
+    if parts.shape[4] != KERNEL_WIDTH or parts.data_ptr() % 16:
+        return None
+    return find_kernels('_distance_attention', parts.device)
