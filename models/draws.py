@@ -70,13 +70,13 @@ def select_valid(valid: Tensor, fractions: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def running_count(valid: Tensor) -> Tensor:
-    """int32 [B, Q, K]: how many entries of a row are true up to each, itself included; valid is bool [B, Q, K].
+    """int32 [..., K]: how many entries of a row are true up to each, itself included; valid is bool [..., K].
 
     In pieces where K allows: a GPU gives each row to one block, so that a few long rows leave most of it idle.
     """
-    batch, queries, count = valid.shape
+    count = valid.shape[-1]
     if count % _PIECE or count == _PIECE:
         return valid.cumsum(-1, dtype=torch.int32)
-    pieces = valid.view(batch, queries, -1, _PIECE).cumsum(-1, dtype=torch.int32)
+    pieces = valid.view(valid.shape[:-1] + (-1, _PIECE)).cumsum(-1, dtype=torch.int32)
     before = pieces[..., -1].cumsum(-1, dtype=torch.int32) - pieces[..., -1]
     return pieces.add_(before.unsqueeze(-1)).view(valid.shape)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lib.errors import ConfigError
 from lib.task import Task
+from models.draws import running_count
 from models.layers import AdaptiveMixing, DistanceAttention
 from models.sampling import BlockSampling, ImageFeatures
 
@@ -157,7 +158,10 @@ def top_in_order(scores: Tensor, k: int) -> Tensor:
     """Indices int64 [B, min(k, n)] of the k largest of scores [B, n], in index order."""
     if k >= scores.shape[1]:
         return torch.arange(scores.shape[1], device=scores.device).expand(scores.shape[0], -1)
-    return scores.detach().topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    chosen = scores.detach().topk(k, dim=1, sorted=False).indices
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+    places = torch.arange(1, k + 1, dtype=torch.int32, device=scores.device)
+    return torch.searchsorted(running_count(kept), places.expand(scores.shape[0], -1).contiguous())
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

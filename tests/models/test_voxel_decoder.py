@@ -15,6 +15,14 @@ def test_top_k_keeps_the_candidate_order():
     assert top_in_order(scores, 9).tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
+@pytest.mark.parametrize('count, k', [(1024, 500), (700, 20), (512, 511), (3, 1)])
+def test_the_best_are_in_index_order_also_among_ties(count, k):
+    torch.manual_seed(count)
+    for scores in (torch.rand(2, count), torch.rand(2, count).mul(20).round()):
+        result = top_in_order(scores, k)
+        assert torch.equal(result, scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values)
+
+
 def test_children_follow_their_parent_in_the_published_order():
     model = small_model(topk_training=[10 ** 6] * 3, topk_testing=[10 ** 6] * 3)
     decoder = model.pts_bbox_head.transformer.voxel_decoder
