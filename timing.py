@@ -1,7 +1,7 @@
 """Time inference: latency and frames per second, with and without data loading and the feature cache.
 
     python timing.py --config configs/r50_nuimg_704x256_8f_v1.1.py --weights W
-    python timing.py --config C --weights W --amp fp16 --samples 200
+    python timing.py --config C --weights W --amp fp16 --cuda-graph      # fastest
     python timing.py --config C                               # random weights: speed only
 
 Batch 1, samples in the data set's order. History "cached" keeps the features of earlier frames between
@@ -26,6 +26,8 @@ def parse_args(argv=None):
     add('--history', default='both', choices=('cached', 'full', 'both'), help='default: both')
     add('--amp', choices=('fp16', 'bf16'), help='mixed precision (default: float32)')
     add('--tf32', choices=('on', 'off'), help='TF32 in convolutions and matrix products (default: in convolutions)')
+    add('--cuda-graph', action='store_true', help='on a GPU: replay encoder and head as CUDA graphs '
+        '(model.test_cfg.cuda_graph); the same results')
     add('--device', choices=('cpu', 'cuda'), help='default: cuda if there is one')
     add('--out', metavar='JSON', help='write the figures to this file as well')
     add('--trust-weights', action='store_true', help='let the checkpoint run code; for known sources only')

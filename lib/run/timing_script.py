@@ -26,7 +26,8 @@ def run_timing(args, components: Callable[[], Components]) -> List[Dict]:
     if args.samples < 1 or args.warmup < 0:
         raise ConfigError('--samples must be at least 1 and --warmup at least 0, got %d and %d'
                           % (args.samples, args.warmup))
-    cfg = load_config(args.config, args.override)
+    graph = ['model.test_cfg.cuda_graph=True'] if args.cuda_graph else []
+    cfg = load_config(args.config, list(args.override) + graph)
     device = pick_device(args.device)
     check_precision(args.amp, device)
     set_tf32(args.tf32)
@@ -40,7 +41,8 @@ def run_timing(args, components: Callable[[], Components]) -> List[Dict]:
     _print_rows(rows, device)
     if args.out:
         write_json(args.out, dict(config=args.config, weights=args.weights, device=device_name(device),
-                                  precision=describe_precision(args.amp, device), rows=rows))
+                                  precision=describe_precision(args.amp, device),
+                                  speed=clock.model.describe_speed(), rows=rows))
     return rows
 
 
@@ -62,7 +64,8 @@ def _print_setting(args, clock) -> None:
         print('NOTE: the data set has %d samples only; they are gone over again' % clock.count)
     print('%s, %s, batch 1, %.2f million parameters, %d warm-up and %d timed samples' % (
         device_name(clock.device), describe_precision(args.amp, clock.device),
-        sum(p.numel() for p in clock.model.parameters()) / 1e6, args.warmup, args.samples), flush=True)
+        sum(p.numel() for p in clock.model.parameters()) / 1e6, args.warmup, args.samples))
+    print(clock.model.describe_speed(), flush=True)
 
 
 class Clock:

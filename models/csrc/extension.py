@@ -3,7 +3,7 @@ import functools
 import importlib
 import warnings
 from types import ModuleType
-from typing import Optional
+from typing import List, Optional
 
 import torch
 
@@ -24,6 +24,11 @@ def find_kernels(name: str, device: torch.device) -> Optional[ModuleType]:
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     return _load_for_device(name, index)
+
+
+def compiled_operators(device: torch.device) -> List[str]:
+    """Names of the operators whose compiled kernels run on the device; none on the CPU."""
+    return [name.lstrip('_') for name in sorted(INTERFACE_VERSIONS) if find_kernels(name, device) is not None]
 
 
 @functools.lru_cache(maxsize=None)

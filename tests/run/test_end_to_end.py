@@ -109,10 +109,10 @@ def test_saved_predictions_and_few_samples(trained, toy_root, tmp_path, monkeypa
 
 
 def test_timing_says_what_it_times(toy_root, tmp_path, monkeypatch, capsys):
-    assert call(timing, monkeypatch, '--config', CONFIG, '--samples', 1, '--warmup', 0, '--out',
-                tmp_path / 't.json', *overrides(toy_root)) == 0
+    assert call(timing, monkeypatch, '--config', CONFIG, '--samples', 1, '--warmup', 0, '--cuda-graph',
+                '--device', 'cpu', '--out', tmp_path / 't.json', *overrides(toy_root)) == 0
     text = capsys.readouterr().out
-    assert 'random weights' in text and 'million parameters' in text
+    assert 'random weights' in text and 'million parameters' in text and 'PyTorch operators\n' in text
     rows = json.loads((tmp_path / 't.json').read_text())['rows']
     assert [(row['what'], row['history']) for row in rows] == [
         ('model', 'cached'), ('with loading', 'cached'), ('model', 'full'), ('with loading', 'full')]
