@@ -24,6 +24,7 @@ OPERATORS = {
     '_msmv_sampling': ['msmv_sampling/bindings.cpp', 'msmv_sampling/msmv_sampling.cu'],
 }
 HEADERS = ['include/device.h', 'adaptive_mixing/adaptive_mixing.h', 'adaptive_mixing/mixing_kernels.h',
+           'adaptive_mixing/tensor_core_mixing.h',
            'distance_attention/distance_attention.h', 'distance_attention/attention_kernels.h',
            'msmv_sampling/msmv_sampling.h', 'msmv_sampling/sampling_kernels.h',
            'msmv_sampling/sampling_math.h']

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "mixing_kernels.h"
+#include "tensor_core_mixing.h"
 
 namespace sparseocc {
 namespace {
@@ -47,6 +48,35 @@ void launch_rows(const MixArguments<scalar_t>& arguments, int64_t items) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+template <int IN_ROWS, int OUT_ROWS>
+void launch_tensor_cores(const MixArguments<at::Half>& arguments, int64_t items) {
+  tensor_core_mix_kernel<IN_ROWS, OUT_ROWS>
+      <<<static_cast<unsigned>(items), kMixThreads, TensorMixShared<IN_ROWS, OUT_ROWS>::kBytes,
+         c10::cuda::getCurrentCUDAStream()>>>(arguments);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Whether the tensor cores took the work: float16 on a GPU that has them.
+template <typename scalar_t>
+bool launch_tensor_cores(const MixArguments<scalar_t>&, int64_t) {
+  return false;
+}
+template <>
+bool launch_tensor_cores(const MixArguments<at::Half>& arguments, int64_t items) {
+  int device = 0, major = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  if (major < 7) return false;
+  if (arguments.in_points <= 16 && arguments.out_points <= 32) {
+    launch_tensor_cores<2, 4>(arguments, items);
+  } else if (arguments.in_points <= 16 && arguments.out_points <= 64) {
+    launch_tensor_cores<2, 8>(arguments, items);
+  } else {
+    launch_tensor_cores<4, 16>(arguments, items);
+  }
+  return true;
+}
+
 // The smallest compiled size that holds both numbers of points.
 template <typename scalar_t>
 void launch(const Tensor& sampled, const Tensor& generated, const Tensor& output) {
@@ -57,6 +87,7 @@ void launch(const Tensor& sampled, const Tensor& generated, const Tensor& output
   arguments.in_points = sampled.size(1);
   arguments.out_points = output.size(1);
   const int64_t items = sampled.size(0);
+  if (launch_tensor_cores(arguments, items)) return;
   if (arguments.in_points <= 8 && arguments.out_points <= 32) {
     launch_rows<scalar_t, 1, 4>(arguments, items);
   } else if (arguments.in_points <= 16 && arguments.out_points <= 64) {

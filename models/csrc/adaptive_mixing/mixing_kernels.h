@@ -14,6 +14,7 @@ constexpr int kMixWidth = 64;
 constexpr int kMixThreads = 128;
 constexpr int kColumnGroups = kMixWidth / 4;
 constexpr int kRowGroups = kMixThreads / kColumnGroups;
+constexpr int kMixWarps = kMixThreads / kWarpSize;
 constexpr int kSlabStride = kMixWidth + 4;  // padded by one access, so that neighbouring rows use other banks
 constexpr float kNormEps = 1e-5f;
 

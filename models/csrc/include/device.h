@@ -11,7 +11,7 @@
 #if defined(__CUDACC__)
 #define SPARSEOCC_HD __host__ __device__ __forceinline__
 #define SPARSEOCC_DEVICE __device__ __forceinline__
-#define SPARSEOCC_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define SPARSEOCC_DYNAMIC_SHARED(name) extern __shared__ __align__(32) unsigned char name[]
 #elif defined(SPARSEOCC_EMULATE)
 #define SPARSEOCC_HD inline
 #define SPARSEOCC_DEVICE inline
@@ -112,6 +112,15 @@ struct alignas(sizeof(scalar_t) * VEC) Pack {
 template <int VEC, typename scalar_t>
 SPARSEOCC_DEVICE Pack<scalar_t, VEC> load_pack(const scalar_t* address) {
   return *reinterpret_cast<const Pack<scalar_t, VEC>*>(address);
+}
+
+// Rounds and stores VEC values, to shared memory.
+template <int VEC, typename scalar_t, typename acc_t>
+SPARSEOCC_DEVICE void write_pack(scalar_t* address, const acc_t (&value)[VEC]) {
+  Pack<scalar_t, VEC> pack;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) pack.value[i] = static_cast<scalar_t>(value[i]);
+  *reinterpret_cast<Pack<scalar_t, VEC>*>(address) = pack;
 }
 
 // The machine word of a number of bytes.

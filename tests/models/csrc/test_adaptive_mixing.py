@@ -95,12 +95,13 @@ def library(tmp_path_factory):
     return built
 
 
-def emulate(library, sampled, generated, out_points, size, descending=False):
+def emulate(library, sampled, generated, out_points, size, descending=False, tensor_cores=False):
     """What adaptive_mixing.h's function does, with one of the kernel's three compiled sizes."""
     in_points = sampled.shape[-2]
     output = sampled.new_full(sampled.shape[:-2] + (out_points, 64), float('nan'))
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (sampled, generated, output)]
-    failed = library.run(DTYPES.index(sampled.dtype), size, *pointers, sampled[..., 0, 0].numel(), in_points,
+    kind = 4 if tensor_cores else DTYPES.index(sampled.dtype)
+    failed = library.run(kind, size, *pointers, sampled[..., 0, 0].numel(), in_points,
                          out_points, int(descending))
     assert not failed, library.last_error().decode()
     return output
@@ -114,6 +115,16 @@ def test_emulated_kernel(library, in_points, out_points, dtype):
     result = emulate(library, sampled, generated, out_points, size)
     expected = adaptive_mix_reference(sampled.double(), generated.double(), out_points)
     assert (result.double() - expected).abs().max() < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize('descending', [False, True])
+@pytest.mark.parametrize('in_points, out_points', SIZES)
+def test_emulated_tensor_cores(library, in_points, out_points, descending):
+    sampled, generated = make_inputs(in_points, out_points, dtype=torch.float16)
+    size = 2 if in_points > 16 or out_points > 64 else 1 if out_points > 32 else 0
+    result = emulate(library, sampled, generated, out_points, size, descending, tensor_cores=True)
+    expected = adaptive_mix_reference(sampled.double(), generated.double(), out_points)
+    assert (result.double() - expected).abs().max() < TOLERANCES[torch.float16]
 
 
 @pytest.mark.parametrize('size, descending', [(1, False), (2, False), (0, True), (2, True)])

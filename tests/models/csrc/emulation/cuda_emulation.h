@@ -199,6 +199,56 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::shuffle_from(value, (emulation::current()->thread_index.x % emulation::kWarp) ^ mask);
 }
 
+// Tensor cores: every lane loads whole tiles and makes the whole product, but stores its own eighth of a row only.
+namespace nvcuda {
+namespace wmma {
+
+struct matrix_a {};
+struct matrix_b {};
+struct accumulator {};
+struct row_major {};
+enum layout_t { mem_row_major };
+
+template <typename Use, int M, int N, int K, typename T, typename Layout = void>
+struct fragment {
+  T tile[16][16];
+};
+
+template <typename Use, typename T, typename Layout>
+void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& to, const T* from, unsigned stride) {
+  __syncwarp();
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 16; ++column) to.tile[row][column] = from[row * stride + column];
+}
+
+inline void fill_fragment(fragment<accumulator, 16, 16, 16, float>& to, float value) {
+  for (auto& row : to.tile)
+    for (float& entry : row) entry = value;
+}
+
+template <typename T>
+void mma_sync(fragment<accumulator, 16, 16, 16, float>& to, const fragment<matrix_a, 16, 16, 16, T, row_major>& a,
+              const fragment<matrix_b, 16, 16, 16, T, row_major>& b,
+              const fragment<accumulator, 16, 16, 16, float>& c) {
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 16; ++column) {
+      float sum = c.tile[row][column];
+      for (int k = 0; k < 16; ++k)
+        sum += static_cast<float>(a.tile[row][k]) * static_cast<float>(b.tile[k][column]);
+      to.tile[row][column] = sum;
+    }
+}
+
+inline void store_matrix_sync(float* to, const fragment<accumulator, 16, 16, 16, float>& from, unsigned stride,
+                              layout_t) {
+  const int lane = threadIdx.x % emulation::kWarp;
+  for (int i = 8 * lane; i < 8 * lane + 8; ++i) to[i / 16 * stride + i % 16] = from.tile[i / 16][i % 16];
+  __syncwarp();
+}
+
+}  // namespace wmma
+}  // namespace nvcuda
+
 template <typename T>
 void __stcg(T* address, T value) {
   *address = value;
