@@ -19,7 +19,8 @@ class _Captured:
     def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor],
                  in_place: Sequence[Tensor]):
         self.in_place = list(in_place)  # kept, so that their memory is not given to other tensors
-        self.inputs = [tensor.clone(memory_format=torch.preserve_format) for tensor in inputs]
+        with torch.inference_mode(False):  # later calls may write to them outside that mode
+            self.inputs = [tensor.clone(memory_format=torch.preserve_format) for tensor in inputs]
         stream = torch.cuda.Stream(self.inputs[0].device)
         stream.wait_stream(torch.cuda.current_stream(self.inputs[0].device))
         with torch.cuda.stream(stream):

@@ -77,6 +77,6 @@ def running_count(valid: Tensor) -> Tensor:
     count = valid.shape[-1]
     if count % _PIECE or count == _PIECE:
         return valid.cumsum(-1, dtype=torch.int32)
-    pieces = valid.view(valid.shape[:-1] + (-1, _PIECE)).cumsum(-1, dtype=torch.int32)
+    pieces = valid.reshape(valid.shape[:-1] + (count // _PIECE, _PIECE)).cumsum(-1, dtype=torch.int32)
     before = pieces[..., -1].cumsum(-1, dtype=torch.int32) - pieces[..., -1]
     return pieces.add_(before.unsqueeze(-1)).view(valid.shape)

@@ -58,7 +58,7 @@ class FeatureCache:
                 GPU, rounding depends on how many images are encoded together.
 
         Raises:
-            ValueError: more different keys than the store has room for.
+            ValueError: more different keys than the store has room for, or maps that differ among these keys.
         """
         if len(set(keys)) > self.capacity:
             raise ValueError('%d different frames do not fit into a cache of %d' % (len(set(keys)), self.capacity))
@@ -68,11 +68,14 @@ class FeatureCache:
         for t, key in enumerate(keys):
             if key not in self._slots:
                 self._store(key, encode(t))
+        if any(key not in self._slots for key in keys):
+            self.clear()
+            raise ValueError('the frames of one sample have maps of different sizes, types or devices')
         return StoredFrames(self._maps, [self._slots[key] for key in keys])
 
     def _store(self, key: Hashable, maps: Maps):
         if [_layout(level) for level in maps] != [_layout(level[0]) for level in self._maps]:
-            self.clear()
+            self.release()  # before there is memory for the new ones
             with torch.inference_mode(False):  # later steps may write to it outside that mode
                 self._maps = [level.new_empty((self.capacity,) + level.shape) for level in maps]
         if len(self._slots) < self.capacity:

@@ -59,7 +59,8 @@ class SparseOcc(BaseModule):
             'labelled'), overlap_threshold, score_threshold, cuda_graph (replay the encoder of one frame
             and the head as CUDA graphs at batch 1: the same numbers sooner, for more memory; off by default).
         fuse_backbone: on a GPU, compute a ResNet with fixed norm statistics by ``FusedResNet``: the same but for
-            rounding, sooner and in less memory. False runs mmdet's modules as they are.
+            rounding, sooner and in less memory; at inference a plain FPN by ``run_neck`` as well. False runs mmdet's
+            modules as they are.
         train_cfg, pretrained: accepted for mmdet's builders; must be None.
     """
 
@@ -86,9 +87,9 @@ class SparseOcc(BaseModule):
         fuses = fuse_backbone and can_fuse(self.img_backbone)
         self._fused_backbone = FusedResNet(self.img_backbone) if fuses else None
         self.img_backbone.keeps_float32 = True  # folded in float32, see lib.run.precision.convert_weights
-        self._fuses_neck = fuse_backbone and can_fuse_neck(self.img_neck)
+        self._fuses_neck = fuse_backbone
         self._graphed_encoder = GraphedFunction(self._encode, state=self._backbone_version)
-        self._graphed_head = GraphedFunction(self._predict_from_tensors)
+        self._graphed_head = GraphedFunction(self._predict_from_tensors, max_graphs=2)
         self._register_load_state_dict_pre_hook(self._forget_weights)
 
     def forward(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
@@ -138,7 +139,10 @@ class SparseOcc(BaseModule):
 
     def predict_raw(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
                     img_metas: Optional[Sequence[Mapping]] = None) -> RawPrediction:
-        """Intermediate results and labels; arguments as in :meth:`forward`."""
+        """Intermediate results and labels; arguments as in :meth:`forward`.
+
+        Call it under ``torch.no_grad()`` unless gradients are wanted; with gradients nothing comes from the cache.
+        """
         features = self._test_features(img, lidar2img, ego2lidar, img_metas)
         if features.frame_index is not None:  # later steps write into the maps of the cache
             maps = select_frames(features.maps, features.frame_index, self.task.num_cameras)
@@ -158,7 +162,8 @@ class SparseOcc(BaseModule):
         images = self.image_input(img.flatten(0, 1), samples=batch)
         fused = self._fused_backbone
         stages = fused(images) if fused is not None and fused.serves(images) else self.img_backbone(images)
-        fuses_neck = self._fuses_neck and images.is_cuda and not torch.is_grad_enabled()
+        fuses_neck = (self._fuses_neck and images.is_cuda and not torch.is_grad_enabled()
+                      and can_fuse_neck(self.img_neck))
         maps = run_neck(self.img_neck, stages) if fuses_neck else self.img_neck(stages)
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]
@@ -234,8 +239,10 @@ class SparseOcc(BaseModule):
                                  frame_index=_index_on(img.device, tuple(stored.slots)))
 
     def _frame_keys(self, img: Tensor, img_metas) -> Optional[List]:
-        """A key per frame, or None where the cache cannot be used: batch above 1, no keys, training."""
+        """A key per frame, or None where the cache cannot be used: batch above 1, no keys, training, gradients."""
         if self.history != 'cached' or self.training or img.shape[0] != 1 or not img_metas:
+            return None
+        if torch.is_grad_enabled():
             return None
         names = img_metas[0].get('frame_keys')
         if not names:

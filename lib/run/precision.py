@@ -38,13 +38,19 @@ def convert_weights(model: nn.Module, amp: Optional[str]) -> nn.Module:
         model: on its device.
         amp: 'fp16', 'bf16', or None, which converts nothing.
     """
-    if amp is None or getattr(model, 'keeps_float32', False) or isinstance(model, nn.MultiheadAttention):
-        return model
-    for child in model.children():
-        convert_weights(child, amp)
-    if isinstance(model, (nn.Linear, nn.Conv2d)):
-        model.to(_DTYPES[amp])
+    if amp is not None:
+        _convert(model, _DTYPES[amp])
+        model.to(next(model.parameters()).device)  # the model forgets what it made from the weights before
     return model
+
+
+def _convert(module: nn.Module, dtype: torch.dtype) -> None:
+    if getattr(module, 'keeps_float32', False) or isinstance(module, nn.MultiheadAttention):
+        return
+    for child in module.children():
+        _convert(child, dtype)
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        module.to(dtype)
 
 
 def make_scaler(amp: Optional[str]):

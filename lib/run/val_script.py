@@ -49,7 +49,8 @@ def _validate(args, cfg, components, processes: Processes) -> None:
                processes.world_size, describe_precision(args.amp, processes.device)))
     workers = cfg.data.get('workers_per_gpu', 0) if args.workers is None else args.workers
     begin = time.monotonic()
-    result = evaluate(EvaluationJob(convert_weights(model.to(processes.device), args.amp), dataset, components.collate, evaluator, task,
+    model = convert_weights(model.to(processes.device), args.amp)
+    result = evaluate(EvaluationJob(model, dataset, components.collate, evaluator, task,
                                     processes, log.say, workers, args.amp, folder))
     if result is not None:
         _report(result, out, args, meta, time.monotonic() - begin, folder)

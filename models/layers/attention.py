@@ -6,6 +6,7 @@ from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
 from models.csrc.distance_attention import distance_attention
+from models.csrc.distance_attention.reference import distance_attention_reference
 from models.layers.recompute import recompute
 
 
@@ -45,6 +46,10 @@ class DistanceAttention(BaseModule):
     def _attend(self, query: Tensor, positions: Tensor) -> Tensor:
         weights = self.attention.attn
         parts = F.linear(query, weights.in_proj_weight, weights.in_proj_bias)
-        parts = parts.view(query.shape[:2] + (3, self.num_heads, -1))
-        dropout = weights.dropout if self.training else 0.0
-        return query + weights.out_proj(distance_attention(parts, self.gen_tau(query), positions, dropout))
+        parts = parts.view(query.shape[:2] + (3, self.num_heads, query.shape[2] // self.num_heads))
+        reach = self.gen_tau(query)
+        if self.training:  # the kernel has neither dropout nor a backward pass
+            attended = distance_attention_reference(parts, reach, positions, weights.dropout)
+        else:
+            attended = distance_attention(parts, reach, positions)
+        return query + weights.out_proj(attended)

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 
 def can_fuse_neck(neck: nn.Module) -> bool:
-    """Whether this is an mmdet FPN of plain convolutions with biases, nearest upsampling and no extra levels."""
-    if type(neck) is not FPN or neck.num_outs != len(neck.lateral_convs) or dict(neck.upsample_cfg) != {'mode': 'nearest'}:
+    """Whether this is an mmdet FPN of plain convolutions with biases, nearest upsampling, no extra levels, no hooks."""
+    if (type(neck) is not FPN or neck.num_outs != len(neck.lateral_convs)
+            or dict(neck.upsample_cfg) != {'mode': 'nearest'}):
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in neck.modules()):
         return False
     return all(type(module) is ConvModule and type(module.conv) is nn.Conv2d and module.conv.bias is not None
                and not module.with_norm and not module.with_activation

@@ -5,8 +5,8 @@ it, it costs no pass over the feature maps, and cuDNN adds shift and residual an
 writes the convolution's result. For a step of 48 images those passes take longer than the convolutions. In
 training the outputs of the convolutions are not kept either, which saves memory.
 
-The result differs from the modules' in rounding only. That holds for finite numbers; whether cuDNN's ReLU
-passes NaN on was not tried.
+The result differs from the modules' in rounding only; NaN and infinity pass through cuDNN's ReLU as through
+PyTorch's (tried on an H200 in all three types).
 
 The weights stay where they are, in mmdet's ResNet; this only computes with them.
 """

@@ -19,6 +19,8 @@ def predict():
     return run
 
 
+@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2,
+                    reason='no LayerNorm in the CPU autocast of PyTorch 1')
 def test_converted_weights_give_the_same_bits(predict):
     model = small_model(small_task()).eval()
     before = predict(model)

@@ -141,6 +141,25 @@ def test_cached_history_equals_full_history():
     assert encoded == [3, 3, 3]
 
 
+def test_raw_predictions_keep_their_features():
+    """Later steps write into the cache, not into what a caller holds; and gradients go around the cache."""
+    task = small_task(num_frames=3)
+    model = small_model(task).eval()
+    drive = [small_batch(task, with_labels=False, first_index=index) for index in range(3)]
+    raws = {}
+    for model.history in ('cached', 'full'):
+        with torch.no_grad():
+            raws[model.history] = [model.predict_raw(**{name: batch[name] for name in IMAGES}) for batch in drive]
+    for ours, expected in zip(raws['cached'], raws['full']):
+        assert ours.features.frame_index is None
+        for a, b in zip(ours.features.maps, expected.features.maps):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # encoded in other batches
+    model.history = 'cached'
+    raw = model.predict_raw(**{name: drive[0][name] for name in IMAGES})
+    raw.features.maps[0].sum().backward()
+    assert model.img_neck.lateral_convs[0].conv.weight.grad is not None
+
+
 def predict_keeping_history(model, batch):
     if model.training:
         model.eval()

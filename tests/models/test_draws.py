@@ -79,3 +79,4 @@ def test_running_count_in_one_piece_or_several(count):
     valid = torch.rand(2, 3, count) < 0.4
     result = running_count(valid)
     assert result.dtype == torch.int32 and torch.equal(result, valid.cumsum(-1).int())
+    assert running_count(valid[:, :0]).shape == (2, 0, count)

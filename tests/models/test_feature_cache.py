@@ -74,3 +74,12 @@ def test_written_in_inference_mode_and_later_without():
 def test_more_frames_than_room():
     with pytest.raises(ValueError, match='4 different frames do not fit into a cache of 3'):
         Drive().fetch(1, 2, 3, 4)
+
+
+def test_maps_that_differ_within_a_sample():
+    drive = Drive()
+    drive.fetch(1)
+    drive.dtype = torch.float64
+    with pytest.raises(ValueError, match='maps of different sizes, types or devices'):
+        drive.fetch(1, 2)
+    assert drive.fetch(1, 2).maps[0].dtype == torch.float64

@@ -57,3 +57,11 @@ def test_enlarging_is_exact():
                                      dict(upsample_cfg=dict(scale_factor=2, mode='nearest'))], ids=str)
 def test_other_necks_run_themselves(options):
     assert can_fuse_neck(make_neck()) and not can_fuse_neck(make_neck(**options))
+
+
+def test_a_neck_with_hooks_runs_itself():
+    neck = make_neck()
+    handle = neck.lateral_convs[1].register_forward_hook(lambda *_: None)
+    assert not can_fuse_neck(neck)
+    handle.remove()
+    assert can_fuse_neck(neck)

@@ -14,7 +14,7 @@ from models.csrc.extension import find_kernels
 KERNEL_WIDTH = 32  # what the kernel is compiled for; other widths take the reference
 
 
-def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor, dropout: float = 0.0) -> Tensor:
+def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor) -> Tensor:
     """Multi-head attention whose logits fall with the distance between queries (paper section 3.2).
 
     softmax(q·kᵀ / sqrt(D) - reach * distance)·v, the distance in the ground plane.
@@ -23,7 +23,6 @@ def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor, dropout:
         parts: [B, Q, 3, H, D] queries, keys and values, any float dtype.
         reach: tau [B, Q, H] per metre, of the query; same dtype.
         positions: [B or 1, Q, 2 or more] metres, x and y first, any float dtype; get no gradient.
-        dropout: of the weights.
 
     Returns:
         [B, Q, H*D], same dtype.
@@ -31,13 +30,13 @@ def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor, dropout:
     Raises:
         TypeError, ValueError: types, shapes or devices that do not fit.
 
-    Without gradients and dropout, one CUDA kernel does all of it for float32 and D = 32 when it is built: it
-    stores neither logits nor distances. Otherwise it is a chain of PyTorch operations.
+    Without gradients, one CUDA kernel does all of it for float32 and D = 32 when it is built: it stores neither
+    logits nor distances. Otherwise it is a chain of PyTorch operations. Autocast is off inside.
     """
     _check(parts, reach, positions)
-    kernels = _kernels_for(parts, reach, dropout)
+    kernels = _kernels_for(parts, reach)
     if kernels is None:
-        return distance_attention_reference(parts, reach, positions.detach(), dropout)
+        return distance_attention_reference(parts, reach, positions)
     return kernels.distance_attention(parts.contiguous(), reach.contiguous(),
                                       positions.detach().float().contiguous())
 
@@ -61,10 +60,10 @@ def _check(parts: Tensor, reach: Tensor, positions: Tensor) -> None:
                              % (name, parts.device, tensor.device))
 
 
-def _kernels_for(parts: Tensor, reach: Tensor, dropout: float) -> Optional[ModuleType]:
+def _kernels_for(parts: Tensor, reach: Tensor) -> Optional[ModuleType]:
     """The compiled kernel if it can serve this call."""
     needs_grad = torch.is_grad_enabled() and (parts.requires_grad or reach.requires_grad)
-    if not parts.is_cuda or needs_grad or dropout or parts.dtype != torch.float32:
+    if not parts.is_cuda or needs_grad or parts.dtype != torch.float32:
         return None
     if parts.shape[4] != KERNEL_WIDTH or parts.data_ptr() % 16:
         return None

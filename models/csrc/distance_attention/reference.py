@@ -24,13 +24,19 @@ def plane_distance(positions: Tensor) -> Tensor:
 
 
 def distance_attention_reference(parts: Tensor, reach: Tensor, positions: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ / sqrt(D) - reach * distance) v; see ``distance_attention``."""
+    """softmax(q kᵀ / sqrt(D) - reach * distance) v; see ``distance_attention``. Autocast is off inside.
+
+    Args:
+        dropout: of the weights; for training, which the kernel does not serve.
+    """
     batch, count, _, heads, width = parts.shape
-    q, k, v = parts.permute(2, 0, 3, 1, 4)
-    distance = F.pad(plane_distance(positions), (0, -count % 8))  # rows that start where the GPU kernel wants them
-    bias = (reach.transpose(1, 2).neg().unsqueeze(-1) * distance.unsqueeze(1))[..., :count]
-    attended = _biased_attention(q, k, v, bias, dropout)
-    return attended.transpose(1, 2).reshape(batch, count, heads * width)
+    with torch.autocast(parts.device.type, enabled=False):
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        distance = plane_distance(positions.detach())
+        distance = F.pad(distance, (0, -count % 8))  # rows that start where the GPU kernel wants them
+        bias = (reach.transpose(1, 2).neg().unsqueeze(-1) * distance.unsqueeze(1))[..., :count]
+        attended = _biased_attention(q, k, v, bias.to(parts.dtype), dropout)
+        return attended.transpose(1, 2).reshape(batch, count, heads * width)
 
 
 def _biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:

@@ -56,6 +56,27 @@ def test_reference_gradients():
                                     (parts.requires_grad_(), reach.requires_grad_()))
 
 
+def test_autocast_is_off_inside():
+    parts, reach, positions = make_inputs(1, 9, dtype=torch.float32)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        result = distance_attention(parts, reach, positions)
+    assert torch.equal(result, distance_attention(parts, reach, positions))
+
+
+def test_narrow_types():
+    parts, reach, positions = make_inputs(1, 9, dtype=torch.float32)
+    narrow = distance_attention(parts.bfloat16(), reach.bfloat16(), positions)
+    assert narrow.dtype == torch.bfloat16
+    # bfloat16 has 8 bits; results are of size 1
+    assert (narrow.float() - distance_attention(parts, reach, positions)).abs().max() < 0.1
+
+
+def test_dropout():
+    parts, reach, positions = make_inputs(1, 9)
+    dropped = distance_attention_reference(parts, reach, positions, dropout=0.5)
+    assert not torch.allclose(dropped, distance_attention(parts, reach, positions))
+
+
 def test_distances_are_in_the_ground_plane():
     positions = torch.tensor([[[0.0, 0.0, 9.0], [3.0, 4.0, 0.0], [3.0, 0.0, 5.0]]])
     assert plane_distance(positions)[0].tolist() == [[0, 5, 3], [5, 0, 4], [3, 4, 0]]
@@ -137,9 +158,6 @@ def test_cuda_training_takes_the_reference():
     parts, reach, positions = make_inputs(1, 20, dtype=torch.float32, device='cuda')
     distance_attention(parts.requires_grad_(), reach, positions).sum().backward()
     assert parts.grad.shape == parts.shape
-    with torch.no_grad():
-        dropped = distance_attention(parts, reach, positions, dropout=0.9)
-        assert not torch.allclose(dropped, distance_attention(parts, reach, positions))
 
 
 @needs_kernels

@@ -49,8 +49,8 @@ extern "C" const char* last_error() {
   return message;
 }
 
-// dtype: 1 float32, 2 float16, 3 bfloat16, 4 float16 on tensor cores. size: which of the three compiled sizes. Returns 0, or 1 with
-// last_error().
+// dtype: 1 float32, 2 float16, 3 bfloat16, 4 float16 on tensor cores. size: which of the three compiled sizes.
+// Returns 0, or 1 with last_error().
 extern "C" int run(int dtype, int size, const void* sampled, const void* generated, void* output, int items,
                    int in_points, int out_points, int descending) {
   try {
