@@ -255,3 +255,23 @@ def test_cuda_losses_are_those_of_the_model_with_its_modules():
             assert float(ours[name]) == pytest.approx(float(theirs), rel=1e-3), name
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+@needs_cuda
+@pytest.mark.skipif(VERSION < (2, 2), reason='older PyTorch runs the modules')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_cuda_relu_passes_on_what_is_not_a_number(dtype):
+    """cuDNN's ReLU as PyTorch's: one broken weight breaks its channel, one infinite pixel its neighbours."""
+    def random(*shape):
+        values = torch.randn(*shape, device='cuda', dtype=dtype)
+        return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+    images, weight, bias, added = random(2, 64, 32, 88), random(64, 64, 3, 3), random(64), random(2, 64, 32, 88)
+    weight[5, 3, 1, 1], images[1, 7, 10, 10] = float('nan'), float('inf')
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    plain = F.conv2d(images, weight, bias, padding=1)
+    for ours, theirs in ((torch.cudnn_convolution_relu(images, weight, bias, *geometry), F.relu(plain)),
+                         (torch.cudnn_convolution_add_relu(images, weight, added, 1.0, bias, *geometry),
+                          F.relu(plain + added))):
+        assert int(ours.isnan().sum()) == int(theirs.isnan().sum()) == 2 * 32 * 88
+        assert int(ours.isinf().sum()) == int(theirs.isinf().sum()) > 0
