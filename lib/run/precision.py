@@ -68,9 +68,11 @@ def set_tf32(policy: Optional[str]) -> None:
     torch.backends.cudnn.allow_tf32 = policy == 'on'
 
 
-def describe_precision(amp: Optional[str], device: torch.device) -> str:
+def describe_precision(amp: Optional[str], device: torch.device, training: bool = False) -> str:
     """One sentence for the log."""
-    text = {None: 'float32', 'fp16': 'mixed float16 with loss scaling', 'bf16': 'mixed bfloat16'}[amp]
+    text = {None: 'float32', 'fp16': 'mixed float16', 'bf16': 'mixed bfloat16'}[amp]
+    if training and amp == 'fp16':
+        text += ' with loss scaling'
     if device.type == 'cuda':
         text += '; TF32 in convolutions %s, in matrix products %s' % (
             _on_off(torch.backends.cudnn.allow_tf32), _on_off(torch.backends.cuda.matmul.allow_tf32))

@@ -110,7 +110,7 @@ class Launch:
         set_tf32(self.settings.tf32)
         torch.backends.cudnn.benchmark = self.settings.cudnn_benchmark
         set_deterministic(self.settings.deterministic)
-        self.log.say('precision: %s' % describe_precision(self.settings.amp, self.processes.device))
+        self.log.say('precision: %s' % describe_precision(self.settings.amp, self.processes.device, training=True))
 
     @property
     def _checks_files(self) -> bool:
