@@ -30,9 +30,10 @@ def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
     Returns:
         [n, G, p_out, W] in the same dtype.
 
-    Without gradients, one CUDA kernel does all of it when it is built: it reads x, M and S once, computes in
-    float32 and writes only the result. With gradients, on the CPU and for other sizes it is a chain of
-    PyTorch operations. Autocast is off inside.
+    Without gradients, one CUDA kernel does all of it when it is built: it reads x, M and S once and writes only
+    the result. It computes in float32; in float16 tensor cores make both products of float16 values, added up in
+    float32. With gradients, on the CPU and for other sizes it is a chain of PyTorch operations. Autocast is off
+    inside.
     """
     _check(sampled, generated, out_points)
     kernels = _kernels_for(sampled, generated, out_points)
