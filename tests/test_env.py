@@ -43,7 +43,7 @@ def test_check_env_passes_here_and_lists_every_required_package():
     for name in ('base.txt', 'openmmlab.txt'):
         for requirement in lines_of(ROOT / 'requirements' / name):
             assert '\n%s ' % name_of(requirement) in table
-    for row in ('gpu', 'mmcv compiled ops', 'cuda sampling', 'cuda ray casting'):
+    for row in ('gpu', 'mmcv compiled ops', 'cuda sampling', 'cuda mixing', 'cuda attention', 'cuda ray casting'):
         assert '\n%s ' % row in table
 
 
@@ -61,6 +61,12 @@ def test_other_version_than_tested_is_shown_but_is_no_failure(monkeypatch):
     assert check_env.package_row('packaging', '>=23.0', required=True).state == check_env.OK
     monkeypatch.setattr(check_env, 'installed_version', lambda package: '2.0.0+cu118')
     assert check_env.package_row('torch', '1.10.2, 2.0.0', required=True).state == check_env.OK
+
+
+def test_pillow_simd_stands_for_pillow(monkeypatch):
+    monkeypatch.setattr(check_env, 'installed_version', {'pillow': '', 'pillow-simd': '9.5.0'}.get)
+    row = check_env.package_row('pillow', '12.0.0', required=True)
+    assert (row.found, row.state, row.remedy) == ('pillow-simd 9.5.0', check_env.OK, '')
 
 
 def test_mmcv_and_mmcv_full_side_by_side_are_broken(monkeypatch):
