@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -14,10 +15,10 @@ Pointer = ctypes.c_void_p
 
 
 def compile_harness(source: str, folder: Path) -> ctypes.CDLL:
-    """Build ``emulation/<source>`` into a folder and load it; None where there is no C++ compiler."""
+    """Build ``emulation/<source>`` into a folder and load it; the test skips where there is no C++ compiler."""
     compiler = shutil.which('g++')
     if compiler is None:
-        return None
+        pytest.skip('needs g++')
     library = folder / (source + '.so')
     include = Path(torch.__file__).parent / 'include'
     options = ['-std=c++17', '-O1', '-ffp-contract=off', '-w', '-shared', '-fPIC']
