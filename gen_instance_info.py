@@ -7,6 +7,7 @@
 Needs the info files that gen_sweep_info.py writes. May be stopped and started again: files that are there
 are kept.
 """
+
 import argparse
 
 from lib.classes import LABEL_SETS
@@ -16,23 +17,35 @@ from lib.task import Task
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-root', default='data/nuscenes', help='nuScenes folder (default: %(default)s)')
-    parser.add_argument('--version', default='v1.0-trainval',
-                        help='nuScenes version of the info files (default: %(default)s)')
-    parser.add_argument('--occ-gt-root', default='occ3d',
-                        help='labels to start from, relative to the data root (default: %(default)s)')
-    parser.add_argument('--out', default='occ3d_panoptic',
-                        help='new labels, relative to the data root (default: %(default)s)')
-    parser.add_argument('--label-set', default='occ3d', choices=sorted(LABEL_SETS),
-                        help='classes of the labels (default: %(default)s)')
-    parser.add_argument('--point-cloud-range', nargs=6, type=float,
-                        default=[-40.0, -40.0, -1.0, 40.0, 40.0, 5.4],
-                        metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'), help='volume of the labels, metres')
+    parser.add_argument(
+        '--version', default='v1.0-trainval', help='nuScenes version of the info files (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--occ-gt-root', default='occ3d', help='labels to start from, relative to the data root (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--out', default='occ3d_panoptic', help='new labels, relative to the data root (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--label-set', default='occ3d', choices=sorted(LABEL_SETS), help='classes of the labels (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--point-cloud-range',
+        nargs=6,
+        type=float,
+        default=[-40.0, -40.0, -1.0, 40.0, 40.0, 5.4],
+        metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'),
+        help='volume of the labels, metres',
+    )
     parser.add_argument('--voxel-size', type=float, default=0.4, help='metres (default: %(default)s)')
-    parser.add_argument('--infos', nargs='+', metavar='PKL',
-                        help='info files (default: nuscenes_infos_{train,val}_sweep.pkl in the data root)')
+    parser.add_argument(
+        '--infos',
+        nargs='+',
+        metavar='PKL',
+        help='info files (default: nuscenes_infos_{train,val}_sweep.pkl in the data root)',
+    )
     parser.add_argument('--overwrite', action='store_true', help='make files anew that are there already')
     parser.add_argument('--processes', type=int, help='worker processes (default: all cores)')
     parser.add_argument('--debug', action='store_true', help='show tracebacks')
@@ -42,14 +55,16 @@ def parse_args():
 def main():
     args = parse_args()
     from loaders.prepare.panoptic_labels import write_panoptic_labels
+
     task = Task(args.label_set, point_cloud_range=args.point_cloud_range, voxel_size=args.voxel_size)
-    result = write_panoptic_labels(args.data_root, args.version, args.occ_gt_root, args.out, task, args.infos,
-                                   args.overwrite, args.processes)
-    print('%d label files written, %d were there already, %d failed'
-          % (result.written, result.kept, len(result.failed)))
+    result = write_panoptic_labels(
+        args.data_root, args.version, args.occ_gt_root, args.out, task, args.infos, args.overwrite, args.processes
+    )
+    print(
+        '%d label files written, %d were there already, %d failed' % (result.written, result.kept, len(result.failed))
+    )
     if result.failed:
-        raise DataError('%d keyframes have no usable label; the first: %s' %
-                        (len(result.failed), result.failed[0]))
+        raise DataError('%d keyframes have no usable label; the first: %s' % (len(result.failed), result.failed[0]))
 
 
 if __name__ == '__main__':

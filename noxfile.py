@@ -8,6 +8,7 @@
 A stack's Python (python3.8, ...) must be on the path. Without nox the same is
 "make test PYTHON=python3.8 STACK=py38-torch2.0.0 VENV=.venv-py38-torch2.0.0".
 """
+
 import nox
 
 STACKS = {  # session -> (Python, set of pins in tools/install.py)

@@ -7,6 +7,7 @@ TORCH_CUDA_ARCH_LIST chooses the GPU architectures (default: that of the GPU her
 major version must be the one torch was built with. "pip install --no-build-isolation -e ." builds them too
 where there is a GPU.
 """
+
 import importlib.util
 import os
 import re
@@ -39,8 +40,9 @@ def pins(name):
 
 def load_setup_of(folder):
     """The ``setup.py`` of an extension's own folder, as a module."""
-    spec = importlib.util.spec_from_file_location('setup_of_' + folder.replace('/', '_'),
-                                                  os.path.join(ROOT, folder, 'setup.py'))
+    spec = importlib.util.spec_from_file_location(
+        'setup_of_' + folder.replace('/', '_'), os.path.join(ROOT, folder, 'setup.py')
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -63,6 +65,7 @@ def cuda_build(operators):
 def why_not_by_the_way():
     """An installation compiles only for GPUs that are here or named; '' if there are."""
     import torch
+
     if torch.cuda.is_available() or os.environ.get('TORCH_CUDA_ARCH_LIST'):
         return ''
     return 'There is no GPU here, and TORCH_CUDA_ARCH_LIST is not set.'
@@ -82,7 +85,8 @@ def main():
         packages=find_packages(include=['lib', 'lib.*', 'loaders', 'loaders.*', 'models', 'models.*']),
         # No install_requires: OpenMMLab 1.x must come without its dependencies, which metadata cannot say.
         extras_require={'accel': pins('accel.txt'), 'test': pins('test.txt')},
-        **(cuda_build(load_setup_of('models/csrc')) if building else {}))
+        **(cuda_build(load_setup_of('models/csrc')) if building else {}),
+    )
 
 
 if __name__ == '__main__':

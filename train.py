@@ -11,6 +11,7 @@ metrics.jsonl, tensorboard/, checkpoints (latest.pth points at the newest) and s
 overwritten. SIGTERM and Ctrl-C save a checkpoint and leave. docs/faults.md
 lists what happens when something goes wrong.
 """
+
 import argparse
 import sys
 
@@ -18,14 +19,16 @@ from lib.cli import run_main
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--config', required=True)
     add('--override', nargs='+', default=[], metavar='KEY=VALUE', help='change values of the config')
     add('--work-dir', help='run folder (default: outputs/<config>/<date_time>; -1, -2, ... if it exists)')
-    add('--resume', metavar='auto|PATH',
-        help='go on from the newest checkpoint of the last run or --work-dir (auto), of a folder, or a file')
+    add(
+        '--resume',
+        metavar='auto|PATH',
+        help='go on from the newest checkpoint of the last run or --work-dir (auto), of a folder, or a file',
+    )
     add('--load-from', metavar='PATH', help='start from these weights instead of load_from of the config')
     add('--amp', choices=('fp16', 'bf16'), help='mixed precision (default: train.amp of the config, float32)')
     add('--tf32', choices=('on', 'off'), help='default: train.tf32 of the config')
@@ -48,6 +51,7 @@ def components():
     from loaders.metrics import OccEvaluator
     from loaders.preflight import preflight
     from models import build_model
+
     allow_many_open_files()
     return Components(build_model, build_dataset, collate, OccEvaluator, preflight)
 
@@ -55,8 +59,10 @@ def components():
 def main():
     args = parse_args()
     from lib.run.arguments import check_files
+
     check_files(args.config, args.resume, args.load_from)
     from lib.run.train_script import run_training
+
     sys.exit(run_training(args, components))
 
 

@@ -8,6 +8,7 @@ Prints a table and writes the same figures to <weights>.eval.json (or --out). Th
 bit whatever the number of processes. Saved predictions are DIR/<sample-token>.npz; tools/evaluate.py scores
 them again.
 """
+
 import argparse
 import sys
 
@@ -15,8 +16,7 @@ from lib.cli import run_main
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--config', required=True)
     add('--weights', required=True, help='checkpoint of the model that the config builds')
@@ -43,6 +43,7 @@ def components():
     from loaders.metrics import OccEvaluator
     from loaders.preflight import preflight
     from models import build_model
+
     allow_many_open_files()
     return Components(build_model, build_dataset, collate, OccEvaluator, preflight)
 
@@ -50,8 +51,10 @@ def components():
 def main():
     args = parse_args()
     from lib.run.arguments import check_files
+
     check_files(args.config, None, args.weights)
     from lib.run.val_script import run_validation
+
     sys.exit(run_validation(args, components))
 
 

@@ -1,4 +1,5 @@
 """Release 1.0, semantic: ResNet-50, 704x256, 8 frames, 48 epochs."""
+
 _base_ = [
     './_base_/datasets/occ3d.py',
     './_base_/models/sparseocc_v10.py',

@@ -1,4 +1,5 @@
 """OpenOcc v2 labels (17 classes with free), release 1.1's recipe. No published number."""
+
 _base_ = './r50_nuimg_704x256_8f_v1.1.py'
 
 task = dict(label_set='openocc_v2')

@@ -1,4 +1,5 @@
 """Release 1.0, panoptic: as r50_nuimg_704x256_8f.py, things told apart."""
+
 _base_ = './r50_nuimg_704x256_8f.py'
 
 task = dict(panoptic=True)

@@ -1,4 +1,5 @@
 """Release 1.1, semantic: ResNet-50, 704x256, 8 frames, 24 epochs."""
+
 _base_ = [
     './_base_/datasets/occ3d_bev_aug.py',
     './_base_/models/sparseocc_v11.py',

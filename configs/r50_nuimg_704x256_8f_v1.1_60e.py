@@ -1,4 +1,5 @@
 """Release 1.1, semantic, 60 epochs."""
+
 _base_ = './r50_nuimg_704x256_8f_v1.1.py'
 
 lr_config = dict(step=[48, 60])

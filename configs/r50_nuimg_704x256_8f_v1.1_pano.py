@@ -1,4 +1,5 @@
 """Release 1.1, panoptic: as r50_nuimg_704x256_8f_v1.1.py, things told apart."""
+
 _base_ = './r50_nuimg_704x256_8f_v1.1.py'
 
 task = dict(panoptic=True)

@@ -1,2 +1,3 @@
 """Another name of r50_nuimg_704x256_8f.py."""
+
 _base_ = './r50_nuimg_704x256_8f.py'

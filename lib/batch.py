@@ -1,4 +1,5 @@
 """Moving a batch of tensors to the device."""
+
 from typing import Dict
 
 import torch

@@ -3,6 +3,7 @@
 The index of a name is its label id; the last name is always ``free``. Another label set is given in a
 config as a dict with the fields of :class:`LabelSet` instead of a registered name.
 """
+
 import math
 from dataclasses import dataclass
 from typing import Dict, Mapping, Tuple, Union
@@ -14,21 +15,46 @@ IGNORE_LABEL = 255
 
 # Voxel counts over the Occ3D-nuScenes training set, by class (for the class weights of release 1.1).
 _OCC3D_VOXEL_COUNTS = {
-    'others': 944004, 'barrier': 1897170, 'bicycle': 152386, 'bus': 2391677, 'car': 16957802,
-    'construction_vehicle': 724139, 'motorcycle': 189027, 'pedestrian': 2074468, 'traffic_cone': 413451,
-    'trailer': 2384460, 'truck': 5916653, 'driveable_surface': 175883646, 'other_flat': 4275424,
-    'sidewalk': 51393615, 'terrain': 61411620, 'manmade': 105975596, 'vegetation': 116424404,
+    'others': 944004,
+    'barrier': 1897170,
+    'bicycle': 152386,
+    'bus': 2391677,
+    'car': 16957802,
+    'construction_vehicle': 724139,
+    'motorcycle': 189027,
+    'pedestrian': 2074468,
+    'traffic_cone': 413451,
+    'trailer': 2384460,
+    'truck': 5916653,
+    'driveable_surface': 175883646,
+    'other_flat': 4275424,
+    'sidewalk': 51393615,
+    'terrain': 61411620,
+    'manmade': 105975596,
+    'vegetation': 116424404,
     'free': 1892500630,
 }
 
 # RGB, 0..255. Close to the nuScenes lidarseg palette, so that pictures look familiar.
 _COLOURS = {
-    'others': (130, 130, 130), 'barrier': (112, 128, 144), 'bicycle': (220, 20, 60), 'bus': (255, 127, 80),
-    'car': (255, 158, 0), 'construction_vehicle': (233, 150, 70), 'motorcycle': (255, 61, 99),
-    'pedestrian': (0, 0, 230), 'traffic_cone': (47, 79, 79), 'trailer': (255, 140, 0),
-    'truck': (255, 99, 71), 'driveable_surface': (0, 207, 191), 'other_flat': (175, 0, 75),
-    'sidewalk': (75, 0, 75), 'terrain': (112, 180, 60), 'manmade': (222, 184, 135),
-    'vegetation': (0, 175, 0), 'free': (255, 255, 255),
+    'others': (130, 130, 130),
+    'barrier': (112, 128, 144),
+    'bicycle': (220, 20, 60),
+    'bus': (255, 127, 80),
+    'car': (255, 158, 0),
+    'construction_vehicle': (233, 150, 70),
+    'motorcycle': (255, 61, 99),
+    'pedestrian': (0, 0, 230),
+    'traffic_cone': (47, 79, 79),
+    'trailer': (255, 140, 0),
+    'truck': (255, 99, 71),
+    'driveable_surface': (0, 207, 191),
+    'other_flat': (175, 0, 75),
+    'sidewalk': (75, 0, 75),
+    'terrain': (112, 180, 60),
+    'manmade': (222, 184, 135),
+    'vegetation': (0, 175, 0),
+    'free': (255, 255, 255),
 }
 
 _THINGS = ('car', 'truck', 'construction_vehicle', 'bus', 'trailer', 'motorcycle', 'bicycle', 'pedestrian')
@@ -45,6 +71,7 @@ class LabelSet:
         colours: RGB 0..255 per class name.
         voxel_counts: training-set voxels per class name; empty if unknown (all weights 1).
     """
+
     name: str
     class_names: Tuple[str, ...]
     things: Tuple[str, ...]
@@ -55,14 +82,16 @@ class LabelSet:
         object.__setattr__(self, 'class_names', tuple(self.class_names))
         object.__setattr__(self, 'things', tuple(self.things))
         if len(self.class_names) < 2 or self.class_names[-1] != FREE:
-            raise ConfigError('label set %r: class_names must hold at least two names and end in %r; got %r'
-                              % (self.name, FREE, self.class_names))
+            raise ConfigError(
+                f'label set {self.name!r}: class_names must hold at least two names and end in {FREE!r}; got {self.class_names!r}'
+            )
         if len(set(self.class_names)) != len(self.class_names):
-            raise ConfigError('label set %r: a class name occurs twice in %r' % (self.name, self.class_names))
+            raise ConfigError(f'label set {self.name!r}: a class name occurs twice in {self.class_names!r}')
         unknown = set(self.things) - set(self.class_names[:-1])
         if unknown:
-            raise ConfigError('label set %r: things %s are not among class_names; remove or rename them'
-                              % (self.name, sorted(unknown)))
+            raise ConfigError(
+                f'label set {self.name!r}: things {sorted(unknown)} are not among class_names; remove or rename them'
+            )
 
     @property
     def num_classes(self) -> int:
@@ -89,8 +118,10 @@ class LabelSet:
 
     def class_weights(self) -> Tuple[float, ...]:
         """1 / log(count + 0.001) per class in id order, free included; 1.0 where no count is known."""
-        return tuple(1.0 / math.log(self.voxel_counts[name] + 0.001) if name in self.voxel_counts else 1.0
-                     for name in self.class_names)
+        return tuple(
+            1.0 / math.log(self.voxel_counts[name] + 0.001) if name in self.voxel_counts else 1.0
+            for name in self.class_names
+        )
 
     def palette(self) -> Tuple[Tuple[int, int, int], ...]:
         """RGB 0..255 per class in id order; grey for a class without a colour."""
@@ -98,19 +129,57 @@ class LabelSet:
 
 
 def _table(name, class_names):
-    return LabelSet(name=name, class_names=class_names, things=_THINGS, colours=_COLOURS,
-                    voxel_counts=_OCC3D_VOXEL_COUNTS)
+    return LabelSet(
+        name=name, class_names=class_names, things=_THINGS, colours=_COLOURS, voxel_counts=_OCC3D_VOXEL_COUNTS
+    )
 
 
-OCC3D = _table('occ3d', (
-    'others', 'barrier', 'bicycle', 'bus', 'car', 'construction_vehicle', 'motorcycle', 'pedestrian',
-    'traffic_cone', 'trailer', 'truck', 'driveable_surface', 'other_flat', 'sidewalk', 'terrain', 'manmade',
-    'vegetation', FREE))
+OCC3D = _table(
+    'occ3d',
+    (
+        'others',
+        'barrier',
+        'bicycle',
+        'bus',
+        'car',
+        'construction_vehicle',
+        'motorcycle',
+        'pedestrian',
+        'traffic_cone',
+        'trailer',
+        'truck',
+        'driveable_surface',
+        'other_flat',
+        'sidewalk',
+        'terrain',
+        'manmade',
+        'vegetation',
+        FREE,
+    ),
+)
 
-OPENOCC_V2 = _table('openocc_v2', (
-    'car', 'truck', 'trailer', 'bus', 'construction_vehicle', 'bicycle', 'motorcycle', 'pedestrian',
-    'traffic_cone', 'barrier', 'driveable_surface', 'other_flat', 'sidewalk', 'terrain', 'manmade',
-    'vegetation', FREE))
+OPENOCC_V2 = _table(
+    'openocc_v2',
+    (
+        'car',
+        'truck',
+        'trailer',
+        'bus',
+        'construction_vehicle',
+        'bicycle',
+        'motorcycle',
+        'pedestrian',
+        'traffic_cone',
+        'barrier',
+        'driveable_surface',
+        'other_flat',
+        'sidewalk',
+        'terrain',
+        'manmade',
+        'vegetation',
+        FREE,
+    ),
+)
 
 LABEL_SETS: Dict[str, LabelSet] = {s.name: s for s in (OCC3D, OPENOCC_V2)}
 
@@ -125,13 +194,20 @@ def get_label_set(spec: Union[str, Mapping, LabelSet]) -> LabelSet:
         return spec
     if isinstance(spec, str):
         if spec not in LABEL_SETS:
-            raise ConfigError('unknown label set %r; use one of %s, or a dict with name, class_names and things'
-                              % (spec, sorted(LABEL_SETS)))
+            raise ConfigError(
+                f'unknown label set {spec!r}; use one of {sorted(LABEL_SETS)}, or a dict with name, class_names and things'
+            )
         return LABEL_SETS[spec]
     fields = {'name', 'class_names', 'things', 'colours', 'voxel_counts'}
     unknown, missing = set(spec) - fields, {'name', 'class_names', 'things'} - set(spec)
     if unknown or missing:
-        raise ConfigError('label_set: unknown keys %s, missing keys %s; the fields are %s'
-                          % (sorted(unknown), sorted(missing), sorted(fields)))
-    return LabelSet(name=spec['name'], class_names=tuple(spec['class_names']), things=tuple(spec['things']),
-                    colours=dict(spec.get('colours', _COLOURS)), voxel_counts=dict(spec.get('voxel_counts', {})))
+        raise ConfigError(
+            f'label_set: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}; the fields are {sorted(fields)}'
+        )
+    return LabelSet(
+        name=spec['name'],
+        class_names=tuple(spec['class_names']),
+        things=tuple(spec['things']),
+        colours=dict(spec.get('colours', _COLOURS)),
+        voxel_counts=dict(spec.get('voxel_counts', {})),
+    )

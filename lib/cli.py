@@ -1,4 +1,5 @@
 """What every command-line script shares: errors a user can mend end in one sentence."""
+
 import os
 import sys
 from typing import Callable
@@ -17,7 +18,7 @@ def run_main(main: Callable[[], object]) -> None:
     except UserError as error:
         if debug:
             raise
-        print('error: %s' % error, file=sys.stderr)
+        print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('stopped by the user', file=sys.stderr)

@@ -1,26 +1,41 @@
 """Configs: mmcv Python files with ``_base_``, checked, with typed ``--override key=value``.
 
 A config may have the top-level keys of ``TOP_LEVEL_KEYS``; names that start with ``_`` are its own helpers
-and dropped. What a class of a registry takes is checked when it is built (``build_checked``).
+and dropped. What a class of a registry takes is checked when it is built (``lib.registry``).
 """
+
 import ast
 import importlib
-import inspect
 import os
 import pprint
 import sys
 import traceback
 from collections.abc import Mapping
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Sequence
 
 from .errors import ConfigError
 from .names import check_keys, did_you_mean, section
 from .run.settings import EvaluationSettings, TrainSettings, setting_names
 
 TOP_LEVEL_KEYS = (
-    'task', 'model', 'data', 'optimizer', 'optimizer_config', 'lr_config', 'runner', 'total_batch_size',
-    'train', 'evaluation', 'load_from', 'revise_keys', 'resume_from', 'seed', 'custom_imports', 'published',
-    'debug')
+    'task',
+    'model',
+    'data',
+    'optimizer',
+    'optimizer_config',
+    'lr_config',
+    'runner',
+    'total_batch_size',
+    'train',
+    'evaluation',
+    'load_from',
+    'revise_keys',
+    'resume_from',
+    'seed',
+    'custom_imports',
+    'published',
+    'debug',
+)
 
 # Sections whose keys are known here. Every other mapping is checked by the class that takes it.
 SECTION_KEYS = {
@@ -33,8 +48,15 @@ SECTION_KEYS = {
 }
 
 # Mappings an override may add a key to although the config does not mention it: their taker checks them.
-_OPEN_SECTIONS = ('task', 'optimizer', 'lr_config', 'optimizer_config.grad_clip', 'model.data_aug',
-                  'model.test_cfg', 'published')
+_OPEN_SECTIONS = (
+    'task',
+    'optimizer',
+    'lr_config',
+    'optimizer_config.grad_clip',
+    'model.data_aug',
+    'model.test_cfg',
+    'published',
+)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()):
@@ -68,24 +90,28 @@ def load_config(path: str, overrides: Sequence[str] = ()):
 def check_config_file(path: str) -> None:
     """Raise ConfigError unless ``path`` is a Python file without syntax errors. Imports nothing heavy."""
     if not os.path.isfile(path):
-        raise ConfigError('config file %s does not exist; give the path of a .py file, e.g. one of configs/'
-                          % path)
+        raise ConfigError(f'config file {path} does not exist; give the path of a .py file, e.g. one of configs/')
     if not str(path).endswith('.py'):
-        raise ConfigError('config file %s is not a Python file; configs end in .py' % path)
+        raise ConfigError(f'config file {path} is not a Python file; configs end in .py')
     try:
         with open(path, encoding='utf-8') as f:
             ast.parse(f.read(), filename=str(path))
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
         line = getattr(error, 'lineno', None)
-        raise ConfigError('config file %s%s is not valid Python: %s'
-                          % (path, ', line %d,' % line if line else '', getattr(error, 'msg', None) or error))
+        raise ConfigError(
+            'config file {}{} is not valid Python: {}'.format(
+                path, ', line %d,' % line if line else '', getattr(error, 'msg', None) or error
+            )
+        )
 
 
 def _read(path) -> dict:
     """The file's top-level dict with ``_base_`` merged, as mmcv reads it."""
     from .compat import prepare_openmmlab
+
     prepare_openmmlab()
     from mmcv import Config
+
     search_path = list(sys.path)
     try:
         return Config.fromfile(str(path), import_custom_modules=False)._cfg_dict.to_dict()
@@ -105,9 +131,8 @@ def _describe(error, path) -> str:
             culprit = os.path.relpath(frame.f_locals['filename'])
         line = '' if 'mmcv' in frame.f_code.co_filename else ', line %d' % number
     if isinstance(error, FileNotFoundError):
-        return ('config file %s: the file %s that it builds on does not exist; correct its _base_'
-                % (path, culprit))
-    return 'config file %s%s cannot be read: %s: %s' % (culprit, line, type(error).__name__, error)
+        return f'config file {path}: the file {culprit} that it builds on does not exist; correct its _base_'
+    return f'config file {culprit}{line} cannot be read: {type(error).__name__}: {error}'
 
 
 def _close_temporary_files(error) -> None:
@@ -123,6 +148,7 @@ def _close_temporary_files(error) -> None:
 
 def _as_mmcv(config: dict, path: str):
     from mmcv import Config
+
     with open(path, encoding='utf-8') as f:
         return Config(config, cfg_text=f.read(), filename=str(path))
 
@@ -137,8 +163,9 @@ def _import_modules(custom_imports) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ConfigError('custom_imports: module %r cannot be imported (%s); install it or correct its '
-                              'name' % (name, error)) from error
+            raise ConfigError(
+                f'custom_imports: module {name!r} cannot be imported ({error}); install it or correct its name'
+            ) from error
 
 
 def _check_sections(config):
@@ -147,7 +174,7 @@ def _check_sections(config):
         check_keys(section(value, name), keys, name)
     workers = section(config.get('data'), 'data').get('workers_per_gpu', 0)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise ConfigError('data.workers_per_gpu must be an integer of at least 0, got %r' % (workers,))
+        raise ConfigError(f'data.workers_per_gpu must be an integer of at least 0, got {workers!r}')
     TrainSettings.from_config(config.get('train'))
     EvaluationSettings.from_config(config.get('evaluation'))
 
@@ -160,7 +187,7 @@ def apply_override(config: dict, text: str) -> None:
     """
     name, equals, value = text.partition('=')
     if not equals or not name.strip():
-        raise ConfigError('override %r is not of the form key=value' % text)
+        raise ConfigError(f'override {text!r} is not of the form key=value')
     parts = name.strip().split('.')
     parent = config
     for depth, part in enumerate(parts[:-1]):
@@ -187,8 +214,7 @@ def _step(parent, path, part, text):
         raise _unknown_path(parent, path, part, text)
     child = parent[key]
     if not isinstance(child, (Mapping, list)):
-        raise ConfigError('override %r: %s is %r, not a dict or list'
-                          % (text, '.'.join(path + [part]), child))
+        raise ConfigError('override {!r}: {} is {!r}, not a dict or list'.format(text, '.'.join(path + [part]), child))
     return child
 
 
@@ -219,16 +245,21 @@ def _accepts(parent, path, key) -> bool:
 
 def _index(items, path, part, text):
     if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError('override %r: %s is a list of %d items, numbered from 0; %r is none of them'
-                          % (text, '.'.join(path), len(items), part))
+        raise ConfigError(
+            'override %r: %s is a list of %d items, numbered from 0; %r is none of them'
+            % (text, '.'.join(path), len(items), part)
+        )
     return int(part)
 
 
 def _unknown_path(parent, path, key, text):
     known = set(map(str, parent)) | set(SECTION_KEYS.get('.'.join(path), () if path else TOP_LEVEL_KEYS))
     where = '.'.join(path) or 'the config'
-    return ConfigError('override %r: %s has no key %r%s (the keys are %s)'
-                       % (text, where, key, did_you_mean(key, known), ', '.join(sorted(known))))
+    return ConfigError(
+        'override {!r}: {} has no key {!r}{} (the keys are {})'.format(
+            text, where, key, did_you_mean(key, known), ', '.join(sorted(known))
+        )
+    )
 
 
 def require_keys(cfg, keys: Sequence[str]) -> None:
@@ -238,8 +269,11 @@ def require_keys(cfg, keys: Sequence[str]) -> None:
         for part in key.split('.'):
             node = node.get(part) if hasattr(node, 'get') else None
         if node is None:
-            raise ConfigError('the config%s has no %r; add it, or build on a base that has it'
-                              % (' %s' % cfg.filename if getattr(cfg, 'filename', None) else '', key))
+            raise ConfigError(
+                'the config{} has no {!r}; add it, or build on a base that has it'.format(
+                    f' {cfg.filename}' if getattr(cfg, 'filename', None) else '', key
+                )
+            )
 
 
 def dump_config(cfg, path: str) -> None:
@@ -247,66 +281,4 @@ def dump_config(cfg, path: str) -> None:
     plain = cfg._cfg_dict.to_dict() if hasattr(cfg, '_cfg_dict') else dict(cfg)
     with open(path, 'w', encoding='utf-8') as f:
         for name, value in plain.items():
-            f.write('%s = %s\n\n' % (name, pprint.pformat(value, width=110, compact=True)))
-
-
-def build_checked(cfg: Mapping, registry, default_args: Optional[Mapping] = None, where: str = ''):
-    """Build a registered class from ``dict(type=..., ...)``; wrong keys become a ConfigError.
-
-    Args:
-        cfg: config of the component.
-        registry: mmcv Registry.
-        default_args: arguments the builder adds (e.g. ``task``); the config must not repeat them.
-        where: where in the config the component stands, for the message.
-
-    Raises:
-        ConfigError: no or unknown ``type``, an unknown key, or a required key that is missing.
-    """
-    where = '%s: ' % where if where else ''
-    if not isinstance(cfg, Mapping) or 'type' not in cfg:
-        raise ConfigError("%sa %s needs a dict with key 'type', got %r" % (where, registry.name, cfg))
-    args = {key: value for key, value in cfg.items() if key != 'type'}
-    added = dict(default_args or {})
-    cls = _registered(cfg['type'], registry, where)
-    _check_arguments(cls, args, added, where)
-    args.update(added)
-    try:
-        return cls(**args)
-    except TypeError as error:
-        if 'unexpected keyword argument' in str(error) or 'required positional argument' in str(error):
-            raise ConfigError('%s%s: %s; correct its config' % (where, cls.__name__, error)) from error
-        raise
-
-
-def _registered(name, registry, where):
-    if inspect.isclass(name) or inspect.isfunction(name):
-        return name
-    cls = registry.get(name)
-    if cls is None:
-        raise ConfigError('%sunknown type %r%s (not registered as a %s)'
-                          % (where, name, did_you_mean(name, registry.module_dict), registry.name))
-    return cls
-
-
-def _check_arguments(cls, args, added, where):
-    names, required, open_ended = _parameters(cls)
-    repeated = sorted(set(args) & set(added))
-    if repeated:
-        raise ConfigError('%s%s: key %r is filled in by the program; remove it from the config'
-                          % (where, cls.__name__, repeated[0]))
-    if not open_ended:
-        check_keys(args, [n for n in names if n not in added], where + cls.__name__)
-    missing = [n for n in required if n not in args and n not in added]
-    if missing:
-        raise ConfigError('%s%s: key %r is missing; its keys are %s'
-                          % (where, cls.__name__, missing[0], ', '.join(names)))
-
-
-def _parameters(cls) -> Tuple[List[str], List[str], bool]:
-    """(all, required, takes any keyword) of a class's constructor or a function."""
-    function = cls.__init__ if inspect.isclass(cls) else cls
-    parameters = list(inspect.signature(function).parameters.values())
-    parameters = parameters[1:] if inspect.isclass(cls) else parameters
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return ([p.name for p in named], [p.name for p in named if p.default is p.empty],
-            any(p.kind == p.VAR_KEYWORD for p in parameters))
+            f.write(f'{name} = {pprint.pformat(value, width=110, compact=True)}\n\n')

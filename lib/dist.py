@@ -2,6 +2,7 @@
 
 Everything works in a single process, where torch.distributed is not initialised.
 """
+
 import contextlib
 from typing import Iterator, NamedTuple, Optional
 
@@ -66,6 +67,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 class _SharedDraws(NamedTuple):
     """begin, end: the samples held now, within the ``total`` of the optimizer step."""
+
     generator: torch.Generator
     begin: int
     end: int
@@ -102,4 +104,4 @@ def batch_rand(batch: int, *shape: int, device: Optional[torch.device] = None) -
     if batch != _draws.end - _draws.begin:
         raise ValueError('drawing for %d samples, but this forward pass holds %d' % (batch, _draws.end - _draws.begin))
     numbers = torch.rand(_draws.total, *shape, device=device, generator=_draws.generator)
-    return numbers[_draws.begin:_draws.end]
+    return numbers[_draws.begin : _draws.end]

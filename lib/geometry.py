@@ -3,6 +3,7 @@
 4x4 matrices act on column vectors from the left: p_b = b_from_a @ [x, y, z, 1]. Metres and radians.
 Quaternions are (w, x, y, z), as in nuScenes.
 """
+
 import math
 from typing import Sequence
 
@@ -13,10 +14,13 @@ def quaternion_to_matrix(quaternion: Sequence[float]) -> np.ndarray:
     """Rotation matrix float64 [3, 3] of a quaternion (w, x, y, z) of any length but zero."""
     q = np.asarray(quaternion, dtype=np.float64)
     w, x, y, z = q / np.linalg.norm(q)
-    return np.array([
-        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)]])
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
 
 
 def rotation_z(angle: float) -> np.ndarray:
@@ -73,8 +77,9 @@ def box_corners(box: Sequence[float]) -> np.ndarray:
     return (signs * np.asarray(box[3:6])) @ rotation_z(box[6]).T + np.asarray(box[:3])
 
 
-def voxel_centers(point_cloud_range: Sequence[float], voxel_size: float, grid_shape: Sequence[int],
-                  indices: np.ndarray = None) -> np.ndarray:
+def voxel_centers(
+    point_cloud_range: Sequence[float], voxel_size: float, grid_shape: Sequence[int], indices: np.ndarray = None
+) -> np.ndarray:
     """Centres (metres) of voxels.
 
     Args:

@@ -1,4 +1,5 @@
 """Reading files from outside as data, and writing files so that a half-written one is never seen."""
+
 import contextlib
 import errno
 import json
@@ -16,15 +17,47 @@ from .errors import DataError, UserError
 
 PathLike = Union[str, os.PathLike]
 
-_SAFE_BUILTINS = frozenset(('bool', 'bytearray', 'bytes', 'complex', 'dict', 'float', 'frozenset', 'int',
-                            'list', 'range', 'set', 'slice', 'str', 'tuple'))
+_SAFE_BUILTINS = frozenset(
+    (
+        'bool',
+        'bytearray',
+        'bytes',
+        'complex',
+        'dict',
+        'float',
+        'frozenset',
+        'int',
+        'list',
+        'range',
+        'set',
+        'slice',
+        'str',
+        'tuple',
+    )
+)
 _SAFE_NUMPY = frozenset(('_frombuffer', '_reconstruct', 'dtype', 'ndarray', 'scalar'))
 _SAFE_OTHER = frozenset((('collections', 'OrderedDict'), ('_codecs', 'encode')))
 # Modules in which the names of _SAFE_NUMPY live; NumPy 2 moved numpy.core to numpy._core.
-_NUMPY_MODULES = ('numpy', 'numpy.core.multiarray', 'numpy.core.numeric', 'numpy._core.multiarray',
-                  'numpy._core.numeric')
-_CANNOT_WRITE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR,
-                           errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG))
+_NUMPY_MODULES = (
+    'numpy',
+    'numpy.core.multiarray',
+    'numpy.core.numeric',
+    'numpy._core.multiarray',
+    'numpy._core.numeric',
+)
+_CANNOT_WRITE = frozenset(
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EROFS,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+    )
+)
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -39,7 +72,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if (module, name) in _SAFE_OTHER:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError('it names %s.%s' % (module, name))
+        raise pickle.UnpicklingError(f'it names {module}.{name}')
 
 
 def _is_safe_numpy_name(name):
@@ -68,23 +101,35 @@ def load_pickle_safe(path: PathLike, allow_any: bool = False):
     path = Path(path)
     if not path.is_file():
         raise DataError(
-            '%s does not exist; check the path (data_root, ann_file), or make the info files with '
-            'gen_sweep_info.py' % path)
+            f'{path} does not exist; check the path (data_root, ann_file), or make the info files with '
+            'gen_sweep_info.py'
+        )
     try:
         with open(str(path), 'rb') as stream:
             return (pickle.Unpickler if allow_any else _RestrictedUnpickler)(stream).load()
     except pickle.UnpicklingError as error:
         if 'it names' not in str(error):
-            raise DataError('%s is not a readable pickle (%s); make or fetch it again' %
-                            (path, error)) from error
+            raise DataError(f'{path} is not a readable pickle ({error}); make or fetch it again') from error
         raise DataError(
-            '%s was refused: %s, and only plain data and numpy arrays are read from pickles; if you '
-            'trust where the file is from, set allow_any_pickle=True in that section of data' %
-            (path, error)) from error
-    except (EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError, ImportError, OSError,
-            MemoryError, OverflowError, UnicodeDecodeError) as error:
-        raise DataError('%s is not a readable pickle (%s: %s); make or fetch it again'
-                        % (path, type(error).__name__, error)) from error
+            f'{path} was refused: {error}, and only plain data and numpy arrays are read from pickles; if you '
+            'trust where the file is from, set allow_any_pickle=True in that section of data'
+        ) from error
+    except (
+        EOFError,
+        ValueError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        ImportError,
+        OSError,
+        MemoryError,
+        OverflowError,
+        UnicodeDecodeError,
+    ) as error:
+        raise DataError(
+            f'{path} is not a readable pickle ({type(error).__name__}: {error}); make or fetch it again'
+        ) from error
 
 
 @contextlib.contextmanager
@@ -107,8 +152,10 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
-        raise UserError('cannot write %s: %s; free some space or choose another folder (an earlier file of '
-                        'that name is untouched)' % (path, os.strerror(error.errno))) from error
+        raise UserError(
+            f'cannot write {path}: {os.strerror(error.errno)}; free some space or choose another folder (an earlier file of '
+            'that name is untouched)'
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -148,7 +195,7 @@ def _to_plain(value):
         return value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise TypeError('%s cannot be written as JSON' % type(value).__name__)
+    raise TypeError(f'{type(value).__name__} cannot be written as JSON')
 
 
 def read_json(path: PathLike):
@@ -159,16 +206,17 @@ def read_json(path: PathLike):
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError('%s does not exist; check the path' % path)
+        raise DataError(f'{path} does not exist; check the path')
     try:
         with open(str(path), encoding='utf-8') as stream:
             return json.load(stream)
     except (ValueError, OSError) as error:
-        raise DataError('%s is not readable JSON (%s); make or fetch it again' % (path, error)) from error
+        raise DataError(f'{path} is not readable JSON ({error}); make or fetch it again') from error
 
 
-def load_npz_checked(path: PathLike, required: Iterable[str] = (),
-                     optional: Optional[Iterable[str]] = None) -> Dict[str, np.ndarray]:
+def load_npz_checked(
+    path: PathLike, required: Iterable[str] = (), optional: Optional[Iterable[str]] = None
+) -> Dict[str, np.ndarray]:
     """Arrays of an ``.npz`` file; objects in it are never unpickled.
 
     Args:
@@ -181,19 +229,22 @@ def load_npz_checked(path: PathLike, required: Iterable[str] = (),
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError('%s does not exist; check the path, or fetch the file' % path)
+        raise DataError(f'{path} does not exist; check the path, or fetch the file')
     try:
         with np.load(str(path), allow_pickle=False) as archive:
             missing = [key for key in required if key not in archive.files]
             if missing:
-                raise DataError('%s has no %r (it holds %s); is it a file of another kind?'
-                                % (path, missing[0], ', '.join(sorted(archive.files)) or 'nothing'))
-            wanted = archive.files if optional is None else [k for k in archive.files
-                                                             if k in set(required) | set(optional)]
+                raise DataError(
+                    '{} has no {!r} (it holds {}); is it a file of another kind?'.format(
+                        path, missing[0], ', '.join(sorted(archive.files)) or 'nothing'
+                    )
+                )
+            wanted = (
+                archive.files if optional is None else [k for k in archive.files if k in set(required) | set(optional)]
+            )
             return {key: archive[key] for key in wanted}
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError, AttributeError) as error:
-        raise DataError('%s is damaged or no .npz file (%s); make or fetch it again' %
-                        (path, error)) from error
+        raise DataError(f'{path} is damaged or no .npz file ({error}); make or fetch it again') from error
 
 
 def path_inside(folder: PathLike, *parts: str) -> Path:
@@ -205,6 +256,7 @@ def path_inside(folder: PathLike, *parts: str) -> Path:
     for part in parts:
         if part in ('', '.', '..') or any(c in part for c in ('/', '\\', '\0')):
             raise UserError(
-                '%r is no plain file or folder name, so nothing is read or written under it in %s; '
-                'the file that it comes from is damaged' % (part, folder))
+                f'{part!r} is no plain file or folder name, so nothing is read or written under it in {folder}; '
+                'the file that it comes from is damaged'
+            )
     return Path(folder, *parts)

@@ -1,4 +1,5 @@
 """Compilation of numeric loops with Numba, on their first call."""
+
 import numba
 
 

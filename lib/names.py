@@ -1,4 +1,5 @@
 """Checks of user-given names, with the nearest known name suggested."""
+
 import difflib
 from collections.abc import Mapping as AnyMapping
 from typing import Any, Dict, Iterable, Mapping
@@ -9,7 +10,7 @@ from .errors import ConfigError
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` with the known name nearest to ``name``, or an empty string if none is near."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
-    return '; did you mean %r?' % near[0] if near else ''
+    return f'; did you mean {near[0]!r}?' if near else ''
 
 
 def section(value: Any, where: str) -> Dict:
@@ -21,7 +22,7 @@ def section(value: Any, where: str) -> Dict:
     if value is None:
         return {}
     if not isinstance(value, AnyMapping):
-        raise ConfigError('%s must be a dict, got %r' % (where, value))
+        raise ConfigError(f'{where} must be a dict, got {value!r}')
     return dict(value)
 
 
@@ -36,5 +37,8 @@ def check_keys(given: Mapping, allowed: Iterable[str], where: str) -> None:
     allowed = sorted(allowed)
     for key in given:
         if key not in allowed:
-            raise ConfigError('%s: unknown key %r%s (the keys are %s)'
-                              % (where, key, did_you_mean(key, allowed), ', '.join(allowed)))
+            raise ConfigError(
+                '{}: unknown key {!r}{} (the keys are {})'.format(
+                    where, key, did_you_mean(key, allowed), ', '.join(allowed)
+                )
+            )

@@ -2,6 +2,7 @@
 
 Images are uint8 [height, width, 3], RGB; volumes are in the ego frame of the keyframe.
 """
+
 import os
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -31,6 +32,7 @@ class Volume:
         semantics: uint8 [X, Y, Z], class ids; free and 255 (ignore) are not drawn.
         instances: integer [X, Y, Z], 0 = none; drawn in a picture of its own when given.
     """
+
     title: str
     semantics: np.ndarray
     instances: Optional[np.ndarray] = None
@@ -50,21 +52,25 @@ def draw_figure(task: Task, volumes: Sequence[Volume], images: Dict[str, np.ndar
     rows += _camera_rows(images)
     rows.append(_captioned([(_with_name(v, 'occupancy'), _oblique(task, v, len(volumes))) for v in volumes]))
     if any(v.instances is not None for v in volumes):
-        rows.append(_captioned([(_with_name(v, 'instances'), _oblique(task, v, len(volumes), by_instance=True))
-                                for v in volumes]))
+        rows.append(
+            _captioned(
+                [(_with_name(v, 'instances'), _oblique(task, v, len(volumes), by_instance=True)) for v in volumes]
+            )
+        )
     rows.append(_bird_eye_row(task, volumes))
     gap = np.full((_GAP, WIDTH, 3), 255, np.uint8)
     return np.concatenate([part for row in rows for part in (row, gap)])
 
 
 def _with_name(volume, what):
-    return '%s: %s' % (volume.title, what)
+    return f'{volume.title}: {what}'
 
 
 def _font(size: int):
     """DejaVu Sans as matplotlib ships it, or Pillow's own font."""
     try:
         import matplotlib
+
         return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf'), size)
     except (ImportError, OSError):
         return ImageFont.load_default()
@@ -85,7 +91,7 @@ def _camera_rows(images) -> List[np.ndarray]:
     columns = min(3, len(names))
     rows = []
     for start in range(0, len(names), columns or 1):
-        rows.append(_captioned([(name, images[name]) for name in names[start:start + columns]], columns))
+        rows.append(_captioned([(name, images[name]) for name in names[start : start + columns]], columns))
     return rows
 
 
@@ -153,7 +159,7 @@ def _legend(draw, task, volumes, left):
     draw.text((left, 5), 'class', fill=_INK, font=_font(17))
     columns = [left + 250 + 170 * i for i in range(len(volumes))]
     for x, volume in zip(columns, volumes):
-        draw.text((x, 5), '%s, voxels' % volume.title, fill=_INK, font=_font(17), anchor='ra')
+        draw.text((x, 5), f'{volume.title}, voxels', fill=_INK, font=_font(17), anchor='ra')
     step = min(26.0, _BIRD_EYE / max(len(entries), 1))
     for i, (name, colour) in enumerate(entries):
         top = _CAPTION + round(i * step)

@@ -2,6 +2,7 @@
 
 Shapes: K occupied voxels, X Y Z the grid, F faces. Images are uint8 [height, width, 3], RGB.
 """
+
 import colorsys
 from dataclasses import dataclass
 from typing import Optional, Sequence, Tuple
@@ -27,6 +28,7 @@ class Camera:
         target: the point in the middle of the picture, metres, ego frame.
         field_of_view: horizontal, degrees.
     """
+
     position: Tuple[float, float, float] = (-34.0, 0.0, 27.0)
     target: Tuple[float, float, float] = (4.0, 0.0, -1.0)
     field_of_view: float = 74.0
@@ -42,7 +44,7 @@ def class_colours(semantics: np.ndarray, palette: Sequence[Tuple[int, int, int]]
         uint8 [..., 3].
     """
     table = np.full((256, 3), 90, np.uint8)
-    table[:len(palette)] = np.asarray(palette, np.uint8)
+    table[: len(palette)] = np.asarray(palette, np.uint8)
     return table[semantics]
 
 
@@ -84,8 +86,9 @@ def render_bird_eye(occupied: np.ndarray, colours: np.ndarray, pixels_per_voxel:
     return np.ascontiguousarray(image.repeat(pixels_per_voxel, axis=0).repeat(pixels_per_voxel, axis=1))
 
 
-def with_ego(occupied: np.ndarray, colours: np.ndarray, range_min: Sequence[float],
-             voxel_size: float) -> Tuple[np.ndarray, np.ndarray]:
+def with_ego(
+    occupied: np.ndarray, colours: np.ndarray, range_min: Sequence[float], voxel_size: float
+) -> Tuple[np.ndarray, np.ndarray]:
     """Copies of a volume with the ego car drawn into it as dark voxels.
 
     Args:
@@ -102,8 +105,14 @@ def with_ego(occupied: np.ndarray, colours: np.ndarray, range_min: Sequence[floa
     return occupied, colours
 
 
-def render_oblique(occupied: np.ndarray, colours: np.ndarray, range_min: Sequence[float], voxel_size: float,
-                   size: Tuple[int, int] = (450, 800), camera: Optional[Camera] = None) -> np.ndarray:
+def render_oblique(
+    occupied: np.ndarray,
+    colours: np.ndarray,
+    range_min: Sequence[float],
+    voxel_size: float,
+    size: Tuple[int, int] = (450, 800),
+    camera: Optional[Camera] = None,
+) -> np.ndarray:
     """Perspective view of the volume as solid, shaded cubes.
 
     Args:
@@ -117,11 +126,15 @@ def render_oblique(occupied: np.ndarray, colours: np.ndarray, range_min: Sequenc
     """
     camera = camera or Camera()
     canvas = _sky(size[0] * _SUPERSAMPLING, size[1] * _SUPERSAMPLING)
-    corners, shades = _visible_faces(occupied, colours, np.asarray(camera.position), np.asarray(range_min[:3]),
-                                     voxel_size)
+    corners, shades = _visible_faces(
+        occupied, colours, np.asarray(camera.position), np.asarray(range_min[:3]), voxel_size
+    )
     pixels, depth = _project(corners, camera, canvas.shape)
-    inside = ((depth > 0.3).all(axis=1) & (pixels.max(axis=1) > 0).all(axis=1)
-              & (pixels.min(axis=1) < (canvas.shape[1], canvas.shape[0])).all(axis=1))
+    inside = (
+        (depth > 0.3).all(axis=1)
+        & (pixels.max(axis=1) > 0).all(axis=1)
+        & (pixels.min(axis=1) < (canvas.shape[1], canvas.shape[0])).all(axis=1)
+    )
     _paint(canvas, pixels[inside], shades[inside])
     return cv2.resize(canvas, (size[1], size[0]), interpolation=cv2.INTER_AREA)
 
@@ -129,8 +142,9 @@ def render_oblique(occupied: np.ndarray, colours: np.ndarray, range_min: Sequenc
 def _sky(height: int, width: int) -> np.ndarray:
     """Background, a shade darker towards the top."""
     ramp = np.linspace(0.86, 1.0, height, dtype=np.float32)[:, None, None]
-    return np.ascontiguousarray(np.broadcast_to(np.asarray(BACKGROUND, np.float32) * ramp,
-                                                (height, width, 3)).astype(np.uint8))
+    return np.ascontiguousarray(
+        np.broadcast_to(np.asarray(BACKGROUND, np.float32) * ramp, (height, width, 3)).astype(np.uint8)
+    )
 
 
 def _visible_faces(occupied, colours, camera_position, range_min, voxel_size):

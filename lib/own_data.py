@@ -27,6 +27,7 @@ The JSON file (lengths in metres, times in seconds, quaternions w x y z, image p
 - An image taken noticeably before or after its frame's timestamp may carry the ego pose of its own moment:
   ``{"path": "...", "ego2global": {...}}`` instead of the path alone.
 """
+
 import os
 from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
@@ -48,6 +49,7 @@ class OwnData(NamedTuple):
         infos: one per frame, in order; sweeps are filled in such that the earlier frames are the history.
         data_root: folder that the loader is to look for images from.
     """
+
     cameras: Tuple[str, ...]
     infos: List[Dict]
     data_root: str
@@ -61,21 +63,25 @@ def read_own_data(path: str) -> OwnData:
     """
     content = read_json(path)
     folder = os.path.dirname(os.path.abspath(path))
-    cameras = {name: _camera(camera, '%s: cameras.%s' % (path, name))
-               for name, camera in _get(content, 'cameras', dict, path).items()}
+    cameras = {
+        name: _camera(camera, f'{path}: cameras.{name}')
+        for name, camera in _get(content, 'cameras', dict, path).items()
+    }
     if not cameras:
-        raise DataError('%s: "cameras" is empty; list at least one camera with its calibration' % path)
+        raise DataError(f'{path}: "cameras" is empty; list at least one camera with its calibration')
     infos, names = [], set()
     for s, sequence in enumerate(_get(content, 'sequences', list, path)):
         where = '%s: sequences[%d]' % (path, s)
         name = _get(sequence, 'name', str, where)
         if name in names or not name or not all(c.isalnum() or c in '._-' for c in name):
-            raise DataError('%s: name %r must be new and made of letters, digits, ".", "_" and "-"; it names '
-                            'the output files' % (where, name))
+            raise DataError(
+                f'{where}: name {name!r} must be new and made of letters, digits, ".", "_" and "-"; it names '
+                'the output files'
+            )
         names.add(name)
         infos += _sequence_infos(name, _get(sequence, 'frames', list, where), cameras, folder, where)
     if not infos:
-        raise DataError('%s holds no frames; give at least one sequence with one frame' % path)
+        raise DataError(f'{path} holds no frames; give at least one sequence with one frame')
     return OwnData(tuple(cameras), infos, _data_root(infos, folder, path))
 
 
@@ -90,20 +96,22 @@ def _data_root(infos, folder, path) -> str:
             parts = camera['data_path'].split(os.sep)
             marks = [i for i, part in enumerate(parts) if part in ('samples', 'sweeps')]
             if marks:
-                roots.add(os.sep.join(parts[:marks[-1]]) or os.sep)
+                roots.add(os.sep.join(parts[: marks[-1]]) or os.sep)
     if len(roots) > 1:
-        raise DataError('%s: images lie in "samples" or "sweeps" folders of different places (%s); rename these '
-                        'folders, or put them side by side' % (path, ', '.join(sorted(roots))))
+        raise DataError(
+            '{}: images lie in "samples" or "sweeps" folders of different places ({}); rename these '
+            'folders, or put them side by side'.format(path, ', '.join(sorted(roots)))
+        )
     return roots.pop() if roots else folder
 
 
 def _get(mapping, key, kind, where):
     if not isinstance(mapping, Mapping) or key not in mapping:
-        raise DataError('%s: "%s" is missing; see the format in lib/own_data.py' % (where, key))
+        raise DataError(f'{where}: "{key}" is missing; see the format in lib/own_data.py')
     value = mapping[key]
     if not isinstance(value, kind) or isinstance(value, bool):
         names = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
-        raise DataError('%s: "%s" must be a %s, got %r' % (where, key, ' or '.join(names), value))
+        raise DataError('{}: "{}" must be a {}, got {!r}'.format(where, key, ' or '.join(names), value))
     return value
 
 
@@ -113,24 +121,25 @@ def _numbers(mapping, key, shape, where) -> np.ndarray:
     except (ValueError, TypeError):
         value = np.empty(0)
     if value.shape != shape or not np.isfinite(value).all():
-        raise DataError('%s: "%s" must be %s finite numbers' % (where, key, ' x '.join(map(str, shape))))
+        raise DataError('{}: "{}" must be {} finite numbers'.format(where, key, ' x '.join(map(str, shape))))
     return value
 
 
 def _pose(mapping, key, where) -> Tuple[Dict, np.ndarray]:
     """A pose as given (lists) and as 4x4."""
-    pose, where = _get(mapping, key, dict, where), '%s.%s' % (where, key)
+    pose, where = _get(mapping, key, dict, where), f'{where}.{key}'
     rotation, translation = _numbers(pose, 'rotation', (4,), where), _numbers(pose, 'translation', (3,), where)
     if abs(np.linalg.norm(rotation) - 1) > 1e-2:
-        raise DataError('%s: "rotation" is no unit quaternion (w, x, y, z); its length is %.3f'
-                        % (where, np.linalg.norm(rotation)))
-    return (dict(rotation=rotation.tolist(), translation=translation.tolist()),
-            pose_to_matrix(rotation, translation))
+        raise DataError(
+            f'{where}: "rotation" is no unit quaternion (w, x, y, z); its length is {np.linalg.norm(rotation):.3f}'
+        )
+    return (dict(rotation=rotation.tolist(), translation=translation.tolist()), pose_to_matrix(rotation, translation))
 
 
 def _camera(camera, where) -> Dict:
-    return dict(intrinsic=_numbers(camera, 'intrinsic', (3, 3), where),
-                camera2ego=_pose(camera, 'camera2ego', where)[1])
+    return dict(
+        intrinsic=_numbers(camera, 'intrinsic', (3, 3), where), camera2ego=_pose(camera, 'camera2ego', where)[1]
+    )
 
 
 def _sequence_infos(name: str, frames: Sequence, cameras: Mapping, folder: str, where: str) -> List[Dict]:
@@ -139,37 +148,55 @@ def _sequence_infos(name: str, frames: Sequence, cameras: Mapping, folder: str, 
         here = '%s.frames[%d]' % (where, f)
         seconds = float(_get(frame, 'timestamp', (int, float), here))
         if not seconds > last_time:
-            raise DataError('%s: timestamp %r does not follow the one before; give frames in time order'
-                            % (here, seconds))
+            raise DataError(f'{here}: timestamp {seconds!r} does not follow the one before; give frames in time order')
         last_time = seconds
         pose, ego2global = _pose(frame, 'ego2global', here)
         images = _get(frame, 'images', dict, here)
-        cams = {camera: _camera_entry(images, camera, calibration, ego2global, seconds, folder, here)
-                for camera, calibration in cameras.items()}
+        cams = {
+            camera: _camera_entry(images, camera, calibration, ego2global, seconds, folder, here)
+            for camera, calibration in cameras.items()
+        }
         # Earlier frames stand at every sixth place of a history, behind five sweeps.
         sweeps = [infos[-1]['cams']] * SWEEPS_PER_KEYFRAME if infos else []
-        infos.append(dict(
-            token='%s_%05d' % (name, f), timestamp=int(round(seconds * 1e6)), scene_token=name, scene_name=name,
-            lidar_path='', lidar2ego_rotation=_IDENTITY['rotation'],
-            lidar2ego_translation=_IDENTITY['translation'], ego2global_rotation=pose['rotation'],
-            ego2global_translation=pose['translation'], cams=cams, sweeps=sweeps))
+        infos.append(
+            dict(
+                token='%s_%05d' % (name, f),
+                timestamp=int(round(seconds * 1e6)),
+                scene_token=name,
+                scene_name=name,
+                lidar_path='',
+                lidar2ego_rotation=_IDENTITY['rotation'],
+                lidar2ego_translation=_IDENTITY['translation'],
+                ego2global_rotation=pose['rotation'],
+                ego2global_translation=pose['translation'],
+                cams=cams,
+                sweeps=sweeps,
+            )
+        )
     return infos
 
 
 def _camera_entry(images, camera, calibration, ego2global, seconds, folder, where) -> Dict:
     """Camera entry of an info; LIDAR_TOP is the ego frame itself."""
-    image = _get(images, camera, (str, dict), '%s.images' % where)
-    where = '%s.images.%s' % (where, camera)
+    image = _get(images, camera, (str, dict), f'{where}.images')
+    where = f'{where}.images.{camera}'
     path = image if isinstance(image, str) else _get(image, 'path', str, where)
-    own_pose = ego2global if isinstance(image, str) or 'ego2global' not in image \
-        else _pose(image, 'ego2global', where)[1]
+    own_pose = (
+        ego2global if isinstance(image, str) or 'ego2global' not in image else _pose(image, 'ego2global', where)[1]
+    )
     path = os.path.normpath(os.path.join(folder, path))
     if not os.path.isfile(path):
-        raise DataError('%s: image %s does not exist; paths are relative to the JSON file' % (where, path))
+        raise DataError(f'{where}: image {path} does not exist; paths are relative to the JSON file')
     camera2global = own_pose @ calibration['camera2ego']
     camera2ego_now = invert_rigid(ego2global) @ camera2global
     return dict(
-        data_path=path, type=camera, sample_data_token=path, timestamp=int(round(seconds * 1e6)),
+        data_path=path,
+        type=camera,
+        sample_data_token=path,
+        timestamp=int(round(seconds * 1e6)),
         cam_intrinsic=calibration['intrinsic'],
-        sensor2lidar_rotation=camera2ego_now[:3, :3], sensor2lidar_translation=camera2ego_now[:3, 3],
-        sensor2global_rotation=camera2global[:3, :3].T, sensor2global_translation=camera2global[:3, 3])
+        sensor2lidar_rotation=camera2ego_now[:3, :3],
+        sensor2lidar_translation=camera2ego_now[:3, 3],
+        sensor2global_rotation=camera2global[:3, :3].T,
+        sensor2global_translation=camera2global[:3, 3],
+    )

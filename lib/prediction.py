@@ -3,6 +3,7 @@
 A prediction is the dict the model returns per sample: sem_pred uint8 [1, K], occ_loc uint8 or int16
 [1, K, 3] (voxel indices x, y, z) and, for panoptic tasks, pano_inst int16 [1, K] and pano_sem uint8 [1, K].
 """
+
 import os
 import tempfile
 import zipfile
@@ -59,9 +60,10 @@ def load_prediction(path: Union[str, Path]) -> Dict[str, np.ndarray]:
         with np.load(str(path), allow_pickle=False) as file:
             prediction = {name: file[name] for name in _REQUIRED + _OPTIONAL if name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError('%s is not a readable prediction file (%s); predict again with val.py '
-                        '--save-predictions' % (path, error)) from error
+        raise DataError(
+            f'{path} is not a readable prediction file ({error}); predict again with val.py --save-predictions'
+        ) from error
     missing = [name for name in _REQUIRED if name not in prediction]
     if missing:
-        raise DataError('%s has no array %s; it is not a prediction file of this project' % (path, missing))
+        raise DataError(f'{path} has no array {missing}; it is not a prediction file of this project')
     return prediction

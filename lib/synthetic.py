@@ -3,6 +3,7 @@
 Nothing here resembles a street; what counts is that every tensor has the shape, dtype and range of a
 real batch, that points project into the images as they do on a car, and that a seed gives the same bits.
 """
+
 import math
 from typing import Dict
 
@@ -11,8 +12,14 @@ import torch
 
 from .task import Task
 
-_CAMERA_YAWS = {'CAM_FRONT': 0.0, 'CAM_FRONT_RIGHT': -55.0, 'CAM_FRONT_LEFT': 55.0,
-                'CAM_BACK': 180.0, 'CAM_BACK_LEFT': 110.0, 'CAM_BACK_RIGHT': -110.0}
+_CAMERA_YAWS = {
+    'CAM_FRONT': 0.0,
+    'CAM_FRONT_RIGHT': -55.0,
+    'CAM_FRONT_LEFT': 55.0,
+    'CAM_BACK': 180.0,
+    'CAM_BACK_LEFT': 110.0,
+    'CAM_BACK_RIGHT': -110.0,
+}
 _HORIZONTAL_FOV = 70.0
 _CAMERA_HEIGHT = 1.5
 _LIDAR_HEIGHT = 1.8
@@ -45,8 +52,13 @@ def synthetic_calibration(task: Task, metres_per_frame: float = 2.0):
     lidar2ego[:3, 3] = [0.9, 0.0, _LIDAR_HEIGHT]
     count = len(task.cameras)
     yaws = [_CAMERA_YAWS.get(name, 360.0 * n / count) for n, name in enumerate(task.cameras)]
-    lidar2img = np.stack([intrinsics @ _ego_to_camera(yaw, t * metres_per_frame) @ lidar2ego
-                          for t in range(task.num_frames) for yaw in yaws])
+    lidar2img = np.stack(
+        [
+            intrinsics @ _ego_to_camera(yaw, t * metres_per_frame) @ lidar2ego
+            for t in range(task.num_frames)
+            for yaw in yaws
+        ]
+    )
     ego2lidar = np.repeat(np.linalg.inv(lidar2ego)[None], len(lidar2img), axis=0)
     return lidar2img.astype(np.float32), ego2lidar
 
@@ -77,8 +89,9 @@ def synthetic_meta(task: Task, index: int, seed: int = 0) -> Dict:
     return dict(sample_token='synthetic-%d' % index, scene_name='synthetic', index=index, frame_keys=keys)
 
 
-def synthetic_batch(task: Task, batch_size: int = 1, seed: int = 0, with_labels: bool = False,
-                    first_index: int = 0) -> Dict:
+def synthetic_batch(
+    task: Task, batch_size: int = 1, seed: int = 0, with_labels: bool = False, first_index: int = 0
+) -> Dict:
     """A batch as ``loaders.collate`` returns it, of random images.
 
     Args:
@@ -95,16 +108,22 @@ def synthetic_batch(task: Task, batch_size: int = 1, seed: int = 0, with_labels:
     for index in range(first_index, first_index + batch_size):
         for t in range(frames):
             generator = torch.Generator().manual_seed(seed * 1000003 + index - t + frames)
-            images.append(torch.randint(0, 256, (len(cameras), 3) + task.image_size, dtype=torch.uint8,
-                                        generator=generator))
+            images.append(
+                torch.randint(0, 256, (len(cameras), 3) + task.image_size, dtype=torch.uint8, generator=generator)
+            )
         metas.append(synthetic_meta(task, index, seed))
-    batch = dict(img=torch.stack(images).view((batch_size, frames * len(cameras), 3) + task.image_size),
-                 lidar2img=torch.from_numpy(lidar2img).repeat(batch_size, 1, 1, 1),
-                 ego2lidar=torch.from_numpy(ego2lidar).repeat(batch_size, 1, 1, 1), img_metas=metas)
+    batch = dict(
+        img=torch.stack(images).view((batch_size, frames * len(cameras), 3) + task.image_size),
+        lidar2img=torch.from_numpy(lidar2img).repeat(batch_size, 1, 1, 1),
+        ego2lidar=torch.from_numpy(ego2lidar).repeat(batch_size, 1, 1, 1),
+        img_metas=metas,
+    )
     if with_labels:
         volumes = [_labels(task, torch.Generator().manual_seed(seed + 7919 * b)) for b in range(batch_size)]
-        batch.update(voxel_semantics=torch.stack([v[0] for v in volumes]),
-                     voxel_instances=torch.stack([v[1] for v in volumes]),
-                     instance_class_ids=[v[2] for v in volumes],
-                     mask_camera=torch.ones((batch_size,) + task.grid_shape, dtype=torch.bool))
+        batch.update(
+            voxel_semantics=torch.stack([v[0] for v in volumes]),
+            voxel_instances=torch.stack([v[1] for v in volumes]),
+            instance_class_ids=[v[2] for v in volumes],
+            mask_camera=torch.ones((batch_size,) + task.grid_shape, dtype=torch.bool),
+        )
     return batch

@@ -3,14 +3,14 @@
 A config has one top-level ``task`` dict; ``Task.from_config`` checks it, and the builders hand the result
 to the detector, the datasets and the evaluators. Nothing else in a config repeats these numbers.
 """
+
 from dataclasses import dataclass, field, fields
 from typing import Mapping, Tuple
 
 from .classes import LabelSet, get_label_set
 from .errors import ConfigError
 
-NUSCENES_CAMERAS = ('CAM_FRONT', 'CAM_FRONT_RIGHT', 'CAM_FRONT_LEFT',
-                    'CAM_BACK', 'CAM_BACK_LEFT', 'CAM_BACK_RIGHT')
+NUSCENES_CAMERAS = ('CAM_FRONT', 'CAM_FRONT_RIGHT', 'CAM_FRONT_LEFT', 'CAM_BACK', 'CAM_BACK_LEFT', 'CAM_BACK_RIGHT')
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Task:
         cameras: N camera names in the order the model sees them.
         image_size: (height, width) of the network's input images, pixels.
     """
+
     label_set: LabelSet
     panoptic: bool = False
     point_cloud_range: Tuple[float, ...] = (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4)
@@ -43,17 +44,17 @@ class Task:
         set_('cameras', tuple(self.cameras))
         set_('image_size', tuple(int(v) for v in self.image_size))
         if len(self.point_cloud_range) != 6:
-            raise ConfigError('task.point_cloud_range needs 6 numbers (x0 y0 z0 x1 y1 z1), got %d'
-                              % len(self.point_cloud_range))
+            raise ConfigError(
+                'task.point_cloud_range needs 6 numbers (x0 y0 z0 x1 y1 z1), got %d' % len(self.point_cloud_range)
+            )
         if self.voxel_size <= 0:
-            raise ConfigError('task.voxel_size must be positive, got %g' % self.voxel_size)
+            raise ConfigError(f'task.voxel_size must be positive, got {self.voxel_size:g}')
         if int(self.num_frames) != self.num_frames or self.num_frames < 1:
-            raise ConfigError('task.num_frames must be an integer of at least 1, got %r' % (self.num_frames,))
+            raise ConfigError(f'task.num_frames must be an integer of at least 1, got {self.num_frames!r}')
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
-            raise ConfigError('task.cameras must be different names, got %r' % (self.cameras,))
+            raise ConfigError(f'task.cameras must be different names, got {self.cameras!r}')
         if len(self.image_size) != 2 or min(self.image_size) < 32:
-            raise ConfigError('task.image_size must be (height, width), at least 32 each, got %r'
-                              % (self.image_size,))
+            raise ConfigError(f'task.image_size must be (height, width), at least 32 each, got {self.image_size!r}')
         set_('grid_shape', self._grid_shape())
 
     def _grid_shape(self):
@@ -62,8 +63,10 @@ class Task:
         for axis, a, b in zip('xyz', lo, hi):
             n = round((b - a) / self.voxel_size)
             if n < 1 or abs(n * self.voxel_size - (b - a)) > 1e-4 * self.voxel_size * max(n, 1):
-                raise ConfigError('task.point_cloud_range: %g..%g m along %s is not a whole number of voxels of '
-                                  '%g m; change the range or task.voxel_size' % (a, b, axis, self.voxel_size))
+                raise ConfigError(
+                    f'task.point_cloud_range: {a:g}..{b:g} m along {axis} is not a whole number of voxels of '
+                    f'{self.voxel_size:g} m; change the range or task.voxel_size'
+                )
             shape.append(n)
         return tuple(shape)
 
@@ -81,7 +84,7 @@ class Task:
         known = {f.name for f in fields(cls) if f.init}
         unknown = set(cfg) - known
         if unknown:
-            raise ConfigError('task: unknown keys %s; the keys are %s' % (sorted(unknown), sorted(known)))
+            raise ConfigError(f'task: unknown keys {sorted(unknown)}; the keys are {sorted(known)}')
         if 'label_set' not in cfg:
             raise ConfigError("task: key 'label_set' is missing; give e.g. label_set='occ3d'")
         return cls(**dict(cfg))

@@ -1,4 +1,5 @@
 """From files to batches: the data set, its pipeline, the loader. Importing it registers them with mmdet."""
+
 from lib.compat import prepare_openmmlab
 
 prepare_openmmlab()

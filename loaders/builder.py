@@ -1,4 +1,5 @@
 """Data sets and their loaders from configs."""
+
 import contextlib
 import re
 import resource
@@ -29,16 +30,24 @@ def build_dataset(cfg: Mapping, task: Task):
     name = cfg.pop('type', None)
     dataset_class = DATASETS.get(name) if isinstance(name, str) else None
     if dataset_class is None:
-        raise ConfigError('unknown data set type %r%s' % (name, did_you_mean(name, DATASETS.module_dict)))
+        raise ConfigError(f'unknown data set type {name!r}{did_you_mean(name, DATASETS.module_dict)}')
     try:
         return dataset_class(task=task, **cfg)
     except TypeError as error:
-        raise ConfigError('data set %s: %s' % (name, error)) from error
+        raise ConfigError(f'data set {name}: {error}') from error
 
 
-def build_dataloader(dataset, batch_size: int, num_workers: int, sampler=None, shuffle: bool = False,
-                     drop_last: bool = False, pin_memory: bool = False, persistent_workers: bool = False,
-                     prefetch_factor: Optional[int] = None) -> torch.utils.data.DataLoader:
+def build_dataloader(
+    dataset,
+    batch_size: int,
+    num_workers: int,
+    sampler=None,
+    shuffle: bool = False,
+    drop_last: bool = False,
+    pin_memory: bool = False,
+    persistent_workers: bool = False,
+    prefetch_factor: Optional[int] = None,
+) -> torch.utils.data.DataLoader:
     """Loader of batches of ``dataset``.
 
     Args:
@@ -53,8 +62,15 @@ def build_dataloader(dataset, batch_size: int, num_workers: int, sampler=None, s
         prefetch_factor: batches that each worker prepares ahead; None = PyTorch's default.
     """
     allow_many_open_files()
-    options = dict(batch_size=batch_size, num_workers=num_workers, sampler=sampler, shuffle=shuffle,
-                   drop_last=drop_last, pin_memory=pin_memory, collate_fn=collate)
+    options = dict(
+        batch_size=batch_size,
+        num_workers=num_workers,
+        sampler=sampler,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        pin_memory=pin_memory,
+        collate_fn=collate,
+    )
     if num_workers > 0:
         options.update(worker_init_fn=_init_worker, persistent_workers=persistent_workers)
         if prefetch_factor is not None:
@@ -77,9 +93,9 @@ class _Loader(torch.utils.data.DataLoader):
             if self.num_workers == 0 or not is_dead_worker(error):
                 raise
             raise DataError(
-                'a data loading worker died (%s); most likely memory or shared memory (/dev/shm) ran '
-                'out: use fewer workers (data.workers_per_gpu), or give the container more --shm-size' %
-                (str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+                f'a data loading worker died ({(str(error).strip().splitlines() or [type(error).__name__])[0]}); most likely memory or shared memory (/dev/shm) ran '
+                'out: use fewer workers (data.workers_per_gpu), or give the container more --shm-size'
+            ) from error
         finally:
             if not self.persistent_workers:
                 self._stop_workers(iterator)

@@ -1,4 +1,5 @@
 """Image files to pixels: one function per decoder, all giving BGR uint8 [H, W, 3]."""
+
 import io
 import os
 from typing import Callable, Dict, NamedTuple, Optional, Tuple
@@ -16,7 +17,7 @@ _TRAILER = 4096  # bytes at the end of a file in which the end mark of a JPEG is
 def check_decoder(decoder: str) -> None:
     """Raise ConfigError if the decoder is unknown or what it needs is not installed."""
     if decoder not in _DECODERS:
-        raise ConfigError('unknown image decoder %r; use one of %s' % (decoder, sorted(_DECODERS)))
+        raise ConfigError(f'unknown image decoder {decoder!r}; use one of {sorted(_DECODERS)}')
     if decoder == 'turbojpeg':
         _turbojpeg()
 
@@ -28,6 +29,7 @@ class DecodedImage(NamedTuple):
         pixels: BGR uint8 [H, W, 3].
         factor: pixels of this array per pixel of the file, 1.0 or 0.5.
     """
+
     pixels: np.ndarray
     factor: float
 
@@ -51,10 +53,9 @@ def read_image(path, decoder: str = 'cv2', half_covers: Optional[Tuple[int, int]
         pixels = _DECODERS[decoder](content, half)
     except (OSError, ValueError, cv2.error, SyntaxError) as error:
         reason = ' '.join(str(error).split())
-        raise DataError('image %s cannot be decoded (%s); fetch it again' % (path, reason)) from error
+        raise DataError(f'image {path} cannot be decoded ({reason}); fetch it again') from error
     if pixels is None:
-        raise DataError('image %s cannot be decoded (%d bytes, no known format); fetch it again'
-                        % (path, len(content)))
+        raise DataError('image %s cannot be decoded (%d bytes, no known format); fetch it again' % (path, len(content)))
     return DecodedImage(pixels, 0.5 if half else 1.0)
 
 
@@ -71,7 +72,7 @@ def check_whole(path) -> None:
     """
     start, end, size = _read(path, _read_ends)
     if not size:
-        raise DataError('image %s is empty; fetch it again' % path)
+        raise DataError(f'image {path} is empty; fetch it again')
     _is_whole_jpeg(path, start, end, size)
 
 
@@ -96,10 +97,10 @@ def _read(path, action):
             return action(stream)
     except FileNotFoundError as error:
         raise DataError(
-            'image %s does not exist; check data_root, and that its samples/ and sweeps/ are complete'
-            % path) from error
+            f'image {path} does not exist; check data_root, and that its samples/ and sweeps/ are complete'
+        ) from error
     except OSError as error:
-        raise DataError('image %s cannot be read (%s)' % (path, error)) from error
+        raise DataError(f'image {path} cannot be read ({error})') from error
 
 
 def _decode_cv2(content, half):
@@ -126,16 +127,14 @@ def _turbojpeg():
     if not _turbojpeg_decoder:
         try:
             from turbojpeg import TurboJPEG
+
             _turbojpeg_decoder.append(TurboJPEG())
         except (ImportError, RuntimeError, OSError) as error:
             raise ConfigError(
-                "decoder='turbojpeg' needs the package PyTurboJPEG and the library libturbojpeg (%s); "
-                "install them, or use decoder='cv2'" % str(error).splitlines()[0].rstrip('.')) from error
+                "decoder='turbojpeg' needs the package PyTurboJPEG and the library libturbojpeg ({}); "
+                "install them, or use decoder='cv2'".format(str(error).splitlines()[0].rstrip('.'))
+            ) from error
     return _turbojpeg_decoder[0]
 
 
-_DECODERS: Dict[str, Callable] = {
-    'cv2': _decode_cv2,
-    'pillow': _decode_pillow,
-    'turbojpeg': _decode_turbojpeg,
-}
+_DECODERS: Dict[str, Callable] = {'cv2': _decode_cv2, 'pillow': _decode_pillow, 'turbojpeg': _decode_turbojpeg}

@@ -3,6 +3,7 @@ evaluation's rays (paper section 4.1, RayIoU; SPEC section 6).
 
 Frames: LIDAR_TOP and ego of one keyframe, global. Metres, quaternions wxyz, timestamps in microseconds.
 """
+
 from typing import Dict, List, Sequence
 
 import numpy as np
@@ -51,8 +52,9 @@ def _begins_scene(previous, info, marked):
     return late or (marked and not len(info.get('sweeps', ())))
 
 
-def scene_ray_origins(infos: Sequence[Dict], point_cloud_range: Sequence[float] = OCC3D_RANGE,
-                      max_origins: int = MAX_ORIGINS) -> Dict[str, np.ndarray]:
+def scene_ray_origins(
+    infos: Sequence[Dict], point_cloud_range: Sequence[float] = OCC3D_RANGE, max_origins: int = MAX_ORIGINS
+) -> Dict[str, np.ndarray]:
     """Origins of the evaluation's rays for every keyframe.
 
     They are the positions of LIDAR_TOP in every frame of the keyframe's scene that lie over the volume, at
@@ -69,8 +71,9 @@ def scene_ray_origins(infos: Sequence[Dict], point_cloud_range: Sequence[float] 
     origins = {}
     for scene in split_scenes(infos):
         ego_from_lidars = [ego_from_lidar(infos[index]) for index in scene]
-        global_from_lidars = np.stack([global_from_ego(infos[index]) @ pose
-                                       for index, pose in zip(scene, ego_from_lidars)])
+        global_from_lidars = np.stack(
+            [global_from_ego(infos[index]) @ pose for index, pose in zip(scene, ego_from_lidars)]
+        )
         positions = global_from_lidars[:, :3, 3]
         for index, pose, global_from_lidar in zip(scene, ego_from_lidars, global_from_lidars):
             in_lidar = transform_points(invert_rigid(global_from_lidar), positions)

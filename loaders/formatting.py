@@ -1,4 +1,5 @@
 """From a pipeline's arrays to the tensors of a batch. B samples, T frames, N cameras, index = t*N + n."""
+
 from typing import Dict, List, Sequence
 
 import numpy as np
@@ -22,9 +23,14 @@ def format_sample(sample: Dict) -> Dict:
         img=torch.from_numpy(_channels_first(sample['img'])),
         lidar2img=torch.from_numpy(np.ascontiguousarray(sample['lidar2img'], dtype=np.float32)),
         ego2lidar=torch.from_numpy(np.ascontiguousarray(sample['ego2lidar'], dtype=np.float64)),
-        img_metas=dict(sample_token=info['token'], scene_token=info.get('scene_token'),
-                       scene_name=info.get('scene_name'), index=sample['index'],
-                       frame_keys=sample['frame_keys']))
+        img_metas=dict(
+            sample_token=info['token'],
+            scene_token=info.get('scene_token'),
+            scene_name=info.get('scene_name'),
+            index=sample['index'],
+            frame_keys=sample['frame_keys'],
+        ),
+    )
     for key in ('voxel_semantics', 'voxel_instances', 'mask_camera', 'instance_class_ids'):
         if key in sample:
             formatted[key] = torch.from_numpy(np.ascontiguousarray(sample[key]))
@@ -39,8 +45,10 @@ def _channels_first(images: Sequence[np.ndarray]) -> np.ndarray:
     """
     sizes = sorted({image.shape[:2] for image in images})
     if len(sizes) > 1:
-        raise ConfigError('the images of a sample have different sizes, e.g. %dx%d and %dx%d; bring them to '
-                          'one with RandomTransformImage' % (sizes[0][::-1] + sizes[1][::-1]))
+        raise ConfigError(
+            'the images of a sample have different sizes, e.g. %dx%d and %dx%d; bring them to '
+            'one with RandomTransformImage' % (sizes[0][::-1] + sizes[1][::-1])
+        )
     stacked = np.empty((len(images), 3) + sizes[0], dtype=np.uint8)
     for target, image in zip(stacked, images):
         target[...] = image.transpose(2, 0, 1)
@@ -54,8 +62,11 @@ def collate(samples: Sequence[Dict]) -> Dict:
         The samples' tensors stacked to [B, ...]; ``img_metas`` and ``instance_class_ids`` as lists of B. A
         key that only some of the samples have (``mask_camera``) is left out.
     """
-    batch = {key: torch.stack([sample[key] for sample in samples])
-             for key in _STACKED if all(key in sample for sample in samples)}
+    batch = {
+        key: torch.stack([sample[key] for sample in samples])
+        for key in _STACKED
+        if all(key in sample for sample in samples)
+    }
     batch['img_metas'] = [sample['img_metas'] for sample in samples]
     if all('instance_class_ids' in sample for sample in samples):
         class_ids: List[torch.Tensor] = [sample['instance_class_ids'] for sample in samples]

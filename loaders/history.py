@@ -3,6 +3,7 @@
 The history of a keyframe, newest first: its five camera sweeps, the keyframe before it, that one's five
 sweeps, and so on back to the start of the scene. Every sixth entry (5, 11, 17, ...) is a keyframe.
 """
+
 from typing import Dict, List, Optional, Sequence
 
 import numpy as np

@@ -9,6 +9,7 @@ entry} with ``data_path``, ``timestamp``, ``cam_intrinsic`` [3, 3] and ``sensor2
 for the first keyframe of a scene), ``scene_token`` and ``scene_name``. Files without those (MMDetection3D's,
 published ones) are read all the same.
 """
+
 import os
 from pathlib import Path
 from typing import Dict, List, NamedTuple
@@ -16,12 +17,18 @@ from typing import Dict, List, NamedTuple
 import numpy as np
 
 from lib.errors import DataError
-from lib.geometry import (intrinsics_to_matrix, invert_rigid, make_transform, pose_to_matrix,
-                          quaternion_to_matrix)
+from lib.geometry import intrinsics_to_matrix, invert_rigid, make_transform, pose_to_matrix, quaternion_to_matrix
 from lib.io import load_pickle_safe
 
-_REQUIRED = ('token', 'timestamp', 'cams', 'lidar2ego_translation', 'lidar2ego_rotation',
-             'ego2global_translation', 'ego2global_rotation')
+_REQUIRED = (
+    'token',
+    'timestamp',
+    'cams',
+    'lidar2ego_translation',
+    'lidar2ego_rotation',
+    'ego2global_translation',
+    'ego2global_rotation',
+)
 
 
 class InfoFile(NamedTuple):
@@ -31,6 +38,7 @@ class InfoFile(NamedTuple):
         infos: keyframes in time order.
         version: nuScenes version, e.g. ``v1.0-trainval``; '' if the file does not say.
     """
+
     infos: List[Dict]
     version: str
 
@@ -44,21 +52,24 @@ def load_infos(path, allow_any_pickle: bool = False) -> InfoFile:
     content = load_pickle_safe(path, allow_any=allow_any_pickle)
     if isinstance(content, dict) and 'data_list' in content:
         raise DataError(
-            '%s is in the format of MMDetection3D 1.1 or later (data_list); infos of 1.0 are needed: '
-            'make them with gen_sweep_info.py' % path)
+            f'{path} is in the format of MMDetection3D 1.1 or later (data_list); infos of 1.0 are needed: '
+            'make them with gen_sweep_info.py'
+        )
     if not isinstance(content, dict) or not isinstance(content.get('infos'), list):
-        raise DataError('%s holds no infos (a dict with a list "infos"); make it with gen_sweep_info.py'
-                        % path)
+        raise DataError(f'{path} holds no infos (a dict with a list "infos"); make it with gen_sweep_info.py')
     infos = content['infos']
     if not infos:
         raise DataError(
-            '%s holds zero keyframes; make it again with gen_sweep_info.py and check --version and '
-            'the scenes of the split' % path)
+            f'{path} holds zero keyframes; make it again with gen_sweep_info.py and check --version and '
+            'the scenes of the split'
+        )
     for position, info in enumerate(infos):
         missing = [key for key in _REQUIRED if key not in info]
         if missing:
-            raise DataError('%s: info %d (token %s) has no %r; make the file with gen_sweep_info.py'
-                            % (path, position, info.get('token', 'unknown'), missing[0]))
+            raise DataError(
+                '%s: info %d (token %s) has no %r; make the file with gen_sweep_info.py'
+                % (path, position, info.get('token', 'unknown'), missing[0])
+            )
     metadata = content.get('metadata') or {}
     return InfoFile(sorted(infos, key=lambda info: info['timestamp']), str(metadata.get('version', '')))
 
@@ -67,8 +78,11 @@ def check_cameras(info: Dict, cameras, source) -> None:
     """Raise DataError if the info lacks one of the cameras."""
     for name in cameras:
         if name not in info['cams']:
-            raise DataError('%s: keyframe %s has no camera %r (it has %s); correct task.cameras'
-                            % (source, info['token'], name, ', '.join(sorted(info['cams']))))
+            raise DataError(
+                '{}: keyframe {} has no camera {!r} (it has {}); correct task.cameras'.format(
+                    source, info['token'], name, ', '.join(sorted(info['cams']))
+                )
+            )
 
 
 def relocate(recorded: str, data_root) -> str:
@@ -111,8 +125,9 @@ def global_from_camera(entry: Dict) -> np.ndarray:
     calibration and the ego pose.
     """
     if 'sensor2global_rotation' in entry:
-        return make_transform(np.asarray(entry['sensor2global_rotation'], dtype=np.float64).T,
-                              entry['sensor2global_translation'])
+        return make_transform(
+            np.asarray(entry['sensor2global_rotation'], dtype=np.float64).T, entry['sensor2global_translation']
+        )
     ego = make_transform(_rotation(entry['sensor2ego_rotation']), entry['sensor2ego_translation'])
     return make_transform(_rotation(entry['ego2global_rotation']), entry['ego2global_translation']) @ ego
 
@@ -124,13 +139,15 @@ def _rotation(value):
 
 def current_lidar2img(entry: Dict) -> np.ndarray:
     """4x4 float64: LIDAR_TOP of the keyframe to pixels of one of the keyframe's own images."""
-    camera = make_transform(np.asarray(entry['sensor2lidar_rotation'], dtype=np.float64),
-                            entry['sensor2lidar_translation'])
+    camera = make_transform(
+        np.asarray(entry['sensor2lidar_rotation'], dtype=np.float64), entry['sensor2lidar_translation']
+    )
     return intrinsics_to_matrix(entry['cam_intrinsic']) @ invert_rigid(camera)
 
 
 def past_lidar2img(info: Dict, entry: Dict) -> np.ndarray:
     """4x4 float64: LIDAR_TOP of keyframe ``info`` to pixels of an earlier image ``entry``."""
     camera_from_global = invert_rigid(global_from_camera(entry))
-    return intrinsics_to_matrix(entry['cam_intrinsic']) @ camera_from_global @ global_from_ego(info) \
-        @ ego_from_lidar(info)
+    return (
+        intrinsics_to_matrix(entry['cam_intrinsic']) @ camera_from_global @ global_from_ego(info) @ ego_from_lidar(info)
+    )

@@ -1,4 +1,5 @@
 """Label files ``<occ_gt_root>/<scene-name>/<sample-token>/labels.npz``: finding, reading, checking."""
+
 import os
 from pathlib import Path
 from typing import Dict, Optional
@@ -40,13 +41,14 @@ class LabelFolder:
 
     def _look_up_scene(self, token):
         if self._scene_names is None:
-            self._scene_names = (_scenes_from_tables(self._data_root, self._version)
-                                 or _scenes_from_folder(self.root))
+            self._scene_names = _scenes_from_tables(self._data_root, self._version) or _scenes_from_folder(self.root)
         if token not in self._scene_names:
             raise DataError(
-                'no label of keyframe %s in %s, and neither the info file nor %s names its scene; '
-                'check occ_gt_root, or make the info file again with gen_sweep_info.py' %
-                (token, self.root, self._data_root / (self._version or 'v1.0-*')))
+                'no label of keyframe {} in {}, and neither the info file nor {} names its scene; '
+                'check occ_gt_root, or make the info file again with gen_sweep_info.py'.format(
+                    token, self.root, self._data_root / (self._version or 'v1.0-*')
+                )
+            )
         return self._scene_names[token]
 
 
@@ -62,8 +64,9 @@ def _scenes_from_tables(data_root, version):
 def _scenes_from_folder(root):
     """{sample token: scene name} from the names of the label folders."""
     if not root.is_dir():
-        raise DataError('label folder %s does not exist; correct occ_gt_root, or set occ_gt_root=None to run '
-                        'without labels' % root)
+        raise DataError(
+            f'label folder {root} does not exist; correct occ_gt_root, or set occ_gt_root=None to run without labels'
+        )
     scenes = {}
     for scene in sorted(os.listdir(str(root))):
         folder = root / scene
@@ -97,8 +100,10 @@ def _load(path, required, task):
         return load_npz_checked(path, required, optional=('instances',) + _MASKS)
     except DataError as error:
         if 'instances' in str(error) and task.panoptic:
-            raise DataError('%s has no instances, which task.panoptic needs; make labels that have them with '
-                            'gen_instance_info.py and point occ_gt_root at its output' % path) from error
+            raise DataError(
+                f'{path} has no instances, which task.panoptic needs; make labels that have them with '
+                'gen_instance_info.py and point occ_gt_root at its output'
+            ) from error
         raise
 
 
@@ -111,12 +116,12 @@ def check_labels(path, arrays: Dict[str, np.ndarray], task: Task) -> None:
 
 def _check_shape(path, key, array, task):
     if array.shape != task.grid_shape:
-        raise DataError('%s: %r has shape %s, but the task grid is %s; use labels of that grid, or change '
-                        'task.point_cloud_range and task.voxel_size'
-                        % (path, key, list(array.shape), list(task.grid_shape)))
+        raise DataError(
+            f'{path}: {key!r} has shape {list(array.shape)}, but the task grid is {list(task.grid_shape)}; use labels of that grid, or change '
+            'task.point_cloud_range and task.voxel_size'
+        )
     if not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
-        raise DataError('%s: %r holds %s, integers are needed; the file is of another kind'
-                        % (path, key, array.dtype))
+        raise DataError(f'{path}: {key!r} holds {array.dtype}, integers are needed; the file is of another kind')
 
 
 def _check_ids(path, semantics, task):
@@ -127,10 +132,12 @@ def _check_ids(path, semantics, task):
     if lowest < 0 or highest > labels.free_id:
         raise DataError(
             "%s: 'semantics' holds id %d, but label set %r has ids 0..%d (free); these are labels of "
-            'another set: set task.label_set, or point occ_gt_root at the right folder' %
-            (path, lowest if lowest < 0 else highest, labels.name, labels.free_id))
+            'another set: set task.label_set, or point occ_gt_root at the right folder'
+            % (path, lowest if lowest < 0 else highest, labels.name, labels.free_id)
+        )
     if highest < labels.free_id:
         raise DataError(
             "%s: 'semantics' holds no free voxel (id %d of label set %r), its highest id is %d; these "
-            'are labels of another set: set task.label_set, or point occ_gt_root at the right folder' %
-            (path, labels.free_id, labels.name, highest))
+            'are labels of another set: set task.label_set, or point occ_gt_root at the right folder'
+            % (path, labels.free_id, labels.name, highest)
+        )

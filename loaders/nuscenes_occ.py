@@ -1,4 +1,5 @@
 """NuSceneOcc: keyframes of nuScenes with occupancy labels, as samples of the network's input."""
+
 import os
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
@@ -45,19 +46,31 @@ class NuSceneOcc(torch.utils.data.Dataset):
         infos: all keyframes of the info file, in time order (``load_interval`` and the like do not thin it).
     """
 
-    def __init__(self, task: Task, data_root: str, ann_file: str, pipeline: Sequence[Dict],
-                 occ_gt_root: Optional[str] = None, test_mode: bool = False, load_interval: int = 1,
-                 max_samples: Optional[int] = None, seed: int = 0, on_error: str = 'stop',
-                 max_skipped: int = 100, allow_any_pickle: bool = False):
+    def __init__(
+        self,
+        task: Task,
+        data_root: str,
+        ann_file: str,
+        pipeline: Sequence[Dict],
+        occ_gt_root: Optional[str] = None,
+        test_mode: bool = False,
+        load_interval: int = 1,
+        max_samples: Optional[int] = None,
+        seed: int = 0,
+        on_error: str = 'stop',
+        max_skipped: int = 100,
+        allow_any_pickle: bool = False,
+    ):
         if on_error not in ('stop', 'skip'):
-            raise ConfigError("on_error must be 'stop' or 'skip', got %r" % (on_error,))
+            raise ConfigError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
         if test_mode and on_error == 'skip':
             raise ConfigError(
-                "on_error='skip' replaces samples, which would falsify an evaluation; use 'stop' with "
-                'test_mode=True')
+                "on_error='skip' replaces samples, which would falsify an evaluation; use 'stop' with test_mode=True"
+            )
         if load_interval < 1 or (max_samples is not None and max_samples < 1):
-            raise ConfigError('load_interval and max_samples must be at least 1, got %r and %r'
-                              % (load_interval, max_samples))
+            raise ConfigError(
+                f'load_interval and max_samples must be at least 1, got {load_interval!r} and {max_samples!r}'
+            )
         self.task = task
         self.data_root = Path(data_root)
         self.ann_file = Path(data_root, ann_file)
@@ -67,8 +80,9 @@ class NuSceneOcc(torch.utils.data.Dataset):
         check_cameras(self.infos[0], task.cameras, self.ann_file)
         self._samples = list(range(0, len(self.infos), load_interval))[:max_samples]
         self._history = History(self.infos, task.cameras)
-        self._labels = None if occ_gt_root is None else \
-            LabelFolder(Path(data_root, occ_gt_root), self.data_root, self.version)
+        self._labels = (
+            None if occ_gt_root is None else LabelFolder(Path(data_root, occ_gt_root), self.data_root, self.version)
+        )
         self._pipeline = build_pipeline(pipeline, task)
         self._skips = SkipCounter(max_skipped) if on_error == 'skip' else None
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # seen by persistent workers too
@@ -90,8 +104,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
                 return self._load((index + step) % len(self), index)
             except DataError as error:
                 self._skips.count(error)
-        raise DataError('not one of %d samples could be read; check data_root (%s)' %
-                        (len(self), self.data_root))
+        raise DataError('not one of %d samples could be read; check data_root (%s)' % (len(self), self.data_root))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the draws of this epoch. Call before the epoch's first batch is fetched."""
@@ -171,12 +184,17 @@ class NuSceneOcc(torch.utils.data.Dataset):
     def _load(self, index, seed_index):
         info = self.info(index)
         sample = dict(
-            info=info, index=index, data_root=os.fspath(self.data_root), test_mode=self.test_mode,
-            history=self.history(index), label_folder=self._labels,
-            rng=np.random.default_rng([self.seed, int(self._epoch[0]), seed_index]))
+            info=info,
+            index=index,
+            data_root=os.fspath(self.data_root),
+            test_mode=self.test_mode,
+            history=self.history(index),
+            label_folder=self._labels,
+            rng=np.random.default_rng([self.seed, int(self._epoch[0]), seed_index]),
+        )
         try:
             for step in self._pipeline:
                 sample = step(sample)
         except DataError as error:
-            raise DataError('keyframe %s: %s' % (info['token'], error)) from error
+            raise DataError('keyframe {}: {}'.format(info['token'], error)) from error
         return format_sample(sample)

@@ -2,6 +2,7 @@
 
 The quick look reads small sets whole and spot-checks large ones, in seconds.
 """
+
 import sys
 from typing import List, Optional
 
@@ -18,8 +19,9 @@ from .infos import is_camera_sweep
 QUICK_IMAGES, QUICK_LABELS, QUICK_KEYFRAMES = 3000, 64, 64
 
 
-def inspect_dataset(dataset, full: bool = False, decode: bool = False, processes: Optional[int] = 1,
-                    shown: int = 10) -> List[Finding]:
+def inspect_dataset(
+    dataset, full: bool = False, decode: bool = False, processes: Optional[int] = 1, shown: int = 10
+) -> List[Finding]:
     """Findings on a ``NuSceneOcc``; damaged files are warnings where it skips unreadable samples.
 
     Args:
@@ -33,8 +35,7 @@ def inspect_dataset(dataset, full: bool = False, decode: bool = False, processes
     used = dataset.used_positions()
     images_per_keyframe = STEPS_PER_KEYFRAME * len(dataset.task.cameras)
     some = used if full else [used[i] for i in spread(len(used), QUICK_KEYFRAMES)]
-    some_for_images = used if full else \
-        [used[i] for i in spread(len(used), QUICK_IMAGES // images_per_keyframe + 1)]
+    some_for_images = used if full else [used[i] for i in spread(len(used), QUICK_IMAGES // images_per_keyframe + 1)]
     findings = _counts(dataset)
     findings += check_calibration(dataset, some, look)
     findings += check_images(image_paths(dataset, some_for_images), _count_images(dataset, used), look)
@@ -56,20 +57,30 @@ def preflight(dataset, name: str) -> None:
     findings = inspect_dataset(dataset, shown=3)
     for finding in findings:
         if finding.level == WARNING:
-            print('data.%s: %s' % (name, finding.line()), file=sys.stderr)
+            print(f'data.{name}: {finding.line()}', file=sys.stderr)
     errors = [finding.text for finding in findings if finding.level == ERROR]
     if errors:
         others = ' (and %d more; list them with tools/check_data.py)' % (len(errors) - 1)
-        raise DataError('data.%s: %s%s' % (name, errors[0], others if len(errors) > 1 else ''))
+        raise DataError('data.{}: {}{}'.format(name, errors[0], others if len(errors) > 1 else ''))
 
 
 def _counts(dataset) -> List[Finding]:
     scenes = split_scenes(dataset.infos)
-    with_sweeps = sum(any(is_camera_sweep(sweep) for sweep in info.get('sweeps', ()))
-                      for info in dataset.infos)
-    findings = [Finding(OK, '%s: %d samples of %d keyframes in %d scenes, %d with camera sweeps%s'
-                        % (dataset.ann_file, len(dataset), len(dataset.infos), len(scenes), with_sweeps,
-                           ', ' + dataset.version if dataset.version else ''))]
+    with_sweeps = sum(any(is_camera_sweep(sweep) for sweep in info.get('sweeps', ())) for info in dataset.infos)
+    findings = [
+        Finding(
+            OK,
+            '%s: %d samples of %d keyframes in %d scenes, %d with camera sweeps%s'
+            % (
+                dataset.ann_file,
+                len(dataset),
+                len(dataset.infos),
+                len(scenes),
+                with_sweeps,
+                ', ' + dataset.version if dataset.version else '',
+            ),
+        )
+    ]
     if not with_sweeps and len(dataset.infos) > len(scenes) and dataset.task.num_frames > 1:
         text = '%s has no camera sweeps: training sees earlier keyframes only; make it with gen_sweep_info.py'
         findings.append(Finding(WARNING, text % dataset.ann_file))
@@ -77,6 +88,7 @@ def _counts(dataset) -> List[Finding]:
 
 
 def _count_images(dataset, positions) -> int:
-    sweeps = sum(is_camera_sweep(sweep) for position in positions
-                 for sweep in dataset.infos[position].get('sweeps', ()))
+    sweeps = sum(
+        is_camera_sweep(sweep) for position in positions for sweep in dataset.infos[position].get('sweeps', ())
+    )
     return (len(positions) + sweeps) * len(dataset.task.cameras)

@@ -1,4 +1,5 @@
 """Counting samples that could not be read and were replaced."""
+
 import sys
 
 import torch
@@ -33,8 +34,9 @@ class SkipCounter:
         """
         worker = torch.utils.data.get_worker_info()
         self._slots[0 if worker is None else 1 + worker.id % (_MAX_WORKERS - 1)] += 1
-        print('warning: sample replaced by the next one (%d so far): %s' % (self.total, error),
-              file=sys.stderr)
+        print('warning: sample replaced by the next one (%d so far): %s' % (self.total, error), file=sys.stderr)
         if self.total > self.limit:
-            raise DataError('%d samples could not be read, more than max_skipped=%d allows; the last one: %s'
-                            % (self.total, self.limit, error)) from error
+            raise DataError(
+                '%d samples could not be read, more than max_skipped=%d allows; the last one: %s'
+                % (self.total, self.limit, error)
+            ) from error

@@ -1,4 +1,5 @@
 """Training targets from a label volume (SPEC "Targets from a label file")."""
+
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -17,12 +18,12 @@ class InstanceTargets(NamedTuple):
         voxel_instances: uint8 [X, Y, Z], target id 0.. of each voxel; 255 = free, ignored, or left out.
         class_ids: int64 [n], class of each target id.
     """
+
     voxel_instances: np.ndarray
     class_ids: np.ndarray
 
 
-def make_instance_targets(semantics: np.ndarray, instances: Optional[np.ndarray],
-                          task: Task) -> InstanceTargets:
+def make_instance_targets(semantics: np.ndarray, instances: Optional[np.ndarray], task: Task) -> InstanceTargets:
     """One target per stuff class present and, for panoptic tasks, one per (thing class, instance id).
 
     An instance id that spans classes is split, so each target holds one class. At most 255 targets fit into

@@ -1,4 +1,5 @@
 """The SparseOcc network. Importing this package registers its parts with mmdet's registries."""
+
 from lib.compat import prepare_openmmlab
 
 prepare_openmmlab()
@@ -10,5 +11,14 @@ from .losses import GeoScalLoss, Mask2FormerLoss, SemScalLoss  # noqa: E402
 from .sparseocc import SparseOcc  # noqa: E402
 from .transformer import SparseOccTransformer  # noqa: E402
 
-__all__ = ['build_model', 'SparseOcc', 'SparseOccHead', 'SparseOccTransformer', 'SparseVoxelDecoder',
-           'MaskDecoder', 'Mask2FormerLoss', 'GeoScalLoss', 'SemScalLoss']
+__all__ = [
+    'build_model',
+    'SparseOcc',
+    'SparseOccHead',
+    'SparseOccTransformer',
+    'SparseVoxelDecoder',
+    'MaskDecoder',
+    'Mask2FormerLoss',
+    'GeoScalLoss',
+    'SemScalLoss',
+]

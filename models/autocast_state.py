@@ -1,4 +1,5 @@
 """What mixed precision is on, asked in the way that the installed PyTorch wants."""
+
 from typing import Optional
 
 import torch

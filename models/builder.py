@@ -1,4 +1,5 @@
 """The detector from its config."""
+
 import logging
 from typing import Mapping
 
@@ -27,7 +28,7 @@ def build_model(cfg: Mapping, task: Task):
     try:
         model = DETECTORS.build(dict(cfg, task=task))
     except (TypeError, KeyError) as error:
-        raise ConfigError('model: %s' % ' '.join(str(a) for a in error.args)) from error
+        raise ConfigError('model: {}'.format(' '.join(str(a) for a in error.args))) from error
     _init_quietly(model)
     return model.train()  # a ResNet fixes its running statistics (norm_eval) only when told to train
 

@@ -1,4 +1,5 @@
 """Photometric distortion of each image of a batch, on the device (SPEC: images)."""
+
 import torch
 from torch import Tensor
 
@@ -24,8 +25,11 @@ def jitter_colours(images: Tensor, samples: int = 1) -> Tensor:
     contrast = draws.maybe(draws.uniform(*_FACTORS), 1.0)
     before = draws.coin()
     images = images * torch.where(before, contrast, torch.ones_like(contrast))
-    images = _jitter_hsv(images, saturation=draws.maybe(draws.uniform(*_FACTORS), 1.0),
-                         hue=draws.maybe(draws.uniform(-_HUE_DEGREES, _HUE_DEGREES), 0.0))
+    images = _jitter_hsv(
+        images,
+        saturation=draws.maybe(draws.uniform(*_FACTORS), 1.0),
+        hue=draws.maybe(draws.uniform(-_HUE_DEGREES, _HUE_DEGREES), 0.0),
+    )
     images = images * torch.where(before, torch.ones_like(contrast), contrast)
     return _shuffle_channels(images, draws)
 
@@ -56,8 +60,11 @@ def _jitter_hsv(images: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
     value = images.max(1).values
     chroma = value - images.min(1).values
     safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
-    sector = torch.where(value == red, (green - blue) / safe,
-                         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
+    sector = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
     sector = (sector + hue.squeeze(1) / 60) % 6
     chroma = chroma * saturation.squeeze(1)
     return torch.stack([_from_hue(value, chroma, sector, n) for n in (1, 3, 5)], dim=1)

@@ -3,6 +3,7 @@
 The steps of the heads are many short kernels on tensors whose shapes do not depend on the data, so at
 batch 1 the time to launch them exceeds the time they run; a graph removes it. The numbers are the same.
 """
+
 from typing import Callable, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import torch
@@ -16,8 +17,7 @@ _WARM_UP_RUNS = 3  # lets libraries pick algorithms and allocate workspaces befo
 class _Captured:
     """One graph with the tensors it reads and writes."""
 
-    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor],
-                 in_place: Sequence[Tensor]):
+    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], in_place: Sequence[Tensor]):
         self.in_place = list(in_place)  # kept, so that their memory is not given to other tensors
         with torch.inference_mode(False):  # later calls may write to them outside that mode
             self.inputs = [tensor.clone(memory_format=torch.preserve_format) for tensor in inputs]
@@ -50,8 +50,12 @@ class GraphedFunction:
             outside the graph. Graphs are dropped where it gives another value than before.
     """
 
-    def __init__(self, function: Callable[..., Sequence[Tensor]], max_graphs: int = 4,
-                 state: Optional[Callable[[], Hashable]] = None):
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        max_graphs: int = 4,
+        state: Optional[Callable[[], Hashable]] = None,
+    ):
         self.function, self.max_graphs, self.state = function, max_graphs, state
         self._captured_in: Hashable = None
         self._graphs: Dict[Hashable, _Captured] = {}

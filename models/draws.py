@@ -3,6 +3,7 @@
 The published code draws at random also at test time, so that its results change from run to run. Ours are
 repeatable by default: ``even``. A strategy is any object with the two methods of :class:`RandomDraws`.
 """
+
 from typing import Tuple
 
 import torch
@@ -48,7 +49,7 @@ STRATEGIES = {'even': EvenDraws, 'random': RandomDraws}
 def build_draws(name: str):
     """Strategy from its name in ``model.test_cfg.draws``."""
     if name not in STRATEGIES:
-        raise ConfigError('model.test_cfg.draws must be one of %s, got %r' % (sorted(STRATEGIES), name))
+        raise ConfigError(f'model.test_cfg.draws must be one of {sorted(STRATEGIES)}, got {name!r}')
     return STRATEGIES[name]()
 
 

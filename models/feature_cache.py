@@ -1,4 +1,5 @@
 """Features of earlier frames, kept from one test-time step to the next."""
+
 from collections import OrderedDict
 from typing import Callable, Dict, Hashable, List, NamedTuple, Sequence
 
@@ -14,6 +15,7 @@ class StoredFrames(NamedTuple):
     maps   L tensors [S, N, H_l, W_l, C], S the cache's capacity; always the same memory while sizes stay the same
     slots  T numbers 0..S-1: where each frame of the sample is
     """
+
     maps: Maps
     slots: List[int]
 

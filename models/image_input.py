@@ -1,4 +1,5 @@
 """From uint8 images to the network's input, on the device: colour jitter, normalisation, padding."""
+
 from typing import Mapping, Sequence
 
 import torch
@@ -19,8 +20,7 @@ class ImageInput(nn.Module):
         color_aug: jitter colours in training.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], to_rgb: bool, size_divisor: int,
-                 color_aug: bool):
+    def __init__(self, mean: Sequence[float], std: Sequence[float], to_rgb: bool, size_divisor: int, color_aug: bool):
         super().__init__()
         self.to_rgb, self.size_divisor, self.color_aug = to_rgb, size_divisor, color_aug
         for name, value in (('mean', mean), ('std', std)):
@@ -33,8 +33,9 @@ class ImageInput(nn.Module):
         norm, pad = dict(cfg.pop('img_norm_cfg')), dict(cfg.pop('img_pad_cfg', dict(size_divisor=32)))
         color_aug = cfg.pop('img_color_aug', False)
         if cfg:
-            raise ConfigError('model.data_aug: unknown keys %s; the keys are img_color_aug, img_norm_cfg, '
-                              'img_pad_cfg' % sorted(cfg))
+            raise ConfigError(
+                f'model.data_aug: unknown keys {sorted(cfg)}; the keys are img_color_aug, img_norm_cfg, img_pad_cfg'
+            )
         return cls(norm['mean'], norm['std'], norm.get('to_rgb', True), pad['size_divisor'], color_aug)
 
     def forward(self, images: Tensor, samples: int = 1) -> Tensor:

@@ -1,4 +1,5 @@
 """One-to-one matching of queries and instances at the least total cost."""
+
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ class Matching(NamedTuple):
     queries    int64 [m]
     instances  int64 [m]
     """
+
     queries: Tensor
     instances: Tensor
 

@@ -3,6 +3,7 @@
 Shapes: B batch, T frames, N cameras, L pyramid levels, Q queries, G groups, P points per group, C channels,
 K kept voxels. Points are in metres, ego frame of the current keyframe; the same points serve all frames.
 """
+
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -23,6 +24,7 @@ class ImageFeatures(NamedTuple):
     image_size   (height, width) of the padded image, pixels
     frame_index  int64 [T], where frame t is among the stored frames; None: S = T, in order
     """
+
     maps: Sequence[Tensor]
     ego2img: Tensor
     image_size: Tuple[int, int]
@@ -32,8 +34,15 @@ class ImageFeatures(NamedTuple):
 class _Sampling(BaseModule):
     """What both kinds share: offsets and level weights from the query, then the sampling op."""
 
-    def __init__(self, embed_dims: int, num_groups: int, num_points: int, num_levels: int, num_cameras: int,
-                 published_weight_order: bool):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_groups: int,
+        num_points: int,
+        num_levels: int,
+        num_cameras: int,
+        published_weight_order: bool,
+    ):
         super().__init__()
         self.num_groups, self.num_points, self.num_cameras = num_groups, num_points, num_cameras
         self.published_weight_order = published_weight_order
@@ -42,9 +51,16 @@ class _Sampling(BaseModule):
     def sample(self, query: Tensor, points: Tensor, features: ImageFeatures) -> Tensor:
         """query [B, Q, C], points [B, Q, G, P, 3] metres -> [B, Q, G, T*P, C/G]."""
         level_logits = self.scale_weights(query).view(points.shape[:4] + (-1,))
-        return sample_multi_view(features.maps, points, features.ego2img, level_logits, features.image_size,
-                                 self.num_cameras, published_weight_order=self.published_weight_order,
-                                 frame_index=features.frame_index)
+        return sample_multi_view(
+            features.maps,
+            points,
+            features.ego2img,
+            level_logits,
+            features.image_size,
+            self.num_cameras,
+            published_weight_order=self.published_weight_order,
+            frame_index=features.frame_index,
+        )
 
 
 class BlockSampling(_Sampling):
@@ -59,8 +75,15 @@ class BlockSampling(_Sampling):
         published_weight_order: keep the level-weight order that released weights were trained with.
     """
 
-    def __init__(self, embed_dims: int, num_groups: int, num_points: int, num_levels: int, num_cameras: int,
-                 published_weight_order: bool = True):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_groups: int,
+        num_points: int,
+        num_levels: int,
+        num_cameras: int,
+        published_weight_order: bool = True,
+    ):
         super().__init__(embed_dims, num_groups, num_points, num_levels, num_cameras, published_weight_order)
         self.sampling_offset = nn.Linear(embed_dims, num_groups * num_points * 3)
 
@@ -88,10 +111,16 @@ class MaskGuidedSampling(_Sampling):
         published_weight_order: keep the level-weight order that released weights were trained with.
     """
 
-    def __init__(self, embed_dims: int, num_groups: int, num_points: int, num_levels: int, task: Task,
-                 published_weight_order: bool = True):
-        super().__init__(embed_dims, num_groups, num_points, num_levels, task.num_cameras,
-                         published_weight_order)
+    def __init__(
+        self,
+        embed_dims: int,
+        num_groups: int,
+        num_points: int,
+        num_levels: int,
+        task: Task,
+        published_weight_order: bool = True,
+    ):
+        super().__init__(embed_dims, num_groups, num_points, num_levels, task.num_cameras, published_weight_order)
         self.offset = nn.Linear(embed_dims, num_groups * num_points * 3)
         span = torch.tensor(task.point_cloud_range[3:]) - torch.tensor(task.point_cloud_range[:3])
         self.register_buffer('grid_shape', torch.tensor(task.grid_shape).float(), persistent=False)

@@ -2,6 +2,7 @@
 
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n; X, Y, Z the grid.
 """
+
 import functools
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -40,6 +41,7 @@ class RawPrediction:
         output: stages of the voxel decoder, layers of the mask decoder.
         merged: labels per sample.
     """
+
     features: ImageFeatures
     output: TransformerOutput
     merged: List[MergedPrediction]
@@ -64,14 +66,25 @@ class SparseOcc(BaseModule):
         train_cfg, pretrained: accepted for mmdet's builders; must be None.
     """
 
-    def __init__(self, task: Union[Task, Mapping], img_backbone: Mapping, img_neck: Mapping,
-                 pts_bbox_head: Mapping, data_aug: Mapping, use_mask_camera: bool = False,
-                 test_cfg: Optional[Mapping] = None, fuse_backbone: bool = True, train_cfg: Optional[Mapping] = None,
-                 pretrained: Optional[str] = None):
+    def __init__(
+        self,
+        task: Union[Task, Mapping],
+        img_backbone: Mapping,
+        img_neck: Mapping,
+        pts_bbox_head: Mapping,
+        data_aug: Mapping,
+        use_mask_camera: bool = False,
+        test_cfg: Optional[Mapping] = None,
+        fuse_backbone: bool = True,
+        train_cfg: Optional[Mapping] = None,
+        pretrained: Optional[str] = None,
+    ):
         super().__init__()
         if train_cfg is not None or pretrained is not None:
-            raise ConfigError('model.train_cfg and model.pretrained are not used; remove them (weights to '
-                              'start from are given by load_from)')
+            raise ConfigError(
+                'model.train_cfg and model.pretrained are not used; remove them (weights to '
+                'start from are given by load_from)'
+            )
         self.task = task if isinstance(task, Task) else Task.from_config(task)
         test_cfg = _checked_test_cfg(test_cfg or {})
         self.history = test_cfg.pop('history', 'full')
@@ -92,11 +105,18 @@ class SparseOcc(BaseModule):
         self._graphed_head = GraphedFunction(self._predict_from_tensors, max_graphs=2)
         self._register_load_state_dict_pre_hook(self._forget_weights)
 
-    def forward(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
-                img_metas: Optional[Sequence[Mapping]] = None, voxel_semantics: Optional[Tensor] = None,
-                voxel_instances: Optional[Tensor] = None,
-                instance_class_ids: Optional[Sequence[Tensor]] = None, mask_camera: Optional[Tensor] = None,
-                return_loss: bool = True):
+    def forward(
+        self,
+        img: Tensor,
+        lidar2img: Tensor,
+        ego2lidar: Tensor,
+        img_metas: Optional[Sequence[Mapping]] = None,
+        voxel_semantics: Optional[Tensor] = None,
+        voxel_instances: Optional[Tensor] = None,
+        instance_class_ids: Optional[Sequence[Tensor]] = None,
+        mask_camera: Optional[Tensor] = None,
+        return_loss: bool = True,
+    ):
         """Losses, or predictions.
 
         Args:
@@ -127,8 +147,9 @@ class SparseOcc(BaseModule):
         features = self._features(self.extract_features(img), img, lidar2img, ego2lidar)
         return self.pts_bbox_head.loss(self.pts_bbox_head(features), targets)
 
-    def predict(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
-                img_metas: Optional[Sequence[Mapping]] = None) -> List[Dict[str, np.ndarray]]:
+    def predict(
+        self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
+    ) -> List[Dict[str, np.ndarray]]:
         """Predictions per sample; arguments and result as in :meth:`forward`."""
         if self.cuda_graph and img.shape[0] == 1 and img.is_cuda and not self.training:
             merged = [self._predict_by_graph(self._test_features(img, lidar2img, ego2lidar, img_metas))]
@@ -137,8 +158,9 @@ class SparseOcc(BaseModule):
             merged = self.pts_bbox_head.merge(self.pts_bbox_head(features))
         return [self._to_numpy(sample) for sample in merged]
 
-    def predict_raw(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
-                    img_metas: Optional[Sequence[Mapping]] = None) -> RawPrediction:
+    def predict_raw(
+        self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
+    ) -> RawPrediction:
         """Intermediate results and labels; arguments as in :meth:`forward`.
 
         Call it under ``torch.no_grad()`` unless gradients are wanted; with gradients nothing comes from the cache.
@@ -162,8 +184,9 @@ class SparseOcc(BaseModule):
         images = self.image_input(img.flatten(0, 1), samples=batch)
         fused = self._fused_backbone
         stages = fused(images) if fused is not None and fused.serves(images) else self.img_backbone(images)
-        fuses_neck = (self._fuses_neck and images.is_cuda and not torch.is_grad_enabled()
-                      and can_fuse_neck(self.img_neck))
+        fuses_neck = (
+            self._fuses_neck and images.is_cuda and not torch.is_grad_enabled() and can_fuse_neck(self.img_neck)
+        )
         maps = run_neck(self.img_neck, stages) if fuses_neck else self.img_neck(stages)
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]
@@ -189,8 +212,9 @@ class SparseOcc(BaseModule):
         maps = others if frame_index is None else others[1:]
         features = ImageFeatures(list(maps), ego2img, self._graphed_image_size, frame_index)
         merged = self.pts_bbox_head.merge(self.pts_bbox_head(features))[0]
-        return [part for part in (merged.voxels, merged.semantics, merged.pano_inst, merged.pano_sem)
-                if part is not None]
+        return [
+            part for part in (merged.voxels, merged.semantics, merged.pano_inst, merged.pano_sem) if part is not None
+        ]
 
     def describe_speed(self) -> str:
         """One sentence on what, besides the precision, decides how fast inference at batch 1 is."""
@@ -198,8 +222,9 @@ class SparseOcc(BaseModule):
         if device.type != 'cuda':
             return 'PyTorch operators'
         operators = compiled_operators(device)
-        return 'compiled operators: %s; CUDA graphs %s' % (
-            ', '.join(operators) if operators else 'none (make build-ops)', 'on' if self.cuda_graph else 'off')
+        return 'compiled operators: {}; CUDA graphs {}'.format(
+            ', '.join(operators) if operators else 'none (make build-ops)', 'on' if self.cuda_graph else 'off'
+        )
 
     def reset_history(self):
         """Forget the features of earlier frames."""
@@ -225,18 +250,20 @@ class SparseOcc(BaseModule):
         self._forget_weights()
         return super()._apply(fn, *args, **kwargs)
 
-    def _test_features(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor,
-                       img_metas: Optional[Sequence[Mapping]]) -> ImageFeatures:
+    def _test_features(
+        self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]]
+    ) -> ImageFeatures:
         """Features of all frames; those of frames seen before come from the cache if it may be used."""
         keys = self._frame_keys(img, img_metas)
         if keys is None:
             return self._features(self.extract_features(img), img, lidar2img, ego2lidar)
         features = self._features([], img, lidar2img, ego2lidar)  # first, so that the GPU need not wait for it later
         frames = img.view((len(keys), -1) + img.shape[2:])
-        stored = self._cache.fetch(
-            keys, lambda t: [level[0] for level in self.extract_features(frames[t:t + 1])])
-        return features._replace(maps=[level.flatten(0, 1).unsqueeze(0) for level in stored.maps],
-                                 frame_index=_index_on(img.device, tuple(stored.slots)))
+        stored = self._cache.fetch(keys, lambda t: [level[0] for level in self.extract_features(frames[t : t + 1])])
+        return features._replace(
+            maps=[level.flatten(0, 1).unsqueeze(0) for level in stored.maps],
+            frame_index=_index_on(img.device, tuple(stored.slots)),
+        )
 
     def _frame_keys(self, img: Tensor, img_metas) -> Optional[List]:
         """A key per frame, or None where the cache cannot be used: batch above 1, no keys, training, gradients."""
@@ -249,38 +276,47 @@ class SparseOcc(BaseModule):
             return None
         cameras = self.task.num_cameras
         setting = (str(img.device), autocast_dtype(img.device.type), tuple(img.shape[-2:]))
-        return [(tuple(names[i:i + cameras]), setting) for i in range(0, len(names), cameras)]
+        return [(tuple(names[i : i + cameras]), setting) for i in range(0, len(names), cameras)]
 
-    def _features(self, maps: List[Tensor], img: Tensor, lidar2img: Tensor,
-                  ego2lidar: Tensor) -> ImageFeatures:
+    def _features(self, maps: List[Tensor], img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
         ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
         return ImageFeatures(maps, ego2img, self.image_input.padded_size(img.shape[-2:]))
 
     def _check_images(self, img: Tensor):
         expected = self.task.num_frames * self.task.num_cameras
         if img.dim() != 5 or img.shape[1] != expected:
-            raise DataError('a batch of shape %s does not hold the %d images per sample (%d frames x %d '
-                            'cameras) of the task' % (tuple(img.shape), expected, self.task.num_frames,
-                                             self.task.num_cameras))
+            raise DataError(
+                'a batch of shape %s does not hold the %d images per sample (%d frames x %d '
+                'cameras) of the task' % (tuple(img.shape), expected, self.task.num_frames, self.task.num_cameras)
+            )
 
     def _targets(self, voxel_semantics, voxel_instances, instance_class_ids, mask_camera) -> OccupancyTargets:
         if voxel_semantics is None or voxel_instances is None or instance_class_ids is None:
-            raise DataError('the batch has no labels, which training needs; put LoadOccGTFromFile into the '
-                            'pipeline of data.train')
+            raise DataError(
+                'the batch has no labels, which training needs; put LoadOccGTFromFile into the pipeline of data.train'
+            )
         if tuple(voxel_semantics.shape[1:]) != self.task.grid_shape:
-            raise DataError('the labels have %s voxels, the task has %s; give labels made for '
-                            'task.point_cloud_range and task.voxel_size'
-                            % (tuple(voxel_semantics.shape[1:]), self.task.grid_shape))
+            raise DataError(
+                f'the labels have {tuple(voxel_semantics.shape[1:])} voxels, the task has {self.task.grid_shape}; give labels made for '
+                'task.point_cloud_range and task.voxel_size'
+            )
         if self.use_mask_camera and mask_camera is None:
-            raise DataError('model.use_mask_camera is set, but the label files have no mask_camera; use '
-                            'labels that have it or set model.use_mask_camera=False')
-        return OccupancyTargets(voxel_semantics, voxel_instances, tuple(instance_class_ids),
-                                mask_camera if self.use_mask_camera else None)
+            raise DataError(
+                'model.use_mask_camera is set, but the label files have no mask_camera; use '
+                'labels that have it or set model.use_mask_camera=False'
+            )
+        return OccupancyTargets(
+            voxel_semantics, voxel_instances, tuple(instance_class_ids), mask_camera if self.use_mask_camera else None
+        )
 
     def _to_numpy(self, merged: MergedPrediction) -> Dict[str, np.ndarray]:
         index_type = torch.uint8 if max(self.task.grid_shape) <= 256 else torch.int16
-        arrays = dict(sem_pred=merged.semantics, occ_loc=merged.voxels.to(index_type),
-                      pano_inst=merged.pano_inst, pano_sem=merged.pano_sem)
+        arrays = dict(
+            sem_pred=merged.semantics,
+            occ_loc=merged.voxels.to(index_type),
+            pano_inst=merged.pano_inst,
+            pano_sem=merged.pano_sem,
+        )
         return {name: value.unsqueeze(0).cpu().numpy() for name, value in arrays.items() if value is not None}
 
 
@@ -295,9 +331,9 @@ def _checked_test_cfg(test_cfg: Mapping) -> Dict:
     test_cfg = dict(test_cfg)
     unknown = set(test_cfg) - set(_TEST_KEYS)
     if unknown:
-        raise ConfigError('model.test_cfg: unknown keys %s; the keys are %s'
-                          % (sorted(unknown), list(_TEST_KEYS)))
+        raise ConfigError(f'model.test_cfg: unknown keys {sorted(unknown)}; the keys are {list(_TEST_KEYS)}')
     if test_cfg.get('history', 'full') not in HISTORY:
-        raise ConfigError('model.test_cfg.history must be one of %s, got %r'
-                          % (list(HISTORY), test_cfg['history']))
+        raise ConfigError(
+            'model.test_cfg.history must be one of {}, got {!r}'.format(list(HISTORY), test_cfg['history'])
+        )
     return test_cfg

@@ -1,4 +1,5 @@
 """Both decoders, one after the other."""
+
 from typing import List, NamedTuple, Sequence
 
 from mmcv.runner import BaseModule
@@ -16,6 +17,7 @@ class TransformerOutput(NamedTuple):
     stages  kept voxels of each stage of the voxel decoder, from coarse to fine
     layers  predictions of the mask decoder over the last stage's voxels, the final one last
     """
+
     stages: List[VoxelStage]
     layers: List[MaskPrediction]
 
@@ -43,18 +45,50 @@ class SparseOccTransformer(BaseModule):
             leaves it out.
     """
 
-    def __init__(self, task: Task, embed_dims: int = 256, num_layers: int = 2, num_groups: int = 4,
-                 num_points: int = 4, num_queries: int = 100, num_levels: int = 4,
-                 topk_training: Sequence[int] = (4000, 16000, 64000),
-                 topk_testing: Sequence[int] = (2000, 8000, 32000), scoring: str = 'semantic',
-                 dropout: float = 0.1, draws: str = 'even', mixing_chunk: int = 4096,
-                 published_weight_order: bool = True, num_heads: int = 8):
+    def __init__(
+        self,
+        task: Task,
+        embed_dims: int = 256,
+        num_layers: int = 2,
+        num_groups: int = 4,
+        num_points: int = 4,
+        num_queries: int = 100,
+        num_levels: int = 4,
+        topk_training: Sequence[int] = (4000, 16000, 64000),
+        topk_testing: Sequence[int] = (2000, 8000, 32000),
+        scoring: str = 'semantic',
+        dropout: float = 0.1,
+        draws: str = 'even',
+        mixing_chunk: int = 4096,
+        published_weight_order: bool = True,
+        num_heads: int = 8,
+    ):
         super().__init__()
         self.voxel_decoder = SparseVoxelDecoder(
-            task, embed_dims, num_groups, num_points, num_levels, topk_training, topk_testing, scoring,
-            dropout, mixing_chunk, published_weight_order, num_heads)
-        self.decoder = MaskDecoder(task, embed_dims, num_layers, num_queries, num_groups, num_points,
-                                   num_levels, dropout, published_weight_order=published_weight_order)
+            task,
+            embed_dims,
+            num_groups,
+            num_points,
+            num_levels,
+            topk_training,
+            topk_testing,
+            scoring,
+            dropout,
+            mixing_chunk,
+            published_weight_order,
+            num_heads,
+        )
+        self.decoder = MaskDecoder(
+            task,
+            embed_dims,
+            num_layers,
+            num_queries,
+            num_groups,
+            num_points,
+            num_levels,
+            dropout,
+            published_weight_order=published_weight_order,
+        )
         self.training_draws, self.testing_draws = RandomDraws(), build_draws(draws)
 
     def forward(self, features: ImageFeatures) -> TransformerOutput:

@@ -1,4 +1,5 @@
 """Fixtures shared by all tests: where golden files and real samples are, and a tiny toy data set."""
+
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ if str(ROOT) not in sys.path:
 def one_thread():
     """For a module of small tensors, where more threads cost more than they bring, above all on a busy machine."""
     import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,7 +34,7 @@ def real_dir():
     """Folder of real nuScenes samples, kept outside the project: $SPARSEOCC_REAL_DIR, or ../shared/real."""
     path = Path(os.environ.get('SPARSEOCC_REAL_DIR', ROOT.parent / 'shared' / 'real'))
     if not path.is_dir():
-        pytest.skip('real samples not found at %s (set SPARSEOCC_REAL_DIR)' % path)
+        pytest.skip(f'real samples not found at {path} (set SPARSEOCC_REAL_DIR)')
     return path
 
 
@@ -41,8 +43,19 @@ def toy_root(tmp_path_factory):
     """Data root of a tiny toy nuScenes: 3 scenes x 3 keyframes with sweeps at 320x180, fully prepared."""
     root = tmp_path_factory.mktemp('toy') / 'nuscenes'
     run = lambda *args: subprocess.run([sys.executable, *args], cwd=str(ROOT), check=True)  # noqa: E731
-    run('tools/make_toy_nuscenes.py', '--out', str(root), '--scenes', '3', '--keyframes', '3',
-        '--image-size', '320x180', '--seed', '7')
+    run(
+        'tools/make_toy_nuscenes.py',
+        '--out',
+        str(root),
+        '--scenes',
+        '3',
+        '--keyframes',
+        '3',
+        '--image-size',
+        '320x180',
+        '--seed',
+        '7',
+    )
     run('gen_sweep_info.py', '--data-root', str(root), '--version', 'v1.0-mini')
     run('gen_instance_info.py', '--data-root', str(root), '--version', 'v1.0-mini')
     return root

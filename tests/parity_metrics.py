@@ -2,6 +2,7 @@
 
 Everything about a case is read from its file: samples, origins, thresholds, classes.
 """
+
 import json
 import re
 
@@ -29,13 +30,16 @@ def check_rayeval(path, device='cpu'):
         case = {name: file[name] for name in file.files}
     task = Task(label_set=LABEL_SETS[case['iou_per_threshold'].shape[1]])
     expected = json.loads(str(case['result']))
-    depth = max(_check_rays(case, side, sample, task, device)
-                for side in ('gt', 'pred') for sample in range(len(case['origins'])))
+    depth = max(
+        _check_rays(case, side, sample, task, device)
+        for side in ('gt', 'pred')
+        for sample in range(len(case['origins']))
+    )
     result = _evaluate(case, task, expected, device)
     np.testing.assert_allclose(result.ray_iou, case['iou_per_threshold'], rtol=0, atol=SCORE_TOLERANCE)
     scores = result.as_dict()
     score = max(abs(scores[name] - value) for name, value in expected.items())
-    assert score <= SCORE_TOLERANCE, 'expected %s, got %s' % (expected, scores)
+    assert score <= SCORE_TOLERANCE, f'expected {expected}, got {scores}'
     iou = float(np.nanmax(np.abs(result.ray_iou - case['iou_per_threshold'])))
     return dict(depth_m=depth, iou=iou, score=score)
 
@@ -46,10 +50,18 @@ def _of_sample(volumes, sample):
 
 
 def _check_rays(case, side, sample, task, device):
-    hits = cast_rays(_of_sample(case[side + '_semantics'], sample), case['origins'][sample], lidar_rays(),
-                     task.point_cloud_range, task.voxel_size, task.label_set.free_id, device=device)
-    label, depth = (np.asarray(value if isinstance(value, np.ndarray) else value.cpu())
-                    for value in (hits.label, hits.distance_m))
+    hits = cast_rays(
+        _of_sample(case[side + '_semantics'], sample),
+        case['origins'][sample],
+        lidar_rays(),
+        task.point_cloud_range,
+        task.voxel_size,
+        task.label_set.free_id,
+        device=device,
+    )
+    label, depth = (
+        np.asarray(value if isinstance(value, np.ndarray) else value.cpu()) for value in (hits.label, hits.distance_m)
+    )
     wrong = np.count_nonzero(label != case[side + '_rays_label'][sample])
     assert wrong == 0, '%s, sample %d: %d of %d rays have another label' % (side, sample, wrong, len(label))
     deviation = float(np.abs(depth - case[side + '_rays_distance_m'][sample]).max())
@@ -64,8 +76,13 @@ def _evaluate(case, task, expected, device):
     stats = []
     for sample, origins in enumerate(case['origins']):
         prediction, truth = (
-            {kind: _of_sample(case['%s_%s' % (side, kind)], sample) for kind in ('semantics', 'instances')
-             if '%s_%s' % (side, kind) in case} for side in ('pred', 'gt'))
+            {
+                kind: _of_sample(case[f'{side}_{kind}'], sample)
+                for kind in ('semantics', 'instances')
+                if f'{side}_{kind}' in case
+            }
+            for side in ('pred', 'gt')
+        )
         stats.append(evaluator.process(prediction, truth, origins, key='sample %d' % sample))
     return evaluator.summarize(stats)
 
@@ -85,7 +102,7 @@ def check_origins(path, real_dir):
     deviation = _compare_origins(case, tokens, scene_ray_origins(infos))
     if deviation > ORIGIN_TOLERANCE and len(known) > len(infos):  # the file lists part of the frames it is of
         deviation = _compare_origins(case, tokens, scene_ray_origins(list(known.values())))
-    assert deviation <= ORIGIN_TOLERANCE, 'an origin is off by %g m (inf: another number of them)' % deviation
+    assert deviation <= ORIGIN_TOLERANCE, f'an origin is off by {deviation:g} m (inf: another number of them)'
     groups = {frozenset(tokens[index] for index in scene) for scene in split_scenes(infos)}
     names = np.asarray(case['scene'])
     assert groups == {frozenset(np.asarray(tokens)[names == name].tolist()) for name in set(names)}

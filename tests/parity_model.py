@@ -10,6 +10,7 @@ causes. Gradients pass every layer twice and contain near-cancelling sums (dista
 hence 1e-2 for their norms. Coordinates must be equal: the files' weights keep every decision away from
 rounding. The final arg max has no such promise, so two voxels in a thousand may differ.
 """
+
 import json
 from copy import deepcopy
 from pathlib import Path
@@ -42,6 +43,7 @@ class Deviation(NamedTuple):
     value      deviation: relative to the largest value, or share of unequal entries
     tolerance  largest acceptable value
     """
+
     quantity: str
     name: str
     value: float
@@ -79,8 +81,9 @@ def _seeded(name: str, shape, generator: torch.Generator) -> torch.Tensor:
     if name.endswith('running_mean'):
         return torch.randn(shape, generator=generator) * 0.05
     if len(shape) == 1:
-        centred = name.endswith('weight') and any(part in name for part in (
-            'norm', 'bn', 'downsample.1', 'position_encoder.1', 'position_encoder.4'))
+        centred = name.endswith('weight') and any(
+            part in name for part in ('norm', 'bn', 'downsample.1', 'position_encoder.1', 'position_encoder.4')
+        )
         return torch.randn(shape, generator=generator) * 0.05 + (1.0 if centred else 0.0)
     return torch.randn(shape, generator=generator) / float(np.sqrt(np.prod(shape[1:])))
 
@@ -109,8 +112,8 @@ class ModelCase:
         expansion = 4 if depth >= _BOTTLENECK_DEPTH else 1
         model_cfg['img_neck'].update(in_channels=[expansion * c for c in (64, 128, 256, 512)])
         model_cfg['pts_bbox_head']['transformer'].update(
-            dropout=0.0, **{key: meta[key] for key in (
-                'num_queries', 'num_layers', 'topk_training', 'topk_testing')})
+            dropout=0.0, **{key: meta[key] for key in ('num_queries', 'num_layers', 'topk_training', 'topk_testing')}
+        )
         task = Task.from_config(dict(cfg.task, num_frames=meta['num_frames'], image_size=meta['image_hw']))
         model = build_model(model_cfg, task)
         seed_weights(model, meta['weight_seed'])
@@ -120,13 +123,17 @@ class ModelCase:
 
     def inputs(self, b: int) -> Dict:
         """Images and calibration of sample b."""
-        return {name: torch.from_numpy(self.arrays[name][b:b + 1]).to(self.device)
-                for name in ('img', 'lidar2img', 'ego2lidar')}
+        return {
+            name: torch.from_numpy(self.arrays[name][b : b + 1]).to(self.device)
+            for name in ('img', 'lidar2img', 'ego2lidar')
+        }
 
     def labels(self, b: int) -> Dict:
         """Labels of sample b."""
-        labels = {name: torch.from_numpy(self.arrays[name][b:b + 1]).to(self.device)
-                  for name in ('voxel_semantics', 'voxel_instances')}
+        labels = {
+            name: torch.from_numpy(self.arrays[name][b : b + 1]).to(self.device)
+            for name in ('voxel_semantics', 'voxel_instances')
+        }
         class_ids = torch.from_numpy(self.arrays['instance_class_ids_%d' % b]).to(self.device)
         return dict(labels, instance_class_ids=[class_ids])
 
@@ -137,8 +144,12 @@ def check_inference(case: ModelCase) -> List[Deviation]:
     with torch.no_grad():
         raw = case.model.predict_raw(**case.inputs(0))
     order = _coordinate_order(raw.output.stages[-1].coords)
-    return [*_feature_deviations(case, raw), *_stage_deviations(case, raw),
-            *_layer_deviations(case, raw, order), *_label_deviations(case, raw, order)]
+    return [
+        *_feature_deviations(case, raw),
+        *_stage_deviations(case, raw),
+        *_layer_deviations(case, raw, order),
+        *_label_deviations(case, raw, order),
+    ]
 
 
 def check_training(case: ModelCase, b: int) -> List[Deviation]:
@@ -158,13 +169,16 @@ def check_merging(path: Path, device: str = 'cpu') -> List[Deviation]:
     labels = Task.from_config(dict(label_set='occ3d')).label_set
     is_thing = torch.tensor([c in labels.thing_ids for c in range(labels.num_occupied)], device=device)
     deviations = []
-    for prefix in sorted(name[:-len('class_logits')] for name in arrays if name.endswith('class_logits')):
-        logits = [torch.from_numpy(arrays[prefix + kind + '_logits']).float().to(device)
-                  for kind in ('class', 'mask')]
-        panoptic = merge_panoptic(*logits, is_thing=is_thing, score_threshold=0.3, overlap_threshold=0.8,
-                                  label_merged_stuff=False)
-        merged = dict(sem_pred=merge_semantic(*logits, score_threshold=0.3), pano_inst=panoptic.instances,
-                      pano_sem=panoptic.semantics)
+    for prefix in sorted(name[: -len('class_logits')] for name in arrays if name.endswith('class_logits')):
+        logits = [torch.from_numpy(arrays[prefix + kind + '_logits']).float().to(device) for kind in ('class', 'mask')]
+        panoptic = merge_panoptic(
+            *logits, is_thing=is_thing, score_threshold=0.3, overlap_threshold=0.8, label_merged_stuff=False
+        )
+        merged = dict(
+            sem_pred=merge_semantic(*logits, score_threshold=0.3),
+            pano_inst=panoptic.instances,
+            pano_sem=panoptic.semantics,
+        )
         for name, value in merged.items():
             share = _share_unequal(value.cpu().numpy(), arrays[prefix + name])
             deviations.append(Deviation('merging alone', prefix + name, share, LABELS))
@@ -176,7 +190,7 @@ def _feature_deviations(case: ModelCase, raw) -> Iterator[Deviation]:
         name = 'fpn%d_b0_meanabs' % level
         yield Deviation('image features', name, _relative(maps.abs().mean(), case.arrays[name]), FEATURES)
     expected = case.arrays['fpn2_b0']
-    ours = raw.features.maps[2][0, ..., :expected.shape[1]].permute(0, 3, 1, 2)
+    ours = raw.features.maps[2][0, ..., : expected.shape[1]].permute(0, 3, 1, 2)
     yield Deviation('image features', 'fpn2_b0', _relative(ours, expected), FEATURES)
 
 
@@ -208,8 +222,7 @@ def _layer_deviations(case: ModelCase, raw, order) -> Iterator[Deviation]:
 
 def _label_deviations(case: ModelCase, raw, order) -> Iterator[Deviation]:
     merged = raw.merged[0]
-    ours = dict(eval_sem_pred=merged.semantics, eval_pano_inst=merged.pano_inst,
-                eval_pano_sem=merged.pano_sem)
+    ours = dict(eval_sem_pred=merged.semantics, eval_pano_inst=merged.pano_inst, eval_pano_sem=merged.pano_sem)
     for name, value in ours.items():
         if name in case.arrays:
             share = _share_unequal(value.cpu().numpy()[order], case.arrays[name])
@@ -218,8 +231,8 @@ def _label_deviations(case: ModelCase, raw, order) -> Iterator[Deviation]:
 
 def _loss_deviations(case: ModelCase, b: int, losses, total) -> Iterator[Deviation]:
     prefix = 'train%d_' % b
-    expected = {name[len(prefix):] for name in case.arrays if name.startswith(prefix + 'loss_')}
-    assert set(losses) == expected, 'loss names differ: %s' % sorted(set(losses) ^ expected)
+    expected = {name[len(prefix) :] for name in case.arrays if name.startswith(prefix + 'loss_')}
+    assert set(losses) == expected, f'loss names differ: {sorted(set(losses) ^ expected)}'
     for name, value in sorted(dict(losses, total=total).items()):
         yield Deviation('losses', prefix + name, _relative(value, case.arrays[prefix + name]), LOSSES)
 
@@ -228,7 +241,7 @@ def _gradient_deviations(case: ModelCase, b: int) -> Iterator[Deviation]:
     names = case.arrays['train%d_grad_names' % b].tolist()
     norms = dict(zip(names, case.arrays['train%d_grad_norms' % b]))
     ours = {name: p.grad.norm() for name, p in case.model.named_parameters() if p.grad is not None}
-    assert set(ours) == set(norms), 'parameters with a gradient differ: %s' % sorted(set(ours) ^ set(norms))
+    assert set(ours) == set(norms), f'parameters with a gradient differ: {sorted(set(ours) ^ set(norms))}'
     for name in names:
         value = _relative(ours[name], norms[name])
         yield Deviation('gradient norms', 'train%d %s' % (b, name), value, GRADIENTS)

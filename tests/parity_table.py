@@ -1,8 +1,9 @@
 """Write docs/parity.md: the largest deviation from the published code for each quantity.
 
-    python tests/parity_table.py --out docs/parity.md
-    python tests/parity_table.py --device cuda            # print it for the GPU
+python tests/parity_table.py --out docs/parity.md
+python tests/parity_table.py --device cuda            # print it for the GPU
 """
+
 import argparse
 import os
 import sys
@@ -12,15 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import torch  # noqa: E402
-
-from parity_metrics import (DEPTH_TOLERANCE, ORIGIN_TOLERANCE, SCORE_TOLERANCE, check_origins,  # noqa: E402
-                            check_rayeval)
+from parity_metrics import DEPTH_TOLERANCE, ORIGIN_TOLERANCE, SCORE_TOLERANCE, check_origins, check_rayeval  # noqa: E402
 from parity_model import Deviation, ModelCase, check_inference, check_merging, check_training  # noqa: E402
 
-_UNITS = {'kept voxels': 'share unequal', 'predicted labels': 'share unequal',
-          'merging alone': 'share unequal', 'ray depths': 'm', 'ray origins': 'm',
-          'RayIoU and RayPQ': 'absolute'}
-_HEADER = '''# Deviation from the published code
+_UNITS = {
+    'kept voxels': 'share unequal',
+    'predicted labels': 'share unequal',
+    'merging alone': 'share unequal',
+    'ray depths': 'm',
+    'ray origins': 'm',
+    'RayIoU and RayPQ': 'absolute',
+}
+_HEADER = """# Deviation from the published code
 
 The largest deviation of each quantity over all golden files of `tests/data/golden` (figures made with the
 published code, releases 1.0 and 1.1, semantic and panoptic), and what `tests/test_parity.py` tolerates;
@@ -30,7 +34,7 @@ on {device}, PyTorch {torch}.
 
 | Quantity | Compared values | Largest deviation | Where | Tolerance | Unit |
 | --- | --- | --- | --- | --- | --- |
-'''
+"""
 
 
 def model_deviations(golden: Path, device: str):
@@ -52,11 +56,12 @@ def metric_deviations(golden: Path, real: Path, device: str):
     for path in sorted(golden.glob('rayeval*.npz')):
         found = check_rayeval(path, device)
         yield path.name, Deviation('ray depths', 'all rays', found['depth_m'], DEPTH_TOLERANCE)
-        yield path.name, Deviation('RayIoU and RayPQ', 'all scores', max(found['iou'], found['score']),
-                                   SCORE_TOLERANCE)
+        yield path.name, Deviation('RayIoU and RayPQ', 'all scores', max(found['iou'], found['score']), SCORE_TOLERANCE)
     for path in sorted(golden.glob('origins*.npz')) if real.is_dir() else ():
-        yield path.name, Deviation('ray origins', 'all origins', check_origins(path, real)['origin_m'],
-                                    ORIGIN_TOLERANCE)
+        yield (
+            path.name,
+            Deviation('ray origins', 'all origins', check_origins(path, real)['origin_m'], ORIGIN_TOLERANCE),
+        )
 
 
 def table(rows) -> str:
@@ -67,25 +72,33 @@ def table(rows) -> str:
     lines = []
     for quantity, found in groups.items():
         worst, file = max(found, key=lambda entry: entry[0].value)
-        where = '%s, `%s`' % (file, worst.name) if worst.value > 0 else ''
+        where = f'{file}, `{worst.name}`' if worst.value > 0 else ''
         cells = (quantity, len(found), worst.value, where, worst.tolerance, _UNITS.get(quantity, 'relative'))
         lines.append('| %s | %d | %.2g | %s | %g | %s |' % cells)
     return '\n'.join(lines) + '\n'
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--golden', type=Path, default=Path(os.environ.get(
-        'SPARSEOCC_GOLDEN_DIR', ROOT / 'tests' / 'data' / 'golden')), help='folder of golden files')
-    parser.add_argument('--real', type=Path, default=Path(os.environ.get(
-        'SPARSEOCC_REAL_DIR', ROOT.parent / 'shared' / 'real')), help='folder of real samples')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--golden',
+        type=Path,
+        default=Path(os.environ.get('SPARSEOCC_GOLDEN_DIR', ROOT / 'tests' / 'data' / 'golden')),
+        help='folder of golden files',
+    )
+    parser.add_argument(
+        '--real',
+        type=Path,
+        default=Path(os.environ.get('SPARSEOCC_REAL_DIR', ROOT.parent / 'shared' / 'real')),
+        help='folder of real samples',
+    )
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--out', type=Path, help='file to write (default: print)')
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     rows = list(model_deviations(args.golden, args.device)) + list(
-        metric_deviations(args.golden, args.real, args.device))
+        metric_deviations(args.golden, args.real, args.device)
+    )
     device = torch.cuda.get_device_name() if args.device == 'cuda' else 'the CPU'
     text = _HEADER.format(device=device, torch=torch.__version__) + table(rows)
     if args.out:

@@ -1,4 +1,5 @@
 """Every shipped config: built as it is, then run forward and backward once at a reduced size."""
+
 import glob
 import os
 
@@ -13,14 +14,23 @@ from models import build_model
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CONFIGS = sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, 'configs', '*.py'))
-                 + glob.glob(os.path.join(ROOT, 'configs', 'toy', '*.py')))
+CONFIGS = sorted(
+    os.path.relpath(path, ROOT)
+    for path in glob.glob(os.path.join(ROOT, 'configs', '*.py'))
+    + glob.glob(os.path.join(ROOT, 'configs', 'toy', '*.py'))
+)
 REDUCED = [
-    'task.num_frames=2', 'task.image_size=[64, 96]', 'task.voxel_size=0.8',
+    'task.num_frames=2',
+    'task.image_size=[64, 96]',
+    'task.voxel_size=0.8',
     'task.point_cloud_range=[-32, -32, -1, 32, 32, 5.4]',
-    'model.img_backbone.depth=18', 'model.img_neck.in_channels=[64, 128, 256, 512]', 'model.img_backbone.with_cp=False',
+    'model.img_backbone.depth=18',
+    'model.img_neck.in_channels=[64, 128, 256, 512]',
+    'model.img_backbone.with_cp=False',
     'model.pts_bbox_head.transformer.topk_training=[100, 300, 900]',
-    'model.pts_bbox_head.transformer.topk_testing=[80, 200, 600]', 'model.pts_bbox_head.transformer.num_queries=12']
+    'model.pts_bbox_head.transformer.topk_testing=[80, 200, 600]',
+    'model.pts_bbox_head.transformer.num_queries=12',
+]
 
 NAMES = {
     'r50_nuimg_704x256_8f.py': ('1.0', False, 48, 2e-4),
@@ -59,10 +69,18 @@ def test_recipes_of_the_releases(name):
     cfg = load_config(os.path.join(ROOT, 'configs', name))
     task = Task.from_config(cfg.task)
     transformer = cfg.model.pts_bbox_head.transformer
-    assert (cfg.published.release, task.panoptic, cfg.runner.max_epochs, cfg.optimizer.lr) \
-        == (release, panoptic, epochs, lr)
-    assert (task.grid_shape, task.image_size, task.num_frames, cfg.total_batch_size) \
-        == ((200, 200, 16), (256, 704), 8, 8)
+    assert (cfg.published.release, task.panoptic, cfg.runner.max_epochs, cfg.optimizer.lr) == (
+        release,
+        panoptic,
+        epochs,
+        lr,
+    )
+    assert (task.grid_shape, task.image_size, task.num_frames, cfg.total_batch_size) == (
+        (200, 200, 16),
+        (256, 704),
+        8,
+        8,
+    )
     assert transformer.topk_testing == [2000, 8000, 32000]
     assert transformer.topk_training == ([2000, 8000, 32000] if release == '1.0' else [4000, 16000, 64000])
     assert (transformer.scoring, transformer.num_layers) == (('occupancy', 4) if release == '1.0' else ('semantic', 2))
@@ -90,8 +108,7 @@ def test_each_config_is_a_short_delta():
 def test_toy_configs_are_the_same_classes():
     full = load_config(os.path.join(ROOT, 'configs/r50_nuimg_704x256_8f_v1.1.py'))
     toy = load_config(os.path.join(ROOT, 'configs/toy/semantic.py'))
-    for part in ('type', 'img_backbone.type', 'img_neck.type', 'pts_bbox_head.type',
-                 'pts_bbox_head.transformer.type'):
+    for part in ('type', 'img_backbone.type', 'img_neck.type', 'pts_bbox_head.type', 'pts_bbox_head.transformer.type'):
         a, b = full.model, toy.model
         for key in part.split('.'):
             a, b = a[key], b[key]

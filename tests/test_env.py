@@ -1,4 +1,5 @@
 """The installation: pins, version, Makefile, report on the environment. Nothing here uses the network."""
+
 import os
 import re
 import subprocess
@@ -19,9 +20,15 @@ OTHER_STACK = 'current' if sys.version_info[:2] == (3, 8) else 'py38-torch2.0.0'
 def run(*command, **environment):
     """The finished process. What "make test" was told is not passed on to a make that is tested."""
     inherited = {name: value for name, value in os.environ.items() if name not in MAKE_VARIABLES}
-    return subprocess.run([str(part) for part in command], cwd=str(ROOT), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True, timeout=120,
-                          env=dict(inherited, **environment))
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=str(ROOT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        env=dict(inherited, **environment),
+    )
 
 
 def lines_of(path):
@@ -35,16 +42,17 @@ def name_of(requirement):
 
 # ---- check_env ----
 
+
 def test_check_env_passes_here_and_lists_every_required_package():
     result = run(sys.executable, 'tools/check_env.py')
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.startswith('SparseOcc %s\n' % __version__)
+    assert result.stdout.startswith(f'SparseOcc {__version__}\n')
     table = result.stdout.lower()
     for name in ('base.txt', 'openmmlab.txt'):
         for requirement in lines_of(ROOT / 'requirements' / name):
-            assert '\n%s ' % name_of(requirement) in table
+            assert f'\n{name_of(requirement)} ' in table
     for row in ('gpu', 'mmcv compiled ops', 'cuda sampling', 'cuda mixing', 'cuda attention', 'cuda ray casting'):
-        assert '\n%s ' % row in table
+        assert f'\n{row} ' in table
 
 
 def test_check_env_fails_and_tells_the_remedy_where_nothing_is_installed():
@@ -80,9 +88,12 @@ def test_mmcv_and_mmcv_full_side_by_side_are_broken(monkeypatch):
 
 # ---- version and requirement files ----
 
+
 def test_version_is_the_same_everywhere_and_needs_no_torch():
-    code = ('import runpy, sys; sys.modules["torch"] = None; sys.argv = ["setup.py", "--version"]; '
-            'runpy.run_path("setup.py", run_name="__main__")')
+    code = (
+        'import runpy, sys; sys.modules["torch"] = None; sys.argv = ["setup.py", "--version"]; '
+        'runpy.run_path("setup.py", run_name="__main__")'
+    )
     result = run(sys.executable, '-c', code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-1] == __version__ == check_env.project_version()
@@ -108,6 +119,7 @@ def test_ci_only_runs_make_test():
 
 # ---- Makefile and installer ----
 
+
 def test_make_without_a_python_says_what_to_install(tmp_path):
     result = run('make', 'install', 'PYTHON=', 'VENV=%s' % (tmp_path / 'venv'))
     assert result.returncode != 0
@@ -120,17 +132,18 @@ def test_make_passes_over_pythons_that_do_not_run(tmp_path):
     for name, code in (('python3.11', 127), ('python3.12', 0)):
         (tmp_path / name).write_text('#!/bin/sh\nexit %d\n' % code)
         (tmp_path / name).chmod(0o755)
-    result = run('make', '-n', 'install', 'VENV=%s' % (tmp_path / 'venv'),
-                 PATH='%s:%s' % (tmp_path, os.environ['PATH']))
+    result = run(
+        'make', '-n', 'install', 'VENV=%s' % (tmp_path / 'venv'), PATH='{}:{}'.format(tmp_path, os.environ['PATH'])
+    )
     assert 'python3.12 tools/install.py' in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize('target', ['install', 'test', 'demo'])
 def test_make_installs_before_it_runs_anything(tmp_path, target):
     venv = tmp_path / 'venv'
-    result = run('make', '-n', target, 'PYTHON=%s' % sys.executable, 'VENV=%s' % venv, 'MMCV_OPS=1')
+    result = run('make', '-n', target, f'PYTHON={sys.executable}', f'VENV={venv}', 'MMCV_OPS=1')
     assert result.returncode == 0, result.stderr
-    assert 'tools/install.py --venv %s --stack current --mmcv-ops' % venv in result.stdout
+    assert f'tools/install.py --venv {venv} --stack current --mmcv-ops' in result.stdout
 
 
 def test_install_refuses_a_python_that_the_stack_was_not_tested_with(tmp_path):
@@ -150,8 +163,16 @@ def test_failed_download_is_plain_and_not_taken_as_installed(tmp_path):
     pytest.importorskip('ensurepip')
     venv = tmp_path / 'venv'
     run(sys.executable, '-m', 'venv', '--without-pip', venv)  # what an early stop leaves behind
-    result = run('make', 'install', 'PYTHON=%s' % sys.executable, 'VENV=%s' % venv, 'STACK=%s' % own_stack(),
-                 PIP_NO_INDEX='1', PIP_FIND_LINKS=str(tmp_path), PIP_CONFIG_FILE=os.devnull)
+    result = run(
+        'make',
+        'install',
+        f'PYTHON={sys.executable}',
+        f'VENV={venv}',
+        f'STACK={own_stack()}',
+        PIP_NO_INDEX='1',
+        PIP_FIND_LINKS=str(tmp_path),
+        PIP_CONFIG_FILE=os.devnull,
+    )
     assert result.returncode != 0
     assert 'error: could not install build tools' in result.stderr, result.stderr
     assert not list(venv.glob('.installed*'))

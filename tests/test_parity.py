@@ -4,18 +4,19 @@ The folder is tests/data/golden or $SPARSEOCC_GOLDEN_DIR; the device $SPARSEOCC_
 a GPU TF32 is off, and the same tolerances hold, since only the order of additions differs).
 Tolerances and their reasons: tests/parity_model.py.
 """
+
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from parity_metrics import check_origins, check_rayeval
+from parity_model import ROOT, ModelCase, check_inference, check_merging, check_training
 
 from lib.config import load_config
 from lib.task import Task
 from models import build_model
-from parity_metrics import check_origins, check_rayeval
-from parity_model import ROOT, ModelCase, check_inference, check_merging, check_training
 
 GOLDEN = Path(os.environ.get('SPARSEOCC_GOLDEN_DIR', ROOT / 'tests' / 'data' / 'golden'))
 DEVICE = os.environ.get('SPARSEOCC_TEST_DEVICE', 'cpu')
@@ -32,7 +33,7 @@ MODEL_FILES = golden_files('*_semantic.npz', '*_panoptic.npz')
 
 def assert_within(deviations):
     assert deviations
-    wrong = ['%s: %.3g > %.3g' % d[1:] for d in deviations if not d.value <= d.tolerance]
+    wrong = ['{}: {:.3g} > {:.3g}'.format(*d[1:]) for d in deviations if not d.value <= d.tolerance]
     message = '%d of %d quantities deviate:\n%s'
     assert not wrong, message % (len(wrong), len(deviations), '\n'.join(wrong[:20]))
 
@@ -52,7 +53,7 @@ def case(request):
 
 
 def test_folder_holds_golden_files():
-    assert GOLDEN.is_dir() and any(GOLDEN.glob('*.npz')), 'no golden files in %s' % GOLDEN
+    assert GOLDEN.is_dir() and any(GOLDEN.glob('*.npz')), f'no golden files in {GOLDEN}'
 
 
 @pytest.mark.parametrize('case', MODEL_FILES, indirect=True)

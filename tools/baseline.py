@@ -6,6 +6,7 @@
 The guess is one fixed volume in the ego frame, free included; it is scored on the validation set with the
 evaluator that val.py uses. A trained model that does not beat it has learned nothing from its cameras.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ def most_frequent_labels(dataset, task, max_samples=None):
         uint8 [X, Y, Z].
     """
     import numpy as np
+
     counts = np.zeros((task.label_set.num_classes,) + task.grid_shape, np.int32)
     for index in range(min(len(dataset), max_samples or len(dataset))):
         semantics = dataset.ground_truth(index)['semantics']
@@ -46,11 +48,15 @@ def most_frequent_labels(dataset, task, max_samples=None):
 def score(volume, dataset, task, metrics, max_samples=None):
     """EvalResult of predicting ``volume`` for every sample of ``dataset``."""
     import numpy as np
+
     from loaders.metrics import OccEvaluator
+
     evaluator = OccEvaluator(task, metrics=metrics)
     prediction = dict(semantics=volume, instances=np.zeros(volume.shape, np.int16))
-    stats = [evaluator.process(prediction, dataset.ground_truth(i), dataset.ray_origins(i))
-             for i in range(min(len(dataset), max_samples or len(dataset)))]
+    stats = [
+        evaluator.process(prediction, dataset.ground_truth(i), dataset.ray_origins(i))
+        for i in range(min(len(dataset), max_samples or len(dataset)))
+    ]
     return evaluator.summarize(stats)
 
 
@@ -60,13 +66,16 @@ def main():
     from lib.io import write_json
     from lib.task import Task
     from loaders import build_dataset
+
     cfg = load_config(args.config, args.override)
     task = Task.from_config(cfg.task)
     train = build_dataset(cfg.data.train, task)
     volume = most_frequent_labels(train, task, args.max_train_samples)
     result = score(volume, build_dataset(cfg.data.val, task), task, ('ray_iou',), args.max_samples)
-    print('Most frequent label of each voxel over %d training samples, scored on the validation set:'
-          % min(len(train), args.max_train_samples or len(train)))
+    print(
+        'Most frequent label of each voxel over %d training samples, scored on the validation set:'
+        % min(len(train), args.max_train_samples or len(train))
+    )
     print(result.as_table())
     if args.json:
         write_json(args.json, result.as_dict())

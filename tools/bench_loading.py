@@ -8,6 +8,7 @@ Prints, for each decoder that is installed (cv2, Pillow or Pillow-SIMD, TurboJPE
 both steps in one thread, exact and with fast_decode, and by how much the pixels of the result differ from those
 of cv2's exact decoding. --json writes the figures to a file.
 """
+
 import argparse
 import os
 import statistics
@@ -23,11 +24,16 @@ IMAGES_PER_KEYFRAME = 6
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--images', metavar='DIR', help='folder of JPEGs; the first six are used')
-    parser.add_argument('--network', type=int, nargs=2, default=(256, 704), metavar=('HEIGHT', 'WIDTH'),
-                        help='size of the network\'s images (default: 256 704)')
+    parser.add_argument(
+        '--network',
+        type=int,
+        nargs=2,
+        default=(256, 704),
+        metavar=('HEIGHT', 'WIDTH'),
+        help="size of the network's images (default: 256 704)",
+    )
     parser.add_argument('--repeats', type=int, default=20, help='keyframes timed (default: %(default)s)')
     parser.add_argument('--json', metavar='FILE', help='write the figures there')
     parser.add_argument('--debug', action='store_true', help='show tracebacks')
@@ -38,6 +44,7 @@ def make_images(folder):
     """Six made-up street-like JPEGs of 1600x900; their paths."""
     import cv2
     import numpy as np
+
     paths = []
     for number in range(IMAGES_PER_KEYFRAME):
         rng = np.random.default_rng(number)
@@ -54,10 +61,10 @@ def make_images(folder):
 def find_images(folder):
     """The first six JPEGs of a folder."""
     if not os.path.isdir(folder):
-        raise DataError('folder %s does not exist; correct --images' % folder)
+        raise DataError(f'folder {folder} does not exist; correct --images')
     names = sorted(name for name in os.listdir(folder) if name.lower().endswith(('.jpg', '.jpeg')))
     if not names:
-        raise DataError('%s holds no JPEGs; give --images another folder' % folder)
+        raise DataError(f'{folder} holds no JPEGs; give --images another folder')
     paths = [os.path.join(folder, name) for name in names[:IMAGES_PER_KEYFRAME]]
     return (paths * IMAGES_PER_KEYFRAME)[:IMAGES_PER_KEYFRAME]
 
@@ -76,7 +83,9 @@ def median_ms(action, repeats):
 def measure(paths, decoder, fast, step, repeats):
     """Figures of one way of loading, and the images it makes (uint8 [6, H, W, 3])."""
     import numpy as np
+
     from loaders.decode import read_image
+
     half_covers = step.size if fast else None
 
     def decode():
@@ -84,15 +93,21 @@ def measure(paths, decoder, fast, step, repeats):
 
     def transform(images):
         return [step.test_transform(image.shape[:2]).apply(image) for image in images]
+
     decoded = decode()
-    figures = dict(decoder=decoder, fast_decode=fast, decode_ms=median_ms(decode, repeats),
-                   transform_ms=median_ms(lambda: transform(decoded), repeats))
+    figures = dict(
+        decoder=decoder,
+        fast_decode=fast,
+        decode_ms=median_ms(decode, repeats),
+        transform_ms=median_ms(lambda: transform(decoded), repeats),
+    )
     return figures, np.stack(transform(decoded)).astype(np.int16)
 
 
 def difference(images, exact):
     """Mean and largest absolute difference in grey levels."""
     import numpy as np
+
     apart = np.abs(images - exact)
     return dict(mean_difference=float(apart.mean()), max_difference=int(apart.max()))
 
@@ -100,43 +115,58 @@ def difference(images, exact):
 def installed_decoders():
     """Decoders that work here, with a name to print."""
     import PIL
+
     from loaders.decode import check_decoder
+
     pillow = 'Pillow-SIMD' if '.post' in PIL.__version__ else 'Pillow'
     found = []
-    for decoder, name in (('cv2', 'cv2'), ('pillow', '%s %s' % (pillow, PIL.__version__)),
-                          ('turbojpeg', 'TurboJPEG')):
+    for decoder, name in (('cv2', 'cv2'), ('pillow', f'{pillow} {PIL.__version__}'), ('turbojpeg', 'TurboJPEG')):
         try:
             check_decoder(decoder)
             found.append((decoder, name))
         except ConfigError as error:
-            print('left out: %s' % error)
+            print(f'left out: {error}')
     return found
 
 
 def run(paths, args):
     import cv2
+
     from lib.task import Task
     from loaders.pipelines import RandomTransformImage
+
     cv2.setNumThreads(0)
     step = RandomTransformImage(Task('occ3d', image_size=args.network))
     exact, rows = None, []
-    print('%-22s %-6s %10s %12s %10s   %s' % ('decoder', 'fast', 'decode ms', 'transform ms', 'sum ms',
-                                              'grey levels from cv2 exact: mean, max'))
+    print(
+        '%-22s %-6s %10s %12s %10s   %s'
+        % ('decoder', 'fast', 'decode ms', 'transform ms', 'sum ms', 'grey levels from cv2 exact: mean, max')
+    )
     for decoder, name in installed_decoders():
         for fast in (False, True):
             figures, images = measure(paths, decoder, fast, step, args.repeats)
             exact = images if exact is None else exact
             figures.update(difference(images, exact), name=name)
-            print('%-22s %-6s %10.1f %12.1f %10.1f   %.2f, %d'
-                  % (name, 'yes' if fast else 'no', figures['decode_ms'], figures['transform_ms'],
-                     figures['decode_ms'] + figures['transform_ms'], figures['mean_difference'],
-                     figures['max_difference']), flush=True)
+            print(
+                '%-22s %-6s %10.1f %12.1f %10.1f   %.2f, %d'
+                % (
+                    name,
+                    'yes' if fast else 'no',
+                    figures['decode_ms'],
+                    figures['transform_ms'],
+                    figures['decode_ms'] + figures['transform_ms'],
+                    figures['mean_difference'],
+                    figures['max_difference'],
+                ),
+                flush=True,
+            )
             rows.append(figures)
     return rows
 
 
 def main():
     import tempfile
+
     args = parse_args()
     args.network = tuple(args.network)
     print('CPU time per keyframe of %d images, one thread, median of %d' % (IMAGES_PER_KEYFRAME, args.repeats))
@@ -144,6 +174,7 @@ def main():
         rows = run(find_images(args.images) if args.images else make_images(folder), args)
     if args.json:
         from lib.io import write_json
+
         write_json(args.json, dict(network=args.network, images=args.images, rows=rows))
 
 

@@ -7,6 +7,7 @@
 Times are medians over device-synchronised steps after warm-up; memory is the peak that PyTorch allocated.
 Weights are random and images are noise, so scores mean nothing; timing.py times a trained model on a data set.
 """
+
 import argparse
 import os
 import sys
@@ -27,8 +28,9 @@ def parse_args(argv=None):
     parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE')
     parser.add_argument('--what', nargs='+', default=list(PARTS), choices=PARTS)
     parser.add_argument('--amp', choices=('fp16', 'bf16'), help='mixed precision (default: fp32)')
-    parser.add_argument('--tf32', choices=('on', 'off'),
-                        help='TF32 in convolutions and matrix products (default: in convolutions)')
+    parser.add_argument(
+        '--tf32', choices=('on', 'off'), help='TF32 in convolutions and matrix products (default: in convolutions)'
+    )
     parser.add_argument('--no-cudnn-benchmark', action='store_true', help='let cuDNN guess its algorithms')
     parser.add_argument('--cuda-graph', action='store_true', help='inference: replay encoder and head as CUDA graphs')
     parser.add_argument('--batch-sizes', nargs='+', type=int, default=[1], help='training batch sizes per GPU')
@@ -52,10 +54,12 @@ class Bench:
 
     def __init__(self, args):
         import torch
+
         from lib.config import load_config
         from lib.run.precision import set_tf32
         from lib.task import Task
         from models import build_model
+
         self.torch, self.args = torch, args
         self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.device = self._pick_device()
@@ -92,18 +96,21 @@ class Bench:
 
     def model_for_inference(self):
         from lib.run.precision import convert_weights
+
         model = convert_weights(self.model.eval(), self.args.amp)
         model.cuda_graph = self.args.cuda_graph
         return model
 
     def batch(self, size, with_labels=False, first_index=0):
         from lib.synthetic import synthetic_batch
+
         data = synthetic_batch(self.task, size, with_labels=with_labels, first_index=first_index)
 
         def move(value):
             if isinstance(value, list) and value and hasattr(value[0], 'to'):
                 return [v.to(self.device) for v in value]
             return value.to(self.device) if hasattr(value, 'to') else value
+
         return {key: move(value) for key, value in data.items()}
 
     def time(self, step):
@@ -120,22 +127,31 @@ class Bench:
             step(i)
             self.synchronize()
             seconds.append(time.perf_counter() - start)
-        peak = self.torch.cuda.max_memory_allocated(self.device) / 2 ** 30 if self.device.type == 'cuda' else 0.0
+        peak = self.torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == 'cuda' else 0.0
         return seconds, peak
 
     def row(self, name, step, samples=1):
         seconds, peak = self.time(step)
         median, p90 = median_and_p90(seconds)
-        row = dict(name=name, median_ms=round(median, 3), p90_ms=round(p90, 3),
-                   samples_per_second=round(1e3 * samples * self.world_size / median, 2), peak_gib=round(peak, 2))
+        row = dict(
+            name=name,
+            median_ms=round(median, 3),
+            p90_ms=round(p90, 3),
+            samples_per_second=round(1e3 * samples * self.world_size / median, 2),
+            peak_gib=round(peak, 2),
+        )
         if self.rank == 0:
-            print('{name:44s} {median_ms:10.2f} ms  p90 {p90_ms:10.2f} ms  {samples_per_second:8.2f} /s  '
-                  '{peak_gib:6.2f} GiB'.format(**row), flush=True)
+            print(
+                '{name:44s} {median_ms:10.2f} ms  p90 {p90_ms:10.2f} ms  {samples_per_second:8.2f} /s  '
+                '{peak_gib:6.2f} GiB'.format(**row),
+                flush=True,
+            )
         return row
 
     def inference(self):
         """One step at batch 1: with cached history every step sees one new frame, as along a drive."""
         from lib.synthetic import synthetic_meta
+
         model, torch = self.model_for_inference(), self.torch
         data = self.batch(1)
         rows = []
@@ -147,13 +163,15 @@ class Bench:
                 data['img_metas'] = [synthetic_meta(self.task, i)]
                 with torch.no_grad(), self.autocast():
                     model(return_loss=False, **data)
-            rows.append(self.row('inference, batch 1, history %s' % history, step))
+
+            rows.append(self.row(f'inference, batch 1, history {history}', step))
         if self.args.profile and self.rank == 0:
             self._profile(lambda: step(0))
         return rows
 
     def _profile(self, step):
         from torch.profiler import ProfilerActivity, profile
+
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == 'cuda' else [])
         with profile(activities=activities) as profiler:
             step()
@@ -164,16 +182,18 @@ class Bench:
     def encoder(self):
         """ResNet and FPN on the six images of one frame."""
         model, torch = self.model_for_inference(), self.torch
-        images = self.batch(1)['img'][:, :self.task.num_cameras]
+        images = self.batch(1)['img'][:, : self.task.num_cameras]
 
         def step(_):
             with torch.no_grad(), self.autocast():
                 model.extract_features(images)
+
         return [self.row('encoder, one frame of %d images' % self.task.num_cameras, step)]
 
     def training(self):
         """Forward, backward and AdamW step."""
         from lib.run.precision import make_scaler
+
         torch = self.torch
         if self.args.amp:  # inference has converted the weights
             self.model = self.build_model()
@@ -194,6 +214,7 @@ class Bench:
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
+
             rows.append(self.row('training, batch %d on each of %d' % (size, self.world_size), step, size))
         return rows
 
@@ -205,12 +226,26 @@ def main():
     name = torch.cuda.get_device_name(bench.device) if bench.device.type == 'cuda' else 'CPU'
     parameters = sum(p.numel() for p in bench.model.parameters())
     if bench.rank == 0:
-        print('%s, torch %s, %s, %.1f M parameters' % (name, torch.__version__, args.amp or 'fp32', parameters / 1e6))
+        print(
+            '{}, torch {}, {}, {:.1f} M parameters'.format(
+                name, torch.__version__, args.amp or 'fp32', parameters / 1e6
+            )
+        )
     rows = [row for part in args.what for row in getattr(bench, part)()]
     if args.json and bench.rank == 0:
         from lib.io import write_json
-        write_json(args.json, dict(device=name, torch=torch.__version__, precision=args.amp or 'fp32',
-                                   config=args.config, parameters=parameters, rows=rows))
+
+        write_json(
+            args.json,
+            dict(
+                device=name,
+                torch=torch.__version__,
+                precision=args.amp or 'fp32',
+                config=args.config,
+                parameters=parameters,
+                rows=rows,
+            ),
+        )
 
 
 if __name__ == '__main__':

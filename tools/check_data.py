@@ -8,6 +8,7 @@ The quick look reads small data sets whole and spot-checks large ones in seconds
 it too. --full looks at every file on all cores; --decode decodes every image as well.
 Ends with status 2 if something is missing or damaged.
 """
+
 import argparse
 import os
 import sys
@@ -19,18 +20,20 @@ from lib.errors import DataError, UserError  # noqa: E402
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', required=True, help='config file')
-    parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE',
-                        help='changes to the config')
-    parser.add_argument('--splits', nargs='+', choices=('train', 'val', 'test'), default=['train', 'val'],
-                        help='data sets to look at (default: train val)')
+    parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE', help='changes to the config')
+    parser.add_argument(
+        '--splits',
+        nargs='+',
+        choices=('train', 'val', 'test'),
+        default=['train', 'val'],
+        help='data sets to look at (default: train val)',
+    )
     parser.add_argument('--full', action='store_true', help='look at every file')
     parser.add_argument('--decode', action='store_true', help='decode the images looked at')
     parser.add_argument('--processes', type=int, help='worker processes (default: all cores)')
-    parser.add_argument('--shown', type=int, default=1000,
-                        help='most files named per kind (default: %(default)s)')
+    parser.add_argument('--shown', type=int, default=1000, help='most files named per kind (default: %(default)s)')
     parser.add_argument('--debug', action='store_true', help='show tracebacks')
     return parser.parse_args()
 
@@ -40,13 +43,15 @@ def check_split(cfg, split, task, args) -> int:
     from loaders import build_dataset
     from loaders.checks.findings import ERROR, Finding
     from loaders.preflight import inspect_dataset
+
     try:
-        findings = inspect_dataset(build_dataset(cfg.data[split], task), args.full, args.decode,
-                                   args.processes, args.shown)
+        findings = inspect_dataset(
+            build_dataset(cfg.data[split], task), args.full, args.decode, args.processes, args.shown
+        )
     except UserError as error:
         findings = [Finding(ERROR, str(error))]
     for finding in findings:
-        print('%s: %s' % (split, finding.line()), flush=True)
+        print(f'{split}: {finding.line()}', flush=True)
     return sum(finding.level == ERROR for finding in findings)
 
 
@@ -54,6 +59,7 @@ def main():
     args = parse_args()
     from lib.config import load_config
     from lib.task import Task
+
     cfg = load_config(args.config, args.override)
     task = Task.from_config(cfg.task)
     errors = sum(check_split(cfg, split, task, args) for split in args.splits)

@@ -5,6 +5,7 @@
 
 Exits with 1 if something that is required is missing or does not work. Needs nothing installed to run.
 """
+
 import ast
 import contextlib
 import importlib
@@ -26,6 +27,7 @@ REPLACEMENTS = {'pillow': 'pillow-simd'}  # distributions that install the same 
 
 class Row(NamedTuple):
     """A line of the table. ``remedy``: what to do, if anything. Only ``required`` rows fail the check."""
+
     name: str
     found: str
     tested: str
@@ -45,6 +47,7 @@ def main() -> None:
 
 # ---- what was tested: the requirement files ----
 
+
 def requirement_folder() -> str:
     """Folder of the pins for this Python, relative to the repository."""
     return 'requirements/py38' if sys.version_info[:2] == (3, 8) else 'requirements'
@@ -52,8 +55,9 @@ def requirement_folder() -> str:
 
 def requirement_files() -> List[str]:
     """Files of required packages, in the folder of this Python."""
-    torch_files = [name for name in sorted(os.listdir(os.path.join(ROOT, requirement_folder())))
-                   if name.startswith('torch')]
+    torch_files = [
+        name for name in sorted(os.listdir(os.path.join(ROOT, requirement_folder()))) if name.startswith('torch')
+    ]
     return ['build.txt'] + torch_files + ['base.txt', 'openmmlab.txt']
 
 
@@ -73,9 +77,11 @@ def tested_versions(names: Sequence[str]) -> List[Tuple[str, str]]:
 
 # ---- what is here ----
 
+
 def installed_version(package: str) -> str:
     """Version of an installed distribution, '' if it is not installed."""
     from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -86,8 +92,14 @@ def python_row() -> Row:
     found = '%d.%d.%d' % sys.version_info[:3]
     if '%d.%d' % sys.version_info[:2] in PYTHONS:
         return Row('Python', found, ', '.join(PYTHONS), OK, required=True)
-    return Row('Python', found, ', '.join(PYTHONS), DIFFERS,
-               'not tested with this Python; make install PYTHON=python3.11 VENV=.venv311', required=True)
+    return Row(
+        'Python',
+        found,
+        ', '.join(PYTHONS),
+        DIFFERS,
+        'not tested with this Python; make install PYTHON=python3.11 VENV=.venv311',
+        required=True,
+    )
 
 
 def package_rows(files: Sequence[str], required: bool) -> List[Row]:
@@ -101,7 +113,7 @@ def package_row(package: str, tested: str, required: bool) -> Row:
     found = installed_version(package)
     replacement = REPLACEMENTS.get(package)
     if not found and replacement and installed_version(replacement):  # make accel
-        return Row(package, '%s %s' % (replacement, installed_version(replacement)), tested, OK, required=required)
+        return Row(package, f'{replacement} {installed_version(replacement)}', tested, OK, required=required)
     if not found:
         remedy = 'make install' if required else ''
         return Row(package, 'no', tested, MISSING if required else NOTE, remedy, required)
@@ -110,14 +122,20 @@ def package_row(package: str, tested: str, required: bool) -> Row:
 
 
 def mmcv_row() -> Row:
-    tested = ', '.join('%s %s' % item for item in tested_versions(['mmcv.txt', 'mmcv-ops.txt']))
+    tested = ', '.join('{} {}'.format(*item) for item in tested_versions(['mmcv.txt', 'mmcv-ops.txt']))
     found = [(name, installed_version(name)) for name in ('mmcv', 'mmcv-full') if installed_version(name)]
-    text = ', '.join('%s %s' % item for item in found)
+    text = ', '.join('{} {}'.format(*item) for item in found)
     if not found:
         return Row('mmcv', 'no', tested, MISSING, 'make install', required=True)
     if len(found) == 2:
-        return Row('mmcv', text, tested, BROKEN, 'two packages in one folder: pip uninstall mmcv mmcv-full, '
-                                                 'remove %s, make install' % stamp_hint(), required=True)
+        return Row(
+            'mmcv',
+            text,
+            tested,
+            BROKEN,
+            f'two packages in one folder: pip uninstall mmcv mmcv-full, remove {stamp_hint()}, make install',
+            required=True,
+        )
     return Row('mmcv', text, tested, OK if text in tested else DIFFERS, required=True)
 
 
@@ -131,17 +149,18 @@ def libraries_row() -> Row:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             from lib.compat import prepare_openmmlab
+
             prepare_openmmlab()
             for module in ('mmdet.models', 'mmdet.datasets', 'nuscenes.nuscenes'):
                 importlib.import_module(module)
     except Exception as error:  # whatever a broken library raises belongs in the table
-        remedy = '%s (make install, or in a new place: make install VENV=.venv2)' % first_line(error)
+        remedy = f'{first_line(error)} (make install, or in a new place: make install VENV=.venv2)'
         return Row(name, 'no', '', BROKEN, remedy, required=True)
     return Row(name, 'yes', '', OK, required=True)
 
 
 def first_line(error: Exception) -> str:
-    return ('%s: %s' % (type(error).__name__, error)).splitlines()[0]
+    return (f'{type(error).__name__}: {error}').splitlines()[0]
 
 
 def gpu_rows() -> List[Row]:
@@ -149,11 +168,14 @@ def gpu_rows() -> List[Row]:
         torch = importlib.import_module('torch')
     except (ImportError, OSError):
         return [Row('GPU', 'unknown', '', NOTE)]
-    built_for = 'torch for CUDA %s' % torch.version.cuda if torch.version.cuda else 'torch without CUDA'
+    built_for = f'torch for CUDA {torch.version.cuda}' if torch.version.cuda else 'torch without CUDA'
     if not torch.cuda.is_available():
-        remedy = ('a GPU is here, but this torch cannot use it: see docs/install.md for other CUDA versions'
-                  if shutil.which('nvidia-smi') else '')
-        return [Row('GPU', 'none (%s)' % built_for, 'H200', NOTE, remedy), nvcc_row(torch)]
+        remedy = (
+            'a GPU is here, but this torch cannot use it: see docs/install.md for other CUDA versions'
+            if shutil.which('nvidia-smi')
+            else ''
+        )
+        return [Row('GPU', f'none ({built_for})', 'H200', NOTE, remedy), nvcc_row(torch)]
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     found = '%d x %s (%s)' % (len(names), names[0], built_for)
     return [Row('GPU', found, 'H200', OK), nvcc_row(torch)]
@@ -165,7 +187,7 @@ def nvcc_row(torch) -> Row:
     if not version:
         return Row('nvcc', 'no', wanted, NOTE)
     same_major = version.split('.')[0] == wanted.split('.')[0]
-    remedy = '' if same_major else 'to compile the ops, set CUDA_HOME to a toolkit of CUDA %s' % wanted
+    remedy = '' if same_major else f'to compile the ops, set CUDA_HOME to a toolkit of CUDA {wanted}'
     return Row('nvcc', version, wanted, OK if same_major else DIFFERS, remedy)
 
 
@@ -184,16 +206,20 @@ def nvcc_version() -> str:
 def compiled_rows() -> List[Row]:
     """mmcv's ops and the project's CUDA extensions: compiled or not."""
     build = 'make build-ops (used on a GPU only)'
-    return [mmcv_ops_row(), extension_row('CUDA sampling', 'models.csrc._msmv_sampling', build),
-            extension_row('CUDA mixing', 'models.csrc._adaptive_mixing', build),
-            extension_row('CUDA attention', 'models.csrc._distance_attention', build),
-            extension_row('CUDA ray casting', 'lib.raycast.raycast_cuda', build)]
+    return [
+        mmcv_ops_row(),
+        extension_row('CUDA sampling', 'models.csrc._msmv_sampling', build),
+        extension_row('CUDA mixing', 'models.csrc._adaptive_mixing', build),
+        extension_row('CUDA attention', 'models.csrc._distance_attention', build),
+        extension_row('CUDA ray casting', 'lib.raycast.raycast_cuda', build),
+    ]
 
 
 def mmcv_ops_row() -> Row:
     name, remedy = 'mmcv compiled ops', 'not needed; make install MMCV_OPS=1 compiles them'
     try:
         from lib.compat import has_compiled_ops
+
         compiled = has_compiled_ops()
     except Exception as error:  # as above
         return Row(name, 'no', '', NOTE, first_line(error))
@@ -207,20 +233,21 @@ def extension_row(name: str, module: str, remedy: str) -> Row:
     except ModuleNotFoundError:
         return Row(name, 'no', '', NOTE, remedy)
     except Exception as error:  # as above: an extension built for another torch raises what it likes
-        return Row(name, 'no', '', NOTE, '%s; %s' % (first_line(error), remedy))
+        return Row(name, 'no', '', NOTE, f'{first_line(error)}; {remedy}')
     return Row(name, 'yes', '', OK)
 
 
 # ---- the table ----
 
+
 def render(rows: Sequence[Row]) -> str:
     """The table, then one line per remedy."""
     header = Row('', 'found', 'tested', '')
     widths = [max(len(row[column]) for row in list(rows) + [header]) for column in range(4)]
-    lines = ['SparseOcc %s' % project_version()]
+    lines = [f'SparseOcc {project_version()}']
     for row in [header] + list(rows):
         lines.append('  '.join(text.ljust(width) for text, width in zip(row[:4], widths)).rstrip())
-    remedies = ['%s: %s' % (row.name, row.remedy) for row in rows if row.remedy]
+    remedies = [f'{row.name}: {row.remedy}' for row in rows if row.remedy]
     return '\n'.join(lines + [''] + (remedies or ['Nothing to mend.']))
 
 

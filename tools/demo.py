@@ -10,6 +10,7 @@ printed, and can be copied.
 Each run has a folder of its own under outputs/demo/; outputs/demo/summary.json and picture.png are those of the
 latest run.
 """
+
 import argparse
 import os
 import subprocess
@@ -35,8 +36,7 @@ def parse_args(argv=None):
     parser.add_argument('--scenes', type=int, default=10, help='of the toy data; two are held out (default 10)')
     parser.add_argument('--keyframes', type=int, default=8, help='per scene (default 8)')
     parser.add_argument('--image-size', default='640x360', help='of the toy data (default 640x360)')
-    parser.add_argument('--max-iters', type=int, default=TRAINING_STEPS,
-                        help='training steps (default: %(default)s)')
+    parser.add_argument('--max-iters', type=int, default=TRAINING_STEPS, help='training steps (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='of data and training (default 0)')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
@@ -56,6 +56,7 @@ class Demo:
         steps: number of steps, for the headings.
         seconds: per finished step.
     """
+
     folder: Path
     steps: int
     start: float = field(default_factory=time.time)
@@ -68,14 +69,19 @@ class Demo:
             UserError: it failed.
         """
         from lib.errors import UserError
-        print('\n=== %d/%d %s (%s since the start)\n$ python %s'
-              % (len(self.seconds) + 1, self.steps, name, clock(time.time() - self.start), ' '.join(arguments)),
-              flush=True)
+
+        print(
+            '\n=== %d/%d %s (%s since the start)\n$ python %s'
+            % (len(self.seconds) + 1, self.steps, name, clock(time.time() - self.start), ' '.join(arguments)),
+            flush=True,
+        )
         begin = time.time()
         status = subprocess.run([sys.executable] + arguments, cwd=str(ROOT)).returncode
         if status:
-            raise UserError('the demo stopped: %s ended with status %d, see above; its files are in %s'
-                            % (arguments[0], status, self.folder))
+            raise UserError(
+                'the demo stopped: %s ended with status %d, see above; its files are in %s'
+                % (arguments[0], status, self.folder)
+            )
         self.seconds[name] = time.time() - begin
 
 
@@ -95,37 +101,119 @@ def new_folder(out: str) -> Path:
 def run_steps(demo: Demo, args) -> None:
     """Data, training, evaluation, baseline, timing, picture."""
     data, train = str(demo.folder / 'nuscenes'), demo.folder / 'train'
-    override = ['--override'] + ['data.%s.data_root=%s' % (split, data) for split in ('train', 'val', 'test')]
+    override = ['--override'] + [f'data.{split}.data_root={data}' for split in ('train', 'val', 'test')]
     weights = str(train / 'latest.pth')
-    demo.run('make a toy nuScenes', [
-        'tools/make_toy_nuscenes.py', '--out', data, '--scenes', str(args.scenes), '--keyframes', str(args.keyframes),
-        '--image-size', args.image_size, '--no-sweeps', '--label-sets', 'occ3d', '--seed', str(args.seed)])
+    demo.run(
+        'make a toy nuScenes',
+        [
+            'tools/make_toy_nuscenes.py',
+            '--out',
+            data,
+            '--scenes',
+            str(args.scenes),
+            '--keyframes',
+            str(args.keyframes),
+            '--image-size',
+            args.image_size,
+            '--no-sweeps',
+            '--label-sets',
+            'occ3d',
+            '--seed',
+            str(args.seed),
+        ],
+    )
     demo.run('prepare it', ['gen_sweep_info.py', '--data-root', data, '--version', VERSION])
-    demo.run('train', ['train.py', '--config', CONFIG, '--work-dir', str(train), '--no-eval', '--seed',
-                       str(args.seed), '--max-iters', str(args.max_iters)] + override)
-    demo.run('evaluate on held-out scenes', [
-        'val.py', '--config', CONFIG, '--weights', weights, '--save-predictions', str(demo.folder / 'predictions'),
-        '--out', str(demo.folder / 'scores.json')] + override)
-    demo.run('score the guess that never looks', [
-        'tools/baseline.py', '--config', CONFIG, '--json', str(demo.folder / 'baseline.json')] + override)
-    demo.run('time it', ['timing.py', '--config', CONFIG, '--weights', weights, '--samples', '6', '--warmup', '1',
-                         '--history', 'full', '--out', str(demo.folder / 'timing.json')] + override)
-    demo.run('draw a sample', [
-        'tools/visualize.py', '--config', CONFIG, '--predictions', str(demo.folder / 'predictions'), '--sample',
-        str(args.keyframes // 2), '--out', str(demo.folder / 'picture.png')] + override)
+    demo.run(
+        'train',
+        [
+            'train.py',
+            '--config',
+            CONFIG,
+            '--work-dir',
+            str(train),
+            '--no-eval',
+            '--seed',
+            str(args.seed),
+            '--max-iters',
+            str(args.max_iters),
+        ]
+        + override,
+    )
+    demo.run(
+        'evaluate on held-out scenes',
+        [
+            'val.py',
+            '--config',
+            CONFIG,
+            '--weights',
+            weights,
+            '--save-predictions',
+            str(demo.folder / 'predictions'),
+            '--out',
+            str(demo.folder / 'scores.json'),
+        ]
+        + override,
+    )
+    demo.run(
+        'score the guess that never looks',
+        ['tools/baseline.py', '--config', CONFIG, '--json', str(demo.folder / 'baseline.json')] + override,
+    )
+    demo.run(
+        'time it',
+        [
+            'timing.py',
+            '--config',
+            CONFIG,
+            '--weights',
+            weights,
+            '--samples',
+            '6',
+            '--warmup',
+            '1',
+            '--history',
+            'full',
+            '--out',
+            str(demo.folder / 'timing.json'),
+        ]
+        + override,
+    )
+    demo.run(
+        'draw a sample',
+        [
+            'tools/visualize.py',
+            '--config',
+            CONFIG,
+            '--predictions',
+            str(demo.folder / 'predictions'),
+            '--sample',
+            str(args.keyframes // 2),
+            '--out',
+            str(demo.folder / 'picture.png'),
+        ]
+        + override,
+    )
 
 
 def summarize(demo: Demo, args) -> Dict:
     """Everything worth keeping of a run."""
     from lib.io import read_json
+
     scores, baseline = read_json(demo.folder / 'scores.json'), read_json(demo.folder / 'baseline.json')
     return dict(
-        rayiou=scores['RayIoU'], baseline_rayiou=baseline['RayIoU'], miou=scores.get('mIoU'),
-        seconds=round(time.time() - demo.start, 1), picture=str(demo.folder / 'picture.png'),
+        rayiou=scores['RayIoU'],
+        baseline_rayiou=baseline['RayIoU'],
+        miou=scores.get('mIoU'),
+        seconds=round(time.time() - demo.start, 1),
+        picture=str(demo.folder / 'picture.png'),
         beats_baseline=scores['RayIoU'] > baseline['RayIoU'],
-        num_samples=scores['num_samples'], seed=args.seed, folder=str(demo.folder),
+        num_samples=scores['num_samples'],
+        seed=args.seed,
+        folder=str(demo.folder),
         seconds_per_step={name: round(value, 1) for name, value in demo.seconds.items()},
-        timing=read_json(demo.folder / 'timing.json')['rows'], scores=scores, baseline=baseline)
+        timing=read_json(demo.folder / 'timing.json')['rows'],
+        scores=scores,
+        baseline=baseline,
+    )
 
 
 def print_table(summary: Dict) -> None:
@@ -133,17 +221,21 @@ def print_table(summary: Dict) -> None:
     print('\n%-22s %14s %14s' % ('RayIoU, percent', 'SparseOcc', 'guess'))
     percent = lambda value: '-' if value is None else '%.2f' % (100 * value)  # noqa: E731
     for name, row in summary['scores']['per_class'].items():
-        print('%-22s %14s %14s' % (name, percent(row['RayIoU']),
-                                   percent(summary['baseline']['per_class'][name]['RayIoU'])))
+        print(
+            '%-22s %14s %14s'
+            % (name, percent(row['RayIoU']), percent(summary['baseline']['per_class'][name]['RayIoU']))
+        )
     print('%-22s %14s %14s' % ('mean', percent(summary['rayiou']), percent(summary['baseline_rayiou'])))
-    print('\n%s' % '   '.join('%s %s' % (name, clock(s)) for name, s in summary['seconds_per_step'].items()))
-    print('in all %s, picture %s' % (clock(summary['seconds']), summary['picture']))
+    print('\n{}'.format('   '.join(f'{name} {clock(s)}' for name, s in summary['seconds_per_step'].items())))
+    print('in all {}, picture {}'.format(clock(summary['seconds']), summary['picture']))
 
 
 def publish(demo: Demo, out: str, summary: Dict) -> None:
     """The latest run's summary and picture, where they are easy to find."""
     import shutil
+
     from lib.io import atomic_write, write_json
+
     latest = Path(out).resolve() / 'picture.png'
     with atomic_write(latest) as temporary:
         shutil.copyfile(summary['picture'], str(temporary))
@@ -160,7 +252,7 @@ def main():
     summary = summarize(demo, args)
     print_table(summary)
     publish(demo, args.out, summary)
-    print('figures in %s' % os.path.join(args.out, 'summary.json'))
+    print('figures in {}'.format(os.path.join(args.out, 'summary.json')))
     if not summary['beats_baseline']:
         print('WARNING: the model did not beat the guess; train longer (--max-iters) or with more --scenes')
 

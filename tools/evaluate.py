@@ -8,6 +8,7 @@ Predictions are files <sample-token>.npz, as val.py --save-predictions and tools
 under the folder. Every sample of the data set must have one, unless --only-predicted is given. Prints a
 table.
 """
+
 import argparse
 import os
 import sys
@@ -24,8 +25,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--config', required=True)
     add('--predictions', required=True, metavar='DIR', help='folder of <sample-token>.npz files')
@@ -48,17 +48,18 @@ def find_predictions(folder):
         DataError: the folder is missing or has none, or a token has two files.
     """
     from lib.errors import DataError
+
     if not os.path.isdir(folder):
-        raise DataError('prediction folder %s does not exist; give the folder of val.py --save-predictions'
-                        % folder)
+        raise DataError(f'prediction folder {folder} does not exist; give the folder of val.py --save-predictions')
     found = {}
     for path in sorted(Path(folder).rglob('*.npz')):
         if path.stem in found:
-            raise DataError('%s and %s are both predictions of sample %s; give the folder of one run'
-                            % (found[path.stem], path, path.stem))
+            raise DataError(
+                f'{found[path.stem]} and {path} are both predictions of sample {path.stem}; give the folder of one run'
+            )
         found[path.stem] = path
     if not found:
-        raise DataError('%s holds no .npz files; give the folder of val.py --save-predictions' % folder)
+        raise DataError(f'{folder} holds no .npz files; give the folder of val.py --save-predictions')
     return found
 
 
@@ -69,14 +70,20 @@ def choose_samples(dataset, predictions, only_predicted):
         DataError: samples have no prediction and may not be left out, or none has one.
     """
     from lib.errors import DataError
+
     indices = [index for index in range(len(dataset)) if dataset.sample_token(index) in predictions]
     missing = len(dataset) - len(indices)
     if not indices or (missing and not only_predicted):
-        absent = next(dataset.sample_token(index) for index in range(len(dataset))
-                      if dataset.sample_token(index) not in predictions)
+        absent = next(
+            dataset.sample_token(index)
+            for index in range(len(dataset))
+            if dataset.sample_token(index) not in predictions
+        )
         remedy = ', or score the others with --only-predicted' if indices else ''
-        raise DataError('%d of %d samples have no prediction, e.g. %s; predict them, or choose the split '
-                        'they are of with --split%s' % (missing, len(dataset), absent, remedy))
+        raise DataError(
+            '%d of %d samples have no prediction, e.g. %s; predict them, or choose the split '
+            'they are of with --split%s' % (missing, len(dataset), absent, remedy)
+        )
     return indices
 
 
@@ -103,8 +110,10 @@ def score(dataset, indices, predictions, evaluator, workers=1, say=None):
         if say and time.monotonic() - reported > _SECONDS_BETWEEN_LINES:
             reported = time.monotonic()
             rate = len(stats) / (reported - begin)
-            say('scored %d of %d samples, %.1f per second, %.0f s left'
-                % (len(stats), len(indices), rate, (len(indices) - len(stats)) / rate))
+            say(
+                'scored %d of %d samples, %.1f per second, %.0f s left'
+                % (len(stats), len(indices), rate, (len(indices) - len(stats)) / rate)
+            )
     if say:
         rate = len(stats) / max(time.monotonic() - begin, 1e-9)
         say('scored %d samples, %.1f per second' % (len(stats), rate))
@@ -127,24 +136,31 @@ def main():
     args = parse_args()
     predictions = find_predictions(args.predictions)
     from lib.config import load_config
+
     cfg = load_config(args.config, args.override)
     from lib.io import write_json
     from lib.raycast.cpu import num_threads
     from lib.run.components import default_metrics, read_task
     from loaders import build_dataset
     from loaders.metrics import OccEvaluator
+
     task = read_task(cfg)
     changes = {} if args.max_samples is None else dict(max_samples=args.max_samples)
     dataset = build_dataset(dict(cfg.data[args.split], test_mode=True, **changes), task)
     indices = choose_samples(dataset, predictions, args.only_predicted)
     metrics = args.metrics or default_metrics(task)
     evaluator = OccEvaluator(task, metrics, device=args.device, truth_cache_mb=0)
-    result = score(dataset, indices, predictions, evaluator, args.workers or num_threads(),
-                   say=lambda line: print(line, file=sys.stderr, flush=True))
+    result = score(
+        dataset,
+        indices,
+        predictions,
+        evaluator,
+        args.workers or num_threads(),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     print(result.as_table())
     if args.out:
-        about = dict(config=args.config, override=list(args.override), predictions=args.predictions,
-                     split=args.split)
+        about = dict(config=args.config, override=list(args.override), predictions=args.predictions, split=args.split)
         write_json(args.out, dict(result.as_dict(), run=about))
 
 

@@ -11,6 +11,7 @@ docs/own_data.md describe it. Cameras may be any number, named as you like.
 Writes DIR/predictions/<sample-token>.npz (arrays sem_pred, occ_loc; panoptic models also pano_inst, pano_sem),
 DIR/index.json with one entry per sample, and with --pictures DIR/pictures/<sample-token>.png.
 """
+
 import argparse
 import os
 import sys
@@ -35,11 +36,13 @@ def parse_args(argv=None):
     parser.add_argument('--pictures', action='store_true', help='also draw every sample')
     parser.add_argument('--max-samples', type=int, help='at most so many samples (the first)')
     parser.add_argument('--amp', choices=('fp16', 'bf16'), help='mixed precision (default: float32)')
-    parser.add_argument('--tf32', choices=('on', 'off'),
-                        help='TF32 in convolutions and matrix products (default: in convolutions)')
+    parser.add_argument(
+        '--tf32', choices=('on', 'off'), help='TF32 in convolutions and matrix products (default: in convolutions)'
+    )
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: cuda if there is one')
-    parser.add_argument('--trust-weights', action='store_true',
-                        help='let the checkpoint run code; for known sources only')
+    parser.add_argument(
+        '--trust-weights', action='store_true', help='let the checkpoint run code; for known sources only'
+    )
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
 
@@ -49,6 +52,7 @@ def own_dataset(path, data_cfg, task, out):
     from lib.io import save_pickle
     from lib.own_data import read_own_data
     from loaders import build_dataset
+
     own = read_own_data(path)
     infos_path = os.path.abspath(os.path.join(out, 'own_infos.pkl'))
     save_pickle(infos_path, dict(infos=own.infos, metadata=dict(version='own')))
@@ -59,6 +63,7 @@ def own_dataset(path, data_cfg, task, out):
 def make_dataset(args, cfg, task):
     """(dataset without labels, task) that the arguments ask for."""
     from loaders import build_dataset
+
     data_cfg = dict(cfg.data.test, occ_gt_root=None, test_mode=True)
     if args.max_samples:
         data_cfg['max_samples'] = args.max_samples
@@ -75,6 +80,7 @@ def load_model(args, cfg, task, device):
     from lib.checkpoint import load_model_weights
     from lib.run.precision import convert_weights
     from models import build_model
+
     model = build_model(cfg.model, task)
     load_model_weights(model, args.weights, trust=args.trust_weights)
     return convert_weights(model.to(device).eval(), args.amp)
@@ -87,12 +93,18 @@ def predict_all(model, dataset, device, amp, out, workers):
     from lib.prediction import save_prediction
     from lib.run.precision import autocast
     from loaders import build_dataloader
+
     start = time.time()
     for index, batch in enumerate(build_dataloader(dataset, 1, workers)):
         batch = to_device(batch, device)
         with autocast(amp, device):
-            (prediction,) = model(img=batch['img'], lidar2img=batch['lidar2img'], ego2lidar=batch['ego2lidar'],
-                                  img_metas=batch['img_metas'], return_loss=False)
+            (prediction,) = model(
+                img=batch['img'],
+                lidar2img=batch['lidar2img'],
+                ego2lidar=batch['ego2lidar'],
+                img_metas=batch['img_metas'],
+                return_loss=False,
+            )
         save_prediction(path_inside(out, dataset.sample_token(index) + '.npz'), prediction)
         left = (time.time() - start) / (index + 1) * (len(dataset) - index - 1)
         print('%d/%d  %s  %.0f s left' % (index + 1, len(dataset), dataset.sample_token(index), left), flush=True)
@@ -103,14 +115,19 @@ def index_entry(dataset, index, prediction, free_id):
     """What index.json says about a sample."""
     info = dataset.info(index)
     labels = prediction['pano_sem' if 'pano_sem' in prediction else 'sem_pred']
-    return dict(token=info['token'], scene=info.get('scene_name') or info.get('scene_token'),
-                timestamp_us=int(info['timestamp']), file='predictions/%s.npz' % info['token'],
-                voxels=int((labels != free_id).sum()))
+    return dict(
+        token=info['token'],
+        scene=info.get('scene_name') or info.get('scene_token'),
+        timestamp_us=int(info['timestamp']),
+        file='predictions/{}.npz'.format(info['token']),
+        voxels=int((labels != free_id).sum()),
+    )
 
 
 def main():
     args = parse_args()
     from lib.run.arguments import check_files
+
     check_files(args.config, None, args.weights)
     from lib.config import load_config
     from lib.io import write_json
@@ -118,6 +135,7 @@ def main():
     from lib.run.processes import pick_device
     from lib.task import Task
     from tools.visualize import draw_sample, save_image
+
     cfg = load_config(args.config, args.override)
     device = pick_device(args.device)
     check_precision(args.amp, device)
@@ -126,15 +144,24 @@ def main():
     dataset, task = make_dataset(args, cfg, Task.from_config(cfg.task))
     model = load_model(args, cfg, task, device)
     folder, entries = os.path.join(args.out, 'predictions'), []
-    for index, prediction in predict_all(model, dataset, device, args.amp, folder,
-                                         cfg.data.get('workers_per_gpu', 0)):
+    for index, prediction in predict_all(model, dataset, device, args.amp, folder, cfg.data.get('workers_per_gpu', 0)):
         entries.append(index_entry(dataset, index, prediction, task.label_set.free_id))
         if args.pictures:
-            save_image(os.path.join(args.out, 'pictures', '%s.png' % dataset.sample_token(index)),
-                       draw_sample(dataset, index, task, folder))
-    write_json(os.path.join(args.out, 'index.json'), dict(
-        config=args.config, weights=args.weights, classes=list(task.label_set.class_names),
-        point_cloud_range=list(task.point_cloud_range), voxel_size=task.voxel_size, samples=entries))
+            save_image(
+                os.path.join(args.out, 'pictures', f'{dataset.sample_token(index)}.png'),
+                draw_sample(dataset, index, task, folder),
+            )
+    write_json(
+        os.path.join(args.out, 'index.json'),
+        dict(
+            config=args.config,
+            weights=args.weights,
+            classes=list(task.label_set.class_names),
+            point_cloud_range=list(task.point_cloud_range),
+            voxel_size=task.voxel_size,
+            samples=entries,
+        ),
+    )
     print('wrote %d predictions to %s' % (len(entries), folder))
 
 

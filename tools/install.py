@@ -9,6 +9,7 @@ Without --venv the packages go into the environment of the Python that runs this
 nuscenes-devkit are installed without their dependencies, whose old pins cannot be met any more;
 requirements/base.txt lists them in versions that work.
 """
+
 import argparse
 import os
 import subprocess
@@ -24,8 +25,10 @@ STACKS = {
     'py38-torch2.0.0': ('requirements/py38', 'torch-2.0.0.txt', ((3, 8),)),
     'py38-torch1.10.2': ('requirements/py38', 'torch-1.10.2.txt', ((3, 8),)),
 }
-IMPORT_CHECK = ('from lib.compat import prepare_openmmlab; prepare_openmmlab(); '
-                'import mmdet.models, mmdet.datasets, mmseg, mmdet3d, nuscenes')
+IMPORT_CHECK = (
+    'from lib.compat import prepare_openmmlab; prepare_openmmlab(); '
+    'import mmdet.models, mmdet.datasets, mmseg, mmdet3d, nuscenes'
+)
 OPS_CHECK = 'from lib.compat import has_compiled_ops; raise SystemExit(not has_compiled_ops())'
 
 
@@ -40,17 +43,17 @@ def main():
         python = make_venv(args.venv) if args.venv else sys.executable
         install(python, args.stack, args.mmcv_ops)
     except InstallError as error:
-        print('\nerror: %s' % error, file=sys.stderr)
+        print(f'\nerror: {error}', file=sys.stderr)
         sys.exit(1)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--venv', help='folder of the virtual environment; made if missing')
     parser.add_argument('--stack', choices=sorted(STACKS), default='current', help='set of pinned versions')
-    parser.add_argument('--mmcv-ops', action='store_true',
-                        help='compile mmcv-full for the torch present (20 minutes and more)')
+    parser.add_argument(
+        '--mmcv-ops', action='store_true', help='compile mmcv-full for the torch present (20 minutes and more)'
+    )
     return parser.parse_args()
 
 
@@ -58,9 +61,10 @@ def check_python(stack):
     """The Python that runs this is one the stack was tested with."""
     tested = STACKS[stack][2]
     if sys.version_info[:2] not in tested:
-        raise InstallError('%s is Python %d.%d; stack %s needs Python %s. Name it: make PYTHON=/path/to/it'
-                           % ((sys.executable,) + sys.version_info[:2]
-                              + (stack, ' or '.join('%d.%d' % version for version in tested))))
+        raise InstallError(
+            '%s is Python %d.%d; stack %s needs Python %s. Name it: make PYTHON=/path/to/it'
+            % ((sys.executable,) + sys.version_info[:2] + (stack, ' or '.join('%d.%d' % version for version in tested)))
+        )
 
 
 def make_venv(folder):
@@ -71,11 +75,15 @@ def make_venv(folder):
         _check_not_in_use(folder)
         print('virtual environment of Python %d.%d in %s' % (sys.version_info[:2] + (folder,)), flush=True)
         if subprocess.call([sys.executable, '-m', 'venv', '--clear', folder]) != 0:
-            raise InstallError('%s cannot make a virtual environment (see above); on Debian and Ubuntu: '
-                               'apt install python%d.%d-venv' % ((sys.executable,) + sys.version_info[:2]))
+            raise InstallError(
+                '%s cannot make a virtual environment (see above); on Debian and Ubuntu: '
+                'apt install python%d.%d-venv' % ((sys.executable,) + sys.version_info[:2])
+            )
     elif version != sys.version_info[:2]:
-        raise InstallError('%s holds Python %d.%d, and %s is %d.%d; name another folder (make VENV=...) or '
-                           'remove it' % ((folder,) + version + (sys.executable,) + sys.version_info[:2]))
+        raise InstallError(
+            '%s holds Python %d.%d, and %s is %d.%d; name another folder (make VENV=...) or '
+            'remove it' % ((folder,) + version + (sys.executable,) + sys.version_info[:2])
+        )
     if not _runs(python, 'import pip'):  # an earlier run was stopped early
         subprocess.call([python, '-m', 'ensurepip'])
     return python
@@ -85,8 +93,7 @@ def _check_not_in_use(folder):
     """Only an empty folder, or a virtual environment whose Python does not run, is (re)made."""
     is_venv = os.path.exists(os.path.join(folder, 'pyvenv.cfg'))
     if not is_venv and os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise InstallError('%s exists and is not a virtual environment; name another folder (make VENV=...)'
-                           % folder)
+        raise InstallError(f'{folder} exists and is not a virtual environment; name another folder (make VENV=...)')
 
 
 def _version_of(python):
@@ -109,26 +116,37 @@ def install(python, stack, mmcv_ops):
     unresolved = ['--no-deps', '--no-build-isolation']
     mmcv = [] if _runs(python, OPS_CHECK) else files('mmcv.txt')  # a compiled one stays
     _step('build tools', python, ['install'] + files('build.txt'))
-    _step('PyTorch and libraries (a first time downloads up to 3 GB)', python,
-          ['install'] + files(torch_file, 'base.txt', 'test.txt'))
-    _step('OpenMMLab 1.x, nuscenes-devkit', python, ['install'] + unresolved + mmcv + files('openmmlab.txt'),
-          MMCV_WITH_OPS='0')
+    _step(
+        'PyTorch and libraries (a first time downloads up to 3 GB)',
+        python,
+        ['install'] + files(torch_file, 'base.txt', 'test.txt'),
+    )
+    _step(
+        'OpenMMLab 1.x, nuscenes-devkit',
+        python,
+        ['install'] + unresolved + mmcv + files('openmmlab.txt'),
+        MMCV_WITH_OPS='0',
+    )
     if mmcv_ops and not _runs(python, OPS_CHECK):
         _compile_mmcv(python, files('mmcv-ops.txt'))
     print('checking that everything can be imported', flush=True)
     if not _runs(python, IMPORT_CHECK, quiet=False):
-        raise InstallError('the packages are installed but cannot be imported (see above); '
-                           'run "make check-env", or remove the environment and install again')
+        raise InstallError(
+            'the packages are installed but cannot be imported (see above); '
+            'run "make check-env", or remove the environment and install again'
+        )
 
 
 def _step(what, python, arguments, **environment):
     """One call of pip; its own messages tell of a failure."""
-    print('installing: %s' % what, flush=True)
+    print(f'installing: {what}', flush=True)
     start = time.time()
     command = [python, '-m', 'pip', '--disable-pip-version-check', '--no-input'] + arguments[:1] + ['-q']
     if subprocess.call(command + arguments[1:], cwd=ROOT, env=dict(os.environ, **environment)) != 0:
-        raise InstallError('could not install %s (see pip above). Is the package index reachable, and is '
-                           'there room on the disk? Then run the same command again.' % what)
+        raise InstallError(
+            f'could not install {what} (see pip above). Is the package index reachable, and is '
+            'there room on the disk? Then run the same command again.'
+        )
     print('  %.0f s' % (time.time() - start), flush=True)
 
 
@@ -138,12 +156,18 @@ def _compile_mmcv(python, requirement):
     pip's cache is left out: it knows wheels by version, and this one belongs to one build of torch.
     """
     with tempfile.TemporaryDirectory() as wheels:
-        _step('mmcv with compiled ops (compiling takes 20 minutes and more)', python,
-              ['wheel', '--no-deps', '--no-build-isolation', '--no-cache-dir', '-w', wheels] + requirement,
-              MMCV_WITH_OPS='1')
+        _step(
+            'mmcv with compiled ops (compiling takes 20 minutes and more)',
+            python,
+            ['wheel', '--no-deps', '--no-build-isolation', '--no-cache-dir', '-w', wheels] + requirement,
+            MMCV_WITH_OPS='1',
+        )
         _step('removing mmcv without ops', python, ['uninstall', '-y', 'mmcv', 'mmcv-full'])
-        _step('mmcv with compiled ops in its place', python,
-              ['install', '--no-deps'] + [os.path.join(wheels, name) for name in os.listdir(wheels)])
+        _step(
+            'mmcv with compiled ops in its place',
+            python,
+            ['install', '--no-deps'] + [os.path.join(wheels, name) for name in os.listdir(wheels)],
+        )
     if not _runs(python, OPS_CHECK, quiet=False):
         raise InstallError('mmcv-full was compiled but its ops cannot be loaded; run "make check-env"')
 

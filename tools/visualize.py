@@ -9,6 +9,7 @@ DIR is what val.py --save-predictions or tools/infer.py wrote. Panoptic labels a
 view in which every thing has a colour of its own. The data set may lack labels (test split); then the
 prediction is drawn alone.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def truth_volume(labels, task, visible_only):
     """Volume of a label file's arrays."""
     from lib.errors import DataError
     from lib.occ_figure import Volume
+
     semantics = labels['semantics']
     if visible_only:
         if 'mask_camera' not in labels:
@@ -54,6 +56,7 @@ def prediction_volume(path, task):
     """Volume of a prediction file."""
     from lib.occ_figure import Volume
     from lib.prediction import load_prediction, to_dense
+
     dense = to_dense(load_prediction(path), task)
     return Volume('prediction', dense['semantics'], dense.get('instances'))
 
@@ -63,12 +66,13 @@ def camera_images(info, dataset, task):
     from lib.errors import DataError
     from loaders.decode import read_image
     from loaders.infos import relocate
+
     images = {}
     for name in task.cameras:
         try:
             images[name] = read_image(relocate(info['cams'][name]['data_path'], dataset.data_root)).pixels[..., ::-1]
         except DataError as error:
-            print('left out: %s' % error, file=sys.stderr)
+            print(f'left out: {error}', file=sys.stderr)
     return images
 
 
@@ -76,34 +80,41 @@ def draw_sample(dataset, index, task, predictions=None, visible_only=False):
     """Picture of one sample of a data set, uint8 [height, width, 3] RGB."""
     from lib.errors import DataError
     from lib.occ_figure import draw_figure
+
     info = dataset.info(index)
     volumes = []
     if dataset.has_labels:
         volumes.append(truth_volume(dataset.ground_truth(index), task, visible_only))
     if predictions:
-        volumes.append(prediction_volume(Path(predictions) / ('%s.npz' % info['token']), task))
+        volumes.append(prediction_volume(Path(predictions) / ('{}.npz'.format(info['token'])), task))
     if not volumes:
         raise DataError('nothing to draw: the data set has no labels (occ_gt_root) and no --predictions were given')
-    title = 'sample %s' % info['token']
+    title = 'sample {}'.format(info['token'])
     scene = info.get('scene_name') or info.get('scene_token')
-    return draw_figure(task, volumes, camera_images(info, dataset, task), '%s, %s' % (scene, title) if scene else title)
+    return draw_figure(task, volumes, camera_images(info, dataset, task), f'{scene}, {title}' if scene else title)
 
 
 def find_samples(dataset, sample, scene):
     """Numbers of the samples that --sample or --scene names."""
     from lib.errors import DataError
+
     if scene:
-        found = [i for i in range(len(dataset))
-                 if scene in (dataset.info(i).get('scene_name'), dataset.info(i).get('scene_token'))]
+        found = [
+            i
+            for i in range(len(dataset))
+            if scene in (dataset.info(i).get('scene_name'), dataset.info(i).get('scene_token'))
+        ]
         if not found:
-            raise DataError('no sample of %s is in scene %r' % (dataset.ann_file, scene))
+            raise DataError(f'no sample of {dataset.ann_file} is in scene {scene!r}')
         return found
     if sample.isdigit() and int(sample) < len(dataset):
         return [int(sample)]
     found = [i for i in range(len(dataset)) if dataset.sample_token(i) == sample]
     if not found:
-        raise DataError('%s has no sample %r; give a token in it, or a number from 0 to %d'
-                        % (dataset.ann_file, sample, len(dataset) - 1))
+        raise DataError(
+            '%s has no sample %r; give a token in it, or a number from 0 to %d'
+            % (dataset.ann_file, sample, len(dataset) - 1)
+        )
     return found
 
 
@@ -112,6 +123,7 @@ def draw_label_file(args):
     from lib.occ_figure import draw_figure
     from lib.task import Task
     from loaders.labels import read_labels
+
     task = Task(label_set=args.label_set)
     labels = read_labels(Path(args.labels), task)
     return draw_figure(task, [truth_volume(labels, task, args.visible_only)], {}, str(args.labels))
@@ -120,23 +132,27 @@ def draw_label_file(args):
 def save_image(path, image):
     """Write an RGB picture; the suffix names the format."""
     import cv2
+
     from lib.errors import UserError
     from lib.io import atomic_write
+
     with atomic_write(path) as temporary:
         try:
             written = cv2.imwrite(str(temporary), image[..., ::-1])
         except cv2.error as error:
-            raise UserError('%s: no picture format has this suffix; use .png or .jpg' % path) from error
+            raise UserError(f'{path}: no picture format has this suffix; use .png or .jpg') from error
         if not written:
-            raise UserError('%s cannot be written; check the folder and the space left' % path)
+            raise UserError(f'{path} cannot be written; check the folder and the space left')
 
 
 def save_video(path, images, fps):
     """Write RGB pictures of equal size as .mp4 or .gif."""
     import cv2
     from PIL import Image
+
     from lib.errors import UserError
     from lib.io import atomic_write
+
     with atomic_write(path) as temporary:
         if Path(path).suffix == '.gif':
             frames = [Image.fromarray(image).resize((image.shape[1] // 2, image.shape[0] // 2)) for image in images]
@@ -145,7 +161,7 @@ def save_video(path, images, fps):
         height, width = (side // 2 * 2 for side in images[0].shape[:2])
         writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*'mp4v'), fps, (width, height))
         if not writer.isOpened():
-            raise UserError('%s: this OpenCV cannot write mp4; use a name that ends in .gif' % path)
+            raise UserError(f'{path}: this OpenCV cannot write mp4; use a name that ends in .gif')
         for image in images:
             writer.write(image[:height, :width, ::-1].copy())
         writer.release()
@@ -154,28 +170,35 @@ def save_video(path, images, fps):
 def main():
     args = parse_args()
     from lib.errors import UserError
+
     if args.labels:
         save_image(args.out, draw_label_file(args))
-        print('wrote %s' % args.out)
+        print(f'wrote {args.out}')
         return
     if not args.config:
         raise UserError('give --config (and --predictions), or --labels FILE')
     if (Path(args.out).suffix in VIDEO_SUFFIXES) != bool(args.scene):
-        raise UserError('--scene writes a video (--out with %s), --sample a picture (.png or .jpg); got --out %s'
-                        % (' or '.join(VIDEO_SUFFIXES), args.out))
+        raise UserError(
+            '--scene writes a video (--out with {}), --sample a picture (.png or .jpg); got --out {}'.format(
+                ' or '.join(VIDEO_SUFFIXES), args.out
+            )
+        )
     from lib.config import load_config
     from lib.task import Task
     from loaders import build_dataset
+
     cfg = load_config(args.config, args.override)
     task = Task.from_config(cfg.task)
     dataset = build_dataset(cfg.data[args.split], task)
-    images = [draw_sample(dataset, i, task, args.predictions, args.visible_only)
-              for i in find_samples(dataset, args.sample, args.scene)]
+    images = [
+        draw_sample(dataset, i, task, args.predictions, args.visible_only)
+        for i in find_samples(dataset, args.sample, args.scene)
+    ]
     if args.scene:
         save_video(args.out, images, args.fps)
     else:
         save_image(args.out, images[0])
-    print('wrote %s' % args.out)
+    print(f'wrote {args.out}')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
 """Toy nuScenes with OpenOcc v2 labels (17 classes with free, no camera mask)."""
+
 _base_ = './semantic.py'
 
 task = dict(label_set='openocc_v2')

@@ -1,4 +1,5 @@
 """Toy nuScenes, panoptic: things told apart."""
+
 _base_ = './semantic.py'
 
 task = dict(panoptic=True)

@@ -1,4 +1,5 @@
 """Toy nuScenes, semantic: what tools/demo.py trains."""
+
 _base_ = [
     '../_base_/datasets/toy.py',
     '../_base_/models/sparseocc_toy.py',

@@ -1,4 +1,5 @@
 """Fitting a checkpoint's weights to a model, and saying whose they are when they do not fit."""
+
 from collections import Counter, OrderedDict
 from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
@@ -46,13 +47,15 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, stri
 
 def require_finite(weights: Mapping[str, Tensor], path: str) -> None:
     """Raise CheckpointError if any weight is NaN or infinite; results would be wrong without a word."""
-    bad = [name for name, value in weights.items()
-           if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    bad = [
+        name for name, value in weights.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
     if bad:
-        raise CheckpointError('checkpoint %s holds NaN or infinite values in %d tensors (%s%s); its training went '
-                              'wrong or the file is damaged: use an earlier one'
-                              % (path, len(bad), ', '.join(bad[:_NAMES_SHOWN]),
-                                 ', ...' if len(bad) > _NAMES_SHOWN else ''))
+        raise CheckpointError(
+            'checkpoint %s holds NaN or infinite values in %d tensors (%s%s); its training went '
+            'wrong or the file is damaged: use an earlier one'
+            % (path, len(bad), ', '.join(bad[:_NAMES_SHOWN]), ', ...' if len(bad) > _NAMES_SHOWN else '')
+        )
 
 
 class Difference(NamedTuple):
@@ -61,6 +64,7 @@ class Difference(NamedTuple):
     missing: names that only the model has. unexpected: names that only the checkpoint has.
     reshaped: (name, shape in the checkpoint, shape in the model).
     """
+
     missing: List[str]
     unexpected: List[str]
     reshaped: List[Tuple[str, tuple, tuple]]
@@ -70,32 +74,37 @@ def compare(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Differe
     """How a checkpoint's weights differ from a model's; batch norm counters old files lack do not count."""
     missing = [k for k in own if k not in weights and not k.endswith('num_batches_tracked')]
     unexpected = [k for k in weights if k not in own]
-    reshaped = [(k, tuple(weights[k].shape), tuple(own[k].shape)) for k in own
-                if k in weights and weights[k].shape != own[k].shape]
+    reshaped = [
+        (k, tuple(weights[k].shape), tuple(own[k].shape))
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
     return Difference(missing, unexpected, reshaped)
 
 
 def _misfit(path, own, weights, difference) -> str:
     theirs, ours = describe_weights(weights), describe_weights(own)
     if theirs is None:
-        return ('checkpoint %s is not of a SparseOcc (it holds %s); for a pretrained backbone set load_from '
-                'in the config' % (path, count_modules(weights)))
+        return (
+            f'checkpoint {path} is not of a SparseOcc (it holds {count_modules(weights)}); for a pretrained backbone set load_from '
+            'in the config'
+        )
     if ours is not None and theirs != ours:
-        return ('checkpoint %s is of %s, but the config builds %s; use %s instead'
-                % (path, theirs.in_words(), ours.in_words(),
-                   theirs.config() or 'the config it was trained with'))
-    return ('checkpoint %s does not fit the model of the config: %s; use the config it was trained with'
-            % (path, _list_difference(difference)))
+        return 'checkpoint {} is of {}, but the config builds {}; use {} instead'.format(
+            path, theirs.in_words(), ours.in_words(), theirs.config() or 'the config it was trained with'
+        )
+    return f'checkpoint {path} does not fit the model of the config: {_list_difference(difference)}; use the config it was trained with'
 
 
 def _list_difference(difference) -> str:
-    reshaped = ['%s is %s there and %s here' % (name, list(theirs), list(ours))
-                for name, theirs, ours in difference.reshaped]
-    parts = [('missing', difference.missing), ('unexpected', difference.unexpected),
-             ('of another shape', reshaped)]
-    return '; '.join('%d %s (%s%s)' % (len(names), title, ', '.join(names[:_NAMES_SHOWN]),
-                                       ', ...' if len(names) > _NAMES_SHOWN else '')
-                     for title, names in parts if names)
+    reshaped = [f'{name} is {list(theirs)} there and {list(ours)} here' for name, theirs, ours in difference.reshaped]
+    parts = [('missing', difference.missing), ('unexpected', difference.unexpected), ('of another shape', reshaped)]
+    return '; '.join(
+        '%d %s (%s%s)'
+        % (len(names), title, ', '.join(names[:_NAMES_SHOWN]), ', ...' if len(names) > _NAMES_SHOWN else '')
+        for title, names in parts
+        if names
+    )
 
 
 class WeightsKind(NamedTuple):
@@ -104,6 +113,7 @@ class WeightsKind(NamedTuple):
     release: '1.0' (children scored by occupancy) or '1.1'. num_occupied: classes without free.
     Semantic and panoptic models have the same weights, so nothing tells these apart.
     """
+
     release: str
     num_occupied: int
 

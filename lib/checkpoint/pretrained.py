@@ -1,4 +1,5 @@
 """Taking over the parts of another network's checkpoint that fit: a detector's backbone and pyramid."""
+
 import os
 import re
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from .reading import read_checkpoint, state_dict_of
 
 class PretrainedReport(NamedTuple):
     """What ``load_pretrained`` did; names are the model's for ``used`` and the file's for the others."""
+
     path: str
     used: List[str]
     reshaped: List[str]
@@ -21,16 +23,20 @@ class PretrainedReport(NamedTuple):
 
     def lines(self) -> List[str]:
         """The report as text, one line per fact."""
-        lines = ['pretrained weights from %s' % self.path,
-                 '  used:      %d tensors (%s)' % (len(self.used), count_modules(self.used))]
+        lines = [
+            f'pretrained weights from {self.path}',
+            '  used:      %d tensors (%s)' % (len(self.used), count_modules(self.used)),
+        ]
         if self.reshaped:
-            lines.append('  not used:  %d tensors of another shape (%s)'
-                         % (len(self.reshaped), count_modules(self.reshaped)))
+            lines.append(
+                '  not used:  %d tensors of another shape (%s)' % (len(self.reshaped), count_modules(self.reshaped))
+            )
         if self.unknown:
-            lines.append('  not used:  %d tensors the model does not have (%s)'
-                         % (len(self.unknown), count_modules(self.unknown)))
-        lines.append('  untouched: %d tensors of the model (%s)'
-                     % (len(self.untouched), count_modules(self.untouched)))
+            lines.append(
+                '  not used:  %d tensors the model does not have (%s)'
+                % (len(self.unknown), count_modules(self.unknown))
+            )
+        lines.append('  untouched: %d tensors of the model (%s)' % (len(self.untouched), count_modules(self.untouched)))
         return lines
 
 
@@ -41,12 +47,15 @@ _NECK = (r'^neck\.', 'img_neck.')
 def check_pretrained_file(path: str) -> None:
     """Raise CheckpointError unless the file of ``load_from`` exists."""
     if not os.path.exists(path):
-        raise CheckpointError('pretrained weights %s (load_from) do not exist; download them to that path '
-                              '(docs/nuscenes.md), or start without them: --override load_from=None' % path)
+        raise CheckpointError(
+            f'pretrained weights {path} (load_from) do not exist; download them to that path '
+            '(docs/nuscenes.md), or start without them: --override load_from=None'
+        )
 
 
-def load_pretrained(model: nn.Module, path: str, revise_keys: Sequence[Tuple[str, str]] = (),
-                    trust: bool = False) -> PretrainedReport:
+def load_pretrained(
+    model: nn.Module, path: str, revise_keys: Sequence[Tuple[str, str]] = (), trust: bool = False
+) -> PretrainedReport:
     """Load the parts of another network's checkpoint that fit by name and shape, e.g. a detector's backbone.
 
     Args:
@@ -71,8 +80,10 @@ def load_pretrained(model: nn.Module, path: str, revise_keys: Sequence[Tuple[str
         else:
             used[target] = value
     if not used:
-        raise CheckpointError('none of the %d tensors in %s (%s) fits the model; check load_from and '
-                              'revise_keys' % (len(weights), path, count_modules(weights)))
+        raise CheckpointError(
+            'none of the %d tensors in %s (%s) fits the model; check load_from and '
+            'revise_keys' % (len(weights), path, count_modules(weights))
+        )
     require_finite(used, path)
     model.load_state_dict(used, strict=False)
     return PretrainedReport(path, list(used), reshaped, unknown, [k for k in own if k not in used])

@@ -3,6 +3,7 @@
 A file holds ``dict(meta=..., state_dict=..., ...)`` as mmcv's do, or a bare state dict; names may begin with
 ``module.``.
 """
+
 import contextlib
 import inspect
 import os
@@ -19,19 +20,32 @@ from torch import Tensor
 from ..errors import CheckpointError
 from . import torch_pickle
 
-_UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, IndexError, ValueError, TypeError, AttributeError,
-               ImportError, OverflowError, MemoryError, UnicodeDecodeError)
+_UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    KeyError,
+    IndexError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    OverflowError,
+    MemoryError,
+    UnicodeDecodeError,
+)
 
 
 def check_checkpoint_file(path: str) -> None:
     """Raise CheckpointError unless ``path`` is an existing, non-empty file."""
     if os.path.isdir(path):
-        raise CheckpointError('checkpoint %s is a folder; give the .pth file inside it' % path)
+        raise CheckpointError(f'checkpoint {path} is a folder; give the .pth file inside it')
     if not os.path.isfile(path):
-        raise CheckpointError('checkpoint %s does not exist; check the path, train one with train.py or '
-                              'download it' % path)
+        raise CheckpointError(
+            f'checkpoint {path} does not exist; check the path, train one with train.py or download it'
+        )
     if os.path.getsize(path) == 0:
-        raise CheckpointError('checkpoint %s is empty; it was not written or fetched to its end' % path)
+        raise CheckpointError(f'checkpoint {path} is empty; it was not written or fetched to its end')
 
 
 def read_checkpoint(path: str, trust: bool = False) -> Dict:
@@ -52,11 +66,13 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict:
         raise CheckpointError(_refusal(path, error)) from error
     except _UNREADABLE as error:
         reason = str(error).strip().splitlines()
-        raise CheckpointError('checkpoint %s is damaged or no PyTorch checkpoint (%s: %s); fetch or write it '
-                              'again' % (path, type(error).__name__, (reason or [''])[0])) from error
+        raise CheckpointError(
+            'checkpoint {} is damaged or no PyTorch checkpoint ({}: {}); fetch or write it again'.format(
+                path, type(error).__name__, (reason or [''])[0]
+            )
+        ) from error
     if not isinstance(checkpoint, Mapping):
-        raise CheckpointError('checkpoint %s holds a %s instead of a dict with weights'
-                              % (path, type(checkpoint).__name__))
+        raise CheckpointError(f'checkpoint {path} holds a {type(checkpoint).__name__} instead of a dict with weights')
     return checkpoint
 
 
@@ -73,19 +89,23 @@ def check_archive(path: str) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError('checkpoint %s is cut short or damaged (%s); fetch or write it again'
-                              % (path, error)) from error
+        raise CheckpointError(
+            f'checkpoint {path} is cut short or damaged ({error}); fetch or write it again'
+        ) from error
     if damaged is not None:
-        raise CheckpointError('checkpoint %s is damaged (the check sum of %s is wrong); fetch or write it '
-                              'again' % (path, damaged))
+        raise CheckpointError(
+            f'checkpoint {path} is damaged (the check sum of {damaged} is wrong); fetch or write it again'
+        )
 
 
 def _refusal(path, error) -> str:
     asked = re.search(r'(?:GLOBAL|global:?|Unsupported class)\s+(?:GLOBAL\s+)?(\w[\w.]*\w)', str(error))
     if asked is None:
-        return ('checkpoint %s is damaged or not written by torch.save; fetch or write it again' % path)
-    return ('checkpoint %s was refused: it asks for %s, and only tensors and plain data are read; if you '
-            'trust where the file is from, add --trust-weights' % (path, asked.group(1)))
+        return f'checkpoint {path} is damaged or not written by torch.save; fetch or write it again'
+    return (
+        f'checkpoint {path} was refused: it asks for {asked.group(1)}, and only tensors and plain data are read; if you '
+        'trust where the file is from, add --trust-weights'
+    )
 
 
 def _torch_load(path, trust):
@@ -104,7 +124,7 @@ def _numpy_numbers_allowed():
     scalar = np.float64(0).__reduce__()[0]
     modules = ('numpy.core.multiarray', 'numpy._core.multiarray')  # as NumPy 1 and NumPy 2 write it
     kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    return torch.serialization.safe_globals([(scalar, '%s.scalar' % m) for m in modules] + [np.dtype] + kinds)
+    return torch.serialization.safe_globals([(scalar, f'{m}.scalar') for m in modules] + [np.dtype] + kinds)
 
 
 def state_dict_of(checkpoint: Mapping, path: str) -> 'OrderedDict[str, Tensor]':
@@ -118,9 +138,13 @@ def state_dict_of(checkpoint: Mapping, path: str) -> 'OrderedDict[str, Tensor]':
         if isinstance(checkpoint.get(key), Mapping):
             state = checkpoint[key]
             break
-    weights = OrderedDict((re.sub(r'^module\.', '', name), value) for name, value in state.items()
-                          if isinstance(value, Tensor))
+    weights = OrderedDict(
+        (re.sub(r'^module\.', '', name), value) for name, value in state.items() if isinstance(value, Tensor)
+    )
     if not weights:
-        raise CheckpointError('checkpoint %s holds no weights (its keys: %s)'
-                              % (path, ', '.join(sorted(map(str, checkpoint))[:8]) or 'none'))
+        raise CheckpointError(
+            'checkpoint {} holds no weights (its keys: {})'.format(
+                path, ', '.join(sorted(map(str, checkpoint))[:8]) or 'none'
+            )
+        )
     return weights

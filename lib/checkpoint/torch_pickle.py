@@ -3,22 +3,35 @@
 Pass it as ``pickle_module``. It rebuilds tensors, plain containers and numbers; every other class or function
 that a file names is refused.
 """
+
 import pickle
 from pickle import HIGHEST_PROTOCOL, UnpicklingError, dump, dumps  # noqa: F401 (what torch.load looks up)
 
-_ALLOWED = frozenset((
-    ('collections', 'OrderedDict'), ('_codecs', 'encode'),
-    ('torch', 'Size'), ('torch', 'device'),
-    ('torch._utils', '_rebuild_tensor'), ('torch._utils', '_rebuild_tensor_v2'),
-    ('torch._utils', '_rebuild_parameter'), ('torch.nn.parameter', 'Parameter'),
-    ('torch.storage', 'UntypedStorage'), ('torch.storage', 'TypedStorage'),
-    ('torch.storage', '_UntypedStorage'), ('torch.storage', '_TypedStorage'),
-    ('numpy', 'dtype'), ('numpy.core.multiarray', 'scalar'), ('numpy._core.multiarray', 'scalar'),
-))
-_BUILTINS = frozenset(('bool', 'bytearray', 'complex', 'dict', 'float', 'frozenset', 'int', 'list', 'set',
-                       'slice', 'str', 'tuple'))
-_TORCH_DTYPES = frozenset(('float16', 'float32', 'float64', 'bfloat16', 'uint8', 'int8', 'int16', 'int32',
-                           'int64', 'bool'))
+_ALLOWED = frozenset(
+    (
+        ('collections', 'OrderedDict'),
+        ('_codecs', 'encode'),
+        ('torch', 'Size'),
+        ('torch', 'device'),
+        ('torch._utils', '_rebuild_tensor'),
+        ('torch._utils', '_rebuild_tensor_v2'),
+        ('torch._utils', '_rebuild_parameter'),
+        ('torch.nn.parameter', 'Parameter'),
+        ('torch.storage', 'UntypedStorage'),
+        ('torch.storage', 'TypedStorage'),
+        ('torch.storage', '_UntypedStorage'),
+        ('torch.storage', '_TypedStorage'),
+        ('numpy', 'dtype'),
+        ('numpy.core.multiarray', 'scalar'),
+        ('numpy._core.multiarray', 'scalar'),
+    )
+)
+_BUILTINS = frozenset(
+    ('bool', 'bytearray', 'complex', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'slice', 'str', 'tuple')
+)
+_TORCH_DTYPES = frozenset(
+    ('float16', 'float32', 'float64', 'bfloat16', 'uint8', 'int8', 'int16', 'int32', 'int64', 'bool')
+)
 
 
 class Unpickler(pickle.Unpickler):
@@ -30,7 +43,7 @@ class Unpickler(pickle.Unpickler):
         is_builtin = module in ('builtins', '__builtin__') and name in _BUILTINS
         if is_storage or is_dtype or is_builtin or (module, name) in _ALLOWED:
             return super().find_class(module, name)
-        raise UnpicklingError('Unsupported global: %s.%s' % (module, name))
+        raise UnpicklingError(f'Unsupported global: {module}.{name}')
 
 
 def load(file, **options):

@@ -1,4 +1,5 @@
 """Writing checkpoints so that none is ever half there."""
+
 import zipfile
 from typing import Mapping
 
@@ -22,8 +23,10 @@ def save_checkpoint(path: str, checkpoint: Mapping) -> None:
                 torch.save(checkpoint, patient)
                 patient.raise_error()
     except OSError as error:
-        raise UserError('cannot write %s: %s; free some space or choose another folder (earlier checkpoints '
-                        'are untouched)' % (path, error.strerror or error)) from error
+        raise UserError(
+            f'cannot write {path}: {error.strerror or error}; free some space or choose another folder (earlier checkpoints '
+            'are untouched)'
+        ) from error
 
 
 class _PatientStream:

@@ -5,6 +5,7 @@ Call :func:`prepare_openmmlab` before the first ``import mmdet`` / ``mmdet3d``:
     from lib.compat import prepare_openmmlab
     prepare_openmmlab()
 """
+
 from .openmmlab import has_compiled_ops, prepare_openmmlab
 
 __all__ = ['has_compiled_ops', 'prepare_openmmlab']

@@ -3,6 +3,7 @@
 mmdet and mmdet3d import ``mmcv.ops`` when they are imported, and ``mmcv.ops`` wants ``mmcv._ext``. SparseOcc
 calls none of those ops, so a module whose functions fail with a clear sentence when called is enough.
 """
+
 import importlib.machinery
 import sys
 import types
@@ -39,8 +40,11 @@ class StandInExt(types.ModuleType):
 
 def _missing_op(name):
     def missing_op(*args, **kwargs):
-        raise MissingOpError('mmcv.ops needs the compiled op %r, and this mmcv has no compiled '
-                             'ops; run "make install MMCV_OPS=1" to compile them (about 20 minutes)' % name)
+        raise MissingOpError(
+            f'mmcv.ops needs the compiled op {name!r}, and this mmcv has no compiled '
+            'ops; run "make install MMCV_OPS=1" to compile them (about 20 minutes)'
+        )
+
     missing_op.__name__ = name
     return missing_op
 

@@ -1,4 +1,5 @@
 """NumPy names that mmdet, mmdet3d and nuscenes-devkit still use, on a NumPy that has dropped them."""
+
 import warnings
 
 # removed name -> what it meant

@@ -1,4 +1,5 @@
 """Make OpenMMLab 1.x importable, with compiled mmcv ops where they exist and without where not."""
+
 import contextlib
 import importlib
 import inspect
@@ -55,8 +56,9 @@ def _import_required(name):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError('the Python package %r is not installed; run "make install" and use .venv/bin/python'
-                        % error.name) from error
+        raise UserError(
+            f'the Python package {error.name!r} is not installed; run "make install" and use .venv/bin/python'
+        ) from error
 
 
 @contextlib.contextmanager
@@ -79,8 +81,10 @@ def _use_compiled_ops_or_stand_in():
         mmcv_ext.register()
     except (ImportError, OSError) as error:  # built for another torch or CUDA
         mmcv_ext.register()
-        print('note: the compiled ops of mmcv cannot be loaded and are not used (%s); '
-              '"make install MMCV_OPS=1" compiles them for the torch present' % str(error).splitlines()[0])
+        print(
+            f'note: the compiled ops of mmcv cannot be loaded and are not used ({str(error).splitlines()[0]}); '
+            '"make install MMCV_OPS=1" compiles them for the torch present'
+        )
 
 
 def _import_mmdet3d():

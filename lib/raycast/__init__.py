@@ -1,4 +1,5 @@
 """Casting of rays through voxel volumes, on the CPU and on CUDA behind one function."""
+
 from .casting import RayHits, cast_rays, cast_rays_through, choose_device
 from .gpu import extension_available
 

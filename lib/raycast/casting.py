@@ -1,4 +1,5 @@
 """The public function of ray casting: checks its arguments and picks the device."""
+
 from dataclasses import dataclass
 from typing import Any, List, Optional, Sequence
 
@@ -19,14 +20,24 @@ class RayHits:
         voxel: int32 [M], that voxel's row-major index in [X, Y, Z].
         instance: [M], instance of that voxel (type of the instances); None if no instances were given.
     """
+
     label: Any
     distance_m: Any
     voxel: Any
     instance: Optional[Any] = None
 
 
-def cast_rays(semantics, origins, directions, point_cloud_range: Sequence[float], voxel_size: float,
-              free_id: int, instances=None, rays=None, device='cpu') -> RayHits:
+def cast_rays(
+    semantics,
+    origins,
+    directions,
+    point_cloud_range: Sequence[float],
+    voxel_size: float,
+    free_id: int,
+    instances=None,
+    rays=None,
+    device='cpu',
+) -> RayHits:
     """Cast every direction from every origin through a volume.
 
     A ray ends in the first occupied voxel it meets inside the grid, or in the last voxel inside. A ray that
@@ -46,13 +57,30 @@ def cast_rays(semantics, origins, directions, point_cloud_range: Sequence[float]
     Returns:
         RayHits of the rays in the order asked for, on ``device``.
     """
-    return cast_rays_through([semantics], origins, directions, point_cloud_range, voxel_size, free_id,
-                             None if instances is None else [instances], rays, device)[0]
+    return cast_rays_through(
+        [semantics],
+        origins,
+        directions,
+        point_cloud_range,
+        voxel_size,
+        free_id,
+        None if instances is None else [instances],
+        rays,
+        device,
+    )[0]
 
 
-def cast_rays_through(semantics: Sequence, origins, directions, point_cloud_range: Sequence[float],
-                      voxel_size: float, free_id: int, instances: Optional[Sequence] = None, rays=None,
-                      device='cpu') -> List[RayHits]:
+def cast_rays_through(
+    semantics: Sequence,
+    origins,
+    directions,
+    point_cloud_range: Sequence[float],
+    voxel_size: float,
+    free_id: int,
+    instances: Optional[Sequence] = None,
+    rays=None,
+    device='cpu',
+) -> List[RayHits]:
     """Cast the same rays through several volumes at once, e.g. truth and prediction: paths are walked once.
 
     Args:
@@ -83,28 +111,32 @@ def choose_device(device) -> str:
 def _device_type(device):
     kind = str(device).split(':')[0]
     if kind not in ('cpu', 'cuda'):
-        raise ValueError('rays are cast on "cpu" or "cuda", not on %r' % (device,))
+        raise ValueError(f'rays are cast on "cpu" or "cuda", not on {device!r}')
     return kind
 
 
 def _check(semantics, origins, directions, point_cloud_range, voxel_size, instances):
     """Raise ValueError for arguments that do not fit together; only shapes are looked at."""
     if not 1 <= len(semantics) <= MAX_VOLUMES:
-        raise ValueError('1 to %d volumes can be cast through at once, got %d'
-                         % (MAX_VOLUMES, len(semantics)))
+        raise ValueError('1 to %d volumes can be cast through at once, got %d' % (MAX_VOLUMES, len(semantics)))
     shape = tuple(semantics[0].shape)
     if len(shape) != 3 or 0 in shape or any(tuple(volume.shape) != shape for volume in semantics):
-        raise ValueError('semantics must be volumes [X, Y, Z] of one shape, not empty; got %s'
-                         % [tuple(volume.shape) for volume in semantics])
+        raise ValueError(
+            'semantics must be volumes [X, Y, Z] of one shape, not empty; got %s'
+            % [tuple(volume.shape) for volume in semantics]
+        )
     if instances is not None and [tuple(volume.shape) for volume in instances] != [shape] * len(semantics):
-        raise ValueError('instances have shapes %s, semantics %s; they must be equal'
-                         % ([tuple(volume.shape) for volume in instances], [shape] * len(semantics)))
+        raise ValueError(
+            f'instances have shapes {[tuple(volume.shape) for volume in instances]}, semantics {[shape] * len(semantics)}; they must be equal'
+        )
     for name, points in (('origins', origins), ('directions', directions)):
         if len(points.shape) != 2 or points.shape[1] != 3:
-            raise ValueError('%s must be [n, 3], got shape %s' % (name, tuple(points.shape)))
+            raise ValueError(f'{name} must be [n, 3], got shape {tuple(points.shape)}')
     if len(point_cloud_range) < 3 or not voxel_size > 0:
-        raise ValueError('point_cloud_range needs its lower corner and voxel_size must be positive; got %s '
-                         'and %r' % (list(point_cloud_range), voxel_size))
+        raise ValueError(
+            f'point_cloud_range needs its lower corner and voxel_size must be positive; got {list(point_cloud_range)} '
+            f'and {voxel_size!r}'
+        )
 
 
 def _cast_cpu(semantics, origins, directions, lower_corner, voxel_size, free_id, instances, rays):
@@ -115,9 +147,15 @@ def _cast_cpu(semantics, origins, directions, lower_corner, voxel_size, free_id,
     rays = np.arange(total, dtype=np.int32) if rays is None else _check_rays(_to_numpy(rays), total)
     voxel, distance = cpu.trace(semantics, free_id, origins, directions, lower_corner, voxel_size, rays)
     instances = [None] * len(semantics) if instances is None else [_to_numpy(volume) for volume in instances]
-    return [RayHits(label=_look_up(volume, index), distance_m=depth, voxel=index,
-                    instance=None if ids is None else _look_up(ids, index))
-            for volume, ids, index, depth in zip(semantics, instances, voxel, distance)]
+    return [
+        RayHits(
+            label=_look_up(volume, index),
+            distance_m=depth,
+            voxel=index,
+            instance=None if ids is None else _look_up(ids, index),
+        )
+        for volume, ids, index, depth in zip(semantics, instances, voxel, distance)
+    ]
 
 
 def _to_numpy(value):
@@ -126,7 +164,7 @@ def _to_numpy(value):
 
 def _check_rays(rays, total):
     rays = np.array(rays, dtype=np.int32)
-    if rays.ndim != 1 or (len(rays) and not (0 <= rays.min() and rays.max() < total)):
+    if rays.ndim != 1 or (len(rays) and not (rays.min() >= 0 and rays.max() < total)):
         raise ValueError('rays must be a list of indices in 0..%d' % (total - 1))
     return rays
 
@@ -137,10 +175,13 @@ def _look_up(volume, voxel):
 
 def _cast_cuda(semantics, origins, directions, lower_corner, voxel_size, free_id, instances, rays, device):
     import torch
+
     as_tensor = lambda value, dtype=None: torch.as_tensor(value, dtype=dtype, device=device)  # noqa: E731
     volumes = torch.stack([as_tensor(volume, torch.uint8) for volume in semantics])
-    origins, directions = (as_tensor(_writable(points), dtype).contiguous()
-                           for points, dtype in ((origins, torch.float64), (directions, torch.float32)))
+    origins, directions = (
+        as_tensor(_writable(points), dtype).contiguous()
+        for points, dtype in ((origins, torch.float64), (directions, torch.float32))
+    )
     if rays is None:
         rays = torch.arange(len(origins) * len(directions), dtype=torch.int32, device=device)
     rays = as_tensor(rays, torch.int32).contiguous()  # unchecked: the kernel takes ray 0 for a wrong index
@@ -149,9 +190,10 @@ def _cast_cuda(semantics, origins, directions, lower_corner, voxel_size, free_id
         instances = [None] * len(volumes)
     else:
         instances = [as_tensor(ids).reshape(-1) for ids in instances]
-    return [RayHits(label=label, distance_m=depth, voxel=index,
-                    instance=None if ids is None else ids[index.long()])
-            for label, index, depth, ids in zip(*found, instances)]
+    return [
+        RayHits(label=label, distance_m=depth, voxel=index, instance=None if ids is None else ids[index.long()])
+        for label, index, depth, ids in zip(*found, instances)
+    ]
 
 
 def _writable(points):
@@ -161,6 +203,8 @@ def _writable(points):
 
 def _to_device(hits, device):
     import torch
+
     move = lambda array: None if array is None else torch.from_numpy(array).to(device)  # noqa: E731
-    return RayHits(label=move(hits.label), distance_m=move(hits.distance_m), voxel=move(hits.voxel),
-                   instance=move(hits.instance))
+    return RayHits(
+        label=move(hits.label), distance_m=move(hits.distance_m), voxel=move(hits.voxel), instance=move(hits.instance)
+    )

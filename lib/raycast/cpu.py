@@ -1,4 +1,5 @@
 """Ray casting on the CPU: the compiled traversal over chunks of rays, spread over threads."""
+
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Sequence
@@ -30,11 +31,18 @@ def trace(semantics, free_id, origins, directions, range_min, voxel_size, rays):
         voxel int32 and distance float32, each [V, M].
     """
     from .kernels import trace_rays  # compiles; only when a ray is cast
+
     occupied = occupancy_bits(semantics, free_id)
     voxel = np.empty((len(semantics), len(rays)), dtype=np.int32)
     distance = np.empty(voxel.shape, dtype=np.float32)
-    common = (occupied, origins, directions, np.asarray(range_min, dtype=np.float64),
-              float(np.float32(voxel_size)), rays)
+    common = (
+        occupied,
+        origins,
+        directions,
+        np.asarray(range_min, dtype=np.float64),
+        float(np.float32(voxel_size)),
+        rays,
+    )
     _in_chunks(lambda first, last: trace_rays(*common, first, last, voxel, distance), len(rays))
     return voxel, distance
 

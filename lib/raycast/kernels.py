@@ -6,6 +6,7 @@ no fastmath here, no fused multiply-add there.
 
 Units: positions and distances in voxels from the grid's lower corner.
 """
+
 import math
 
 import numpy as np
@@ -76,8 +77,28 @@ def _record(slot, hits, voxel, depth, voxel_out, distance_out):
 
 
 @inlined
-def _walk(cells, voxel, jump_x, jump_y, step_z, left_x, left_y, left_z, tx, ty, tz, dx, dy, dz, steps_left,
-          pending, slot, metres, voxel_out, distance_out):
+def _walk(
+    cells,
+    voxel,
+    jump_x,
+    jump_y,
+    step_z,
+    left_x,
+    left_y,
+    left_z,
+    tx,
+    ty,
+    tz,
+    dx,
+    dy,
+    dz,
+    steps_left,
+    pending,
+    slot,
+    metres,
+    voxel_out,
+    distance_out,
+):
     """Walk inside the grid from ``voxel`` until all pending volumes were hit or the ray leaves; record it."""
     here, t = voxel, 0.0
     for _ in range(steps_left):
@@ -113,8 +134,7 @@ def _walk(cells, voxel, jump_x, jump_y, step_z, left_x, left_y, left_z, tx, ty, 
 
 
 @jit
-def trace_rays(occupied, origins, directions, range_min, voxel_size, rays, first, last, voxel_out,
-               distance_out):
+def trace_rays(occupied, origins, directions, range_min, voxel_size, rays, first, last, voxel_out, distance_out):
     """Cast ``rays[first:last]`` through all volumes at once; the path is the same for each.
 
     Args:
@@ -143,12 +163,31 @@ def trace_rays(occupied, origins, directions, range_min, voxel_size, rays, first
         x, step_x, tx, dx = _axis(start_x, ray_x / length)
         y, step_y, ty, dy = _axis(start_y, ray_y / length)
         z, step_z, tz, dz = _axis(start_z, ray_z / length)
-        x, y, z, tx, ty, tz, steps_left = _enter(x, y, z, step_x, step_y, step_z, tx, ty, tz, dx, dy, dz,
-                                                 size_x, size_y, size_z, step_limit)
+        x, y, z, tx, ty, tz, steps_left = _enter(
+            x, y, z, step_x, step_y, step_z, tx, ty, tz, dx, dy, dz, size_x, size_y, size_z, step_limit
+        )
         if steps_left == 0:
             _record(slot, all_volumes, 0, np.float32(-1.0) * metres, voxel_out, distance_out)
             continue
-        _walk(cells, (x * size_y + y) * size_z + z, step_x * size_y * size_z, step_y * size_z, step_z,
-              _voxels_left(x, step_x, size_x), _voxels_left(y, step_y, size_y),
-              _voxels_left(z, step_z, size_z), tx, ty, tz, dx, dy, dz, steps_left, all_volumes, slot, metres,
-              voxel_out, distance_out)
+        _walk(
+            cells,
+            (x * size_y + y) * size_z + z,
+            step_x * size_y * size_z,
+            step_y * size_z,
+            step_z,
+            _voxels_left(x, step_x, size_x),
+            _voxels_left(y, step_y, size_y),
+            _voxels_left(z, step_z, size_z),
+            tx,
+            ty,
+            tz,
+            dx,
+            dy,
+            dz,
+            steps_left,
+            all_volumes,
+            slot,
+            metres,
+            voxel_out,
+            distance_out,
+        )

@@ -6,6 +6,7 @@ Builds for the GPU present, or for those named in TORCH_CUDA_ARCH_LIST (e.g. "8.
 CUDA version that PyTorch was built with. The project also runs without: rays are then cast on the CPU. The
 top-level setup.py builds the same extension.
 """
+
 import os
 import shutil
 
@@ -21,10 +22,15 @@ def ray_cast_extension(name: str = 'raycast_cuda', folder: str = ''):
         folder: this folder as seen from the running setup.py ('' in this folder, ``lib/raycast`` at the top).
     """
     from torch.utils.cpp_extension import CUDAExtension
+
     at = lambda names: [os.path.join(folder, 'csrc', name) for name in names]  # noqa: E731
     # --fmad=false: depths must have the CPU's bits. traversal.h sees to that by itself; this makes sure.
-    return CUDAExtension(name, at(SOURCES), depends=at(HEADERS),
-                         extra_compile_args={'cxx': ['-O3'], 'nvcc': ['-O3', '--fmad=false', '-lineinfo']})
+    return CUDAExtension(
+        name,
+        at(SOURCES),
+        depends=at(HEADERS),
+        extra_compile_args={'cxx': ['-O3'], 'nvcc': ['-O3', '--fmad=false', '-lineinfo']},
+    )
 
 
 def point_to_cuda():
@@ -44,10 +50,16 @@ def main():
     point_to_cuda()
     from setuptools import setup
     from torch.utils.cpp_extension import BuildExtension
+
     os.chdir(os.path.dirname(os.path.abspath(__file__)))
-    setup(name='sparseocc-raycast', version='1', packages=[], ext_modules=[ray_cast_extension()],
-          cmdclass={'build_ext': BuildExtension},
-          options={'build': {'build_base': os.path.join('..', '..', 'build', 'raycast')}})
+    setup(
+        name='sparseocc-raycast',
+        version='1',
+        packages=[],
+        ext_modules=[ray_cast_extension()],
+        cmdclass={'build_ext': BuildExtension},
+        options={'build': {'build_base': os.path.join('..', '..', 'build', 'raycast')}},
+    )
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
 """Checks of the files named on the command line, before anything slow is imported or built."""
+
 import os
 from typing import Optional
 
@@ -16,9 +17,9 @@ def check_files(config: str, resume: Optional[str] = None, *weights: Optional[st
     """
     check_config_file(config)
     if resume and resume != 'auto' and not os.path.exists(resume):
-        raise CheckpointError('checkpoint %s (--resume) does not exist; give a .pth file, a folder or auto'
-                              % resume)
+        raise CheckpointError(f'checkpoint {resume} (--resume) does not exist; give a .pth file, a folder or auto')
     from ..checkpoint import check_checkpoint_file
+
     for path in weights:
         if path:
             check_checkpoint_file(path)

@@ -3,6 +3,7 @@
 The samples of an optimizer step, and their order, depend on the seed and the step alone. Only their division
 into forward passes depends on the number of processes and on the accumulation.
 """
+
 from dataclasses import dataclass
 from typing import Iterator, List, Tuple, Union
 
@@ -20,6 +21,7 @@ class BatchPlan:
         total: samples of an optimizer step.
         sizes: [accumulation step][rank] samples of that forward pass; each at least 1.
     """
+
     total: int
     sizes: Tuple[Tuple[int, ...], ...]
 
@@ -50,12 +52,15 @@ class BatchPlan:
     def describe(self) -> str:
         sizes = sorted({size for row in self.sizes for size in row})
         each = '%d' % sizes[0] if len(sizes) == 1 else '%d or %d' % (sizes[0], sizes[-1])
-        return ('total batch %d = %s samples x %d processes x %d accumulation steps'
-                % (self.total, each, self.world_size, self.accumulate))
+        return 'total batch %d = %s samples x %d processes x %d accumulation steps' % (
+            self.total,
+            each,
+            self.world_size,
+            self.accumulate,
+        )
 
 
-def plan_batch(total: int, world_size: int, accumulate: Union[str, int] = 'auto',
-               max_per_pass: int = 0) -> BatchPlan:
+def plan_batch(total: int, world_size: int, accumulate: Union[str, int] = 'auto', max_per_pass: int = 0) -> BatchPlan:
     """Deal ``total`` samples over processes and accumulation steps as evenly as they go.
 
     Args:
@@ -68,7 +73,7 @@ def plan_batch(total: int, world_size: int, accumulate: Union[str, int] = 'auto'
         ConfigError: there would be a forward pass without a sample.
     """
     if isinstance(total, bool) or not isinstance(total, int) or total < 1:
-        raise ConfigError('total_batch_size must be an integer of at least 1, got %r' % (total,))
+        raise ConfigError(f'total_batch_size must be an integer of at least 1, got {total!r}')
     if accumulate == 'auto':
         per_process = -(-total // world_size)
         accumulate = -(-per_process // max_per_pass) if max_per_pass else 1
@@ -77,10 +82,11 @@ def plan_batch(total: int, world_size: int, accumulate: Union[str, int] = 'auto'
         raise ConfigError(
             'total_batch_size %d is too small for %d processes x %d accumulation steps: each forward pass '
             'needs a sample; use at most %d processes, fewer accumulation steps, or a larger total_batch_size'
-            % (total, world_size, accumulate, max(total // accumulate, 1)))
+            % (total, world_size, accumulate, max(total // accumulate, 1))
+        )
     base, extra = divmod(total, world_size * accumulate)
     sizes = [base + (i < extra) for i in range(world_size * accumulate)]
-    rows = tuple(tuple(sizes[a * world_size:(a + 1) * world_size]) for a in range(accumulate))
+    rows = tuple(tuple(sizes[a * world_size : (a + 1) * world_size]) for a in range(accumulate))
     return BatchPlan(total, rows)
 
 
@@ -128,4 +134,4 @@ class RankBatches:
         for step in range(self.first_step, self.last_step):
             for micro_step in range(self.plan.accumulate):
                 begin, end = self.plan.part(micro_step, self.rank)
-                yield order[step * self.plan.total + begin:step * self.plan.total + end]
+                yield order[step * self.plan.total + begin : step * self.plan.total + end]

@@ -1,4 +1,5 @@
 """What a run is made of; the scripts hand it in, so that nothing here depends on models or data sets."""
+
 from typing import Any, Callable, NamedTuple, Optional
 
 from ..config import require_keys
@@ -15,6 +16,7 @@ class Components(NamedTuple):
     build_evaluator  (task, metrics=..., device=...) -> evaluator
     preflight        (data set, name) raises DataError where files are missing; None checks nothing
     """
+
     build_model: Callable
     build_dataset: Callable
     collate: Callable
@@ -43,10 +45,10 @@ def open_dataset(components: Components, cfg, split: str, task: Task, changes: d
         ConfigError: the section is missing or wrong.
         DataError: its files are missing or damaged, or it has no samples.
     """
-    require_keys(cfg, ('data.%s' % split,))
+    require_keys(cfg, (f'data.{split}',))
     dataset = components.build_dataset(dict(cfg.data[split], **changes), task)
     if len(dataset) == 0:
-        raise DataError('data.%s has no samples; check ann_file, load_interval and max_samples' % split)
+        raise DataError(f'data.{split} has no samples; check ann_file, load_interval and max_samples')
     if check_files and components.preflight is not None:
         components.preflight(dataset, split)
     return dataset

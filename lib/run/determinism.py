@@ -1,4 +1,5 @@
 """Training that repeats to the bit on the same machine."""
+
 import os
 
 import torch
@@ -23,8 +24,11 @@ def set_deterministic(on: bool) -> None:
         return
     workspace = os.environ.setdefault(_WORKSPACE, _REPEATABLE_WORKSPACES[0])
     if torch.cuda.is_available() and workspace not in _REPEATABLE_WORKSPACES:
-        raise ConfigError('train.deterministic needs the environment variable %s to be %s, but it is %r; unset it'
-                          % (_WORKSPACE, ' or '.join(_REPEATABLE_WORKSPACES), workspace))
+        raise ConfigError(
+            'train.deterministic needs the environment variable {} to be {}, but it is {!r}; unset it'.format(
+                _WORKSPACE, ' or '.join(_REPEATABLE_WORKSPACES), workspace
+            )
+        )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     if hasattr(torch.backends.cuda, 'enable_mem_efficient_sdp'):  # fused attention adds up in no fixed order

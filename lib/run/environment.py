@@ -1,4 +1,5 @@
 """What a run ran on: versions, devices, commit."""
+
 import platform
 import subprocess
 import sys
@@ -7,15 +8,35 @@ from typing import Dict, List, Optional
 
 import torch
 
-_PACKAGES = ('torch', 'torchvision', 'numpy', 'mmcv', 'mmcv-full', 'mmdet', 'mmsegmentation', 'mmdet3d',
-             'numba', 'opencv-python-headless', 'opencv-python', 'Pillow', 'Pillow-SIMD', 'PyTurboJPEG')
+_PACKAGES = (
+    'torch',
+    'torchvision',
+    'numpy',
+    'mmcv',
+    'mmcv-full',
+    'mmdet',
+    'mmsegmentation',
+    'mmdet3d',
+    'numba',
+    'opencv-python-headless',
+    'opencv-python',
+    'Pillow',
+    'Pillow-SIMD',
+    'PyTurboJPEG',
+)
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def describe_environment(device: torch.device, world_size: int) -> List[str]:
     """Lines ``name: value`` about Python, packages, devices and the source tree."""
-    facts = dict(command=' '.join(sys.argv), python=sys.version.split()[0], system=platform.platform(),
-                 processes=str(world_size), device=device_name(device), git=describe_commit())
+    facts = dict(
+        command=' '.join(sys.argv),
+        python=sys.version.split()[0],
+        system=platform.platform(),
+        processes=str(world_size),
+        device=device_name(device),
+        git=describe_commit(),
+    )
     for package in _PACKAGES:
         version = _version(package)
         if version:
@@ -23,7 +44,7 @@ def describe_environment(device: torch.device, world_size: int) -> List[str]:
     if torch.version.cuda:
         facts['cuda of torch'] = torch.version.cuda
         facts['cudnn'] = str(torch.backends.cudnn.version()) if torch.cuda.is_available() else 'no GPU'
-    return ['%s: %s' % fact for fact in facts.items()]
+    return ['{}: {}'.format(*fact) for fact in facts.items()]
 
 
 def device_name(device: torch.device) -> str:
@@ -41,7 +62,7 @@ def describe_commit() -> str:
     changed = _git('status', '--porcelain', '--untracked-files=no') or ''
     names = [line[3:] for line in changed.splitlines()]
     more = ', ...' if len(names) > 5 else ''
-    return commit + (' with changes in %s%s' % (', '.join(names[:5]), more) if names else '')
+    return commit + (' with changes in {}{}'.format(', '.join(names[:5]), more) if names else '')
 
 
 def versions() -> Dict[str, str]:
@@ -51,6 +72,7 @@ def versions() -> Dict[str, str]:
 
 def _version(package) -> Optional[str]:
     from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -59,8 +81,9 @@ def _version(package) -> Optional[str]:
 
 def _git(*arguments) -> Optional[str]:
     try:
-        done = subprocess.run(('git',) + arguments, cwd=str(_ROOT), stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=20)
+        done = subprocess.run(
+            ('git',) + arguments, cwd=str(_ROOT), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode('utf-8', 'replace').rstrip('\n') if done.returncode == 0 else None

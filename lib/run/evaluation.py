@@ -4,6 +4,7 @@ Each process takes a contiguous block of the data set, so that the features of e
 from one keyframe to the next. Counts per sample travel to the main process and are summed in the data set's
 order.
 """
+
 import os
 import time
 from collections import deque
@@ -45,6 +46,7 @@ class EvaluationJob:
         predictions_folder: where to save predictions, or None.
         score: False only predicts (and saves); needs no labels.
     """
+
     model: Any
     dataset: Any
     collate: Callable
@@ -82,8 +84,7 @@ def evaluate(job: EvaluationJob):
 
 def block_of(count: int, processes: Processes) -> range:
     """Indices that this process evaluates."""
-    return range(count * processes.rank // processes.world_size,
-                 count * (processes.rank + 1) // processes.world_size)
+    return range(count * processes.rank // processes.world_size, count * (processes.rank + 1) // processes.world_size)
 
 
 def in_dataset_order(everyone: List[List[Tuple[int, Any]]], count: int) -> List:
@@ -136,8 +137,9 @@ def _finish_sample(job, index, prediction):
         save_prediction(path_inside(job.predictions_folder, token + '.npz'), prediction)
     if not job.score:
         return None
-    return job.evaluator.process(to_dense(prediction, job.task), job.dataset.ground_truth(index),
-                                 job.dataset.ray_origins(index), key=token)
+    return job.evaluator.process(
+        to_dense(prediction, job.task), job.dataset.ground_truth(index), job.dataset.ray_origins(index), key=token
+    )
 
 
 def make_predictions_folder(path: str) -> Path:
@@ -150,10 +152,11 @@ def make_predictions_folder(path: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError('cannot make the folder %s (%s); choose another --save-predictions'
-                        % (path, error.strerror)) from error
+        raise UserError(
+            f'cannot make the folder {path} ({error.strerror}); choose another --save-predictions'
+        ) from error
     if not os.access(str(folder), os.W_OK):
-        raise UserError('cannot write to %s; choose another --save-predictions' % path)
+        raise UserError(f'cannot write to {path}; choose another --save-predictions')
     return folder
 
 
@@ -168,8 +171,10 @@ class _Progress:
         self._countdown.step()
         if time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            self._say('evaluated %d of %d samples  %.2f samples/s  left %s' % (
-                self._countdown.done, self._countdown.total, self._rate(), self._countdown.text()))
+            self._say(
+                'evaluated %d of %d samples  %.2f samples/s  left %s'
+                % (self._countdown.done, self._countdown.total, self._rate(), self._countdown.text())
+            )
 
     def finish(self) -> None:
         self._say('evaluated %d samples at %.2f samples/s' % (self._countdown.done, self._rate()))

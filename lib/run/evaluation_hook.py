@@ -1,4 +1,5 @@
 """Evaluation during training."""
+
 from pathlib import Path
 from typing import Dict, Optional
 
@@ -23,12 +24,22 @@ class EvaluationHook:
         amp: precision of the forward pass.
     """
 
-    def __init__(self, components: Components, task: Task, dataset, settings: EvaluationSettings,
-                 processes: Processes, log: RunLog, workers: int, amp: Optional[str]):
+    def __init__(
+        self,
+        components: Components,
+        task: Task,
+        dataset,
+        settings: EvaluationSettings,
+        processes: Processes,
+        log: RunLog,
+        workers: int,
+        amp: Optional[str],
+    ):
         self.components, self.task, self.dataset = components, task, dataset
         self.processes, self.log, self.workers, self.amp = processes, log, workers, amp
-        self.evaluator = components.build_evaluator(task, metrics=settings.metrics or default_metrics(task),
-                                                    device=processes.device)
+        self.evaluator = components.build_evaluator(
+            task, metrics=settings.metrics or default_metrics(task), device=processes.device
+        )
 
     def __call__(self, model, iteration: int, folder: Path) -> Optional[Dict[str, float]]:
         """Scores of the model in the main process, None in the others.
@@ -38,9 +49,19 @@ class EvaluationHook:
         path = folder / ('evaluation_iter_%d.json' % iteration)
         if self.processes.broadcast(path.exists()):
             return _totals(read_json(path)) if self.processes.is_main else None
-        result = evaluate(EvaluationJob(
-            model, self.dataset, self.components.collate, self.evaluator, self.task, self.processes,
-            self.log.say, self.workers, self.amp))
+        result = evaluate(
+            EvaluationJob(
+                model,
+                self.dataset,
+                self.components.collate,
+                self.evaluator,
+                self.task,
+                self.processes,
+                self.log.say,
+                self.workers,
+                self.amp,
+            )
+        )
         if result is None:
             return None
         for line in result.as_table().splitlines():

@@ -1,4 +1,5 @@
 """Runs that cannot go on: what is written down, and what the user is told."""
+
 import math
 import os
 from pathlib import Path
@@ -30,8 +31,9 @@ class NonFinite(Exception):
         return ', '.join(name for name, value in self.values.items() if not math.isfinite(value))
 
 
-def report_non_finite(error: NonFinite, iteration: int, tokens: List, facts: Dict, state: Mapping,
-                      folder: Path) -> RunStopped:
+def report_non_finite(
+    error: NonFinite, iteration: int, tokens: List, facts: Dict, state: Mapping, folder: Path
+) -> RunStopped:
     """Write the state before a bad step and what is known about it; the error to raise.
 
     Args:
@@ -43,14 +45,21 @@ def report_non_finite(error: NonFinite, iteration: int, tokens: List, facts: Dic
         folder: run folder; ``nonfinite_iter_N.json`` and ``.pth`` go there. Resuming does not look at them.
     """
     stem = folder / ('nonfinite_iter_%d' % iteration)
-    evidence = dict(facts, what=str(error), iteration=iteration, sample_tokens_by_process_and_pass=tokens,
-                    values={name: repr(value) for name, value in error.values.items()})
+    evidence = dict(
+        facts,
+        what=str(error),
+        iteration=iteration,
+        sample_tokens_by_process_and_pass=tokens,
+        values={name: repr(value) for name, value in error.values.items()},
+    )
     try:
-        write_json('%s.json' % stem, evidence)
-        save_checkpoint('%s.pth' % stem, state)
-        saved = 'the state before it is in %s.pth, the facts in %s.json' % (stem, os.path.basename(str(stem)))
+        write_json(f'{stem}.json', evidence)
+        save_checkpoint(f'{stem}.pth', state)
+        saved = f'the state before it is in {stem}.pth, the facts in {os.path.basename(str(stem))}.json'
     except UserError as failure:
         saved = str(failure)
     flat = [str(token) for of_process in tokens for of_pass in of_process for token in of_pass]
-    return RunStopped('%s at iteration %d (%s), samples %s; %s; lower optimizer.lr, check those samples, or '
-                      'use no --amp' % (error, iteration, error.bad_names(), ', '.join(flat), saved))
+    return RunStopped(
+        '%s at iteration %d (%s), samples %s; %s; lower optimizer.lr, check those samples, or '
+        'use no --amp' % (error, iteration, error.bad_names(), ', '.join(flat), saved)
+    )

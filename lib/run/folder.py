@@ -1,4 +1,5 @@
 """The run folder: never deleted, never overwritten; its checkpoints, and which of them to continue from."""
+
 import os
 import re
 import time
@@ -35,9 +36,10 @@ def create_run_folder(path: Optional[str], config_path: str) -> Path:
             if n == 0 and folder.is_dir() and not any(folder.iterdir()):
                 return folder
         except OSError as error:
-            raise UserError('cannot make the run folder %s: %s; choose another --work-dir'
-                            % (folder, error.strerror)) from error
-    raise UserError('10000 run folders named %s exist; choose another --work-dir' % wanted)
+            raise UserError(
+                f'cannot make the run folder {folder}: {error.strerror}; choose another --work-dir'
+            ) from error
+    raise UserError(f'10000 run folders named {wanted} exist; choose another --work-dir')
 
 
 def experiment_folder(config_path: str) -> Path:
@@ -63,11 +65,10 @@ def find_checkpoint_to_resume(resume: str, work_dir: Optional[str], config_path:
     if resume != 'auto':
         path = Path(resume)
         if not path.exists():
-            raise CheckpointError('checkpoint %s (--resume) does not exist; give a .pth file, a folder '
-                                  'or auto' % resume)
+            raise CheckpointError(f'checkpoint {resume} (--resume) does not exist; give a .pth file, a folder or auto')
         found = newest_checkpoint(path) if path.is_dir() else path
         if found is None:
-            raise CheckpointError('run folder %s (--resume) holds no whole checkpoint' % resume)
+            raise CheckpointError(f'run folder {resume} (--resume) holds no whole checkpoint')
         return found
     if work_dir:
         return newest_checkpoint(Path(work_dir))
@@ -94,7 +95,7 @@ def newest_checkpoint(folder: Path) -> Optional[Path]:
     for path in checkpoints(folder):
         if is_complete(str(path)):
             return path
-        print('warning: %s is not whole (cut short while written?) and is passed over' % path, flush=True)
+        print(f'warning: {path} is not whole (cut short while written?) and is passed over', flush=True)
     return None
 
 
@@ -136,12 +137,11 @@ class CheckpointKeeper:
             os.symlink(path.name, str(temporary))
             os.replace(str(temporary), str(self.folder / LATEST))
         except OSError as error:
-            print('warning: cannot point %s at %s (%s)' % (self.folder / LATEST, path.name, error.strerror),
-                  flush=True)
+            print(f'warning: cannot point {self.folder / LATEST} at {path.name} ({error.strerror})', flush=True)
 
     def _remove_old(self, newest):
         if not self.keep:
             return
         older = [path for path in checkpoints(self.folder) if path != newest]
-        for path in older[self.keep - 1:]:
+        for path in older[self.keep - 1 :]:
             path.unlink()

@@ -1,4 +1,5 @@
 """Loading batches: worker processes whose failures reach the user as one sentence."""
+
 import errno
 import signal
 import sys
@@ -11,8 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import DataError, UserError
 from .signals import ignore_in_worker
 
-_TOO_MANY_FILES = ('too many open files in the data-loading workers; lower data.workers_per_gpu, or raise '
-                   'the limit with "ulimit -n 65536"')
+_TOO_MANY_FILES = (
+    'too many open files in the data-loading workers; lower data.workers_per_gpu, or raise '
+    'the limit with "ulimit -n 65536"'
+)
 
 
 _NO_EPOCH = -1
@@ -20,6 +23,7 @@ _NO_EPOCH = -1
 
 class Failure(NamedTuple):
     """What a worker sends instead of a sample or a batch."""
+
     message: str
 
 
@@ -67,8 +71,14 @@ class _Collate:
         return failures[0] if failures else self.collate(samples)
 
 
-def make_loader(dataset, batch_sampler: Iterable[List[int]], collate: Callable, workers: int,
-                device: torch.device, persistent: bool = False) -> DataLoader:
+def make_loader(
+    dataset,
+    batch_sampler: Iterable[List[int]],
+    collate: Callable,
+    workers: int,
+    device: torch.device,
+    persistent: bool = False,
+) -> DataLoader:
     """Loader of batches, to be read with ``read_batches``; ``loader.dataset.set_epoch`` chooses the epoch.
 
     Args:
@@ -80,8 +90,14 @@ def make_loader(dataset, batch_sampler: Iterable[List[int]], collate: Callable, 
         persistent: keep the workers from one pass over the loader to the next.
     """
     options = dict(persistent_workers=persistent, worker_init_fn=_prepare_worker) if workers else {}
-    return DataLoader(_Guarded(dataset), batch_sampler=batch_sampler, collate_fn=_Collate(collate),
-                      num_workers=workers, pin_memory=device.type == 'cuda', **options)
+    return DataLoader(
+        _Guarded(dataset),
+        batch_sampler=batch_sampler,
+        collate_fn=_Collate(collate),
+        num_workers=workers,
+        pin_memory=device.type == 'cuda',
+        **options,
+    )
 
 
 def read_batches(loader: DataLoader) -> Iterator[Any]:
@@ -122,13 +138,19 @@ def _translated(action):
 
 def _explain(error) -> Optional[str]:
     text = str(error)
-    if getattr(error, 'errno', None) in (errno.EMFILE, errno.ENFILE) or 'Too many open files' in text \
-            or 'received 0 items of ancdata' in text:
+    if (
+        getattr(error, 'errno', None) in (errno.EMFILE, errno.ENFILE)
+        or 'Too many open files' in text
+        or 'received 0 items of ancdata' in text
+    ):
         return _TOO_MANY_FILES
     if 'DataLoader worker' in text and ('exited unexpectedly' in text or 'killed by signal' in text):
-        return ('a data-loading worker was killed (%s); usually memory or shared memory ran out: lower '
-                'data.workers_per_gpu, or give the container more (docker: --shm-size)'
-                % text.strip().splitlines()[0].rstrip('. '))
+        return (
+            'a data-loading worker was killed ({}); usually memory or shared memory ran out: lower '
+            'data.workers_per_gpu, or give the container more (docker: --shm-size)'.format(
+                text.strip().splitlines()[0].rstrip('. ')
+            )
+        )
     return None
 
 

@@ -1,4 +1,5 @@
 """The run's log: console, ``log.txt``, machine-readable ``metrics.jsonl``, and TensorBoard if installed."""
+
 import json
 import sys
 import time
@@ -34,7 +35,7 @@ class RunLog:
         """A line for people, with the time."""
         if not self.is_main:
             return
-        line = '%s  %s' % (time.strftime('%Y-%m-%d %H:%M:%S'), text)
+        line = '{}  {}'.format(time.strftime('%Y-%m-%d %H:%M:%S'), text)
         print(line, flush=True)
         self._append('log.txt', line)
 
@@ -46,7 +47,7 @@ class RunLog:
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    self._board.add_scalar('%s/%s' % (kind, name), value, iteration)
+                    self._board.add_scalar(f'{kind}/{name}', value, iteration)
 
     def close(self) -> None:
         if self._board is not None:
@@ -57,12 +58,15 @@ class RunLog:
             self._early.append(line)
             return
         try:
-            with open('%s/%s' % (self.folder, name), 'a', encoding='utf-8') as f:
+            with open(f'{self.folder}/{name}', 'a', encoding='utf-8') as f:
                 f.write(line + '\n')
         except OSError as error:
             if not self._complained:
-                print('warning: cannot write %s/%s (%s); the log goes on here only'
-                      % (self.folder, name, error.strerror), file=sys.stderr, flush=True)
+                print(
+                    f'warning: cannot write {self.folder}/{name} ({error.strerror}); the log goes on here only',
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._complained = True
 
     def _open_board(self):

@@ -1,4 +1,5 @@
 """Running averages, remaining time and memory of a run."""
+
 import math
 import resource
 import time
@@ -86,5 +87,5 @@ def duration(seconds: float) -> str:
 def peak_memory_mib(device: torch.device) -> float:
     """Most memory used so far, MiB: PyTorch's on the GPU, or this process's resident set on the CPU."""
     if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

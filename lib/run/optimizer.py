@@ -1,4 +1,5 @@
 """Optimizer from the config, with learning-rate factors by parts of parameter names."""
+
 from collections import OrderedDict
 from typing import Dict, List, Mapping
 
@@ -26,8 +27,11 @@ def build_optimizer(model: nn.Module, cfg: Mapping) -> torch.optim.Optimizer:
     cfg = section(cfg, 'optimizer')
     name = cfg.pop('type', None)
     if name not in _OPTIMIZERS:
-        raise ConfigError('optimizer.type must be one of %s, got %r%s'
-                          % (', '.join(_OPTIMIZERS), name, did_you_mean(name, _OPTIMIZERS)))
+        raise ConfigError(
+            'optimizer.type must be one of {}, got {!r}{}'.format(
+                ', '.join(_OPTIMIZERS), name, did_you_mean(name, _OPTIMIZERS)
+            )
+        )
     custom_keys = _custom_keys(cfg.pop('paramwise_cfg', None))
     if 'lr' not in cfg:
         raise ConfigError("optimizer: key 'lr' is missing; give the learning rate")
@@ -35,7 +39,7 @@ def build_optimizer(model: nn.Module, cfg: Mapping) -> torch.optim.Optimizer:
     try:
         return _OPTIMIZERS[name](groups, **cfg)
     except (TypeError, ValueError) as error:
-        raise ConfigError('optimizer %s: %s; correct its config' % (name, error)) from error
+        raise ConfigError(f'optimizer {name}: {error}; correct its config') from error
 
 
 def _custom_keys(paramwise) -> Dict[str, Mapping]:
@@ -43,7 +47,7 @@ def _custom_keys(paramwise) -> Dict[str, Mapping]:
     check_keys(paramwise, ('custom_keys',), 'optimizer.paramwise_cfg')
     keys = section(paramwise.get('custom_keys'), 'optimizer.paramwise_cfg.custom_keys')
     for part, factors in keys.items():
-        where = 'optimizer.paramwise_cfg.custom_keys.%s' % part
+        where = f'optimizer.paramwise_cfg.custom_keys.{part}'
         check_keys(section(factors, where), ('lr_mult', 'decay_mult'), where)
     return keys
 
@@ -62,8 +66,9 @@ def _parameter_groups(model, custom_keys, lr, weight_decay) -> List[Dict]:
         groups.setdefault(key, []).append(parameter)
     unused = [part for part in custom_keys if part not in used]
     if unused:
-        raise ConfigError('optimizer.paramwise_cfg.custom_keys: no parameter has %r in its name; correct or '
-                          'remove it' % unused[0])
+        raise ConfigError(
+            f'optimizer.paramwise_cfg.custom_keys: no parameter has {unused[0]!r} in its name; correct or remove it'
+        )
     if not groups:
         raise ConfigError('the model has no parameter that learns')
     return [_group(parameters, lr, weight_decay, *key) for key, parameters in groups.items()]

@@ -1,4 +1,5 @@
 """Mixed precision and TF32, on PyTorch 1.10 and later."""
+
 import contextlib
 from typing import Optional
 
@@ -13,12 +14,11 @@ _DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 def check_precision(amp: Optional[str], device: torch.device) -> None:
     """Raise ConfigError if this device cannot compute in the asked-for precision."""
     if amp is not None and amp not in _DTYPES:
-        raise ConfigError('amp must be fp16 or bf16, got %r' % (amp,))
+        raise ConfigError(f'amp must be fp16 or bf16, got {amp!r}')
     if amp == 'fp16' and device.type == 'cpu':
         raise ConfigError('--amp fp16 needs a GPU; use --amp bf16 or no --amp on the CPU')
     if amp == 'bf16' and device.type == 'cuda' and not torch.cuda.is_bf16_supported():
-        raise ConfigError('--amp bf16: %s does not support bfloat16; use --amp fp16'
-                          % torch.cuda.get_device_name(device))
+        raise ConfigError(f'--amp bf16: {torch.cuda.get_device_name(device)} does not support bfloat16; use --amp fp16')
 
 
 def autocast(amp: Optional[str], device: torch.device):
@@ -74,9 +74,8 @@ def describe_precision(amp: Optional[str], device: torch.device, training: bool 
     if training and amp == 'fp16':
         text += ' with loss scaling'
     if device.type == 'cuda':
-        text += '; TF32 in convolutions %s, in matrix products %s' % (
-            _on_off(torch.backends.cudnn.allow_tf32), _on_off(torch.backends.cuda.matmul.allow_tf32))
-        text += '; cuDNN benchmark %s' % _on_off(torch.backends.cudnn.benchmark)
+        text += f'; TF32 in convolutions {_on_off(torch.backends.cudnn.allow_tf32)}, in matrix products {_on_off(torch.backends.cuda.matmul.allow_tf32)}'
+        text += f'; cuDNN benchmark {_on_off(torch.backends.cudnn.benchmark)}'
     if torch.are_deterministic_algorithms_enabled():
         text += '; deterministic algorithms only'
     return text

@@ -1,4 +1,5 @@
 """The processes of a run: one, or those that torchrun started; each with its device."""
+
 import contextlib
 import datetime
 import os
@@ -25,6 +26,7 @@ class Processes:
         device: where this process computes.
         objects: process group over which Python objects travel; None in a single process.
     """
+
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device('cpu'))
@@ -105,12 +107,16 @@ def pick_device(device: Optional[str] = None) -> torch.device:
     if device == 'cpu' or (device is None and not torch.cuda.is_available()):
         return torch.device('cpu')
     if not torch.cuda.is_available():
-        raise ConfigError('--device cuda: PyTorch %s sees no GPU here; install a CUDA build and driver, or '
-                          'use --device cpu' % torch.__version__)
+        raise ConfigError(
+            f'--device cuda: PyTorch {torch.__version__} sees no GPU here; install a CUDA build and driver, or '
+            'use --device cpu'
+        )
     local_rank, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if local_rank >= count:
-        raise ConfigError('torchrun started process %d on a machine with %d GPUs; give --nproc_per_node %d'
-                          % (local_rank, count, count))
+        raise ConfigError(
+            'torchrun started process %d on a machine with %d GPUs; give --nproc_per_node %d'
+            % (local_rank, count, count)
+        )
     torch.cuda.set_device(local_rank)
     return torch.device('cuda', local_rank)
 

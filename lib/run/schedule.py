@@ -1,4 +1,5 @@
 """Learning rate as a function of the iteration alone: warm-up, then cosine, steps or constant."""
+
 import math
 from dataclasses import dataclass, fields
 from typing import Mapping, Optional, Sequence, Union
@@ -25,6 +26,7 @@ class Schedule:
         epochs, iterations: length of the whole run, set by the trainer.
         steps_per_epoch: optimizer steps per epoch.
     """
+
     policy: str = 'fixed'
     by_epoch: bool = True
     warmup: Optional[str] = None
@@ -39,17 +41,21 @@ class Schedule:
 
     def __post_init__(self):
         if self.policy not in _POLICIES:
-            raise ConfigError('lr_config.policy must be one of %s, got %r%s'
-                              % (', '.join(_POLICIES), self.policy, did_you_mean(self.policy, _POLICIES)))
+            raise ConfigError(
+                'lr_config.policy must be one of {}, got {!r}{}'.format(
+                    ', '.join(_POLICIES), self.policy, did_you_mean(self.policy, _POLICIES)
+                )
+            )
         if self.warmup not in _WARMUPS:
-            raise ConfigError('lr_config.warmup must be one of %s, got %r' % (_WARMUPS, self.warmup))
+            raise ConfigError(f'lr_config.warmup must be one of {_WARMUPS}, got {self.warmup!r}')
         if self.warmup and (self.warmup_iters < 1 or not 0 < self.warmup_ratio <= 1):
-            raise ConfigError('lr_config: warm-up needs warmup_iters of at least 1 and warmup_ratio in '
-                              '(0, 1], got %r and %r' % (self.warmup_iters, self.warmup_ratio))
+            raise ConfigError(
+                'lr_config: warm-up needs warmup_iters of at least 1 and warmup_ratio in '
+                f'(0, 1], got {self.warmup_iters!r} and {self.warmup_ratio!r}'
+            )
 
     @classmethod
-    def from_config(cls, cfg: Optional[Mapping], epochs: int, iterations: int,
-                    steps_per_epoch: int) -> 'Schedule':
+    def from_config(cls, cfg: Optional[Mapping], epochs: int, iterations: int, steps_per_epoch: int) -> 'Schedule':
         cfg = section(cfg, 'lr_config')
         own = ('epochs', 'iterations', 'steps_per_epoch')
         check_keys(cfg, [f.name for f in fields(cls) if f.name not in own], 'lr_config')
@@ -64,7 +70,7 @@ class Schedule:
         if self.warmup == 'linear':
             return regular * (1 - left * (1 - self.warmup_ratio))
         if self.warmup == 'exp':
-            return regular * self.warmup_ratio ** left
+            return regular * self.warmup_ratio**left
         return regular * self.warmup_ratio
 
     def _regular(self, iteration):
@@ -76,5 +82,5 @@ class Schedule:
         if self.policy == 'step':
             steps = (self.step,) if isinstance(self.step, int) else self.step
             falls = progress // steps[0] if isinstance(self.step, int) else sum(s <= progress for s in steps)
-            return self.gamma ** falls
+            return self.gamma**falls
         return 1.0

@@ -2,19 +2,20 @@
 
 So no generator state has to be stored: a run that continues at step n draws what it would have drawn.
 """
+
 import random
 from typing import Optional
 
 import numpy as np
 import torch
 
-_MODULUS = 2 ** 63 - 25  # a prime; torch takes seeds below 2**63
+_MODULUS = 2**63 - 25  # a prime; torch takes seeds below 2**63
 _MULTIPLIER = 6364136223846793005
 
 
 def pick_seed(seed: Optional[int]) -> int:
     """The given seed, or one from the operating system."""
-    return random.SystemRandom().randrange(2 ** 31) if seed is None else int(seed)
+    return random.SystemRandom().randrange(2**31) if seed is None else int(seed)
 
 
 def mix(*numbers: int) -> int:
@@ -28,7 +29,7 @@ def mix(*numbers: int) -> int:
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and PyTorch (every device)."""
     random.seed(seed)
-    np.random.seed(seed % 2 ** 32)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 

@@ -1,4 +1,5 @@
 """Settings of a run: the config's ``train`` and ``evaluation`` sections with their defaults, checked."""
+
 from dataclasses import dataclass, fields
 from typing import Mapping, Optional, Tuple, Union
 
@@ -8,7 +9,7 @@ from ..names import check_keys, section
 
 def _choice(where, value, choices):
     if value not in choices:
-        raise ConfigError('%s must be one of %s, got %r' % (where, ', '.join(map(repr, choices)), value))
+        raise ConfigError('{} must be one of {}, got {!r}'.format(where, ', '.join(map(repr, choices)), value))
 
 
 def _at_least(where, value, low):
@@ -38,6 +39,7 @@ class TrainSettings:
         find_unused_parameters: passed on to DistributedDataParallel.
         tensorboard: write TensorBoard event files if the package is installed.
     """
+
     amp: Optional[str] = None
     tf32: str = 'default'
     cudnn_benchmark: bool = False
@@ -59,8 +61,14 @@ class TrainSettings:
         _choice('train.tf32', self.tf32, ('default', 'off', 'on'))
         _choice('train.on_save_error', self.on_save_error, ('continue', 'stop'))
         _choice('train.on_data_error', self.on_data_error, ('stop', 'skip'))
-        for name, low in (('log_interval', 1), ('checkpoint_interval', 1), ('checkpoint_interval_iters', 0),
-                          ('max_keep_ckpts', 0), ('max_skipped', 0), ('max_samples_per_gpu', 0)):
+        for name, low in (
+            ('log_interval', 1),
+            ('checkpoint_interval', 1),
+            ('checkpoint_interval_iters', 0),
+            ('max_keep_ckpts', 0),
+            ('max_skipped', 0),
+            ('max_samples_per_gpu', 0),
+        ):
             _at_least('train.' + name, getattr(self, name), low)
         _choice('train.deterministic', self.deterministic, (False, True))
         if self.deterministic and self.cudnn_benchmark:
@@ -81,6 +89,7 @@ class EvaluationSettings:
         interval: epochs between two evaluations during training; 0 evaluates at the end only, -1 never.
         metrics: names that the evaluator knows; None takes what suits the task.
     """
+
     interval: int = 0
     metrics: Optional[Tuple[str, ...]] = None
 

@@ -1,4 +1,5 @@
 """SIGTERM and SIGINT: ask for a stop at the next safe point; asked twice, stop at once."""
+
 import os
 import signal
 from typing import Optional

@@ -1,4 +1,5 @@
 """The beginning of a training run: folder, checkpoint to continue from, seed, first lines of the log."""
+
 import os
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
@@ -21,6 +22,7 @@ class Start(NamedTuple):
     path        its file
     in_place    the run goes on in the folder of that file
     """
+
     checkpoint: Optional[Dict]
     path: Optional[Path]
     in_place: bool
@@ -70,14 +72,14 @@ def tell_start(log: RunLog, args, cfg, start: Start, seed: int) -> None:
     """First lines of the log."""
     log.say('config %s, seed %d' % (args.config, seed))
     if start.checkpoint is not None:
-        log.say('continuing from %s' % start.path)
+        log.say(f'continuing from {start.path}')
         for line in config_differences(start.checkpoint['meta'].get('config', ''), config_lines(cfg)):
-            log.say("config differs from the checkpoint's: %s" % line)
+            log.say(f"config differs from the checkpoint's: {line}")
 
 
 def write_facts(folder: Path, cfg, seed: int, processes: Processes, log: RunLog) -> None:
     """Files of the run folder that say what was run and on what."""
-    log.say('run folder %s' % folder)
+    log.say(f'run folder {folder}')
     if not processes.is_main:
         return
     facts = describe_environment(processes.device, processes.world_size)
@@ -107,6 +109,6 @@ def config_lines(cfg) -> str:
 
 def _flatten(value, name) -> List[str]:
     if not isinstance(value, dict) or not value:
-        return ['%s = %r' % (name, value)]
+        return [f'{name} = {value!r}']
     prefix = name + '.' if name else ''
     return [line for key in value for line in _flatten(value[key], prefix + str(key))]

@@ -2,6 +2,7 @@
 
 Random numbers need no state: they are a function of seed and iteration (``lib.run.seeding``).
 """
+
 import time
 from typing import Dict, List, Mapping
 
@@ -24,9 +25,13 @@ def capture(model: nn.Module, optimizer, scaler, meta: Mapping, progress: Mappin
         meta: facts of the run (seed, total_batch_size, num_samples, config text, ...); plain values.
         progress: ``iteration`` (optimizer steps done) and whatever else the loop wants back; plain values.
     """
-    return dict(meta=dict(meta, versions=versions(), time=time.strftime('%Y-%m-%d %H:%M:%S')),
-                state_dict={name: value.detach().cpu() for name, value in model.state_dict().items()},
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), progress=dict(progress))
+    return dict(
+        meta=dict(meta, versions=versions(), time=time.strftime('%Y-%m-%d %H:%M:%S')),
+        state_dict={name: value.detach().cpu() for name, value in model.state_dict().items()},
+        optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict(),
+        progress=dict(progress),
+    )
 
 
 def read_training_state(path: str, trust: bool = False) -> Dict:
@@ -37,8 +42,10 @@ def read_training_state(path: str, trust: bool = False) -> Dict:
     """
     checkpoint = read_checkpoint(path, trust)
     if not all(isinstance(checkpoint.get(key), Mapping) for key in ('progress', 'optimizer', 'meta')):
-        raise CheckpointError('checkpoint %s holds weights only and no training state; start from its '
-                              'weights with --load-from %s' % (path, path))
+        raise CheckpointError(
+            f'checkpoint {path} holds weights only and no training state; start from its '
+            f'weights with --load-from {path}'
+        )
     return checkpoint
 
 
@@ -59,8 +66,10 @@ def restore(checkpoint: Mapping, path: str, model: nn.Module, optimizer, scaler,
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
     except (ValueError, KeyError) as error:
-        raise CheckpointError('checkpoint %s has another optimizer state than the config builds (%s); '
-                              'continue with the config it was trained with' % (path, error)) from error
+        raise CheckpointError(
+            f'checkpoint {path} has another optimizer state than the config builds ({error}); '
+            'continue with the config it was trained with'
+        ) from error
     for group, rate in zip(optimizer.param_groups, rates):  # the config's rate counts, should it have changed
         group['base_lr'] = rate
     if checkpoint.get('scaler'):
@@ -72,13 +81,14 @@ def _check_agreement(path, theirs, ours):
     for key in _MUST_AGREE:
         if theirs.get(key) != ours[key]:
             raise CheckpointError(
-                'checkpoint %s was trained with %s = %r, this run has %r; continue with the same data, '
+                f'checkpoint {path} was trained with {key} = {theirs.get(key)!r}, this run has {ours[key]!r}; continue with the same data, '
                 'total_batch_size and seed, or start a new run from its weights with --load-from'
-                % (path, key, theirs.get(key), ours[key]))
+            )
 
 
 def config_differences(theirs: str, ours: str) -> List[str]:
     """Lines that differ between two dumped configs, ``-`` then and ``+`` now."""
     then, now = theirs.splitlines(), ours.splitlines()
-    return (['- ' + line for line in then if line and line not in now]
-            + ['+ ' + line for line in now if line and line not in then])
+    return ['- ' + line for line in then if line and line not in now] + [
+        '+ ' + line for line in now if line and line not in then
+    ]

@@ -1,4 +1,5 @@
 """One optimizer step: forward and backward over its micro-batches, checks, clipping, update."""
+
 import contextlib
 import math
 from typing import Dict, List, NamedTuple, Sequence
@@ -25,6 +26,7 @@ class StepResult(NamedTuple):
     losses     means over the total batch; ``loss`` is their sum
     grad_norm  before clipping; not finite where the fp16 scaler skipped the step
     """
+
     losses: Dict[str, float]
     grad_norm: float
 
@@ -42,8 +44,7 @@ def clip_norm(optimizer_config) -> float:
     check_keys(cfg, ('max_norm', 'norm_type'), 'optimizer_config.grad_clip')
     norm = cfg.get('max_norm', 0)
     if cfg.get('norm_type', 2) != 2 or not isinstance(norm, (int, float)) or not norm > 0:
-        raise ConfigError('optimizer_config.grad_clip needs a positive max_norm (and norm_type=2), got %r'
-                          % cfg)
+        raise ConfigError(f'optimizer_config.grad_clip needs a positive max_norm (and norm_type=2), got {cfg!r}')
     return float(norm)
 
 
@@ -60,8 +61,17 @@ class Stepper:
         max_norm: of the gradient.
     """
 
-    def __init__(self, model: nn.Module, optimizer, scaler, plan: BatchPlan, processes: Processes, seed: int,
-                 amp, max_norm: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer,
+        scaler,
+        plan: BatchPlan,
+        processes: Processes,
+        seed: int,
+        amp,
+        max_norm: float,
+    ):
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.plan, self.processes, self.seed = plan, processes, seed
         self.amp, self.max_norm = amp, max_norm
@@ -105,8 +115,9 @@ class Stepper:
         """Precision, this pass's share of the batch, and draws that do not depend on how it is dealt."""
         rank, device = self.processes.rank, self.processes.device
         begin, end = self.plan.part(micro_step, rank)
-        with share_of_batch(self.plan.share(micro_step, rank)), autocast(self.amp, device), \
-                shared_draws(mix(self.seed, iteration), begin, end, self.plan.total, device):
+        with share_of_batch(self.plan.share(micro_step, rank)), autocast(self.amp, device), shared_draws(
+            mix(self.seed, iteration), begin, end, self.plan.total, device
+        ):
             yield
 
     def _communicates(self, micro_step):
@@ -139,5 +150,8 @@ class Stepper:
         """The scaler skips steps whose scaled gradient overflowed; a long row of them means it never fits."""
         self._skipped_in_a_row = 0 if math.isfinite(norm) else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= _MOST_SKIPPED_STEPS:
-            raise NonFinite('the gradient was not finite in %d steps in a row, at loss scale %g'
-                            % (_MOST_SKIPPED_STEPS, self.scaler.get_scale()), dict(losses, grad_norm=norm))
+            raise NonFinite(
+                'the gradient was not finite in %d steps in a row, at loss scale %g'
+                % (_MOST_SKIPPED_STEPS, self.scaler.get_scale()),
+                dict(losses, grad_norm=norm),
+            )

@@ -1,4 +1,5 @@
 """From the arguments of ``timing.py`` to latencies."""
+
 import time
 from typing import Callable, Dict, List, Sequence
 
@@ -24,8 +25,9 @@ def run_timing(args, components: Callable[[], Components]) -> List[Dict]:
         UserError: bad input.
     """
     if args.samples < 1 or args.warmup < 0:
-        raise ConfigError('--samples must be at least 1 and --warmup at least 0, got %d and %d'
-                          % (args.samples, args.warmup))
+        raise ConfigError(
+            '--samples must be at least 1 and --warmup at least 0, got %d and %d' % (args.samples, args.warmup)
+        )
     graph = ['model.test_cfg.cuda_graph=True'] if args.cuda_graph else []
     cfg = load_config(args.config, list(args.override) + graph)
     device = pick_device(args.device)
@@ -40,9 +42,17 @@ def run_timing(args, components: Callable[[], Components]) -> List[Dict]:
         rows.append(clock.time_with_loading(history))
     _print_rows(rows, device)
     if args.out:
-        write_json(args.out, dict(config=args.config, weights=args.weights, device=device_name(device),
-                                  precision=describe_precision(args.amp, device),
-                                  speed=clock.model.describe_speed(), rows=rows))
+        write_json(
+            args.out,
+            dict(
+                config=args.config,
+                weights=args.weights,
+                device=device_name(device),
+                precision=describe_precision(args.amp, device),
+                speed=clock.model.describe_speed(),
+                rows=rows,
+            ),
+        )
     return rows
 
 
@@ -62,9 +72,16 @@ def _print_setting(args, clock) -> None:
         print('NOTE: random weights (no --weights): the speed of a trained model differs where its masks do')
     if clock.count < args.warmup + args.samples:
         print('NOTE: the data set has %d samples only; they are gone over again' % clock.count)
-    print('%s, %s, batch 1, %.2f million parameters, %d warm-up and %d timed samples' % (
-        device_name(clock.device), describe_precision(args.amp, clock.device),
-        sum(p.numel() for p in clock.model.parameters()) / 1e6, args.warmup, args.samples))
+    print(
+        '%s, %s, batch 1, %.2f million parameters, %d warm-up and %d timed samples'
+        % (
+            device_name(clock.device),
+            describe_precision(args.amp, clock.device),
+            sum(p.numel() for p in clock.model.parameters()) / 1e6,
+            args.warmup,
+            args.samples,
+        )
+    )
     print(clock.model.describe_speed(), flush=True)
 
 
@@ -93,7 +110,7 @@ class Clock:
             start = time.perf_counter()
             self._predict(batch)
             seconds.append(time.perf_counter() - start)
-        return self._row('model', history, seconds[self.warmup:])
+        return self._row('model', history, seconds[self.warmup :])
 
     def time_with_loading(self, history: str) -> Dict:
         """From the names of a sample's files to predictions on the CPU."""
@@ -104,7 +121,7 @@ class Clock:
             start = time.perf_counter()
             self._predict(to_device(self._load(position), self.device))
             seconds.append(time.perf_counter() - start)
-        return self._row('with loading', history, seconds[self.warmup:])
+        return self._row('with loading', history, seconds[self.warmup :])
 
     def _begin(self, history):
         self.model.history = history
@@ -125,9 +142,14 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def _row(self, what: str, history: str, seconds: Sequence[float]) -> Dict:
-        return dict(what=what, history=history, median_ms=1e3 * quantile(seconds, 0.5),
-                    p90_ms=1e3 * quantile(seconds, 0.9), fps=1 / quantile(seconds, 0.5),
-                    memory_mib=peak_memory_mib(self.device))
+        return dict(
+            what=what,
+            history=history,
+            median_ms=1e3 * quantile(seconds, 0.5),
+            p90_ms=1e3 * quantile(seconds, 0.9),
+            fps=1 / quantile(seconds, 0.5),
+            memory_mib=peak_memory_mib(self.device),
+        )
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
@@ -142,7 +164,12 @@ def quantile(values: Sequence[float], fraction: float) -> float:
 def _print_rows(rows, device) -> None:
     print('%-14s %-9s %12s %12s %9s %12s' % ('', 'history', 'median ms', 'p90 ms', 'FPS', 'memory MiB'))
     for row in rows:
-        print('%-14s %-9s %12.1f %12.1f %9.2f %12.0f' % (row['what'], row['history'], row['median_ms'],
-                                                        row['p90_ms'], row['fps'], row['memory_mib']))
-    print('memory: %s' % ('peak that PyTorch allocated on the GPU' if device.type == 'cuda'
-                          else 'peak of this process so far'), flush=True)
+        print(
+            '%-14s %-9s %12.1f %12.1f %9.2f %12.0f'
+            % (row['what'], row['history'], row['median_ms'], row['p90_ms'], row['fps'], row['memory_mib'])
+        )
+    print(
+        'memory: %s'
+        % ('peak that PyTorch allocated on the GPU' if device.type == 'cuda' else 'peak of this process so far'),
+        flush=True,
+    )

@@ -1,4 +1,5 @@
 """From the arguments of ``train.py`` to a finished run."""
+
 from typing import Callable, List, Optional, Tuple
 
 import torch
@@ -58,11 +59,17 @@ def run_training(args, components: Callable[[], Components]) -> int:
 
 def config_changes(args) -> List[str]:
     """``--override``, and after it the arguments that stand for a config value."""
-    named = {'seed': args.seed, 'train.amp': args.amp, 'train.tf32': args.tf32,
-             'train.accumulate': args.accumulate,
-             'runner.max_epochs': args.max_epochs, 'runner.max_iters': args.max_iters,
-             'load_from': args.load_from, 'resume_from': args.resume}
-    return list(args.override) + ['%s=%s' % item for item in named.items() if item[1] is not None]
+    named = {
+        'seed': args.seed,
+        'train.amp': args.amp,
+        'train.tf32': args.tf32,
+        'train.accumulate': args.accumulate,
+        'runner.max_epochs': args.max_epochs,
+        'runner.max_iters': args.max_iters,
+        'load_from': args.load_from,
+        'resume_from': args.resume,
+    }
+    return list(args.override) + ['{}={}'.format(*item) for item in named.items() if item[1] is not None]
 
 
 class Launch:
@@ -74,8 +81,9 @@ class Launch:
         self.evaluation = EvaluationSettings.from_config(cfg.get('evaluation'))
         check_precision(self.settings.amp, processes.device)
         self.task: Task = read_task(cfg)
-        self.plan: BatchPlan = plan_batch(cfg.total_batch_size, processes.world_size,
-                                          self.settings.accumulate, self.settings.max_samples_per_gpu)
+        self.plan: BatchPlan = plan_batch(
+            cfg.total_batch_size, processes.world_size, self.settings.accumulate, self.settings.max_samples_per_gpu
+        )
 
     def run(self) -> None:
         """Make data sets, model, run folder and trainer, and train."""
@@ -110,7 +118,7 @@ class Launch:
         set_tf32(self.settings.tf32)
         torch.backends.cudnn.benchmark = self.settings.cudnn_benchmark
         set_deterministic(self.settings.deterministic)
-        self.log.say('precision: %s' % describe_precision(self.settings.amp, self.processes.device, training=True))
+        self.log.say(f'precision: {describe_precision(self.settings.amp, self.processes.device, training=True)}')
 
     @property
     def _checks_files(self) -> bool:
@@ -134,31 +142,51 @@ class Launch:
             for line in load_pretrained(model, cfg.load_from, keys, self.args.trust_weights).lines():
                 self.log.say(line)
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.log.say('%.2f million parameters, %.2f million of them learn'
-                     % (sum(p.numel() for p in model.parameters()) / 1e6, learning / 1e6))
+        self.log.say(
+            f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {learning / 1e6:.2f} million of them learn'
+        )
         return model
 
     def _job(self, model, dataset, validation) -> TrainingJob:
         cfg = self.cfg
         order = EpochOrder(len(dataset), self.plan.total, self.seed)
         epochs, iterations = run_length(cfg.runner, order.steps)
-        self.log.say('%d training samples, %d optimizer steps per epoch, %d in all'
-                     % (len(dataset), order.steps, iterations))
+        self.log.say(
+            '%d training samples, %d optimizer steps per epoch, %d in all' % (len(dataset), order.steps, iterations)
+        )
         hook: Optional[EvaluationHook] = None
         if validation is not None:
             hook = EvaluationHook(
-                self.components, self.task, validation, self.evaluation, self.processes, self.log,
-                cfg.data.get('workers_per_gpu', 0), self.settings.amp)
+                self.components,
+                self.task,
+                validation,
+                self.evaluation,
+                self.processes,
+                self.log,
+                cfg.data.get('workers_per_gpu', 0),
+                self.settings.amp,
+            )
         return TrainingJob(
-            model=model, optimizer=build_optimizer(model, cfg.optimizer), dataset=dataset,
-            collate=self.components.collate, plan=self.plan, order=order,
+            model=model,
+            optimizer=build_optimizer(model, cfg.optimizer),
+            dataset=dataset,
+            collate=self.components.collate,
+            plan=self.plan,
+            order=order,
             schedule=Schedule.from_config(cfg.get('lr_config'), epochs, iterations, order.steps),
-            max_iterations=iterations, settings=self.settings, seed=self.seed,
-            max_norm=clip_norm(cfg.get('optimizer_config')), workers=cfg.data.get('workers_per_gpu', 0),
-            processes=self.processes, log=self.log, evaluate=hook,
+            max_iterations=iterations,
+            settings=self.settings,
+            seed=self.seed,
+            max_norm=clip_norm(cfg.get('optimizer_config')),
+            workers=cfg.data.get('workers_per_gpu', 0),
+            processes=self.processes,
+            log=self.log,
+            evaluate=hook,
             evaluation_interval=self.evaluation.interval,
-            meta=dict(seed=self.seed, total_batch_size=self.plan.total, num_samples=len(dataset),
-                      config=config_lines(cfg)))
+            meta=dict(
+                seed=self.seed, total_batch_size=self.plan.total, num_samples=len(dataset), config=config_lines(cfg)
+            ),
+        )
 
 
 def run_length(runner, steps: int) -> Tuple[int, int]:
@@ -174,7 +202,7 @@ def run_length(runner, steps: int) -> Tuple[int, int]:
     epochs, iterations = runner.get('max_epochs'), runner.get('max_iters')
     for name, value in (('max_epochs', epochs), ('max_iters', iterations)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError('runner.%s must be an integer of at least 1, got %r' % (name, value))
+            raise ConfigError(f'runner.{name} must be an integer of at least 1, got {value!r}')
     if epochs is None and iterations is None:
         raise ConfigError('runner needs max_epochs or max_iters')
     if epochs is None:

@@ -1,4 +1,5 @@
 """The training loop."""
+
 import signal
 import time
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from .signals import Interrupted, StopRequest
 from .state import capture, restore
 from .step import Stepper
 
-_LINE = ('epoch %(epoch)d iteration %(iteration)d/%(of)d  loss %(loss).4f  lr %(lr).3g  '
-         'grad %(grad_norm).3g  %(time).3f s (data %(data_time).3f)  memory %(memory_mib).0f MiB  '
-         'left %(left)s  |  %(terms)s')
+_LINE = (
+    'epoch %(epoch)d iteration %(iteration)d/%(of)d  loss %(loss).4f  lr %(lr).3g  '
+    'grad %(grad_norm).3g  %(time).3f s (data %(data_time).3f)  memory %(memory_mib).0f MiB  '
+    'left %(left)s  |  %(terms)s'
+)
 _LONG_WAIT = 0.2  # share of the time spent waiting for data that is worth a hint
 
 
@@ -52,6 +55,7 @@ class TrainingJob:
             process; returns figures to log (None in all but the main process).
         evaluation_interval: epochs between two calls; 0 at the end only, -1 never.
     """
+
     model: nn.Module
     optimizer: Any
     dataset: Any
@@ -108,11 +112,20 @@ class Trainer:
             Interrupted: SIGTERM or SIGINT, after saving.
         """
         job = self.job
-        self._stepper = Stepper(self._wrapped(), job.optimizer, self.scaler, job.plan, job.processes,
-                                job.seed, job.settings.amp, job.max_norm)
+        self._stepper = Stepper(
+            self._wrapped(),
+            job.optimizer,
+            self.scaler,
+            job.plan,
+            job.processes,
+            job.seed,
+            job.settings.amp,
+            job.max_norm,
+        )
         self._batches = RankBatches(job.order, job.plan, job.processes.rank)
-        self._loader = make_loader(job.dataset, self._batches, job.collate, job.workers, job.processes.device,
-                                   persistent=True)
+        self._loader = make_loader(
+            job.dataset, self._batches, job.collate, job.workers, job.processes.device, persistent=True
+        )
         if self.iteration:
             job.log.say('continuing at iteration %d' % self.iteration)
         self._countdown = Countdown(job.max_iterations, self.iteration)
@@ -132,7 +145,8 @@ class Trainer:
         tables = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
         return nn.parallel.DistributedDataParallel(
-            model, find_unused_parameters=self.job.settings.find_unused_parameters)
+            model, find_unused_parameters=self.job.settings.find_unused_parameters
+        )
 
     def _train_epoch(self, epoch: int) -> None:
         """From where the run is to the end of the epoch (or of the run)."""
@@ -165,8 +179,9 @@ class Trainer:
             raise self._report(error, micro_batches) from error
         self.iteration += 1
         self._countdown.step()
-        self.window.add(dict(result.losses, grad_norm=result.grad_norm, time=time.monotonic() - begin,
-                             data_time=data_time))
+        self.window.add(
+            dict(result.losses, grad_norm=result.grad_norm, time=time.monotonic() - begin, data_time=data_time)
+        )
         if self.iteration % job.settings.log_interval == 0 or self.iteration in (1, job.max_iterations):
             self._log_window()
         interval = job.settings.checkpoint_interval_iters
@@ -186,24 +201,26 @@ class Trainer:
             messages = [text for text in processes.gather(message) or ['another process'] if text]
             saved = self._save_on_the_way_out()
             processes.wait_for_all()
-            raise RunStopped(
-                '%s (stopped after iteration %d; %s)' % (messages[0], self.iteration, saved))
+            raise RunStopped('%s (stopped after iteration %d; %s)' % (messages[0], self.iteration, saved))
         return fetched
 
     def _log_window(self) -> None:
         job = self.job
         values = self.window.take()
-        values.update(epoch=(self.iteration - 1) // job.order.steps + 1,
-                      lr=highest_learning_rate(job.optimizer),
-                      memory_mib=peak_memory_mib(job.processes.device))
-        terms = ' '.join('%s %.4g' % (name[5:], value) for name, value in values.items()
-                         if name.startswith('loss_'))
+        values.update(
+            epoch=(self.iteration - 1) // job.order.steps + 1,
+            lr=highest_learning_rate(job.optimizer),
+            memory_mib=peak_memory_mib(job.processes.device),
+        )
+        terms = ' '.join(f'{name[5:]} {value:.4g}' for name, value in values.items() if name.startswith('loss_'))
         values.setdefault('grad_norm', 0.0)  # fp16 skipped every step of the window
         if getattr(job.dataset, 'num_skipped', 0):
             values['skipped_samples'] = job.dataset.num_skipped
             terms += '  |  %d unreadable samples replaced' % job.dataset.num_skipped
-        job.log.say(_LINE % dict(values, iteration=self.iteration, of=job.max_iterations,
-                                 left=self._countdown.text(), terms=terms))
+        job.log.say(
+            _LINE
+            % dict(values, iteration=self.iteration, of=job.max_iterations, left=self._countdown.text(), terms=terms)
+        )
         job.log.record('train', self.iteration, values)
         self._windows += 1
         if self._windows == 3:  # workers have warmed up
@@ -212,9 +229,10 @@ class Trainer:
     def _note_waiting(self, share: float) -> None:
         """Say so if waiting for data takes a large share of the time."""
         if share > _LONG_WAIT:
-            self.job.log.say('NOTE: %d %% of the time goes into waiting for data; data.workers_per_gpu is %d, and '
-                             'docs/performance.md ("Data loading") says how to load faster'
-                             % (100 * share, self.job.workers))
+            self.job.log.say(
+                'NOTE: %d %% of the time goes into waiting for data; data.workers_per_gpu is %d, and '
+                'docs/performance.md ("Data loading") says how to load faster' % (100 * share, self.job.workers)
+            )
 
     # -- checkpoints
 
@@ -234,10 +252,10 @@ class Trainer:
         except UserError as error:
             if self.job.settings.on_save_error == 'stop':
                 raise RunStopped('%s; stopped after iteration %d' % (error, self.iteration)) from error
-            self.job.log.say('WARNING: %s; training goes on without this checkpoint' % error)
+            self.job.log.say(f'WARNING: {error}; training goes on without this checkpoint')
             return False
         self._saved = self.iteration
-        self.job.log.say('saved %s (%.1f s)' % (path, time.monotonic() - begin))
+        self.job.log.say(f'saved {path} ({time.monotonic() - begin:.1f} s)')
         return True
 
     def _save_on_the_way_out(self) -> str:
@@ -255,19 +273,19 @@ class Trainer:
         number = self._stop_request.received or signal.SIGTERM
         saved = self._save_on_the_way_out()
         self.job.processes.wait_for_all()
-        raise Interrupted(number, 'stopped by %s after iteration %d; %s'
-                          % (signal.Signals(number).name, self.iteration, saved))
+        raise Interrupted(
+            number, 'stopped by %s after iteration %d; %s' % (signal.Signals(number).name, self.iteration, saved)
+        )
 
     def _report(self, error: NonFinite, micro_batches) -> RunStopped:
         """Gather the tokens of all processes; the main one writes down what happened."""
         job = self.job
-        tokens = job.processes.gather([[meta.get('sample_token') for meta in batch['img_metas']]
-                                       for batch in micro_batches])
+        tokens = job.processes.gather(
+            [[meta.get('sample_token') for meta in batch['img_metas']] for batch in micro_batches]
+        )
         if job.processes.is_main:
-            facts = dict(lr=highest_learning_rate(job.optimizer), loss_scale=self.scaler.get_scale(),
-                         seed=job.seed)
-            stopped = report_non_finite(error, self.iteration + 1, tokens, facts, self._capture(),
-                                        self.folder)
+            facts = dict(lr=highest_learning_rate(job.optimizer), loss_scale=self.scaler.get_scale(), seed=job.seed)
+            stopped = report_non_finite(error, self.iteration + 1, tokens, facts, self._capture(), self.folder)
         else:
             stopped = RunStopped(str(error))
         job.processes.wait_for_all()
@@ -286,14 +304,18 @@ class Trainer:
             return
         self._save()
         begin = time.monotonic()
-        self._stop_request.at_once = ('stopped while evaluating; the checkpoint of iteration %d is saved'
-                                      % self.iteration)
+        self._stop_request.at_once = (
+            'stopped while evaluating; the checkpoint of iteration %d is saved' % self.iteration
+        )
         job.model.eval()
         figures = job.evaluate(job.model, self.iteration, self.folder)
         self._stop_request.at_once = None
         self.evaluated = self.iteration
         self._countdown.pause(time.monotonic() - begin)
         if figures is not None:
-            job.log.say('evaluated in %s: %s' % (duration(time.monotonic() - begin), '  '.join(
-                '%s %.4f' % item for item in figures.items())))
+            job.log.say(
+                'evaluated in {}: {}'.format(
+                    duration(time.monotonic() - begin), '  '.join('{} {:.4f}'.format(*item) for item in figures.items())
+                )
+            )
             job.log.record('eval', self.iteration, figures)

@@ -1,17 +1,24 @@
 """Do calibration, poses and times of the infos make sense?"""
+
 from typing import Callable, Dict, List
 
 import numpy as np
 
 from ..history import SWEEPS_PER_KEYFRAME
-from ..infos import (current_lidar2img, ego_from_lidar, global_from_camera, global_from_ego, is_camera_sweep,
-                     past_lidar2img)
+from ..infos import (
+    current_lidar2img,
+    ego_from_lidar,
+    global_from_camera,
+    global_from_ego,
+    is_camera_sweep,
+    past_lidar2img,
+)
 from .findings import OK, WARNING, Finding, Look, name_some
 
-MAX_PIXEL_DISAGREEMENT = 3.0      # between the two ways into a keyframe's own image
-MAX_CAMERA_DISTANCE = 10.0        # metres between a camera and the ego frame's origin
-MAX_CAMERA_DELAY = 200_000        # microseconds between a keyframe and its images
-MAX_SPEED = 70.0                  # metres per second between keyframes
+MAX_PIXEL_DISAGREEMENT = 3.0  # between the two ways into a keyframe's own image
+MAX_CAMERA_DISTANCE = 10.0  # metres between a camera and the ego frame's origin
+MAX_CAMERA_DELAY = 200_000  # microseconds between a keyframe and its images
+MAX_SPEED = 70.0  # metres per second between keyframes
 
 
 def check_calibration(dataset, positions: List[int], look: Look) -> List[Finding]:
@@ -20,7 +27,7 @@ def check_calibration(dataset, positions: List[int], look: Look) -> List[Finding
     for position in positions:
         info = dataset.infos[position]
         for check in (_rotations, _cameras, _two_ways, _sweep_times):
-            messages.extend('keyframe %s: %s' % (info['token'], m) for m in check(info, dataset.task.cameras))
+            messages.extend('keyframe {}: {}'.format(info['token'], m) for m in check(info, dataset.task.cameras))
         messages.extend(_speed(dataset, position))
     if messages:
         return name_some(messages, 'doubts about calibration', WARNING, look.shown)
@@ -29,19 +36,18 @@ def check_calibration(dataset, positions: List[int], look: Look) -> List[Finding
 
 def _rotations(info: Dict, cameras) -> List[str]:
     """Everything finite, and rotations that rotate."""
-    named: Dict[str, Callable] = dict(
-        lidar2ego=lambda: ego_from_lidar(info), ego2global=lambda: global_from_ego(info))
+    named: Dict[str, Callable] = dict(lidar2ego=lambda: ego_from_lidar(info), ego2global=lambda: global_from_ego(info))
     for name in cameras:
         if name in info['cams']:
-            named['%s to global' % name] = lambda entry=info['cams'][name]: global_from_camera(entry)
+            named[f'{name} to global'] = lambda entry=info['cams'][name]: global_from_camera(entry)
     problems = []
     for name, make in named.items():
         matrix = make()
         rotation = matrix[:3, :3]
         if not np.isfinite(matrix).all():
-            problems.append('%s is not finite' % name)
+            problems.append(f'{name} is not finite')
         elif np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3 or np.linalg.det(rotation) < 0:
-            problems.append('%s is no rotation' % name)
+            problems.append(f'{name} is no rotation')
     return problems
 
 
@@ -50,18 +56,22 @@ def _cameras(info: Dict, cameras) -> List[str]:
     for name in cameras:
         entry = info['cams'].get(name)
         if entry is None:
-            problems.append('camera %s is missing' % name)
+            problems.append(f'camera {name} is missing')
             continue
         intrinsics = np.asarray(entry['cam_intrinsic'], dtype=np.float64)
-        if intrinsics.shape != (3, 3) or not (intrinsics[0, 0] > 0 and intrinsics[1, 1] > 0
-                                              and intrinsics[0, 2] > 0 and intrinsics[1, 2] > 0):
-            problems.append('%s: cam_intrinsic is no camera matrix' % name)
+        if intrinsics.shape != (3, 3) or not (
+            intrinsics[0, 0] > 0 and intrinsics[1, 1] > 0 and intrinsics[0, 2] > 0 and intrinsics[1, 2] > 0
+        ):
+            problems.append(f'{name}: cam_intrinsic is no camera matrix')
         centre = ego_from_lidar(info) @ np.append(np.asarray(entry['sensor2lidar_translation'], float), 1.0)
         if np.linalg.norm(centre[:3]) > MAX_CAMERA_DISTANCE:
-            problems.append('%s stands %.1f m from the car' % (name, np.linalg.norm(centre[:3])))
+            problems.append(f'{name} stands {np.linalg.norm(centre[:3]):.1f} m from the car')
         if abs(entry.get('timestamp', info['timestamp']) - info['timestamp']) > MAX_CAMERA_DELAY:
-            problems.append('%s: image taken %.2f s from the keyframe'
-                            % (name, (entry['timestamp'] - info['timestamp']) / 1e6))
+            problems.append(
+                '{}: image taken {:.2f} s from the keyframe'.format(
+                    name, (entry['timestamp'] - info['timestamp']) / 1e6
+                )
+            )
     return problems
 
 
@@ -78,7 +88,7 @@ def _two_ways(info: Dict, cameras) -> List[str]:
         with np.errstate(all='ignore'):  # what is not finite is reported as a disagreement
             apart = np.linalg.norm(pixels[0][:2] / pixels[0][2] - pixels[1][:2] / pixels[1][2])
         if not apart < MAX_PIXEL_DISAGREEMENT:
-            problems.append('%s: sensor2lidar and sensor2global disagree by %.1f pixels' % (name, apart))
+            problems.append(f'{name}: sensor2lidar and sensor2global disagree by {apart:.1f} pixels')
     return problems
 
 
@@ -89,7 +99,7 @@ def _sweep_times(info: Dict, cameras) -> List[str]:
     for name in cameras:
         times = [cams[name]['timestamp'] for cams in [info['cams']] + sweeps if name in cams]
         if any(later > earlier for earlier, later in zip(times, times[1:])):
-            return ['sweeps of %s are not in order, newest first' % name]
+            return [f'sweeps of {name} are not in order, newest first']
     return []
 
 
@@ -101,5 +111,5 @@ def _speed(dataset, position) -> List[str]:
     metres = np.linalg.norm(np.subtract(info['ego2global_translation'], earlier['ego2global_translation']))
     seconds = (info['timestamp'] - earlier['timestamp']) / 1e6
     if metres > MAX_SPEED * max(seconds, 1e-3):
-        return ['keyframe %s: the car moved %.1f m in %.2f s' % (info['token'], metres, seconds)]
+        return ['keyframe {}: the car moved {:.1f} m in {:.2f} s'.format(info['token'], metres, seconds)]
     return []

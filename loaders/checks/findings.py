@@ -1,4 +1,5 @@
 """What a check found, one line each."""
+
 from typing import List, NamedTuple, Optional, Sequence
 
 OK, WARNING, ERROR = 'ok', 'warning', 'error'
@@ -11,11 +12,12 @@ class Finding(NamedTuple):
         level: ``ok``, ``warning`` or ``error``.
         text: one sentence; names the file and the remedy where something is wrong.
     """
+
     level: str
     text: str
 
     def line(self) -> str:
-        return '[%s] %s' % (self.level, self.text)
+        return f'[{self.level}] {self.text}'
 
 
 class Look(NamedTuple):
@@ -28,6 +30,7 @@ class Look(NamedTuple):
         level: of a single file that is missing or damaged.
         shown: most files named one by one per kind.
     """
+
     full: bool = False
     decode: bool = False
     processes: Optional[int] = 1

@@ -1,4 +1,5 @@
 """Are the images there, and whole?"""
+
 from typing import Dict, Iterable, List
 
 from lib.errors import DataError
@@ -27,8 +28,13 @@ def check_images(paths: List[str], total: int, look: Look) -> List[Finding]:
     problems = [problem for problem in results if problem]
     if problems:
         return name_some(problems, 'images are missing or damaged', look.level, look.shown)
-    return [Finding(OK, '%d of %d images looked at (%s): all there and whole'
-                    % (len(paths), total, 'decoded' if look.decode else 'both ends of each file'))]
+    return [
+        Finding(
+            OK,
+            '%d of %d images looked at (%s): all there and whole'
+            % (len(paths), total, 'decoded' if look.decode else 'both ends of each file'),
+        )
+    ]
 
 
 def _problem_of_image(look, path) -> str:

@@ -1,4 +1,5 @@
 """Are the label files there, of the right shape and label set, and what do they hold?"""
+
 from typing import List, NamedTuple, Tuple
 
 import numpy as np
@@ -22,6 +23,7 @@ class LabelFacts(NamedTuple):
         things_without_id: those of them whose instance id is 0.
         keys: arrays in the file.
     """
+
     problem: str
     counts: np.ndarray
     things: int = 0
@@ -43,8 +45,9 @@ def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
         return [finding._replace(level=ERROR) for finding in findings]
     arrays = set.intersection(*[set(fact.keys) for fact in usable])
     text = '%d of %d label files read; grid %s, arrays: %s'
-    findings.append(Finding(OK, text % (len(usable), len(dataset), list(dataset.task.grid_shape),
-                                        ', '.join(sorted(arrays)))))
+    findings.append(
+        Finding(OK, text % (len(usable), len(dataset), list(dataset.task.grid_shape), ', '.join(sorted(arrays))))
+    )
     findings.extend(_histogram(sum(fact.counts for fact in usable), dataset.task))
     if dataset.task.panoptic:
         findings.append(_instances(usable))
@@ -68,16 +71,20 @@ def _facts_of_label(dataset, index) -> LabelFacts:
 def _histogram(counts, task: Task) -> List[Finding]:
     """Share of each class among the occupied voxels; classes that do not occur."""
     names = task.label_set.occupied_names
-    occupied = int(counts[:task.label_set.free_id].sum())
+    occupied = int(counts[: task.label_set.free_id].sum())
     if not occupied:
         return [Finding(ERROR, 'the labels hold free voxels only; check occ_gt_root and task.label_set')]
-    shares = ['%s %.2f%%' % (name, 100.0 * count / occupied) for name, count in zip(names, counts)]
-    findings = [Finding(OK, 'occupied voxels: %.2f%% of all; of them %s'
-                        % (100.0 * occupied / counts.sum(), ', '.join(shares)))]
+    shares = [f'{name} {100.0 * count / occupied:.2f}%' for name, count in zip(names, counts)]
+    findings = [
+        Finding(
+            OK, 'occupied voxels: {:.2f}% of all; of them {}'.format(100.0 * occupied / counts.sum(), ', '.join(shares))
+        )
+    ]
     absent = [name for name, count in zip(names, counts) if not count]
     if absent:
         findings.append(
-            Finding(WARNING, 'classes that do not occur in the labels looked at: %s' % ', '.join(absent)))
+            Finding(WARNING, 'classes that do not occur in the labels looked at: {}'.format(', '.join(absent)))
+        )
     return findings
 
 

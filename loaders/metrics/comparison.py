@@ -2,6 +2,7 @@
 
 M rays; C classes, free last; T thresholds. Arrays are NumPy on the CPU and tensors on a GPU.
 """
+
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Sequence
 
@@ -22,6 +23,7 @@ class RayEnds:
         distance_m: float32 [M], metres.
         instance: integer [M]; None where instances are not scored.
     """
+
     label: Any
     distance_m: Any
     instance: Optional[Any] = None
@@ -35,6 +37,7 @@ class SegmentPairs(NamedTuple):
         level: number of thresholds that the distance error is below; part of the group.
         rays: rays in the group.
     """
+
     true_class: np.ndarray
     true_id: np.ndarray
     predicted_class: np.ndarray
@@ -43,8 +46,7 @@ class SegmentPairs(NamedTuple):
     rays: np.ndarray
 
 
-def count_labels(truth: RayEnds, prediction: RayEnds, num_classes: int,
-                 thresholds: Sequence[float]) -> np.ndarray:
+def count_labels(truth: RayEnds, prediction: RayEnds, num_classes: int, thresholds: Sequence[float]) -> np.ndarray:
     """Count rays whose true label is a class other than free.
 
     Args:
@@ -57,11 +59,19 @@ def count_labels(truth: RayEnds, prediction: RayEnds, num_classes: int,
     shape = (num_classes - 1, num_classes, len(thresholds) + 1)
     if isinstance(truth.label, np.ndarray):
         from .kernels import count_labels as kernel
+
         counts = np.zeros(shape, dtype=np.int64)
-        kernel(truth.label, prediction.label, truth.distance_m, prediction.distance_m,
-               np.asarray(thresholds, dtype=np.float32), counts)
+        kernel(
+            truth.label,
+            prediction.label,
+            truth.distance_m,
+            prediction.distance_m,
+            np.asarray(thresholds, dtype=np.float32),
+            counts,
+        )
         return counts
     import torch
+
     level = _levels(truth, prediction, thresholds)
     bins = shape[0] * shape[1] * shape[2]
     key = (truth.label.long() * num_classes + prediction.label) * shape[2] + level
@@ -69,8 +79,7 @@ def count_labels(truth: RayEnds, prediction: RayEnds, num_classes: int,
     return torch.bincount(key, minlength=bins + 1)[:bins].cpu().numpy().reshape(shape)
 
 
-def group_segments(truth: RayEnds, prediction: RayEnds, num_classes: int,
-                   thresholds: Sequence[float]) -> SegmentPairs:
+def group_segments(truth: RayEnds, prediction: RayEnds, num_classes: int, thresholds: Sequence[float]) -> SegmentPairs:
     """Group rays whose true label is a class other than free by their true and predicted segments.
 
     Args:
@@ -90,11 +99,21 @@ def group_segments(truth: RayEnds, prediction: RayEnds, num_classes: int,
 
 def _group_on_cpu(truth, prediction, num_classes, thresholds):
     from .kernels import key_runs
+
     total = len(truth.label)
     keys, lengths = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
-    runs = key_runs(truth.label, truth.instance.astype(np.int32), prediction.label,
-                    prediction.instance.astype(np.int32), truth.distance_m, prediction.distance_m,
-                    np.asarray(thresholds, dtype=np.float32), num_classes - 1, keys, lengths)
+    runs = key_runs(
+        truth.label,
+        truth.instance.astype(np.int32),
+        prediction.label,
+        prediction.instance.astype(np.int32),
+        truth.distance_m,
+        prediction.distance_m,
+        np.asarray(thresholds, dtype=np.float32),
+        num_classes - 1,
+        keys,
+        lengths,
+    )
     order = np.argsort(keys[:runs], kind='stable')
     keys, lengths = keys[order], lengths[order]
     if not runs:
@@ -105,10 +124,15 @@ def _group_on_cpu(truth, prediction, num_classes, thresholds):
 
 def _group_on_gpu(truth, prediction, num_classes, thresholds):
     import torch
+
     level = _levels(truth, prediction, thresholds)
     key = truth.label.long()
-    for value, bits in ((truth.instance, _ID_BITS), (prediction.label, _CLASS_BITS),
-                        (prediction.instance, _ID_BITS), (level, _LEVEL_BITS)):
+    for value, bits in (
+        (truth.instance, _ID_BITS),
+        (prediction.label, _CLASS_BITS),
+        (prediction.instance, _ID_BITS),
+        (level, _LEVEL_BITS),
+    ):
         key = (key << bits) | value.long()
     keys, rays = torch.unique(key[truth.label < num_classes - 1], return_counts=True)
     both = torch.stack([keys, rays]).cpu().numpy()
@@ -118,6 +142,7 @@ def _group_on_gpu(truth, prediction, num_classes, thresholds):
 def _levels(truth, prediction, thresholds):
     """Number of thresholds that each ray's distance error is below. int64 [M], on the device."""
     import torch
+
     error = (truth.distance_m - prediction.distance_m).abs()
     limits = torch.tensor(list(thresholds), dtype=torch.float32, device=error.device)
     return (error[:, None] < limits).sum(dim=1)

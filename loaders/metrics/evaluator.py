@@ -3,6 +3,7 @@
 Counts are integers and the few divisions happen at the end in a fixed order, so any number of processes
 gives the same bits. X, Y, Z: the task's grid; O origins.
 """
+
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Sequence
 
@@ -34,6 +35,7 @@ class SampleStats:
         camera_mask: ``voxels`` holds the voxels the cameras see, not all (labels without ``mask_camera``).
         rays, segments, voxels: counts of RayIoU, RayPQ and mIoU; None where the metric was not asked for.
     """
+
     key: str
     occupied: int
     camera_mask: bool = False
@@ -55,20 +57,30 @@ class OccEvaluator:
             (about 1 MB per sample); 0 keeps none.
     """
 
-    def __init__(self, task: Task, metrics: Sequence[str] = ('ray_iou',), device='cpu',
-                 thresholds: Sequence[float] = THRESHOLDS, truth_cache_mb: int = 256):
+    def __init__(
+        self,
+        task: Task,
+        metrics: Sequence[str] = ('ray_iou',),
+        device='cpu',
+        thresholds: Sequence[float] = THRESHOLDS,
+        truth_cache_mb: int = 256,
+    ):
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
-            raise ConfigError('evaluation metrics %s are not known; choose from %s'
-                              % (unknown or list(metrics), ', '.join(METRICS)))
+            raise ConfigError(
+                'evaluation metrics {} are not known; choose from {}'.format(
+                    unknown or list(metrics), ', '.join(METRICS)
+                )
+            )
         self.task = task
         self.metrics = tuple(metrics)
         self.device = choose_device(device)
         self.thresholds = tuple(sorted(float(value) for value in thresholds))
         self._cache = TruthCache(truth_cache_mb * 1024 * 1024)
 
-    def process(self, prediction: Mapping[str, Any], ground_truth: Mapping[str, Any], origins: np.ndarray,
-                key: str = '') -> SampleStats:
+    def process(
+        self, prediction: Mapping[str, Any], ground_truth: Mapping[str, Any], origins: np.ndarray, key: str = ''
+    ) -> SampleStats:
         """Count one sample.
 
         Args:
@@ -90,8 +102,10 @@ class OccEvaluator:
         if 'miou' in self.metrics:
             mask = ground_truth.get('mask_camera')
             mask = None if mask is None else self._volume(ground_truth, 'mask_camera', key, 'the label', 1)
-            stats.update(camera_mask=mask is not None,
-                         voxels=count_voxel_iou(truth, predicted, mask, self.task.label_set.num_classes))
+            stats.update(
+                camera_mask=mask is not None,
+                voxels=count_voxel_iou(truth, predicted, mask, self.task.label_set.num_classes),
+            )
         return SampleStats(**stats)
 
     def summarize(self, stats: Sequence[SampleStats]) -> EvalResult:
@@ -102,37 +116,46 @@ class OccEvaluator:
             ValueError: a sample is there twice.
         """
         if not stats:
-            raise DataError('there is nothing to score: no samples were evaluated; check the data set and '
-                            '--max-samples')
+            raise DataError(
+                'there is nothing to score: no samples were evaluated; check the data set and --max-samples'
+            )
         keys = [part.key for part in stats if part.key]
         if len(set(keys)) < len(keys):
-            raise ValueError('%d samples are counted twice; every sample must be evaluated once'
-                             % (len(keys) - len(set(keys))))
+            raise ValueError(
+                '%d samples are counted twice; every sample must be evaluated once' % (len(keys) - len(set(keys)))
+            )
         scores = {}
         if 'ray_iou' in self.metrics:
             scores.update(ray_iou=ray_iou([part.rays for part in stats]))
         if 'ray_pq' in self.metrics:
             scores.update(ray_pq=ray_pq([part.segments for part in stats]))
         if 'miou' in self.metrics:
-            scores.update(voxel_iou=voxel_iou([part.voxels for part in stats]),
-                          camera_mask=all(part.camera_mask for part in stats))
+            scores.update(
+                voxel_iou=voxel_iou([part.voxels for part in stats]),
+                camera_mask=all(part.camera_mask for part in stats),
+            )
         only_free = not any(part.occupied for part in stats)
-        return EvalResult(num_samples=len(stats), class_names=self.task.label_set.occupied_names,
-                          thresholds=self.thresholds, only_free=only_free, **scores)
+        return EvalResult(
+            num_samples=len(stats),
+            class_names=self.task.label_set.occupied_names,
+            thresholds=self.thresholds,
+            only_free=only_free,
+            **scores,
+        )
 
     def _count_rays(self, truth, predicted, prediction, ground_truth, origins, key):
         panoptic = 'ray_pq' in self.metrics
         true_ids, predicted_ids = (
             self._volume(volumes, 'instances', key, owner, MAX_INSTANCE_ID) if panoptic else None
-            for volumes, owner in ((ground_truth, 'the label'), (prediction, 'the prediction')))
+            for volumes, owner in ((ground_truth, 'the label'), (prediction, 'the prediction'))
+        )
         true_ends, predicted_ends = self._ray_ends(truth, predicted, true_ids, predicted_ids, origins, key)
         labels, counts = self.task.label_set, {}
         if 'ray_iou' in self.metrics:
             counts['rays'] = count_ray_iou(true_ends, predicted_ends, labels.num_classes, self.thresholds)
         if panoptic:
             pairs = group_segments(true_ends, predicted_ends, labels.num_classes, self.thresholds)
-            counts['segments'] = count_ray_pq(pairs, labels.num_classes, labels.thing_ids,
-                                              len(self.thresholds))
+            counts['segments'] = count_ray_pq(pairs, labels.num_classes, labels.thing_ids, len(self.thresholds))
         return counts
 
     def _ray_ends(self, truth, predicted, true_ids, predicted_ids, origins, key):
@@ -148,29 +171,46 @@ class OccEvaluator:
     def _cast(self, semantics, instances, origins, rays):
         task = self.task
         instances = None if instances[0] is None else instances
-        hits = cast_rays_through(semantics, origins, lidar_rays(), task.point_cloud_range, task.voxel_size,
-                                 task.label_set.free_id, instances=instances, rays=rays, device=self.device)
+        hits = cast_rays_through(
+            semantics,
+            origins,
+            lidar_rays(),
+            task.point_cloud_range,
+            task.voxel_size,
+            task.label_set.free_id,
+            instances=instances,
+            rays=rays,
+            device=self.device,
+        )
         return [RayEnds(one.label, one.distance_m, one.instance) for one in hits]
 
     def _volume(self, volumes, name, key, owner, highest):
         """One checked volume, an array or, on CUDA, a tensor; labels and masks as uint8."""
         volume = volumes.get(name)
-        where = '%s of sample %s' % (owner, key) if key else owner
+        where = f'{owner} of sample {key}' if key else owner
         if volume is None:
-            raise DataError('%s has no %r, which the metrics %s need; evaluate without them, or make it with '
-                            'instances' % (where, name, ', '.join(self.metrics)))
+            raise DataError(
+                '{} has no {!r}, which the metrics {} need; evaluate without them, or make it with instances'.format(
+                    where, name, ', '.join(self.metrics)
+                )
+            )
         if tuple(volume.shape) != self.task.grid_shape:
-            raise DataError('%s: %r has shape %s, but the task grid is %s; check task.point_cloud_range and '
-                            'task.voxel_size' % (where, name, list(volume.shape), list(self.task.grid_shape)))
+            raise DataError(
+                f'{where}: {name!r} has shape {list(volume.shape)}, but the task grid is {list(self.task.grid_shape)}; check task.point_cloud_range and '
+                'task.voxel_size'
+            )
         lowest, top = int(volume.min()), int(volume.max())
         if lowest < 0 or top > highest:
-            raise DataError('%s: %r holds id %d, allowed are 0..%d; check task.label_set'
-                            % (where, name, lowest if lowest < 0 else top, highest))
+            raise DataError(
+                '%s: %r holds id %d, allowed are 0..%d; check task.label_set'
+                % (where, name, lowest if lowest < 0 else top, highest)
+            )
         return self._convert(volume, keep_type=name == 'instances')
 
     def _convert(self, volume, keep_type):
         if self.device != 'cpu':
             import torch
+
             volume = torch.as_tensor(volume, device=self.device)
             return volume if keep_type else volume.to(torch.uint8)
         array = volume if isinstance(volume, np.ndarray) else volume.detach().cpu().numpy()

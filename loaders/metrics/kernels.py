@@ -1,4 +1,5 @@
 """Counting loops on the CPU, compiled by Numba on first call. M rays; N voxels; C classes, free last."""
+
 from lib.jit import jit
 
 
@@ -22,8 +23,7 @@ def count_labels(true_label, predicted_label, true_m, predicted_m, thresholds, c
 
 
 @jit
-def key_runs(true_label, true_id, predicted_label, predicted_id, true_m, predicted_m, thresholds, free, keys,
-             lengths):
+def key_runs(true_label, true_id, predicted_label, predicted_id, true_m, predicted_m, thresholds, free, keys, lengths):
     """Runs of equal keys (class 8 bits, id 20, class 8, id 20, level 6) among rays with a true class.
 
     Writes int64 ``keys`` and ``lengths``; returns the number of runs.

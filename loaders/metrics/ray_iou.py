@@ -3,6 +3,7 @@
 Only rays whose true label is not free are counted. A ray matches where the class is right and the depth is
 off by less than the threshold. C classes without free, T thresholds.
 """
+
 from typing import NamedTuple, Sequence
 
 import numpy as np
@@ -18,13 +19,13 @@ class RayIoUCounts(NamedTuple):
         predicted: int64 [C], rays predicted as the class among those with a true class.
         matched: int64 [T, C], rays right in class and, within the threshold, in depth.
     """
+
     true: np.ndarray
     predicted: np.ndarray
     matched: np.ndarray
 
 
-def count_ray_iou(truth: RayEnds, prediction: RayEnds, num_classes: int,
-                  thresholds: Sequence[float]) -> RayIoUCounts:
+def count_ray_iou(truth: RayEnds, prediction: RayEnds, num_classes: int, thresholds: Sequence[float]) -> RayIoUCounts:
     """Counts of one sample.
 
     Args:

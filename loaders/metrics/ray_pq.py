@@ -5,6 +5,7 @@ segment; of a thing class, every id > 0 whose rays all have one class, and one m
 or an id that spans classes). Predicted ones: by class and id, id 0 too, nothing merged. C classes without
 free, T thresholds.
 """
+
 import math
 from typing import NamedTuple, Sequence
 
@@ -22,6 +23,7 @@ class RayPQCounts(NamedTuple):
         unmatched: int64 [2, T, C]: true segments missed, and predicted segments that match nothing.
         matches: int64 [n, 4], one row per match: threshold index, class, rays in common, rays in the union.
     """
+
     unmatched: np.ndarray
     matches: np.ndarray
 
@@ -33,13 +35,13 @@ class _Segments(NamedTuple):
         of_group: int64 [n], segment of each group.
         label, rays: int64 [S], class and number of rays of each segment.
     """
+
     of_group: np.ndarray
     label: np.ndarray
     rays: np.ndarray
 
 
-def count_ray_pq(pairs: SegmentPairs, num_classes: int, thing_ids: Sequence[int],
-                 num_thresholds: int) -> RayPQCounts:
+def count_ray_pq(pairs: SegmentPairs, num_classes: int, thing_ids: Sequence[int], num_thresholds: int) -> RayPQCounts:
     """Match the segments of one sample.
 
     Args:
@@ -90,7 +92,7 @@ def _match(true, predicted, groups, rays):
     keys, index = np.unique((true.of_group[groups] << 32) | predicted.of_group[groups], return_inverse=True)
     common = np.zeros(len(keys), dtype=np.int64)
     np.add.at(common, index.reshape(-1), rays)
-    true_side, predicted_side = keys >> 32, keys & 0xffffffff
+    true_side, predicted_side = keys >> 32, keys & 0xFFFFFFFF
     union = true.rays[true_side] + predicted.rays[predicted_side] - common
     good = 2 * common > union
     return true_side[good], predicted_side[good], np.column_stack([common[good], union[good]])
@@ -100,7 +102,7 @@ def _count_unmatched(segments, matched, num_classes):
     """Segments per class that match nothing and are large enough to count. int64 [C]."""
     wrong = segments.rays >= MIN_SEGMENT_RAYS
     wrong[matched] = False
-    return np.bincount(segments.label[wrong], minlength=num_classes)[:num_classes - 1]
+    return np.bincount(segments.label[wrong], minlength=num_classes)[: num_classes - 1]
 
 
 def ray_pq(counts: Sequence[RayPQCounts]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 Directions do not depend on the volume: any grid and range is evaluated with the same rays.
 """
+
 import math
 from functools import lru_cache
 

@@ -1,12 +1,15 @@
 """Scores of an evaluation, as numbers for a JSON file and as a table to read."""
+
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Dict, Tuple
 
 import numpy as np
 
-_ONLY_FREE = ('!!! EVERY PREDICTION IS FREE EVERYWHERE: the model predicts nothing at all. Check that the '
-              'weights are those of this model and that the images are not empty. !!!')
+_ONLY_FREE = (
+    '!!! EVERY PREDICTION IS FREE EVERYWHERE: the model predicts nothing at all. Check that the '
+    'weights are those of this model and that the images are not empty. !!!'
+)
 
 
 def _no_scores():
@@ -28,6 +31,7 @@ class EvalResult:
         voxel_iou: float64 [C]; empty if not asked for.
         camera_mask: ``voxel_iou`` counts only voxels the cameras see.
     """
+
     num_samples: int
     class_names: Tuple[str, ...]
     thresholds: Tuple[float, ...]
@@ -47,8 +51,10 @@ class EvalResult:
         totals = {name: _number(value) for name, value in self._totals().items()}
         if len(self.voxel_iou):
             totals['mIoU_voxels'] = 'mask_camera' if self.camera_mask else 'all'
-        per_class = {label: {name: _number(column[position]) for name, column in self._columns().items()}
-                     for position, label in enumerate(self.class_names)}
+        per_class = {
+            label: {name: _number(column[position]) for name, column in self._columns().items()}
+            for position, label in enumerate(self.class_names)
+        }
         return dict(num_samples=self.num_samples, only_free=self.only_free, **totals, per_class=per_class)
 
     def as_table(self) -> str:
@@ -57,8 +63,10 @@ class EvalResult:
         names = list(columns)
         width = max(len(name) for name in self.class_names + ('mean',))
         rows = [[''] + names]
-        rows += [[label] + [_percent(columns[name][position]) for name in names]
-                 for position, label in enumerate(self.class_names)]
+        rows += [
+            [label] + [_percent(columns[name][position]) for name in names]
+            for position, label in enumerate(self.class_names)
+        ]
         rows += [['mean'] + [_percent(totals['mIoU' if name == 'IoU' else name]) for name in names]]
         lines = [row[0].ljust(width) + ''.join(cell.rjust(10) for cell in row[1:]) for row in rows]
         rule = '-' * len(lines[0])
@@ -74,7 +82,7 @@ class EvalResult:
         for name, scores in (('RayIoU', self.ray_iou), ('RayPQ', self.ray_pq)):
             if len(scores):
                 columns[name] = _mean(scores, axis=0)
-                columns.update(('%s@%g' % (name, at), row) for at, row in zip(self.thresholds, scores))
+                columns.update((f'{name}@{at:g}', row) for at, row in zip(self.thresholds, scores))
         if len(self.voxel_iou):
             columns['IoU'] = self.voxel_iou
         return columns
@@ -86,7 +94,7 @@ class EvalResult:
             if len(scores):
                 means = _mean(scores, axis=1)
                 totals[name] = _mean(means, axis=0)
-                totals.update(('%s@%g' % (name, at), mean) for at, mean in zip(self.thresholds, means))
+                totals.update((f'{name}@{at:g}', mean) for at, mean in zip(self.thresholds, means))
         if len(self.voxel_iou):
             totals['mIoU'] = _mean(self.voxel_iou, axis=0)
         return totals

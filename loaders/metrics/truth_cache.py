@@ -1,4 +1,5 @@
 """True ray ends kept between evaluations: the truth does not change, only predictions do."""
+
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -13,6 +14,7 @@ class TrueRays(NamedTuple):
         rays: int32 [M], indices in o * R + r.
         ends: where they end in the truth.
     """
+
     rays: Any
     ends: RayEnds
 
@@ -65,5 +67,6 @@ def _size(truth):
     arrays = [truth.rays, truth.ends.label, truth.ends.distance_m]
     if truth.ends.instance is not None:
         arrays.append(truth.ends.instance)
-    return sum(len(array) * (array.itemsize if isinstance(array, np.ndarray) else array.element_size())
-               for array in arrays)
+    return sum(
+        len(array) * (array.itemsize if isinstance(array, np.ndarray) else array.element_size()) for array in arrays
+    )

@@ -1,4 +1,5 @@
 """Voxel mIoU of Occ3D: intersection over union of classes over the voxels that the cameras see."""
+
 from typing import NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ class VoxelCounts(NamedTuple):
     Attributes:
         true, predicted, matched: int64 [C], voxels by true class, by predicted class, and right ones.
     """
+
     true: np.ndarray
     predicted: np.ndarray
     matched: np.ndarray
@@ -30,6 +32,7 @@ def count_voxel_iou(truth, prediction, mask: Optional[np.ndarray], num_classes: 
 
 def _count_on_cpu(truth, prediction, mask, num_classes):
     from .kernels import count_voxels
+
     counts = np.zeros((3, num_classes), dtype=np.int64)
     mask = np.empty(0, dtype=bool) if mask is None else mask.astype(bool)
     count_voxels(*(np.ascontiguousarray(volume).reshape(-1) for volume in (truth, prediction, mask)), *counts)
@@ -38,6 +41,7 @@ def _count_on_cpu(truth, prediction, mask, num_classes):
 
 def _count_on_gpu(truth, prediction, mask, num_classes):
     import torch
+
     bins = num_classes * num_classes
     counted = truth < num_classes
     if mask is not None:

@@ -3,6 +3,7 @@
 A step takes and returns one dict. It finds there what the data set put in (``info``, ``history``, ``rng``,
 ``data_root``, ``label_folder``, ``test_mode``) and what the steps before it added.
 """
+
 from .bev_aug import BEVAug
 from .image_aug import RandomTransformImage
 from .load_images import LoadMultiViewImageFromMultiSweeps

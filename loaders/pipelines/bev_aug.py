@@ -1,4 +1,5 @@
 """Augmentation in the bird's eye view: the volume is rotated about z and flipped, labels and matrices."""
+
 from typing import Dict, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -20,6 +21,7 @@ class BEVTransform(NamedTuple):
         flip_x: x changes sign after the rotation.
         flip_y: y changes sign after the rotation.
     """
+
     angle: float
     flip_x: bool
     flip_y: bool
@@ -47,18 +49,22 @@ class BEVAug:
         flip_dy_ratio: probability of y changing sign.
     """
 
-    def __init__(self, task: Task, rot_lim: Sequence[float] = (-22.5, 22.5), flip_dx_ratio: float = 0.5,
-                 flip_dy_ratio: float = 0.5):
+    def __init__(
+        self,
+        task: Task,
+        rot_lim: Sequence[float] = (-22.5, 22.5),
+        flip_dx_ratio: float = 0.5,
+        flip_dy_ratio: float = 0.5,
+    ):
         if len(rot_lim) != 2 or rot_lim[0] > rot_lim[1]:
-            raise ConfigError('BEVAug: rot_lim must be (lowest, highest) in degrees, got %r' % (rot_lim,))
+            raise ConfigError(f'BEVAug: rot_lim must be (lowest, highest) in degrees, got {rot_lim!r}')
         self.task = task
         self.rot_lim = tuple(float(v) for v in rot_lim)
         self.flip_ratios = (flip_dx_ratio, flip_dy_ratio)
 
     def __call__(self, sample: Dict) -> Dict:
         if sample['test_mode']:
-            raise ConfigError(
-                'BEVAug turns the volume that predictions are compared in; use it in training only')
+            raise ConfigError('BEVAug turns the volume that predictions are compared in; use it in training only')
         rng = sample['rng']
         angle = np.deg2rad(rng.uniform(*self.rot_lim))
         flip_x, flip_y = rng.random(2) < self.flip_ratios
@@ -68,8 +74,11 @@ class BEVAug:
         """The sample under one given transform."""
         sample['ego2lidar'] = sample['ego2lidar'] @ np.linalg.inv(transform.matrix())
         columns, inside = source_columns(self.task, transform)
-        for key, outside in (('voxel_semantics', IGNORE_LABEL), ('voxel_instances', NO_INSTANCE),
-                             ('mask_camera', False)):
+        for key, outside in (
+            ('voxel_semantics', IGNORE_LABEL),
+            ('voxel_instances', NO_INSTANCE),
+            ('mask_camera', False),
+        ):
             if key in sample:
                 sample[key] = _take_columns(sample[key], columns, inside, outside)
         return sample

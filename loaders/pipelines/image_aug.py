@@ -1,4 +1,5 @@
 """The 2-D transform of a sample's images: resize, crop and maybe mirror, one draw for all of them."""
+
 from typing import Dict, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -8,8 +9,8 @@ from PIL import Image
 from lib.errors import ConfigError
 from lib.task import Task
 
-REFERENCE_SOURCE = (900, 1600)   # (height, width) of nuScenes images
-REFERENCE_NETWORK = (256, 704)   # (height, width) of the published networks' input
+REFERENCE_SOURCE = (900, 1600)  # (height, width) of nuScenes images
+REFERENCE_NETWORK = (256, 704)  # (height, width) of the published networks' input
 _ROUNDING = 1e-9  # keeps int(width * (w / width)) from falling one short of w
 
 
@@ -24,6 +25,7 @@ class ImageTransform(NamedTuple):
         size: (height, width) of the crop.
         mirror: the crop is mirrored left to right.
     """
+
     scale: float
     resized: Tuple[int, int]
     left: int
@@ -75,13 +77,18 @@ class RandomTransformImage:
             takes ``resize_lim`` as plain factors for whatever the images are.
     """
 
-    def __init__(self, task: Task, resize_lim: Sequence[float] = (0.38, 0.55), rand_flip: bool = False,
-                 training: Optional[bool] = None,
-                 resize_reference: Optional[Sequence[Sequence[int]]] = (REFERENCE_SOURCE, REFERENCE_NETWORK)):
+    def __init__(
+        self,
+        task: Task,
+        resize_lim: Sequence[float] = (0.38, 0.55),
+        rand_flip: bool = False,
+        training: Optional[bool] = None,
+        resize_reference: Optional[Sequence[Sequence[int]]] = (REFERENCE_SOURCE, REFERENCE_NETWORK),
+    ):
         if len(resize_lim) != 2 or not 0 < resize_lim[0] <= resize_lim[1]:
             raise ConfigError(
-                'RandomTransformImage: resize_lim must be (lowest, highest), both above 0, got %r' %
-                (resize_lim,))
+                f'RandomTransformImage: resize_lim must be (lowest, highest), both above 0, got {resize_lim!r}'
+            )
         self.size = task.image_size
         self.resize_lim = tuple(float(v) for v in resize_lim)
         self.rand_flip = rand_flip
@@ -96,8 +103,9 @@ class RandomTransformImage:
         for image in sample['img']:
             if image.shape not in transforms:
                 source = image.shape[:2]
-                transforms[image.shape] = self.train_transform(source, zoom, shift, mirror) if training \
-                    else self.test_transform(source)
+                transforms[image.shape] = (
+                    self.train_transform(source, zoom, shift, mirror) if training else self.test_transform(source)
+                )
         matrices = np.stack([transforms[image.shape].matrix() for image in sample['img']])
         sample['lidar2img'] = matrices @ sample['lidar2img']
         sample['img'] = _apply_once_each(sample['img'], transforms)
@@ -105,14 +113,18 @@ class RandomTransformImage:
 
     def train_transform(self, source, zoom: float, shift: float, mirror: bool) -> ImageTransform:
         """Transform of an image of size ``source`` (H, W) from two draws in 0..1 and the mirror's."""
-        factor = 1.0 if self.resize_reference is None else \
-            fitting_scale(source, self.size) / fitting_scale(*self.resize_reference)
+        factor = (
+            1.0
+            if self.resize_reference is None
+            else fitting_scale(source, self.size) / fitting_scale(*self.resize_reference)
+        )
         lowest, highest = self.resize_lim
         scale = (lowest + (highest - lowest) * zoom) * factor
         resized = _resized(source, scale)
         free_columns = max(0, resized[1] - self.size[1])
-        return ImageTransform(scale, resized, int(shift * (free_columns + 1)), resized[0] - self.size[0],
-                              self.size, mirror)
+        return ImageTransform(
+            scale, resized, int(shift * (free_columns + 1)), resized[0] - self.size[0], self.size, mirror
+        )
 
     def test_transform(self, source) -> ImageTransform:
         """Transform of an image of size ``source`` (H, W) in evaluation."""

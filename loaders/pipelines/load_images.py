@@ -1,4 +1,5 @@
 """The images of a sample: the keyframe's own and those of chosen earlier frames, with their projections."""
+
 from concurrent.futures import ThreadPoolExecutor
 from typing import Dict, List
 
@@ -32,8 +33,7 @@ class LoadMultiViewImageFromMultiSweeps:
 
     def __init__(self, task: Task, decoder: str = 'cv2', fast_decode: bool = False, threads: int = 1):
         if threads < 1:
-            raise ConfigError('LoadMultiViewImageFromMultiSweeps: threads must be at least 1, got %r'
-                              % threads)
+            raise ConfigError(f'LoadMultiViewImageFromMultiSweeps: threads must be at least 1, got {threads!r}')
         check_decoder(decoder)
         self.task = task
         self.decoder = decoder
@@ -45,9 +45,12 @@ class LoadMultiViewImageFromMultiSweeps:
         frames = self._choose(sample)
         entries = [(frame, frame[name]) for frame in frames for name in cameras]
         sample['frame_keys'] = [frame_key(entry['data_path']) for _, entry in entries]
-        sample['lidar2img'] = np.stack([
-            current_lidar2img(entry) if frame is info['cams'] else past_lidar2img(info, entry)
-            for frame, entry in entries])
+        sample['lidar2img'] = np.stack(
+            [
+                current_lidar2img(entry) if frame is info['cams'] else past_lidar2img(info, entry)
+                for frame, entry in entries
+            ]
+        )
         sample['ego2lidar'] = np.repeat(invert_rigid(ego_from_lidar(info))[None], len(entries), axis=0)
         decoded = self._read([relocate(entry['data_path'], sample['data_root']) for _, entry in entries])
         sample['img'] = [image.pixels for image in decoded]
@@ -60,8 +63,11 @@ class LoadMultiViewImageFromMultiSweeps:
         current, history, count = sample['info']['cams'], sample['history'], self.task.num_frames - 1
         if not history:
             return [current] * (1 + count)
-        chosen = choose_test_frames(len(history), count) if sample['test_mode'] \
+        chosen = (
+            choose_test_frames(len(history), count)
+            if sample['test_mode']
             else choose_train_frames(len(history), count, sample['rng'])
+        )
         return [current] + [history[position] for position in chosen]
 
     def _read(self, paths):

@@ -1,4 +1,5 @@
 """The label volume of a sample and the targets made from it."""
+
 from typing import Dict
 
 from mmdet.datasets.builder import PIPELINES
@@ -26,8 +27,7 @@ class LoadOccGTFromFile:
         if sample['label_folder'] is None:
             if sample['test_mode']:
                 return sample
-            raise ConfigError(
-                'training needs labels: set occ_gt_root of the training data (LoadOccGTFromFile)')
+            raise ConfigError('training needs labels: set occ_gt_root of the training data (LoadOccGTFromFile)')
         labels = read_labels(sample['label_folder'].path(sample['info']), self.task)
         targets = make_instance_targets(labels['semantics'], labels.get('instances'), self.task)
         sample['voxel_semantics'] = labels['semantics']

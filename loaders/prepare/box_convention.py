@@ -4,6 +4,7 @@ MMDetection3D 1.0 writes ``gt_boxes`` as (x, y, z, length, width, height, yaw ab
 versions, of which many are still around, hold (x, y, z, width, length, height, -yaw - pi/2). Nothing in a file
 says which it is, but cars and buses are longer than wide.
 """
+
 from typing import Dict, List, Sequence
 
 import numpy as np

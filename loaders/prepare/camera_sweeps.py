@@ -3,6 +3,7 @@
 ``sensor2global`` is kept as rows: p_global = p_camera · R + t, so R = R_sensor2ego^T · R_ego2global^T and
 t = t_sensor2ego · R_ego2global^T + t_ego2global.
 """
+
 from typing import Dict, List
 
 import numpy as np
@@ -27,7 +28,8 @@ def camera_entry(nusc, record: Dict) -> Dict:
         sensor2global_rotation=quaternion_to_matrix(calibration['rotation']).T @ global_from_ego.T,
         sensor2global_translation=translation,
         cam_intrinsic=np.asarray(calibration['camera_intrinsic'], dtype=np.float64),
-        timestamp=record['timestamp'])
+        timestamp=record['timestamp'],
+    )
 
 
 def add_camera_sweeps(nusc, info: Dict) -> Dict:
@@ -52,8 +54,9 @@ def _collect_sweeps(nusc, records, cams) -> List[Dict]:
     """
     sweeps, last = [], cams
     for _ in range(SWEEPS_PER_KEYFRAME):
-        earlier = {name: nusc.get('sample_data', record['prev'])
-                   for name, record in records.items() if record['prev'] != ''}
+        earlier = {
+            name: nusc.get('sample_data', record['prev']) for name, record in records.items() if record['prev'] != ''
+        }
         no_sweeps_recorded = not sweeps and all(record['is_key_frame'] for record in earlier.values())
         if len(earlier) == len(records) and not no_sweeps_recorded:
             records = earlier

@@ -2,6 +2,7 @@
 
 Voxel centres and boxes meet in the ego frame of the keyframe, metres. Id 0 = none.
 """
+
 from typing import Dict, List, NamedTuple, Sequence
 
 import numpy as np
@@ -13,10 +14,20 @@ from lib.task import Task
 from ..infos import ego_from_lidar
 
 # Classes that nuScenes annotates with boxes; all others are stuff here, whatever a model counts as things.
-BOX_CLASSES = ('car', 'truck', 'trailer', 'bus', 'construction_vehicle', 'bicycle', 'motorcycle',
-               'pedestrian', 'traffic_cone', 'barrier')
+BOX_CLASSES = (
+    'car',
+    'truck',
+    'trailer',
+    'bus',
+    'construction_vehicle',
+    'bicycle',
+    'motorcycle',
+    'pedestrian',
+    'traffic_cone',
+    'barrier',
+)
 ENLARGEMENT = 0.8  # metres added to l, w and h for voxels just outside every box
-MAX_ID = 255       # ids are stored as uint8
+MAX_ID = 255  # ids are stored as uint8
 
 
 class EgoBox(NamedTuple):
@@ -28,6 +39,7 @@ class EgoBox(NamedTuple):
         size: float64 [3], length, width, height, metres.
         class_id: label id of its class.
     """
+
     center: np.ndarray
     axes: np.ndarray
     size: np.ndarray
@@ -45,9 +57,14 @@ def ego_boxes(info: Dict, label_set: LabelSet) -> List[EgoBox]:
     for name, row in zip(info.get('gt_names', ()), info.get('gt_boxes', ())):
         if name in BOX_CLASSES and name in label_set.occupied_names:
             row = np.asarray(row, dtype=np.float64)
-            boxes.append(EgoBox(center=transform_points(lidar_to_ego, row[:3]),
-                                axes=lidar_to_ego[:3, :3] @ rotation_z(row[6]), size=row[3:6],
-                                class_id=label_set.class_names.index(str(name))))
+            boxes.append(
+                EgoBox(
+                    center=transform_points(lidar_to_ego, row[:3]),
+                    axes=lidar_to_ego[:3, :3] @ rotation_z(row[6]),
+                    size=row[3:6],
+                    class_id=label_set.class_names.index(str(name)),
+                )
+            )
     return boxes
 
 

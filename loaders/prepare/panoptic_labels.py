@@ -1,4 +1,5 @@
 """Panoptic label files: Occ3D's with instance ids added, for every keyframe of the info files."""
+
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
@@ -26,6 +27,7 @@ class PanopticJob(NamedTuple):
         task: grid and label set of the source.
         overwrite: make files anew that are there.
     """
+
     infos: Sequence[Dict]
     source: LabelFolder
     out_dir: Path
@@ -41,14 +43,22 @@ class PanopticResult(NamedTuple):
         kept: files that were there already.
         failed: one message per keyframe whose labels could not be read.
     """
+
     written: int
     kept: int
     failed: List[str]
 
 
-def write_panoptic_labels(data_root, version: str, occ_gt_root: str, out: str, task: Task,
-                          info_files: Optional[Sequence[str]] = None, overwrite: bool = False,
-                          processes: Optional[int] = None) -> PanopticResult:
+def write_panoptic_labels(
+    data_root,
+    version: str,
+    occ_gt_root: str,
+    out: str,
+    task: Task,
+    info_files: Optional[Sequence[str]] = None,
+    overwrite: bool = False,
+    processes: Optional[int] = None,
+) -> PanopticResult:
     """Write ``<out>/<scene>/<token>/labels.npz`` for all keyframes with boxes; files that exist are kept.
 
     Args:
@@ -65,13 +75,13 @@ def write_panoptic_labels(data_root, version: str, occ_gt_root: str, out: str, t
         DataError: no info file, one of another version, or not one label could be read.
     """
     infos = _gather_infos(Path(data_root), version, info_files)
-    job = PanopticJob(infos, LabelFolder(Path(data_root, occ_gt_root), data_root, version),
-                      Path(data_root, out), task, overwrite)
+    job = PanopticJob(
+        infos, LabelFolder(Path(data_root, occ_gt_root), data_root, version), Path(data_root, out), task, overwrite
+    )
     results = list(parallel_map(_write_one, range(len(infos)), job, 'labels', processes))
     failed = [result for result in results if result not in ('written', 'kept')]
     if len(failed) == len(infos):
-        raise DataError('not one label of %d keyframes could be read; the first: %s' %
-                        (len(infos), failed[0]))
+        raise DataError('not one label of %d keyframes could be read; the first: %s' % (len(infos), failed[0]))
     return PanopticResult(results.count('written'), results.count('kept'), failed)
 
 
@@ -80,15 +90,17 @@ def _gather_infos(data_root, version, info_files):
     paths = [data_root / name for name in info_files] if info_files else [p for p in usual if p.is_file()]
     if not paths:
         raise DataError(
-            '%s holds no info files (%s); make them with gen_sweep_info.py, or name others with --infos' %
-            (data_root, SWEEP_FILE % 'train'))
+            '{} holds no info files ({}); make them with gen_sweep_info.py, or name others with --infos'.format(
+                data_root, SWEEP_FILE % 'train'
+            )
+        )
     infos = []
     for path in paths:
         content = load_infos(path)
         if content.version and content.version != version:
             raise DataError(
-                '%s is of version %s, not %s; give --version %s, or make it again with gen_sweep_info.py' %
-                (path, content.version, version, content.version))
+                f'{path} is of version {content.version}, not {version}; give --version {content.version}, or make it again with gen_sweep_info.py'
+            )
         infos.extend(with_length_first(content.infos))
     return infos
 

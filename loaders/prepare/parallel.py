@@ -1,4 +1,5 @@
 """Work on many items on all cores, with progress."""
+
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -13,8 +14,9 @@ _LARGEST_CHUNK = 64  # items handed to a worker at once
 _job = {}
 
 
-def parallel_map(function: Callable, items: Sequence, shared, label: str,
-                 processes: Optional[int] = None, progress: bool = True) -> Iterator:
+def parallel_map(
+    function: Callable, items: Sequence, shared, label: str, processes: Optional[int] = None, progress: bool = True
+) -> Iterator:
     """Yield ``function(shared, item)`` for each item, in order.
 
     Args:
@@ -36,15 +38,15 @@ def parallel_map(function: Callable, items: Sequence, shared, label: str,
     chunk = max(1, min(_LARGEST_CHUNK, len(items) // (8 * processes)))
     method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_keep,
-                             initargs=(function, shared)) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_keep, initargs=(function, shared)) as pool:
         try:
             results = pool.map(_call, items, chunksize=chunk)
             yield from tqdm(results, total=len(items), desc=label, disable=not progress)
         except BrokenProcessPool as error:
             raise UserError(
                 '%s: a worker process was killed, most likely for want of memory; run the command '
-                'again with fewer --processes (now %d)' % (label, processes)) from error
+                'again with fewer --processes (now %d)' % (label, processes)
+            ) from error
 
 
 def _keep(function, shared):

@@ -1,4 +1,5 @@
 """Info files with camera sweeps for every split of a nuScenes version."""
+
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
@@ -24,13 +25,15 @@ class WrittenInfos(NamedTuple):
         scenes: number of scenes in it.
         keyframes: number of keyframes in it.
     """
+
     path: Path
     scenes: int
     keyframes: int
 
 
-def write_sweep_infos(data_root, version: str, out_dir, from_infos: Optional[str] = None,
-                      processes: Optional[int] = None) -> List[WrittenInfos]:
+def write_sweep_infos(
+    data_root, version: str, out_dir, from_infos: Optional[str] = None, processes: Optional[int] = None
+) -> List[WrittenInfos]:
     """Write ``nuscenes_infos_{train,val,test}_sweep.pkl`` for the splits that the version has.
 
     Args:
@@ -56,7 +59,7 @@ def write_sweep_infos(data_root, version: str, out_dir, from_infos: Optional[str
 
 
 def _from_tables(nusc, scenes, split, processes):
-    per_scene = parallel_map(_scene_infos, scenes, nusc, '%s: scenes' % split, processes)
+    per_scene = parallel_map(_scene_infos, scenes, nusc, f'{split}: scenes', processes)
     return [info for infos in per_scene for info in infos]
 
 
@@ -75,9 +78,10 @@ def _extended(nusc, path, split, processes):
     foreign = [info['token'] for info in infos if info['token'] not in known]
     if foreign:
         raise DataError(
-            '%s holds keyframe %s, which is not in the tables of %s; give the --version that the file '
-            'was made from' % (path, foreign[0], nusc.version))
-    label = '%s: keyframes' % split
+            f'{path} holds keyframe {foreign[0]}, which is not in the tables of {nusc.version}; give the --version that the file '
+            'was made from'
+        )
+    label = f'{split}: keyframes'
     return list(parallel_map(_extend_one, range(len(infos)), (nusc, infos), label, processes))
 
 

@@ -1,4 +1,5 @@
 """The nuScenes tables, and which scenes belong to which split."""
+
 from pathlib import Path
 from typing import Dict, List
 
@@ -20,18 +21,22 @@ def open_tables(data_root, version: str):
     missing = [name for name in _NEEDED if not (tables / (name + '.json')).is_file()]
     if missing:
         present = sorted(p.name for p in Path(data_root).glob('v1.0-*') if p.is_dir())
-        raise DataError('%s does not exist; check --data-root and --version (versions there: %s)'
-                        % (tables / (missing[0] + '.json'), ', '.join(present) or 'none'))
+        raise DataError(
+            '{} does not exist; check --data-root and --version (versions there: {})'.format(
+                tables / (missing[0] + '.json'), ', '.join(present) or 'none'
+            )
+        )
     prepare_openmmlab()
     try:
         from nuscenes import NuScenes
     except ImportError as error:
-        raise UserError('nuscenes-devkit cannot be imported (%s); run "make install"' % error) from error
+        raise UserError(f'nuscenes-devkit cannot be imported ({error}); run "make install"') from error
     try:
         return NuScenes(version=version, dataroot=str(data_root), verbose=False)
     except (AssertionError, KeyError, OSError, ValueError) as error:
-        raise DataError('the tables in %s cannot be used (%s: %s); unpack the metadata of nuScenes again'
-                        % (tables, type(error).__name__, error)) from error
+        raise DataError(
+            f'the tables in {tables} cannot be used ({type(error).__name__}: {error}); unpack the metadata of nuScenes again'
+        ) from error
 
 
 def split_of_scenes(nusc) -> Dict[str, List[Dict]]:
@@ -47,14 +52,17 @@ def split_of_scenes(nusc) -> Dict[str, List[Dict]]:
     scenes: Dict[str, List[Dict]] = {}
     for scene in nusc.scene:
         if scene['name'] not in split_of:
-            raise DataError('scene %s belongs to no split of nuScenes; name its split in %s, e.g. '
-                            '{"train": ["%s"], "val": []}' % (scene['name'], own, scene['name']))
+            raise DataError(
+                'scene {} belongs to no split of nuScenes; name its split in {}, e.g. '
+                '{{"train": ["{}"], "val": []}}'.format(scene['name'], own, scene['name'])
+            )
         scenes.setdefault(split_of[scene['name']], []).append(scene)
     return scenes
 
 
 def _official_splits(version):
     from nuscenes.utils.splits import create_splits_scenes
+
     splits = create_splits_scenes()
     split_of = _invert({name: splits[name] for name in ('train', 'val', 'test')})
     if 'mini' in version:

@@ -10,6 +10,7 @@ pass also adds to as many values of gradient as it reads. A rate above the memor
 caches serve the rest. Then the same for adaptive mixing, forward; its bytes are x, M, S and the result. Then
 attention with distances, forward, in float32; its rate counts the multiplications of both matrix products.
 """
+
 import argparse
 import math
 import sys
@@ -35,6 +36,7 @@ TYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 class Stage(NamedTuple):
     """One decoder stage: queries, sampling points per group, their spread in metres, mixed points."""
+
     name: str
     queries: int
     points: int
@@ -42,12 +44,17 @@ class Stage(NamedTuple):
     mixed_points: int
 
 
-STAGES = [Stage('voxels 1', 1250, 4, 3.2, 128), Stage('voxels 2', 2000, 2, 1.6, 64),
-          Stage('voxels 3', 8000, 1, 0.8, 32), Stage('masks', 100, 4, 20.0, 128)]
+STAGES = [
+    Stage('voxels 1', 1250, 4, 3.2, 128),
+    Stage('voxels 2', 2000, 2, 1.6, 64),
+    Stage('voxels 3', 8000, 1, 0.8, 32),
+    Stage('masks', 100, 4, 20.0, 128),
+]
 
 
 class Inputs(NamedTuple):
     """Arguments of ``sample_multi_view``."""
+
     features: List[Tensor]
     points: Tensor
     ego2img: Tensor
@@ -58,6 +65,7 @@ class Inputs(NamedTuple):
 
 class Timing(NamedTuple):
     """Median milliseconds, and bytes moved by one pass if nothing is cached."""
+
     forward_ms: float
     backward_ms: float
     forward_bytes: float
@@ -79,8 +87,12 @@ def camera(index: int) -> Tensor:
 def make_inputs(stage: Stage, dtype: torch.dtype, batch: int) -> Inputs:
     """Random features; blocks near the ground, in the order of a grid as the decoder keeps them."""
     generator = torch.Generator().manual_seed(0)
-    features = [torch.randn(batch, FRAMES * CAMERAS, IMAGE[0] // stride, IMAGE[1] // stride, CHANNELS,
-                            device='cuda', dtype=dtype) for stride in STRIDES]
+    features = [
+        torch.randn(
+            batch, FRAMES * CAMERAS, IMAGE[0] // stride, IMAGE[1] // stride, CHANNELS, device='cuda', dtype=dtype
+        )
+        for stride in STRIDES
+    ]
     centres = torch.rand(batch, stage.queries, 3, generator=generator) * torch.tensor([80.0, 80.0, 4.0])
     centres = centres - torch.tensor([40.0, 40.0, 1.0])
     order = ((centres[..., 0] // 8) * 100 + (centres[..., 1] // 8)).argsort(1)
@@ -146,33 +158,49 @@ def report_sampling(stage: Stage, name: str, batch: int, repeats: int) -> None:
     difference = largest_difference(sample_multi_view, sample_multi_view_reference, inputs)
     ours = time_operator(sample_multi_view, inputs, repeats)
     theirs = time_operator(sample_multi_view_reference, inputs, repeats)
-    print('%-9s %-5s | %9.3f %9.3f %7.0f | %9.3f %9.3f %7.0f | %9.1e' % (
-        stage.name, name,
-        ours.forward_ms, theirs.forward_ms, ours.forward_bytes / ours.forward_ms / 1e6,
-        ours.backward_ms, theirs.backward_ms, ours.backward_bytes / ours.backward_ms / 1e6, difference))
+    print(
+        '%-9s %-5s | %9.3f %9.3f %7.0f | %9.3f %9.3f %7.0f | %9.1e'
+        % (
+            stage.name,
+            name,
+            ours.forward_ms,
+            theirs.forward_ms,
+            ours.forward_bytes / ours.forward_ms / 1e6,
+            ours.backward_ms,
+            theirs.backward_ms,
+            ours.backward_bytes / ours.backward_ms / 1e6,
+            difference,
+        )
+    )
 
 
 def report_mixing(stage: Stage, name: str, batch: int, repeats: int) -> None:
     width, in_points, out_points = CHANNELS // GROUPS, stage.points * FRAMES, stage.mixed_points
     sampled = torch.randn(batch, stage.queries, GROUPS, in_points, width, device='cuda', dtype=TYPES[name])
-    generated = torch.randn(batch, stage.queries, GROUPS * (width * width + out_points * in_points),
-                            device='cuda', dtype=TYPES[name])
+    generated = torch.randn(
+        batch, stage.queries, GROUPS * (width * width + out_points * in_points), device='cuda', dtype=TYPES[name]
+    )
     inputs = (sampled, generated, out_points)
     difference = largest_difference(adaptive_mix, adaptive_mix_reference, inputs)
     with torch.no_grad():
         ours = median_ms(lambda: adaptive_mix(*inputs), repeats)
         theirs = median_ms(lambda: adaptive_mix_reference(*inputs), repeats)
     values = sampled.numel() + generated.numel() + sampled.numel() // in_points * out_points
-    print('%-9s %-5s | %9.3f %9.3f %7.0f | %9.1e' % (
-        stage.name, name, ours, theirs, values * sampled.element_size() / ours / 1e6, difference))
+    print(
+        '%-9s %-5s | %9.3f %9.3f %7.0f | %9.1e'
+        % (stage.name, name, ours, theirs, values * sampled.element_size() / ours / 1e6, difference)
+    )
 
 
 def report_attention(queries: int, batch: int, repeats: int) -> None:
     """Check, time and print one row."""
     heads, width = 8, CHANNELS // 8
     parts = torch.randn(batch, queries, 3, heads, width, device='cuda')
-    inputs = (parts, torch.rand(batch, queries, heads, device='cuda') * 2,
-              torch.rand(1, queries, 3, device='cuda') * 80)
+    inputs = (
+        parts,
+        torch.rand(batch, queries, heads, device='cuda') * 2,
+        torch.rand(1, queries, 3, device='cuda') * 80,
+    )
     difference = largest_difference(distance_attention, distance_attention_reference, inputs)
     with torch.no_grad():
         ours = median_ms(lambda: distance_attention(*inputs), repeats)
@@ -182,8 +210,7 @@ def report_attention(queries: int, batch: int, repeats: int) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--types', nargs='+', choices=sorted(TYPES), default=['fp32', 'fp16'])
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--repeats', type=int, default=30)
@@ -197,8 +224,10 @@ def main() -> None:
     if not extension_available():
         raise SystemExit('The compiled operators are missing, so there is nothing to compare.')
     print('%s, PyTorch %s, batch %d' % (torch.cuda.get_device_name(), torch.__version__, arguments.batch))
-    print('sampling        | %9s %9s %7s | %9s %9s %7s | %9s' % (
-        'fwd ms', 'torch ms', 'GB/s', 'bwd ms', 'torch ms', 'GB/s', 'differs'))
+    print(
+        'sampling        | %9s %9s %7s | %9s %9s %7s | %9s'
+        % ('fwd ms', 'torch ms', 'GB/s', 'bwd ms', 'torch ms', 'GB/s', 'differs')
+    )
     for stage in STAGES:
         for name in arguments.types:
             report_sampling(stage, name, arguments.batch, arguments.repeats)

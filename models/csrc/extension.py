@@ -1,4 +1,5 @@
 """Finding the compiled operators: loaded on first use, and one clear sentence where they are missing."""
+
 import functools
 import importlib
 import warnings
@@ -40,7 +41,7 @@ def _load_for_device(name: str, index: int) -> Optional[ModuleType]:
         if module.runs_on_current_device():
             return module
     capability = '%d.%d' % torch.cuda.get_device_capability(index)
-    _warn(name, 'was built for other GPUs than this one (compute capability %s)' % capability)
+    _warn(name, f'was built for other GPUs than this one (compute capability {capability})')
     return None
 
 
@@ -53,7 +54,7 @@ def _load(name: str) -> Optional[ModuleType]:
         _warn(name, 'is not built')
         return None
     except ImportError as error:
-        _warn(name, 'cannot be loaded (%s)' % str(error).splitlines()[0])
+        _warn(name, f'cannot be loaded ({str(error).splitlines()[0]})')
         return None
     if getattr(module, 'interface_version', None) != INTERFACE_VERSIONS[name]:
         _warn(name, 'was built from other sources than these')
@@ -65,5 +66,9 @@ def _warn(name: str, problem: str) -> None:
     if problem in _said:
         return
     _said.add(problem)
-    warnings.warn('models.csrc.%s %s, so the GPU runs the slower PyTorch version of its operators; '
-                  'to build it: %s' % (name, problem, BUILD_COMMAND), RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f'models.csrc.{name} {problem}, so the GPU runs the slower PyTorch version of its operators; '
+        f'to build it: {BUILD_COMMAND}',
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -10,6 +10,7 @@ these operators.
 The top-level setup.py takes ``cuda_extensions`` and ``build_extension_class`` from here. PyTorch is
 imported only where nvcc is found.
 """
+
 import os
 import shutil
 import sys
@@ -23,11 +24,17 @@ OPERATORS = {
     '_distance_attention': ['distance_attention/bindings.cpp', 'distance_attention/distance_attention.cu'],
     '_msmv_sampling': ['msmv_sampling/bindings.cpp', 'msmv_sampling/msmv_sampling.cu'],
 }
-HEADERS = ['include/device.h', 'adaptive_mixing/adaptive_mixing.h', 'adaptive_mixing/mixing_kernels.h',
-           'adaptive_mixing/tensor_core_mixing.h',
-           'distance_attention/distance_attention.h', 'distance_attention/attention_kernels.h',
-           'msmv_sampling/msmv_sampling.h', 'msmv_sampling/sampling_kernels.h',
-           'msmv_sampling/sampling_math.h']
+HEADERS = [
+    'include/device.h',
+    'adaptive_mixing/adaptive_mixing.h',
+    'adaptive_mixing/mixing_kernels.h',
+    'adaptive_mixing/tensor_core_mixing.h',
+    'distance_attention/distance_attention.h',
+    'distance_attention/attention_kernels.h',
+    'msmv_sampling/msmv_sampling.h',
+    'msmv_sampling/sampling_kernels.h',
+    'msmv_sampling/sampling_math.h',
+]
 
 
 def find_cuda_home():
@@ -52,13 +59,14 @@ def reason_not_to_build():
     except ImportError:
         return 'PyTorch is not installed in this Python: install it first (pip: --no-build-isolation).'
     if torch.version.cuda is None:
-        return 'This PyTorch (%s) has no CUDA: install a CUDA build of it.' % torch.__version__
+        return f'This PyTorch ({torch.__version__}) has no CUDA: install a CUDA build of it.'
     return None
 
 
 def default_architectures():
     """What to build for where no GPU is present and TORCH_CUDA_ARCH_LIST is not set."""
     import torch
+
     major, minor = [int(part) for part in torch.version.cuda.split('.')[:2]]
     if (major, minor) >= (13, 0):
         return '7.5;8.0;8.6;9.0;10.0;12.0+PTX'
@@ -70,11 +78,15 @@ def default_architectures():
 def prepare_environment():
     """Point PyTorch's build helpers to the toolkit and the architectures."""
     import torch
+
     os.environ['CUDA_HOME'] = str(find_cuda_home())
     if not os.environ.get('TORCH_CUDA_ARCH_LIST') and not torch.cuda.is_available():
         os.environ['TORCH_CUDA_ARCH_LIST'] = default_architectures()
-        print('No GPU here: building for %s (set TORCH_CUDA_ARCH_LIST to choose).'
-              % os.environ['TORCH_CUDA_ARCH_LIST'])
+        print(
+            'No GPU here: building for {} (set TORCH_CUDA_ARCH_LIST to choose).'.format(
+                os.environ['TORCH_CUDA_ARCH_LIST']
+            )
+        )
 
 
 def cuda_extensions(package='', folder=''):
@@ -90,15 +102,23 @@ def cuda_extensions(package='', folder=''):
         return []
     prepare_environment()
     from torch.utils.cpp_extension import CUDAExtension
+
     at = lambda names: [os.path.join(folder, name) for name in names]  # noqa: E731
-    return [CUDAExtension('.'.join([package, name] if package else [name]), at(sources), depends=at(HEADERS),
-                          extra_compile_args={'cxx': ['-O3'], 'nvcc': ['-O3', '-lineinfo']})
-            for name, sources in OPERATORS.items()]
+    return [
+        CUDAExtension(
+            '.'.join([package, name] if package else [name]),
+            at(sources),
+            depends=at(HEADERS),
+            extra_compile_args={'cxx': ['-O3'], 'nvcc': ['-O3', '-lineinfo']},
+        )
+        for name, sources in OPERATORS.items()
+    ]
 
 
 def build_extension_class():
     """The ``build_ext`` command that compiles CUDA sources."""
     from torch.utils.cpp_extension import BuildExtension
+
     return BuildExtension
 
 
@@ -108,10 +128,16 @@ def main():
     if reason is not None:
         raise SystemExit(reason)
     from setuptools import setup
+
     extensions = cuda_extensions()
-    setup(name='sparseocc-operators', version='1', packages=[], ext_modules=extensions,
-          cmdclass={'build_ext': build_extension_class()},
-          options={'build': {'build_base': os.path.join('..', '..', 'build', 'csrc')}})
+    setup(
+        name='sparseocc-operators',
+        version='1',
+        packages=[],
+        ext_modules=extensions,
+        cmdclass={'build_ext': build_extension_class()},
+        options={'build': {'build_base': os.path.join('..', '..', 'build', 'csrc')}},
+    )
 
 
 if __name__ == '__main__':

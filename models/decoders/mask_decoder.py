@@ -2,6 +2,7 @@
 
 Shapes: B batch, Q queries, K kept voxels, C channels, T frames, G groups, P points per group.
 """
+
 from dataclasses import dataclass
 from typing import List
 
@@ -24,6 +25,7 @@ class MaskPrediction:
         class_logits: [B, Q, classes without free] float32, for a sigmoid.
         mask_logits: [B, Q, K] float32, in the order of the voxels; positive is inside.
     """
+
     class_logits: Tensor
     mask_logits: Tensor
 
@@ -37,12 +39,20 @@ class MaskDecoderLayer(BaseModule):
         out_points: p_out of the mixing.
     """
 
-    def __init__(self, task: Task, embed_dims: int, num_groups: int, num_points: int, num_levels: int,
-                 dropout: float, out_points: int, published_weight_order: bool):
+    def __init__(
+        self,
+        task: Task,
+        embed_dims: int,
+        num_groups: int,
+        num_points: int,
+        num_levels: int,
+        dropout: float,
+        out_points: int,
+        published_weight_order: bool,
+    ):
         super().__init__()
         self.self_attn = QueryAttention(embed_dims)
-        self.sampling = MaskGuidedSampling(embed_dims, num_groups, num_points, num_levels, task,
-                                           published_weight_order)
+        self.sampling = MaskGuidedSampling(embed_dims, num_groups, num_points, num_levels, task, published_weight_order)
         self.mixing = AdaptiveMixing(embed_dims, num_points * task.num_frames, out_points, num_groups)
         self.ffn = FFN(embed_dims, feedforward_channels=2 * embed_dims, ffn_drop=dropout)
         self.mask_proj = nn.Linear(embed_dims, embed_dims)
@@ -51,8 +61,9 @@ class MaskDecoderLayer(BaseModule):
         self.norm2 = nn.LayerNorm(embed_dims)
         self.norm3 = nn.LayerNorm(embed_dims)
 
-    def forward(self, query: Tensor, position: Tensor, mask_logits: Tensor, voxels: Tensor, draws,
-                features: ImageFeatures) -> Tensor:
+    def forward(
+        self, query: Tensor, position: Tensor, mask_logits: Tensor, voxels: Tensor, draws, features: ImageFeatures
+    ) -> Tensor:
         """query and position [B, Q, C], mask_logits [B, Q, K], voxels int64 [B, K, 3] -> [B, Q, C]."""
         query = self.norm1(self.self_attn(query, position))
         sampled = self.sampling(query, mask_logits.detach() > 0, voxels, draws, features)
@@ -93,13 +104,24 @@ class MaskDecoder(BaseModule):
         out_points: p_out of the mixing.
     """
 
-    def __init__(self, task: Task, embed_dims: int, num_layers: int, num_queries: int, num_groups: int,
-                 num_points: int, num_levels: int, dropout: float = 0.1, out_points: int = 128,
-                 published_weight_order: bool = True):
+    def __init__(
+        self,
+        task: Task,
+        embed_dims: int,
+        num_layers: int,
+        num_queries: int,
+        num_groups: int,
+        num_points: int,
+        num_levels: int,
+        dropout: float = 0.1,
+        out_points: int = 128,
+        published_weight_order: bool = True,
+    ):
         super().__init__()
         self.num_layers = num_layers
-        self.decoder_layer = MaskDecoderLayer(task, embed_dims, num_groups, num_points, num_levels, dropout,
-                                              out_points, published_weight_order)
+        self.decoder_layer = MaskDecoderLayer(
+            task, embed_dims, num_groups, num_points, num_levels, dropout, out_points, published_weight_order
+        )
         self.query_feat = nn.Embedding(num_queries, embed_dims)
         self.query_pos = nn.Embedding(num_queries, embed_dims)
 

@@ -3,6 +3,7 @@
 Shapes: B batch, Q blocks going into a stage, K children kept by it, C channels, T frames, G groups.
 Block coordinates are the full-resolution voxel indices of a block's lower corner.
 """
+
 from dataclasses import dataclass
 from typing import List, Optional, Sequence
 
@@ -32,6 +33,7 @@ class VoxelStage:
         scale: edge of a kept block in voxels.
         occ_logits: [B, K] float32, release 1.0 only.
     """
+
     coords: Tensor
     seg_logits: Tensor
     features: Tensor
@@ -49,17 +51,33 @@ class SparseVoxelDecoderLayer(BaseModule):
         num_heads: heads of the attention between blocks; 0 leaves it out.
     """
 
-    def __init__(self, task: Task, embed_dims: int, num_groups: int, num_points: int, num_levels: int,
-                 interval: int, num_heads: int, dropout: float, mixing_chunk: int,
-                 published_weight_order: bool):
+    def __init__(
+        self,
+        task: Task,
+        embed_dims: int,
+        num_groups: int,
+        num_points: int,
+        num_levels: int,
+        interval: int,
+        num_heads: int,
+        dropout: float,
+        mixing_chunk: int,
+        published_weight_order: bool,
+    ):
         super().__init__()
         self.voxel_size, self.interval = task.voxel_size, interval
         self.position_encoder = nn.Sequential(
-            nn.Linear(3, embed_dims), nn.LayerNorm(embed_dims), nn.ReLU(inplace=True),
-            nn.Linear(embed_dims, embed_dims), nn.LayerNorm(embed_dims), nn.ReLU(inplace=True))
+            nn.Linear(3, embed_dims),
+            nn.LayerNorm(embed_dims),
+            nn.ReLU(inplace=True),
+            nn.Linear(embed_dims, embed_dims),
+            nn.LayerNorm(embed_dims),
+            nn.ReLU(inplace=True),
+        )
         self.self_attn = DistanceAttention(embed_dims, num_heads, dropout) if num_heads else None
-        self.sampling = BlockSampling(embed_dims, num_groups, num_points, num_levels, task.num_cameras,
-                                      published_weight_order)
+        self.sampling = BlockSampling(
+            embed_dims, num_groups, num_points, num_levels, task.num_cameras, published_weight_order
+        )
         in_points = num_points * task.num_frames
         self.mixing = AdaptiveMixing(embed_dims, in_points, in_points * num_groups, num_groups, mixing_chunk)
         self.ffn = FFN(embed_dims, feedforward_channels=2 * embed_dims, ffn_drop=dropout)
@@ -94,27 +112,54 @@ class SparseVoxelDecoder(BaseModule):
         num_heads: of the attention between blocks, in all stages but the last; 0 leaves it out.
     """
 
-    def __init__(self, task: Task, embed_dims: int, num_groups: int, num_points: int, num_levels: int,
-                 topk_training: Sequence[int], topk_testing: Sequence[int], scoring: str,
-                 dropout: float = 0.1, mixing_chunk: int = 0, published_weight_order: bool = True,
-                 num_heads: int = 8):
+    def __init__(
+        self,
+        task: Task,
+        embed_dims: int,
+        num_groups: int,
+        num_points: int,
+        num_levels: int,
+        topk_training: Sequence[int],
+        topk_testing: Sequence[int],
+        scoring: str,
+        dropout: float = 0.1,
+        mixing_chunk: int = 0,
+        published_weight_order: bool = True,
+        num_heads: int = 8,
+    ):
         super().__init__()
         if scoring not in ('semantic', 'occupancy'):
-            raise ConfigError("transformer.scoring must be 'semantic' or 'occupancy', got %r" % (scoring,))
+            raise ConfigError(f"transformer.scoring must be 'semantic' or 'occupancy', got {scoring!r}")
         if len(topk_training) != len(topk_testing) or not topk_training:
-            raise ConfigError('transformer.topk_training and topk_testing need one number per stage, got '
-                              '%r and %r' % (topk_training, topk_testing))
+            raise ConfigError(
+                'transformer.topk_training and topk_testing need one number per stage, got '
+                f'{topk_training!r} and {topk_testing!r}'
+            )
         self.topk_training, self.topk_testing = tuple(topk_training), tuple(topk_testing)
         self.embed_dims, self.scoring = embed_dims, scoring
         stages = len(self.topk_training)
         self.intervals = tuple(2 ** (stages - i) for i in range(stages))
         _check_divisible(task, self.intervals[0])
-        self.decoder_layers = ModuleList([SparseVoxelDecoderLayer(
-            task, embed_dims, num_groups, max(1, num_points >> i), num_levels, interval,
-            num_heads if i < stages - 1 else 0, dropout, mixing_chunk, published_weight_order)
-            for i, interval in enumerate(self.intervals)])
-        self.lift_feat_heads = ModuleList([nn.Sequential(
-            nn.Linear(embed_dims, 8 * embed_dims), nn.ReLU(inplace=True)) for _ in self.intervals])
+        self.decoder_layers = ModuleList(
+            [
+                SparseVoxelDecoderLayer(
+                    task,
+                    embed_dims,
+                    num_groups,
+                    max(1, num_points >> i),
+                    num_levels,
+                    interval,
+                    num_heads if i < stages - 1 else 0,
+                    dropout,
+                    mixing_chunk,
+                    published_weight_order,
+                )
+                for i, interval in enumerate(self.intervals)
+            ]
+        )
+        self.lift_feat_heads = ModuleList(
+            [nn.Sequential(nn.Linear(embed_dims, 8 * embed_dims), nn.ReLU(inplace=True)) for _ in self.intervals]
+        )
         if scoring == 'occupancy':
             self.occ_pred_heads = ModuleList([nn.Linear(embed_dims, 1) for _ in self.intervals])
         labels = task.label_set
@@ -147,8 +192,13 @@ class SparseVoxelDecoder(BaseModule):
             scores = self.occ_pred_heads[i](children).squeeze(-1).float()
             keep = top_in_order(scores, topk)
             features = _take(children, keep)
-            return VoxelStage(_take(coords, keep), self.seg_pred_heads[i](features).float(), features, scale,
-                              occ_logits=scores.gather(1, keep))
+            return VoxelStage(
+                _take(coords, keep),
+                self.seg_pred_heads[i](features).float(),
+                features,
+                scale,
+                occ_logits=scores.gather(1, keep),
+            )
         logits = self.seg_pred_heads[i](children).float()
         keep = top_in_order(1 - logits.softmax(-1)[..., -1], topk)
         return VoxelStage(_take(coords, keep), _take(logits, keep), _take(children, keep), scale)
@@ -172,14 +222,21 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
 def _block_corners(grid_shape, interval: int) -> Tensor:
     """int64 [blocks, 3]: lower corners of all blocks, z fastest, then y, then x."""
     axes = [torch.arange(0, size, interval) for size in grid_shape]
-    grid = torch.stack([axes[0].view(-1, 1, 1).expand([len(a) for a in axes]),
-                        axes[1].view(1, -1, 1).expand([len(a) for a in axes]),
-                        axes[2].view(1, 1, -1).expand([len(a) for a in axes])], dim=-1)
+    grid = torch.stack(
+        [
+            axes[0].view(-1, 1, 1).expand([len(a) for a in axes]),
+            axes[1].view(1, -1, 1).expand([len(a) for a in axes]),
+            axes[2].view(1, 1, -1).expand([len(a) for a in axes]),
+        ],
+        dim=-1,
+    )
     return grid.reshape(-1, 3)
 
 
 def _check_divisible(task: Task, interval: int):
     if any(size % interval for size in task.grid_shape):
-        raise ConfigError('the grid of %s voxels (task.point_cloud_range / task.voxel_size) cannot be cut '
-                          'into blocks of %d voxels; make each side a multiple of %d'
-                          % ('x'.join(map(str, task.grid_shape)), interval, interval))
+        raise ConfigError(
+            'the grid of %s voxels (task.point_cloud_range / task.voxel_size) cannot be cut '
+            'into blocks of %d voxels; make each side a multiple of %d'
+            % ('x'.join(map(str, task.grid_shape)), interval, interval)
+        )

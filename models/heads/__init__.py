@@ -1,4 +1,5 @@
 """Prediction heads."""
+
 from .sparseocc_head import SparseOccHead
 
 __all__ = ['SparseOccHead']

@@ -3,6 +3,7 @@
 Shapes: Q queries, K kept voxels, C classes without free. Everything stays on the device, and no shape
 depends on the values, so that nothing waits for the GPU.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ class PanopticMap(NamedTuple):
     instances  int16 [K], segment id from 1, 0 = none
     semantics  uint8 [K], class id, free where there is no segment
     """
+
     instances: Tensor
     semantics: Tensor
 
@@ -40,8 +42,14 @@ def merge_semantic(class_logits: Tensor, mask_logits: Tensor, score_threshold: f
     return torch.where(best.values < _MIN_SEMANTIC_SCORE, free, best.indices).to(torch.uint8)
 
 
-def merge_panoptic(class_logits: Tensor, mask_logits: Tensor, is_thing: Tensor, score_threshold: float,
-                   overlap_threshold: float, label_merged_stuff: bool) -> PanopticMap:
+def merge_panoptic(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    is_thing: Tensor,
+    score_threshold: float,
+    overlap_threshold: float,
+    label_merged_stuff: bool,
+) -> PanopticMap:
     """Segments: each voxel goes to the query with the largest score x mask; overruled queries are dropped.
 
     Args:
@@ -66,8 +74,10 @@ def merge_panoptic(class_logits: Tensor, mask_logits: Tensor, is_thing: Tensor, 
     labelled = labelled & survives[winner]
     names_voxels = labelled if label_merged_stuff else labelled & opens[winner]
     none, free = torch.zeros_like(winner), torch.full_like(winner, class_logits.shape[1])
-    return PanopticMap(torch.where(labelled, segment[winner], none).to(torch.int16),
-                       torch.where(names_voxels, classes[winner], free).to(torch.uint8))
+    return PanopticMap(
+        torch.where(labelled, segment[winner], none).to(torch.int16),
+        torch.where(names_voxels, classes[winner], free).to(torch.uint8),
+    )
 
 
 def _holds_its_mask(winner: Tensor, labelled: Tensor, inside: Tensor, overlap_threshold: float) -> Tensor:

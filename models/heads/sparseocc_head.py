@@ -2,6 +2,7 @@
 
 Shapes: B batch, K kept voxels of the last stage; X, Y, Z the grid.
 """
+
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional
 
@@ -31,6 +32,7 @@ class MergedPrediction:
         pano_inst: int16 [K], panoptic tasks only.
         pano_sem: uint8 [K], panoptic tasks only.
     """
+
     voxels: Tensor
     semantics: Tensor
     pano_inst: Optional[Tensor] = None
@@ -52,18 +54,28 @@ class SparseOccHead(BaseModule):
         draws: test-time draws of the mask-guided sampling, 'even' or 'random'.
     """
 
-    def __init__(self, task: Task, transformer: Mapping, loss_cfgs: Mapping, embed_dims: int = 256,
-                 merge_stuff: str = 'published', overlap_threshold: float = 0.8, score_threshold: float = 0.3,
-                 draws: str = 'even'):
+    def __init__(
+        self,
+        task: Task,
+        transformer: Mapping,
+        loss_cfgs: Mapping,
+        embed_dims: int = 256,
+        merge_stuff: str = 'published',
+        overlap_threshold: float = 0.8,
+        score_threshold: float = 0.3,
+        draws: str = 'even',
+    ):
         super().__init__()
         if merge_stuff not in MERGE_STUFF:
-            raise ConfigError('model.test_cfg.merge_stuff must be one of %s, got %r'
-                              % (list(MERGE_STUFF), merge_stuff))
+            raise ConfigError(f'model.test_cfg.merge_stuff must be one of {list(MERGE_STUFF)}, got {merge_stuff!r}')
         self.task, self.merge_stuff = task, merge_stuff
         self.overlap_threshold, self.score_threshold = overlap_threshold, score_threshold
         self.transformer = TRANSFORMER.build(dict(transformer, task=task, embed_dims=embed_dims, draws=draws))
-        self.register_buffer('is_thing', torch.tensor([c in task.label_set.thing_ids for c in range(
-            task.label_set.num_occupied)]), persistent=False)
+        self.register_buffer(
+            'is_thing',
+            torch.tensor([c in task.label_set.thing_ids for c in range(task.label_set.num_occupied)]),
+            persistent=False,
+        )
         loss_cfgs = dict(loss_cfgs)
         if 'loss_mask2former' not in loss_cfgs:
             raise ConfigError("model.pts_bbox_head.loss_cfgs: key 'loss_mask2former' is missing")
@@ -92,10 +104,16 @@ class SparseOccHead(BaseModule):
     def _merge_sample(self, output: TransformerOutput, b: int) -> MergedPrediction:
         stage, last = output.stages[-1], output.layers[-1]
         class_logits, mask_logits = last.class_logits[b], last.mask_logits[b]
-        merged = MergedPrediction(stage.coords[b] * stage.scale,
-                                  merge_semantic(class_logits, mask_logits, self.score_threshold))
+        merged = MergedPrediction(
+            stage.coords[b] * stage.scale, merge_semantic(class_logits, mask_logits, self.score_threshold)
+        )
         if self.task.panoptic:
             merged.pano_inst, merged.pano_sem = merge_panoptic(
-                class_logits, mask_logits, self.is_thing, self.score_threshold, self.overlap_threshold,
-                label_merged_stuff=self.merge_stuff == 'labelled')
+                class_logits,
+                mask_logits,
+                self.is_thing,
+                self.score_threshold,
+                self.overlap_threshold,
+                label_merged_stuff=self.merge_stuff == 'labelled',
+            )
         return merged

@@ -1,4 +1,5 @@
 """Layers that both decoders share."""
+
 from .attention import DistanceAttention
 from .mixing import AdaptiveMixing
 

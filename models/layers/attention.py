@@ -1,4 +1,5 @@
 """Self-attention with a learned reach: logits fall with the distance between queries (paper section 3.2)."""
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import MultiheadAttention

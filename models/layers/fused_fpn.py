@@ -4,6 +4,7 @@ mmdet's FPN, step by step, adds a bias, enlarges the level above and adds it: th
 float32 also under autocast. Here the bias is added to the level above while that is small, and one pass adds
 every value of it to the four below it.
 """
+
 from typing import List, Sequence
 
 import torch
@@ -15,14 +16,22 @@ from torch import Tensor, nn
 
 def can_fuse_neck(neck: nn.Module) -> bool:
     """Whether this is an mmdet FPN of plain convolutions with biases, nearest upsampling, no extra levels, no hooks."""
-    if (type(neck) is not FPN or neck.num_outs != len(neck.lateral_convs)
-            or dict(neck.upsample_cfg) != {'mode': 'nearest'}):
+    if (
+        type(neck) is not FPN
+        or neck.num_outs != len(neck.lateral_convs)
+        or dict(neck.upsample_cfg) != {'mode': 'nearest'}
+    ):
         return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in neck.modules()):
         return False
-    return all(type(module) is ConvModule and type(module.conv) is nn.Conv2d and module.conv.bias is not None
-               and not module.with_norm and not module.with_activation
-               for module in list(neck.lateral_convs) + list(neck.fpn_convs))
+    return all(
+        type(module) is ConvModule
+        and type(module.conv) is nn.Conv2d
+        and module.conv.bias is not None
+        and not module.with_norm
+        and not module.with_activation
+        for module in list(neck.lateral_convs) + list(neck.fpn_convs)
+    )
 
 
 def run_neck(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
@@ -33,7 +42,7 @@ def run_neck(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
         stages: of the backbone, [n, C_l, H_l, W_l], channels last.
     """
     merged: List[Tensor] = []  # from the coarsest level down
-    for stage, module in reversed(list(zip(stages[neck.start_level:], neck.lateral_convs))):
+    for stage, module in reversed(list(zip(stages[neck.start_level :], neck.lateral_convs))):
         level = F.conv2d(stage, module.conv.weight)
         bias = module.conv.bias.to(level.dtype).view(1, -1, 1, 1)
         merged.append(add_enlarged(level, merged[-1] + bias) if merged else level.add_(bias))

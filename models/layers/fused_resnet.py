@@ -10,6 +10,7 @@ PyTorch's (tried on an H200 in all three types).
 
 The weights stay where they are, in mmdet's ResNet; this only computes with them.
 """
+
 import functools
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -21,17 +22,17 @@ from torch import Tensor, nn
 from models.autocast_state import autocast_dtype
 from models.layers.recompute import recompute
 
-
 # Earlier releases reach cuDNN through another interface, which was not tried.
 _IS_RECENT = tuple(int(n) for n in torch.__version__.split('.')[:2]) >= (2, 2)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The largest maps, after the stem and in the first stage, hold 16 / 3 times the values of the images, and
 # cuDNN's fused calls count in 32 bits.
-_MOST_VALUES = 2 ** 31 * 3 // 16
+_MOST_VALUES = 2**31 * 3 // 16
 
 
 class _Geometry(NamedTuple):
     """How a convolution moves over its input."""
+
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
@@ -45,12 +46,14 @@ def can_fuse(backbone: nn.Module) -> bool:
     convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
     norms = [module for module in backbone.modules() if 'Norm' in type(module).__name__]
     blocks = [block for name in backbone.res_layers for block in getattr(backbone, name)]
-    return (all(type(conv) is nn.Conv2d and conv.bias is None and conv.padding_mode == 'zeros'
-                for conv in convolutions)
-            and all(type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats for norm in norms)
-            and len(convolutions) == len(norms)
-            and all(type(block) in (BasicBlock, Bottleneck) and not getattr(block, 'with_plugins', False)
-                    for block in blocks))
+    return (
+        all(type(conv) is nn.Conv2d and conv.bias is None and conv.padding_mode == 'zeros' for conv in convolutions)
+        and all(type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats for norm in norms)
+        and len(convolutions) == len(norms)
+        and all(
+            type(block) in (BasicBlock, Bottleneck) and not getattr(block, 'with_plugins', False) for block in blocks
+        )
+    )
 
 
 class FusedResNet:
@@ -66,12 +69,19 @@ class FusedResNet:
 
     def __init__(self, backbone: ResNet):
         self.backbone = backbone
-        self._parts = [(parent._modules, name, part, type(part)) for parent in backbone.modules()
-                       for name, part in parent._modules.items()]
+        self._parts = [
+            (parent._modules, name, part, type(part))
+            for parent in backbone.modules()
+            for name, part in parent._modules.items()
+        ]
         self._norms = [part for _, _, part, kind in self._parts if kind is nn.BatchNorm2d]
-        self._weights = [(table, name) for part in backbone.modules() for table in (part._parameters, part._buffers)
-                         for name in ('weight', 'bias', 'running_mean', 'running_var')
-                         if table.get(name) is not None]
+        self._weights = [
+            (table, name)
+            for part in backbone.modules()
+            for table in (part._parameters, part._buffers)
+            for name in ('weight', 'bias', 'running_mean', 'running_var')
+            if table.get(name) is not None
+        ]
         self._changes = 0  # counted by version()
         self.clear()
 
@@ -88,8 +98,8 @@ class FusedResNet:
         """A number that grows whenever a weight or statistic has changed; folded weights are forgotten then."""
         now = [(table[name], _changes_of(table[name])) for table, name in self._weights]
         if len(now) != len(self._seen) or any(
-                tensor is not old or changes != count
-                for (tensor, changes), (old, count) in zip(now, self._seen)):
+            tensor is not old or changes != count for (tensor, changes), (old, count) in zip(now, self._seen)
+        ):
             self.clear()
             self._seen = now
         return self._changes
@@ -98,16 +108,25 @@ class FusedResNet:
         """Whether these images can be encoded here: NVIDIA GPU with cuDNN, all statistics fixed, modules as they
         were (none replaced, no hooks), and no wish for deterministic algorithms, which cuDNN's fused calls do
         not heed."""
-        return (images.is_cuda and torch.version.hip is None and torch.backends.cudnn.enabled
-                and _IS_RECENT and images.dtype in _DTYPES and images.numel() < _MOST_VALUES
-                and not torch.are_deterministic_algorithms_enabled() and self.is_as_built())
+        return (
+            images.is_cuda
+            and torch.version.hip is None
+            and torch.backends.cudnn.enabled
+            and _IS_RECENT
+            and images.dtype in _DTYPES
+            and images.numel() < _MOST_VALUES
+            and not torch.are_deterministic_algorithms_enabled()
+            and self.is_as_built()
+        )
 
     def is_as_built(self) -> bool:
         """All norms use fixed statistics, no module was replaced, and none has hooks."""
         return not any(norm.training for norm in self._norms) and all(
-            table.get(name) is part and type(part) is kind and not (
-                part._forward_hooks or part._forward_pre_hooks or part._backward_hooks)
-            for table, name, part, kind in self._parts)
+            table.get(name) is part
+            and type(part) is kind
+            and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks)
+            for table, name, part, kind in self._parts
+        )
 
     def __call__(self, images: Tensor) -> Tuple[Tensor, ...]:
         """images [n, 3, H, W], channels last -> the stages of ``out_indices``, as the backbone gives them."""
@@ -178,13 +197,14 @@ def _run_block(geometries: List[_Geometry], depth: int, x: Tensor, *weights: Ten
         projection, shift, its_geometry = layers[depth]
         shortcut = F.conv2d(x, projection, None, *its_geometry)
         bias = bias + shift  # added by the last convolution
-    for layer in layers[:depth - 1]:
+    for layer in layers[: depth - 1]:
         x = _convolve_relu(x, *layer)
     return _convolve_relu(x, weight, bias, geometry, shortcut)
 
 
-def _convolve_relu(x: Tensor, weight: Tensor, bias: Tensor, geometry: _Geometry,
-                   added: Optional[Tensor] = None) -> Tensor:
+def _convolve_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, geometry: _Geometry, added: Optional[Tensor] = None
+) -> Tensor:
     """relu(convolution + bias [+ added])."""
     return _ConvolveReLU.apply(x, weight, bias, added, geometry)
 
@@ -211,6 +231,7 @@ class _ConvolveReLU(torch.autograd.Function):
         grads = [None, None, None]
         if any(wanted):
             grads = torch.ops.aten.convolution_backward(
-                grad, x, weight, [weight.shape[0]], *ctx.geometry[:3], False, [0, 0], ctx.geometry.groups, wanted)
+                grad, x, weight, [weight.shape[0]], *ctx.geometry[:3], False, [0, 0], ctx.geometry.groups, wanted
+            )
         grads = [g if wants else None for g, wants in zip(grads, wanted)]
         return (*grads, grad if ctx.needs_input_grad[3] else None, None)

@@ -2,6 +2,7 @@
 
 Shapes: B batch, Q queries, G groups, C channels, p_in sampled points (T*P), p_out mixed points.
 """
+
 import torch
 from mmcv.runner import BaseModule
 from torch import Tensor, nn

@@ -1,4 +1,5 @@
 """Activation checkpointing: intermediates are given up, and made again in the backward pass."""
+
 import inspect
 from typing import Callable
 

@@ -1,4 +1,5 @@
 """Losses of the voxel decoder (per stage) and of the mask decoder (per prediction)."""
+
 from .mask2former import Mask2FormerLoss
 from .scene_affinity import GeoScalLoss, SemScalLoss
 from .targets import OccupancyTargets

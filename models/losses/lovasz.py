@@ -4,6 +4,7 @@ Shapes: B batch, K blocks, C classes; counts as in ``count_labels``. All voxels 
 prediction, so a block contributes one error for its voxels of a class and one for its others, each with a
 multiplicity; the sum telescopes over equal errors, so the value is that of the upsampled voxels.
 """
+
 import torch
 from torch import Tensor
 

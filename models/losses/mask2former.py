@@ -2,6 +2,7 @@
 
 Shapes: B batch, Q queries, K kept voxels, n instances of a sample that have kept voxels, m matched pairs.
 """
+
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
@@ -10,7 +11,6 @@ from mmcv.runner import BaseModule
 from mmdet.models.builder import LOSSES
 from torch import Tensor
 
-from lib.dist import reduce_mean
 from lib.dist import reduce_mean
 from models.decoders import MaskPrediction, VoxelStage
 from models.losses.targets import OccupancyTargets, take_blocks
@@ -27,6 +27,7 @@ class MaskTargets(NamedTuple):
     class_ids  int64 [n]
     counted    float32 [K], 1 where the voxel counts, or None if all do
     """
+
     masks: Tensor
     class_ids: Tensor
     counted: Optional[Tensor]
@@ -43,14 +44,20 @@ class Mask2FormerLoss(BaseModule):
         focal_weight: the focal loss's own weight, in loss and matching cost.
     """
 
-    def __init__(self, loss_cls_weight: float = 2.0, loss_mask_weight: float = 5.0,
-                 loss_dice_weight: float = 5.0, focal_weight: float = 2.0):
+    def __init__(
+        self,
+        loss_cls_weight: float = 2.0,
+        loss_mask_weight: float = 5.0,
+        loss_dice_weight: float = 5.0,
+        focal_weight: float = 2.0,
+    ):
         super().__init__()
         self.loss_cls_weight = loss_cls_weight * focal_weight
         self.loss_mask_weight, self.loss_dice_weight = loss_mask_weight, loss_dice_weight
 
-    def forward(self, layers: Sequence[MaskPrediction], stage: VoxelStage,
-                targets: OccupancyTargets) -> Dict[str, Tensor]:
+    def forward(
+        self, layers: Sequence[MaskPrediction], stage: VoxelStage, targets: OccupancyTargets
+    ) -> Dict[str, Tensor]:
         """Terms of every prediction; names end in its number."""
         samples = [instances_among_kept(targets, stage, b) for b in range(len(targets.class_ids))]
         instances = torch.tensor(float(sum(len(s.class_ids) for s in samples)), device=stage.seg_logits.device)
@@ -62,12 +69,13 @@ class Mask2FormerLoss(BaseModule):
                 losses['%s_%d' % (name, i)] = value / normalizer
         return losses
 
-    def _match(self, layers: Sequence[MaskPrediction],
-               samples: Sequence[MaskTargets]) -> List[List[Matching]]:
+    def _match(self, layers: Sequence[MaskPrediction], samples: Sequence[MaskTargets]) -> List[List[Matching]]:
         """Matchings [layer][sample]; all costs leave the device together."""
         with torch.no_grad():
-            costs = [[self.cost(layer.class_logits[b], layer.mask_logits[b], sample)
-                      for b, sample in enumerate(samples)] for layer in layers]
+            costs = [
+                [self.cost(layer.class_logits[b], layer.mask_logits[b], sample) for b, sample in enumerate(samples)]
+                for layer in layers
+            ]
         flat = torch.cat([cost.flatten() for row in costs for cost in row]).cpu()
         pieces = iter(flat.split([cost.numel() for row in costs for cost in row]))
         return [[match(next(pieces).view(cost.shape)) for cost in row] for row in costs]
@@ -82,12 +90,15 @@ class Mask2FormerLoss(BaseModule):
         Returns:
             [Q, n].
         """
-        return (self.loss_cls_weight * focal_cost(class_logits)[:, sample.class_ids]
-                + self.loss_mask_weight * cross_entropy_cost(mask_logits, sample)
-                + self.loss_dice_weight * dice_cost(mask_logits, sample))
+        return (
+            self.loss_cls_weight * focal_cost(class_logits)[:, sample.class_ids]
+            + self.loss_mask_weight * cross_entropy_cost(mask_logits, sample)
+            + self.loss_dice_weight * dice_cost(mask_logits, sample)
+        )
 
-    def _layer_losses(self, layer: MaskPrediction, samples: Sequence[MaskTargets],
-                      matchings: Sequence[Matching]) -> Dict[str, Tensor]:
+    def _layer_losses(
+        self, layer: MaskPrediction, samples: Sequence[MaskTargets], matchings: Sequence[Matching]
+    ) -> Dict[str, Tensor]:
         """Sums over the instances of the batch, not yet divided by their number."""
         zero = layer.mask_logits.sum() * 0 + layer.class_logits.sum() * 0
         losses = dict(loss_mask=zero, loss_dice_mask=zero, loss_class=zero)
@@ -101,19 +112,20 @@ class Mask2FormerLoss(BaseModule):
             losses['loss_mask'] = losses['loss_mask'] + self.loss_mask_weight * mask
             losses['loss_dice_mask'] = losses['loss_dice_mask'] + self.loss_dice_weight * dice
             losses['loss_class'] = losses['loss_class'] + self.loss_cls_weight * focal_loss(
-                layer.class_logits[b], onehot)
+                layer.class_logits[b], onehot
+            )
         return losses
 
 
 def instances_among_kept(targets: OccupancyTargets, stage: VoxelStage, b: int) -> MaskTargets:
     """Instances of sample b that have kept (and counted) voxels, with ids compacted, in id order."""
-    coords, class_ids = stage.coords[b:b + 1], targets.class_ids[b]
-    voxels = take_blocks(targets.instances[b:b + 1], coords, stage.scale)[0, :, 0]
+    coords, class_ids = stage.coords[b : b + 1], targets.class_ids[b]
+    voxels = take_blocks(targets.instances[b : b + 1], coords, stage.scale)[0, :, 0]
     ids = torch.arange(len(class_ids), device=voxels.device)
     masks = voxels.unsqueeze(0).long() == ids.unsqueeze(1)
     counted = None
     if targets.visible is not None:
-        visible = take_blocks(targets.visible[b:b + 1], coords, stage.scale)[0, :, 0]
+        visible = take_blocks(targets.visible[b : b + 1], coords, stage.scale)[0, :, 0]
         masks, counted = masks & visible, visible.float()
     kept = masks.any(1)
     return MaskTargets(masks[kept].float(), class_ids.to(voxels.device)[kept], counted)
@@ -123,7 +135,7 @@ def focal_cost(class_logits: Tensor) -> Tensor:
     """Focal loss of saying yes minus that of saying no, per class: [Q, C] -> [Q, C]."""
     p = class_logits.sigmoid()
     yes = -(p + _COST_EPS).log() * _ALPHA * (1 - p) ** _GAMMA
-    no = -(1 - p + _COST_EPS).log() * (1 - _ALPHA) * p ** _GAMMA
+    no = -(1 - p + _COST_EPS).log() * (1 - _ALPHA) * p**_GAMMA
     return yes - no
 
 
@@ -159,5 +171,5 @@ def focal_loss(logits: Tensor, onehot: Tensor) -> Tensor:
     """Sigmoid focal loss, summed; logits, onehot [Q, C]."""
     p = logits.sigmoid()
     miss = (1 - p) * onehot + p * (1 - onehot)
-    weight = (_ALPHA * onehot + (1 - _ALPHA) * (1 - onehot)) * miss ** _GAMMA
+    weight = (_ALPHA * onehot + (1 - _ALPHA) * (1 - onehot)) * miss**_GAMMA
     return (F.binary_cross_entropy_with_logits(logits, onehot, reduction='none') * weight).sum()

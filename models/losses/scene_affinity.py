@@ -2,6 +2,7 @@
 
 Shapes: B batch, K blocks, C classes with free last; counts as in ``count_labels``.
 """
+
 import torch
 from mmcv.runner import BaseModule
 from mmdet.models.builder import LOSSES
@@ -17,8 +18,7 @@ def negative_log(ratio: Tensor) -> Tensor:
     return -torch.where(ratio > 0, log, torch.full_like(log, _LOG_FLOOR)).clamp(min=_LOG_FLOOR)
 
 
-def affinity(inside: Tensor, hits: Tensor, others: Tensor, total_probability: Tensor,
-             present: Tensor) -> Tensor:
+def affinity(inside: Tensor, hits: Tensor, others: Tensor, total_probability: Tensor, present: Tensor) -> Tensor:
     """-log precision - log recall - log specificity; a term without a denominator is left out.
 
     Args (all [...], sums over the voxels of a sample):
@@ -53,8 +53,9 @@ class GeoScalLoss(BaseModule):
         free = probabilities[..., -1]
         occupied, empty = counts[..., :-1].sum(-1), counts[..., -1]
         inside = ((1 - free) * occupied).sum(1)
-        loss = affinity(inside, occupied.sum(1), empty.sum(1), inside + ((1 - free) * empty).sum(1),
-                        (free * empty).sum(1))
+        loss = affinity(
+            inside, occupied.sum(1), empty.sum(1), inside + ((1 - free) * empty).sum(1), (free * empty).sum(1)
+        )
         return self.loss_weight * loss.mean()
 
 
@@ -75,8 +76,9 @@ class SemScalLoss(BaseModule):
         others = counts.sum(-1, keepdim=True) - counts
         inside = (probabilities * counts).sum(1)
         hits = counts.sum(1)
-        loss = affinity(inside, hits, others.sum(1), inside + (probabilities * others).sum(1),
-                        ((1 - probabilities) * others).sum(1))
+        loss = affinity(
+            inside, hits, others.sum(1), inside + (probabilities * others).sum(1), ((1 - probabilities) * others).sum(1)
+        )
         is_present = (hits > 0).float()
         per_sample = (loss * is_present).sum(1) / is_present.sum(1).clamp(min=1)
         return self.loss_weight * per_sample.mean()

@@ -2,6 +2,7 @@
 
 Shapes: B batch, K kept blocks, C classes, X Y Z the grid; s edge of a block in voxels.
 """
+
 from typing import NamedTuple, Optional, Sequence
 
 import torch
@@ -16,6 +17,7 @@ class OccupancyTargets(NamedTuple):
     class_ids  B tensors int64 [n_i], class of each instance
     visible    bool [B, X, Y, Z], voxels that count, or None if all do
     """
+
     semantics: Tensor
     instances: Tensor
     class_ids: Sequence[Tensor]
@@ -36,9 +38,9 @@ def take_blocks(volume: Tensor, coords: Tensor, scale: int) -> Tensor:
     batch, sx, sy, sz = volume.shape
     nx, ny, nz = sx // scale, sy // scale, sz // scale
     blocks = volume.reshape(batch, nx, scale, ny, scale, nz, scale).permute(0, 1, 3, 5, 2, 4, 6)
-    blocks = blocks.reshape(batch, nx * ny * nz, scale ** 3)
+    blocks = blocks.reshape(batch, nx * ny * nz, scale**3)
     index = (coords[..., 0] * ny + coords[..., 1]) * nz + coords[..., 2]
-    return blocks.gather(1, index.unsqueeze(-1).expand(-1, -1, scale ** 3))
+    return blocks.gather(1, index.unsqueeze(-1).expand(-1, -1, scale**3))
 
 
 def count_labels(targets: OccupancyTargets, coords: Tensor, scale: int, num_classes: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 Shapes: B batch, K kept blocks, C classes with free last; counts as in ``count_labels``.
 """
+
 from typing import Dict, Mapping
 
 import torch
@@ -34,9 +35,10 @@ class VoxelLosses(BaseModule):
         self.num_classes, self.scoring = label_set.num_classes, scoring
         expected = set(_AFFINITY) if scoring == 'semantic' else set()
         if set(loss_cfgs) != expected:
-            raise ConfigError("model.pts_bbox_head.loss_cfgs: with scoring='%s' the keys besides "
-                              'loss_mask2former are %s, got %s'
-                              % (scoring, sorted(expected), sorted(loss_cfgs)))
+            raise ConfigError(
+                f"model.pts_bbox_head.loss_cfgs: with scoring='{scoring}' the keys besides "
+                f'loss_mask2former are {sorted(expected)}, got {sorted(loss_cfgs)}'
+            )
         self.affinity = torch.nn.ModuleDict({name: build_loss(cfg) for name, cfg in loss_cfgs.items()})
         self.register_buffer('class_weights', torch.tensor(label_set.class_weights()), persistent=False)
 
@@ -44,8 +46,10 @@ class VoxelLosses(BaseModule):
         """Each term by its name without the stage number."""
         counts = count_labels(targets, stage.coords, stage.scale, self.num_classes)
         if self.scoring == 'occupancy':
-            return dict(loss_occ=balanced_occupancy(stage.occ_logits, counts),
-                        loss_sem=weighted_cross_entropy(stage.seg_logits, counts[..., :-1]))
+            return dict(
+                loss_occ=balanced_occupancy(stage.occ_logits, counts),
+                loss_sem=weighted_cross_entropy(stage.seg_logits, counts[..., :-1]),
+            )
         probabilities = stage.seg_logits.softmax(-1)
         losses = dict(loss_sem_lovasz=lovasz_softmax(probabilities, counts, stage.scale))
         losses.update({name: loss(probabilities, counts) for name, loss in self.affinity.items()})

@@ -1,4 +1,5 @@
 """A slow ray caster in plain Python, written from the description of the evaluation alone."""
+
 import math
 
 import numpy as np
@@ -48,7 +49,10 @@ def cast_one(semantics, origin, direction, lower_corner, voxel_size, free_id):
 
 def cast_all(semantics, origins, directions, lower_corner, voxel_size, free_id):
     """(label [M], depth float32 [M], voxel [M] row-major) of every direction from every origin."""
-    ends = [cast_one(semantics, origin, direction, lower_corner, voxel_size, free_id)
-            for origin in origins for direction in directions]
+    ends = [
+        cast_one(semantics, origin, direction, lower_corner, voxel_size, free_id)
+        for origin in origins
+        for direction in directions
+    ]
     voxels = np.array([np.ravel_multi_index(voxel, semantics.shape) for voxel, _ in ends], dtype=np.int64)
     return semantics.reshape(-1)[voxels], np.array([depth for _, depth in ends], dtype=np.float32), voxels

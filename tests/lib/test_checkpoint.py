@@ -1,4 +1,5 @@
 """Checkpoints: read as data, fitted to a model with every misfit named, written whole or not at all."""
+
 import errno
 import inspect
 import os
@@ -49,15 +50,19 @@ def saved(tmp_path):
         path = str(tmp_path / name)
         torch.save(content, path, **options)
         return path
+
     return save
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda s: s,
-    lambda s: dict(state_dict=s, meta=dict(epoch=3)),
-    lambda s: dict(state_dict=OrderedDict(('module.' + k, v) for k, v in s.items())),
-    lambda s: dict(model=s),
-])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda s: s,
+        lambda s: dict(state_dict=s, meta=dict(epoch=3)),
+        lambda s: dict(state_dict=OrderedDict(('module.' + k, v) for k, v in s.items())),
+        lambda s: dict(model=s),
+    ],
+)
 @pytest.mark.parametrize('zipped', [True, False])
 def test_formats(saved, wrap, zipped):
     source, target = Net(), Net()
@@ -93,9 +98,9 @@ def test_code_is_refused(saved, content):
 def damage(kind, path):
     data = bytearray(open(path, 'rb').read())
     if kind == 'half':
-        data = data[:len(data) // 2]
+        data = data[: len(data) // 2]
     elif kind == 'one byte':
-        data[len(data) // 2] ^= 0xff
+        data[len(data) // 2] ^= 0xFF
     elif kind == 'text':
         data = b'<html>not found</html>'
     elif kind == 'empty':
@@ -103,8 +108,10 @@ def damage(kind, path):
     open(path, 'wb').write(data)
 
 
-@pytest.mark.parametrize('kind, words', [('half', 'cut short or damaged'), ('one byte', 'check sum'),
-                                         ('text', 'damaged or no'), ('empty', 'is empty')])
+@pytest.mark.parametrize(
+    'kind, words',
+    [('half', 'cut short or damaged'), ('one byte', 'check sum'), ('text', 'damaged or no'), ('empty', 'is empty')],
+)
 def test_damaged_file(saved, kind, words):
     path = saved(dict(state_dict=dict(a=torch.zeros(4000))))
     assert ckpt.is_complete(path)
@@ -126,11 +133,14 @@ def test_missing_file_folder_and_no_weights(tmp_path, saved):
         ckpt.read_checkpoint(saved([1]))
 
 
-@pytest.mark.parametrize('theirs, ours, words', [
-    (('1.0', 17), ('1.1', 17), ['release 1.0 model with 17', 'builds a release 1.1', '704x256_8f.py']),
-    (('1.1', 17), ('1.0', 17), ['release 1.1 model with 17', 'builds a release 1.0', '8f_v1.1.py']),
-    (('1.1', 16), ('1.1', 17), ['with 16 classes', 'with 17 classes', 'openocc.py']),
-])
+@pytest.mark.parametrize(
+    'theirs, ours, words',
+    [
+        (('1.0', 17), ('1.1', 17), ['release 1.0 model with 17', 'builds a release 1.1', '704x256_8f.py']),
+        (('1.1', 17), ('1.0', 17), ['release 1.1 model with 17', 'builds a release 1.0', '8f_v1.1.py']),
+        (('1.1', 16), ('1.1', 17), ['with 16 classes', 'with 17 classes', 'openocc.py']),
+    ],
+)
 def test_other_release_is_named(saved, theirs, ours, words):
     path = saved(dict(state_dict=Net(theirs[1], theirs[0]).state_dict()))
     with pytest.raises(CheckpointError) as error:
@@ -146,8 +156,7 @@ def test_misfit_lists_names(saved):
     path = saved(state)
     with pytest.raises(CheckpointError) as error:
         ckpt.load_model_weights(Net(), path)
-    for word in ('1 missing (img_neck.bias)', '1 unexpected (extra)',
-                 '[4, 9, 1, 1] there and [4, 8, 1, 1] here'):
+    for word in ('1 missing (img_neck.bias)', '1 unexpected (extra)', '[4, 9, 1, 1] there and [4, 8, 1, 1] here'):
         assert word in str(error.value)
     ckpt.load_model_weights(Net(), path, strict=False)
 
@@ -183,7 +192,7 @@ def test_pretrained_backbone_and_neck(saved):
     state = {}
     for name, value in source.state_dict().items():
         if name.startswith('img_'):
-            state[name[len('img_'):]] = value
+            state[name[len('img_') :]] = value
     state['rpn_head.conv.weight'] = torch.zeros(3)
     report = ckpt.load_pretrained(target, saved(dict(state_dict=state)), [('backbone', 'img_backbone')])
     for name, value in target.state_dict().items():
@@ -196,8 +205,11 @@ def test_pretrained_backbone_and_neck(saved):
 
 
 def test_pretrained_of_another_width(saved):
-    state = {'backbone.' + k[len('img_backbone.'):]: v for k, v in Net(width=8).state_dict().items()
-             if k.startswith('img_backbone')}
+    state = {
+        'backbone.' + k[len('img_backbone.') :]: v
+        for k, v in Net(width=8).state_dict().items()
+        if k.startswith('img_backbone')
+    }
     state['neck.bias'] = torch.ones(4)
     report = ckpt.load_pretrained(Net(width=6), saved(state), [('backbone', 'img_backbone')])
     # The batch counter is a scalar and fits whatever the width.

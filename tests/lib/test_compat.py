@@ -1,4 +1,5 @@
 """OpenMMLab on current Python: the stand-in for compiled ops, aliases, version check, quiet imports."""
+
 import subprocess
 import sys
 import textwrap
@@ -30,55 +31,72 @@ def run_with_fakes(folder, code, **extra):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    code = 'import sys; sys.path[:0] = [%r, %r]\n%s' % (str(folder), str(ROOT), textwrap.dedent(code))
-    result = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            universal_newlines=True, timeout=60)
+    code = f'import sys; sys.path[:0] = [{str(folder)!r}, {str(ROOT)!r}]\n{textwrap.dedent(code)}'
+    result = subprocess.run(
+        [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip(), result.stderr.strip()
 
 
 def test_compiled_ops_are_used_where_they_can_be_imported(tmp_path):
-    out, err = run_with_fakes(tmp_path, '''
+    out, err = run_with_fakes(
+        tmp_path,
+        """
         from lib.compat import has_compiled_ops
         print(has_compiled_ops())
         import mmcv._ext
         print(mmcv._ext.nms())
-    ''', mmcv___ext='def nms(): return "compiled"')
+    """,
+        mmcv___ext='def nms(): return "compiled"',
+    )
     assert (out.split(), err) == (['True', 'compiled'], '')
 
 
 def test_ops_of_another_torch_give_way_to_the_stand_in_with_a_note(tmp_path):
-    out, _ = run_with_fakes(tmp_path, '''
+    out, _ = run_with_fakes(
+        tmp_path,
+        """
         from lib.compat import has_compiled_ops
         print(has_compiled_ops())
-    ''', mmcv___ext='raise ImportError("undefined symbol: _ZN3c10")')
+    """,
+        mmcv___ext='raise ImportError("undefined symbol: _ZN3c10")',
+    )
     note, compiled = out.splitlines()
     assert compiled == 'False'
     assert 'undefined symbol' in note and 'make install MMCV_OPS=1' in note
 
 
 def test_mmdet3d_accepts_newer_mmcv_whose_version_stays(tmp_path):
-    out, err = run_with_fakes(tmp_path, '''
+    out, err = run_with_fakes(
+        tmp_path,
+        """
         from lib.compat import prepare_openmmlab
         prepare_openmmlab()
         import mmcv, mmdet3d
         print(mmcv.__version__)
-    ''')
+    """,
+    )
     assert (out, err) == ('1.7.2', '')  # nothing else shown: no warning, no remark on CUDA
 
 
 def test_config_text_needs_no_old_yapf(tmp_path):
-    out, _ = run_with_fakes(tmp_path, '''
+    out, _ = run_with_fakes(
+        tmp_path,
+        """
         from lib.compat import prepare_openmmlab
         prepare_openmmlab()
         from mmcv.utils.config import FormatCode
         print(FormatCode('a = 1', style_config='pep8', verify=True))
-    ''')
+    """,
+    )
     assert out == "('a = 1', 'pep8')"
 
 
 def test_missing_mmcv_is_one_sentence(tmp_path):
-    out, _ = run_with_fakes(tmp_path, '''
+    out, _ = run_with_fakes(
+        tmp_path,
+        """
         sys.modules['mmcv'] = None
         from lib.compat import prepare_openmmlab
         from lib.errors import UserError
@@ -86,7 +104,8 @@ def test_missing_mmcv_is_one_sentence(tmp_path):
             prepare_openmmlab()
         except UserError as error:
             print(error)
-    ''')
+    """,
+    )
     assert 'mmcv' in out and 'make install' in out
 
 
@@ -105,6 +124,7 @@ def test_real_libraries_are_prepared_once_and_mmcv_ops_import():
     assert sys.modules[mmcv_ext.NAME] is first
     assert has_compiled_ops() == (not isinstance(first, mmcv_ext.StandInExt))
     from mmcv.ops import sigmoid_focal_loss
+
     assert callable(sigmoid_focal_loss)
 
 
@@ -113,17 +133,26 @@ def test_compiled_ops_compute_where_they_are_installed():
         pytest.skip('mmcv has no compiled ops here (make install MMCV_OPS=1)')
     import torch
     from mmcv.ops import nms
+
     boxes = torch.tensor([[0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30.0]])
     kept = nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)[1]
     assert kept.tolist() == [0, 2]
 
 
 def test_importing_the_libraries_shows_nothing():
-    code = ('from lib.compat import prepare_openmmlab; prepare_openmmlab(); '
-            'import mmdet.models, mmdet.datasets, nuscenes.nuscenes')
+    code = (
+        'from lib.compat import prepare_openmmlab; prepare_openmmlab(); '
+        'import mmdet.models, mmdet.datasets, nuscenes.nuscenes'
+    )
     for _ in range(2):  # in a first import Python remarks on the libraries' syntax while it compiles them
-        result = subprocess.run([sys.executable, '-c', code], cwd=str(ROOT), stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, universal_newlines=True, timeout=120)
+        result = subprocess.run(
+            [sys.executable, '-c', code],
+            cwd=str(ROOT),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
         if not result.stdout:
             break
     assert (result.returncode, result.stdout) == (0, '')

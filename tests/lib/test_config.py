@@ -1,18 +1,20 @@
 """Configs: what is allowed, how overrides are typed, and that every mistake is named."""
+
 import pytest
 from mmcv.utils import Registry
 
-from lib.config import apply_override, build_checked, check_config_file, dump_config, load_config, parse_value
+from lib.config import apply_override, check_config_file, dump_config, load_config, parse_value
 from lib.errors import ConfigError
+from lib.registry import build_checked
 
-GOOD = '''
+GOOD = """
 _helper = 3
 task = dict(label_set='occ3d')
 model = dict(type='Thing', width=_helper, test_cfg=dict(history='full'))
 data = dict(workers_per_gpu=0, train=dict(type='Set', pipeline=[dict(type='A'), dict(type='B')]))
 optimizer = dict(type='AdamW', lr=1e-3)
 total_batch_size = 8
-'''
+"""
 
 
 @pytest.fixture
@@ -21,6 +23,7 @@ def write(tmp_path):
         path = tmp_path / name
         path.write_text(text)
         return str(path)
+
     return write_config
 
 
@@ -36,17 +39,20 @@ def test_child_overrides_its_base(write):
     assert (cfg.model.type, cfg.model.width) == ('Thing', 5)
 
 
-@pytest.mark.parametrize('override, path, value', [
-    ('total_batch_size=4', 'total_batch_size', 4),
-    ('optimizer.lr=3e-4', 'optimizer.lr', 3e-4),
-    ('model.test_cfg.history=cached', 'model.test_cfg.history', 'cached'),
-    ('model.new_argument=[1,2]', 'model.new_argument', [1, 2]),
-    ('data.train.max_samples=None', 'data.train.max_samples', None),
-    ('data.train.pipeline.1.flag=true', 'data.train.pipeline.1.flag', True),
-    ('train.amp=bf16', 'train.amp', 'bf16'),
-    ('evaluation.interval=2', 'evaluation.interval', 2),
-    ('load_from=a=b.pth', 'load_from', 'a=b.pth'),
-])
+@pytest.mark.parametrize(
+    'override, path, value',
+    [
+        ('total_batch_size=4', 'total_batch_size', 4),
+        ('optimizer.lr=3e-4', 'optimizer.lr', 3e-4),
+        ('model.test_cfg.history=cached', 'model.test_cfg.history', 'cached'),
+        ('model.new_argument=[1,2]', 'model.new_argument', [1, 2]),
+        ('data.train.max_samples=None', 'data.train.max_samples', None),
+        ('data.train.pipeline.1.flag=true', 'data.train.pipeline.1.flag', True),
+        ('train.amp=bf16', 'train.amp', 'bf16'),
+        ('evaluation.interval=2', 'evaluation.interval', 2),
+        ('load_from=a=b.pth', 'load_from', 'a=b.pth'),
+    ],
+)
 def test_override(write, override, path, value):
     node = load_config(write(GOOD), [override])
     for part in path.split('.'):
@@ -54,18 +60,21 @@ def test_override(write, override, path, value):
     assert node == value and type(node) is type(value)
 
 
-@pytest.mark.parametrize('override, words', [
-    ('totl_batch_size=4', ["'totl_batch_size'", "did you mean 'total_batch_size'"]),
-    ('optimizr.lr=1', ["'optimizr'", "did you mean 'optimizer'"]),
-    ('model.test_cfg.history.x=1', ['model.test_cfg.history', 'not a dict']),
-    ('model.tst_cfg.history=1', ["'tst_cfg'", "did you mean 'test_cfg'"]),
-    ('data.train.pipeline.7.flag=1', ['list of 2 items', "'7'"]),
-    ('data.trian.load_interval=1', ["'trian'", "did you mean 'train'"]),
-    ('train.ampp=fp16', ["'ampp'", "did you mean 'amp'"]),
-    ('train.amp=fp8', ['train.amp', 'fp8', "'bf16'"]),
-    ('train.log_interval=0', ['train.log_interval', '0']),
-    ('nonsense', ['key=value']),
-])
+@pytest.mark.parametrize(
+    'override, words',
+    [
+        ('totl_batch_size=4', ["'totl_batch_size'", "did you mean 'total_batch_size'"]),
+        ('optimizr.lr=1', ["'optimizr'", "did you mean 'optimizer'"]),
+        ('model.test_cfg.history.x=1', ['model.test_cfg.history', 'not a dict']),
+        ('model.tst_cfg.history=1', ["'tst_cfg'", "did you mean 'test_cfg'"]),
+        ('data.train.pipeline.7.flag=1', ['list of 2 items', "'7'"]),
+        ('data.trian.load_interval=1', ["'trian'", "did you mean 'train'"]),
+        ('train.ampp=fp16', ["'ampp'", "did you mean 'amp'"]),
+        ('train.amp=fp8', ['train.amp', 'fp8', "'bf16'"]),
+        ('train.log_interval=0', ['train.log_interval', '0']),
+        ('nonsense', ['key=value']),
+    ],
+)
 def test_bad_override_is_named(write, override, words):
     with pytest.raises(ConfigError) as error:
         load_config(write(GOOD), [override])
@@ -73,15 +82,18 @@ def test_bad_override_is_named(write, override, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize('text, words', [
-    ('modle = dict()\n', ['c.py', "'modle'", "did you mean 'model'"]),
-    ('model = dict(\n', ['c.py', 'not valid Python', 'line']),
-    ('x = undefined_name\n', ['c.py', 'line 1', 'undefined_name']),
-    ("_base_ = './nowhere.py'\n", ['nowhere.py', '_base_']),
-    ('train = dict(log_intervall=3)\n', ["'log_intervall'", "did you mean 'log_interval'"]),
-    ('data = 3\n', ['data must be a dict']),
-    ('custom_imports = dict(imports=["no_such_module_here"])\n', ['no_such_module_here']),
-])
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('modle = dict()\n', ['c.py', "'modle'", "did you mean 'model'"]),
+        ('model = dict(\n', ['c.py', 'not valid Python', 'line']),
+        ('x = undefined_name\n', ['c.py', 'line 1', 'undefined_name']),
+        ("_base_ = './nowhere.py'\n", ['nowhere.py', '_base_']),
+        ('train = dict(log_intervall=3)\n', ["'log_intervall'", "did you mean 'log_interval'"]),
+        ('data = 3\n', ['data must be a dict']),
+        ('custom_imports = dict(imports=["no_such_module_here"])\n', ['no_such_module_here']),
+    ],
+)
 def test_bad_file_is_named(write, text, words):
     path = write(text)
     with pytest.raises(ConfigError) as error:
@@ -104,9 +116,20 @@ def test_dump_reads_back(write, tmp_path):
     assert load_config(str(tmp_path / 'dump.py'))._cfg_dict == cfg._cfg_dict
 
 
-@pytest.mark.parametrize('text, value', [
-    ('3', 3), ('1e-3', 1e-3), ('None', None), ('False', False), ('true', True), ('(1, 2)', (1, 2)),
-    ('a/b.pth', 'a/b.pth'), ('', ''), ("'3'", '3')])
+@pytest.mark.parametrize(
+    'text, value',
+    [
+        ('3', 3),
+        ('1e-3', 1e-3),
+        ('None', None),
+        ('False', False),
+        ('true', True),
+        ('(1, 2)', (1, 2)),
+        ('a/b.pth', 'a/b.pth'),
+        ('', ''),
+        ("'3'", '3'),
+    ],
+)
 def test_values_are_typed(text, value):
     assert parse_value(text) == value and type(parse_value(text)) is type(value)
 
@@ -137,17 +160,23 @@ def test_build_checked():
     assert (widget.task, widget.size, widget.colour) == ('t', 2, 'red')
 
 
-@pytest.mark.parametrize('cfg, words', [
-    (dict(type='Wigdet', size=1), ["'Wigdet'", "did you mean 'Widget'"]),
-    (dict(type='Widget', size=1, color='blue'), ['Widget', "'color'", "did you mean 'colour'"]),
-    (dict(type='Widget'), ["'size' is missing"]),
-    (dict(type='Widget', size=1, task=3), ["'task' is filled in"]),
-    (dict(size=1), ["'type'"]),
-    (dict(type='Nested', child=dict(sizze=1)), ['Nested', "'sizze'"]),
-])
+@pytest.mark.parametrize(
+    'cfg, words',
+    [
+        (dict(type='Wigdet', size=1), ["'Wigdet'", "did you mean 'Widget'"]),
+        (dict(type='Widget', size=1, color='blue'), ['Widget', "'color'", "did you mean 'colour'"]),
+        (dict(type='Widget'), ["'size' is missing"]),
+        (dict(type='Widget', size=1, task=3), ["'task' is filled in"]),
+        (dict(size=1), ["'type'"]),
+    ],
+)
 def test_build_checked_names_the_key(cfg, words):
     with pytest.raises(ConfigError) as error:
-        added = dict(task='t') if cfg.get('type') != 'Nested' else None
-        build_checked(cfg, REGISTRY, added, where='model.part')
+        build_checked(cfg, REGISTRY, dict(task='t'), where='model.part')
     for word in words + ['model.part']:
         assert word in str(error.value)
+
+
+def test_an_error_inside_a_constructor_is_not_called_a_wrong_key():
+    with pytest.raises(TypeError, match='sizze'):
+        build_checked(dict(type='Nested', child=dict(sizze=1)), REGISTRY)

@@ -1,4 +1,5 @@
 """lib.io: pickles that are data, files that are whole or absent, npz and JSON with clear errors."""
+
 import collections
 import errno
 import json
@@ -29,29 +30,45 @@ def _dump(path, value, protocol=4):
 
 @pytest.mark.parametrize('protocol', [0, 2, 3, 4, 5])
 def test_plain_data_and_numpy_arrays_are_read(tmp_path, protocol):
-    value = dict(a=[1, 2.5, None, True, 'x',
-                    b'y'], b=(np.arange(6.0).reshape(2, 3), np.array(['car', 'bus'])), c=np.float32(3),
-                 d={1, 2}, e=collections.OrderedDict(k=np.array([True])), f=np.int64(7), g=np.zeros(0),
-                 h=np.asfortranarray(np.eye(2)), i=bytearray(b'z'), j=complex(1, 2))
+    value = dict(
+        a=[1, 2.5, None, True, 'x', b'y'],
+        b=(np.arange(6.0).reshape(2, 3), np.array(['car', 'bus'])),
+        c=np.float32(3),
+        d={1, 2},
+        e=collections.OrderedDict(k=np.array([True])),
+        f=np.int64(7),
+        g=np.zeros(0),
+        h=np.asfortranarray(np.eye(2)),
+        i=bytearray(b'z'),
+        j=complex(1, 2),
+    )
     loaded = io.load_pickle_safe(_dump(tmp_path / 'a.pkl', value, protocol))
     np.testing.assert_array_equal(loaded['b'][0], value['b'][0])
     assert loaded['b'][1].tolist() == ['car', 'bus'] and loaded['c'] == 3 and loaded['f'] == 7
-    assert loaded['a'] == value['a'] and loaded['d'] == {1, 2
-                                                         } and loaded['i'] == b'z' and loaded['j'] == 1 + 2j
+    assert loaded['a'] == value['a'] and loaded['d'] == {1, 2} and loaded['i'] == b'z' and loaded['j'] == 1 + 2j
 
 
 @pytest.mark.parametrize('module', ['numpy.core.multiarray', 'numpy._core.multiarray'])
 def test_arrays_pickled_by_either_numpy_are_read(tmp_path, module):
     content = pickle.dumps(np.arange(3), protocol=2)
-    written = (b'numpy._core.multiarray' if b'numpy._core' in content else b'numpy.core.multiarray')
+    written = b'numpy._core.multiarray' if b'numpy._core' in content else b'numpy.core.multiarray'
     path = tmp_path / 'a.pkl'
     path.write_bytes(content.replace(written, module.encode()))
     assert io.load_pickle_safe(path).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize('function, arguments', [
-    (os.system, ('touch %s',)), (eval, ('open("%s", "w")',)), (exec, ('open("%s", "w")',)),
-    (getattr, (1, 'real')), (np.load, ('%s',)), (__import__, ('os',)), (np.save, ('%s', 1))])
+@pytest.mark.parametrize(
+    'function, arguments',
+    [
+        (os.system, ('touch %s',)),
+        (eval, ('open("%s", "w")',)),
+        (exec, ('open("%s", "w")',)),
+        (getattr, (1, 'real')),
+        (np.load, ('%s',)),
+        (__import__, ('os',)),
+        (np.save, ('%s', 1)),
+    ],
+)
 def test_a_pickle_that_runs_something_is_refused(tmp_path, function, arguments):
     mark = tmp_path / 'mark'
     arguments = [a % mark if isinstance(a, str) and '%' in a else a for a in arguments]
@@ -64,7 +81,7 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path, function, arguments):
 def test_a_function_hidden_in_an_object_array_is_refused(tmp_path):
     mark = tmp_path / 'mark'
     array = np.array([None], dtype=object)
-    array[0] = _Runs(os.system, 'touch %s' % mark)
+    array[0] = _Runs(os.system, f'touch {mark}')
     with pytest.raises(DataError, match='refused'):
         io.load_pickle_safe(_dump(tmp_path / 'evil.pkl', array))
     assert not mark.exists()
@@ -156,16 +173,17 @@ def test_a_damaged_npz_is_named(tmp_path, damage):
     io.save_npz(path, dict(semantics=np.random.default_rng(0).integers(0, 255, 5000)))
     content = bytearray(path.read_bytes())
     if damage == 'flipped':
-        content[len(content) // 2] ^= 0xff
-    path.write_bytes({'truncated': content[:len(content) // 2], 'flipped': content, 'text': b'hello',
-                      'empty': b''}[damage])
+        content[len(content) // 2] ^= 0xFF
+    path.write_bytes(
+        {'truncated': content[: len(content) // 2], 'flipped': content, 'text': b'hello', 'empty': b''}[damage]
+    )
     with pytest.raises(DataError, match=r'labels\.npz is damaged'):
         io.load_npz_checked(path, required=['semantics'])
 
 
 def test_objects_in_an_npz_are_not_built(tmp_path):
     mark = tmp_path / 'mark'
-    np.savez(str(tmp_path / 'a.npz'), semantics=np.array([_Runs(os.system, 'touch %s' % mark)], dtype=object))
+    np.savez(str(tmp_path / 'a.npz'), semantics=np.array([_Runs(os.system, f'touch {mark}')], dtype=object))
     with pytest.raises(DataError):
         io.load_npz_checked(tmp_path / 'a.npz')
     assert not mark.exists()
@@ -178,5 +196,6 @@ def test_names_from_data_cannot_leave_the_folder(tmp_path, part):
 
 
 def test_plain_names_stay_inside_the_folder(tmp_path):
-    assert io.path_inside(tmp_path, 'scene-0001', 'ab12', 'labels.npz') == \
-        tmp_path / 'scene-0001' / 'ab12' / 'labels.npz'
+    assert (
+        io.path_inside(tmp_path, 'scene-0001', 'ab12', 'labels.npz') == tmp_path / 'scene-0001' / 'ab12' / 'labels.npz'
+    )

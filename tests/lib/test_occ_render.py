@@ -1,4 +1,5 @@
 """The voxel renderer: what is in front covers what is behind, and axes point where they should."""
+
 import numpy as np
 import pytest
 
@@ -42,8 +43,7 @@ def test_bird_eye_shows_the_topmost_voxel():
 @pytest.mark.parametrize('position', [(-30.0, 0.5, 2.0), (30.0, -3.0, 1.0), (0.0, 30.0, 2.0), (1.0, -30.0, 2.0)])
 def test_oblique_wall_hides_what_is_behind(position):
     """Seen from any side, the wall that faces the camera covers a lower block behind it."""
-    wall = {(-1, 0): np.s_[2, :, :], (1, 0): np.s_[13, :, :],
-            (0, 1): np.s_[:, 13, :], (0, -1): np.s_[:, 2, :]}
+    wall = {(-1, 0): np.s_[2, :, :], (1, 0): np.s_[13, :, :], (0, 1): np.s_[:, 13, :], (0, -1): np.s_[:, 2, :]}
     side = tuple(int(np.sign(p)) if abs(p) > 20 else 0 for p in position[:2])
     occupied, colours = _volume(red=np.s_[7:9, 7:9, 0:2], green=wall[side])
     image = render_oblique(occupied, colours, RANGE_MIN, VOXEL, (120, 200), Camera(position, (0.0, 0.0, 1.5), 50.0))
@@ -56,8 +56,9 @@ def test_oblique_wall_hides_what_is_behind(position):
 
 def test_oblique_draws_left_on_the_left():
     occupied, colours = _volume(red=np.s_[8, 14, 0], green=np.s_[8, 1, 0])
-    image = render_oblique(occupied, colours, RANGE_MIN, VOXEL, (120, 200),
-                           Camera((-20.0, 0.0, 12.0), (0.0, 0.0, 0.0), 60.0))
+    image = render_oblique(
+        occupied, colours, RANGE_MIN, VOXEL, (120, 200), Camera((-20.0, 0.0, 12.0), (0.0, 0.0, 0.0), 60.0)
+    )
     assert _share(image[:, :100], RED) > 0 and _share(image[:, 100:], RED) == 0
     assert _share(image[:, 100:], GREEN) > 0 and _share(image[:, :100], GREEN) == 0
 

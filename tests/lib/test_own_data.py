@@ -1,4 +1,5 @@
 """Own images and calibration as infos: geometry, history, and mistakes in the JSON named."""
+
 import json
 
 import cv2
@@ -20,12 +21,24 @@ def _write(folder, frames=3, image_folder='images', change=None):
     """A JSON file of one sequence: two cameras on a vehicle that drives 5 m along x per frame."""
     intrinsic = [[100.0, 0, 80], [0, 100.0, 48], [0, 0, 1]]
     content = dict(
-        cameras={name: dict(intrinsic=intrinsic, camera2ego=dict(rotation=FORWARD, translation=[1.0, y, 1.5]))
-                 for name, y in (('left', 0.5), ('right', -0.5))},
-        sequences=[dict(name='drive-1', frames=[dict(
-            timestamp=0.5 * i, ego2global=dict(rotation=[1, 0, 0, 0], translation=[5.0 * i, 0, 0]),
-            images={name: '%s/%s_%d.jpg' % (image_folder, name, i) for name in ('left', 'right')})
-            for i in range(frames)])])
+        cameras={
+            name: dict(intrinsic=intrinsic, camera2ego=dict(rotation=FORWARD, translation=[1.0, y, 1.5]))
+            for name, y in (('left', 0.5), ('right', -0.5))
+        },
+        sequences=[
+            dict(
+                name='drive-1',
+                frames=[
+                    dict(
+                        timestamp=0.5 * i,
+                        ego2global=dict(rotation=[1, 0, 0, 0], translation=[5.0 * i, 0, 0]),
+                        images={name: '%s/%s_%d.jpg' % (image_folder, name, i) for name in ('left', 'right')},
+                    )
+                    for i in range(frames)
+                ],
+            )
+        ],
+    )
     (folder / image_folder).mkdir(parents=True, exist_ok=True)
     for i in range(frames):
         for name in ('left', 'right'):
@@ -57,8 +70,10 @@ def test_points_land_where_calibration_and_motion_put_them(tmp_path):
 def test_an_image_may_have_its_own_pose(tmp_path):
     def later(content):
         frame = content['sequences'][0]['frames'][2]
-        frame['images']['left'] = dict(path=frame['images']['left'],
-                                       ego2global=dict(rotation=[1, 0, 0, 0], translation=[10.5, 0, 0]))
+        frame['images']['left'] = dict(
+            path=frame['images']['left'], ego2global=dict(rotation=[1, 0, 0, 0], translation=[10.5, 0, 0])
+        )
+
     info = read_own_data(_write(tmp_path, change=later)).infos[2]
     _, depth = project_points(current_lidar2img(info['cams']['left']), np.array([12.0, 0.5, 1.5]))
     assert depth == pytest.approx(10.5)  # taken half a metre further on
@@ -70,25 +85,35 @@ def test_the_loader_reads_frames_newest_first(tmp_path, folder):
     own = read_own_data(_write(tmp_path, image_folder=folder))
     save_pickle(tmp_path / 'infos.pkl', dict(infos=own.infos, metadata={}))
     task = Task(label_set='occ3d', num_frames=4, cameras=own.cameras, image_size=(32, 64))
-    dataset = build_dataset(dict(
-        type='NuSceneOcc', data_root=own.data_root, ann_file=str(tmp_path / 'infos.pkl'), test_mode=True,
-        pipeline=[dict(type='LoadMultiViewImageFromMultiSweeps'), dict(type='RandomTransformImage')]), task)
+    dataset = build_dataset(
+        dict(
+            type='NuSceneOcc',
+            data_root=own.data_root,
+            ann_file=str(tmp_path / 'infos.pkl'),
+            test_mode=True,
+            pipeline=[dict(type='LoadMultiViewImageFromMultiSweeps'), dict(type='RandomTransformImage')],
+        ),
+        task,
+    )
     assert [dataset.sample_token(i) for i in range(3)] == ['drive-1_00000', 'drive-1_00001', 'drive-1_00002']
     means = dataset[2]['img'].float().mean(dim=(1, 2, 3)).round()[::2]
     assert means.tolist() == [80, 40, 0, 0]  # frames 2, 1, 0, and the first again
     assert dataset[0]['img'].float().mean().round() == 0  # no history: the frame itself
 
 
-@pytest.mark.parametrize('change, words', [
-    (lambda c: c.pop('cameras'), '"cameras" is missing'),
-    (lambda c: c['cameras']['left'].update(intrinsic=[[1, 2], [3, 4]]), 'cameras.left: "intrinsic" must be 3 x 3'),
-    (lambda c: c['cameras']['left']['camera2ego'].update(rotation=[2, 0, 0, 0]), 'unit quaternion'),
-    (lambda c: c['sequences'][0]['frames'][1].update(timestamp=0.0), 'frames[1]: timestamp'),
-    (lambda c: c['sequences'][0]['frames'][1]['images'].pop('right'), 'frames[1].images: "right" is missing'),
-    (lambda c: c['sequences'][0]['frames'][0]['images'].update(left='nowhere.jpg'), 'nowhere.jpg does not exist'),
-    (lambda c: c['sequences'][0].update(name='../x'), 'name'),
-    (lambda c: c.update(sequences=[]), 'no frames'),
-])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda c: c.pop('cameras'), '"cameras" is missing'),
+        (lambda c: c['cameras']['left'].update(intrinsic=[[1, 2], [3, 4]]), 'cameras.left: "intrinsic" must be 3 x 3'),
+        (lambda c: c['cameras']['left']['camera2ego'].update(rotation=[2, 0, 0, 0]), 'unit quaternion'),
+        (lambda c: c['sequences'][0]['frames'][1].update(timestamp=0.0), 'frames[1]: timestamp'),
+        (lambda c: c['sequences'][0]['frames'][1]['images'].pop('right'), 'frames[1].images: "right" is missing'),
+        (lambda c: c['sequences'][0]['frames'][0]['images'].update(left='nowhere.jpg'), 'nowhere.jpg does not exist'),
+        (lambda c: c['sequences'][0].update(name='../x'), 'name'),
+        (lambda c: c.update(sequences=[]), 'no frames'),
+    ],
+)
 def test_mistakes_are_named(tmp_path, change, words):
     with pytest.raises(DataError) as error:
         read_own_data(_write(tmp_path, change=change))

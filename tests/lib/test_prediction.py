@@ -1,4 +1,5 @@
 """Predictions: dense volumes and files."""
+
 import numpy as np
 import pytest
 
@@ -10,11 +11,11 @@ TASK = Task.from_config(dict(label_set='occ3d', point_cloud_range=[0, 0, 0, 4, 4
 
 
 def make(panoptic):
-    prediction = dict(sem_pred=np.array([[4, 17, 11]], np.uint8),
-                      occ_loc=np.array([[[0, 1, 0], [3, 3, 1], [2, 0, 1]]], np.uint8))
+    prediction = dict(
+        sem_pred=np.array([[4, 17, 11]], np.uint8), occ_loc=np.array([[[0, 1, 0], [3, 3, 1], [2, 0, 1]]], np.uint8)
+    )
     if panoptic:
-        prediction.update(pano_sem=np.array([[4, 17, 16]], np.uint8),
-                          pano_inst=np.array([[300, 0, 2]], np.int16))
+        prediction.update(pano_sem=np.array([[4, 17, 16]], np.uint8), pano_inst=np.array([[300, 0, 2]], np.int16))
     return prediction
 
 

@@ -1,4 +1,5 @@
 """The ray caster against an independent slow one, against geometry, and its two other versions against it."""
+
 import ctypes
 import os
 import pickle
@@ -13,16 +14,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from slow_caster import cast_all
 
 from lib import raycast
 from lib.raycast import cast_rays, cast_rays_through, casting, cpu, gpu
 
-from slow_caster import cast_all
-
 ROOT = Path(__file__).resolve().parents[2]
 FREE = 3
-needs_cuda = pytest.mark.skipif(not (torch.cuda.is_available() and raycast.extension_available()),
-                                reason='needs a GPU and the built extension')
+needs_cuda = pytest.mark.skipif(
+    not (torch.cuda.is_available() and raycast.extension_available()), reason='needs a GPU and the built extension'
+)
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -37,7 +38,7 @@ def scenes(draw):
     shape = tuple(draw(st.integers(1, 9)) for _ in range(3))
     voxel_size = draw(st.sampled_from([0.4, 0.25, 1.0, 0.1]))
     lower = np.array([draw(st.sampled_from([-2.0, 0.0, -0.7])) for _ in range(3)])
-    rng = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     occupied = draw(st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]))
     semantics = np.where(rng.random(shape) < occupied, rng.integers(0, FREE, shape), FREE).astype(np.uint8)
     in_voxels = rng.uniform(-3, np.array(shape) + 3, size=(4, 3))
@@ -81,7 +82,7 @@ def test_hits_are_where_geometry_says(scene):
         cells = cells[np.all((cells >= 0) & (cells < semantics.shape), axis=1)]
         index = np.ravel_multi_index(cells.T, semantics.shape)
         last = np.flatnonzero(index == voxel)
-        assert last.size == 0 or np.all(semantics.reshape(-1)[index[:last[0]]] == FREE)
+        assert last.size == 0 or np.all(semantics.reshape(-1)[index[: last[0]]] == FREE)
         centre = (np.array(np.unravel_index(voxel, semantics.shape)) + 0.5) * voxel_size + lower
         assert np.abs((origin + depth * direction - centre) / voxel_size).max() < 0.5 + 1e-3
 
@@ -124,8 +125,9 @@ def test_a_ray_from_outside_comes_in():
 def test_at_most_a_thousand_steps_from_outside():
     semantics = np.full((4, 4, 4), 1, dtype=np.uint8)
     start = lambda steps: np.array([[-steps + 0.5, 2.5, 2.5]])  # noqa: E731
-    near, far = (cast_rays(semantics, start(steps), np.array([[1.0, 0, 0]]), (0, 0, 0), 1.0, FREE)
-                 for steps in (999, 1001))
+    near, far = (
+        cast_rays(semantics, start(steps), np.array([[1.0, 0, 0]]), (0, 0, 0), 1.0, FREE) for steps in (999, 1001)
+    )
     assert near.distance_m[0] == 999.5
     assert far.distance_m[0] == -1.0
 
@@ -139,8 +141,10 @@ def test_a_long_grid_is_crossed_whole():
 
 def random_case(seed=0, shape=(40, 40, 16), volumes=2):
     rng = np.random.default_rng(seed)
-    semantics = [np.where(rng.random(shape) < density, rng.integers(0, FREE, shape), FREE).astype(np.uint8)
-                 for density in np.linspace(0.002, 0.05, volumes)]
+    semantics = [
+        np.where(rng.random(shape) < density, rng.integers(0, FREE, shape), FREE).astype(np.uint8)
+        for density in np.linspace(0.002, 0.05, volumes)
+    ]
     origins = rng.uniform(-9, 9, size=(5, 3)) * [1, 1, 0.4]
     return semantics, origins, unit(rng.normal(size=(2500, 3))), (-8.0, -8.0, -3.2), 0.4, FREE
 
@@ -187,21 +191,29 @@ def test_any_memory_layout_and_type():
         np.testing.assert_array_equal(hits.distance_m, expected.distance_m)
 
 
-@pytest.mark.parametrize('change, words', [
-    (dict(semantics=np.zeros((3, 3), np.uint8)), r'\[X, Y, Z\]'),
-    (dict(semantics=np.zeros((3, 0, 3), np.uint8)), 'not empty'),
-    (dict(origins=np.zeros((2, 2))), 'origins'),
-    (dict(directions=np.zeros(3)), 'directions'),
-    (dict(voxel_size=0), 'voxel_size'),
-    (dict(point_cloud_range=(0, 0)), 'point_cloud_range'),
-    (dict(instances=np.zeros((2, 2, 2))), 'instances'),
-    (dict(rays=np.array([5])), r'0\.\.0'),
-    (dict(device='tpu'), 'tpu'),
-])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(semantics=np.zeros((3, 3), np.uint8)), r'\[X, Y, Z\]'),
+        (dict(semantics=np.zeros((3, 0, 3), np.uint8)), 'not empty'),
+        (dict(origins=np.zeros((2, 2))), 'origins'),
+        (dict(directions=np.zeros(3)), 'directions'),
+        (dict(voxel_size=0), 'voxel_size'),
+        (dict(point_cloud_range=(0, 0)), 'point_cloud_range'),
+        (dict(instances=np.zeros((2, 2, 2))), 'instances'),
+        (dict(rays=np.array([5])), r'0\.\.0'),
+        (dict(device='tpu'), 'tpu'),
+    ],
+)
 def test_wrong_arguments_are_named(change, words):
-    arguments = dict(semantics=np.zeros((3, 3, 3), np.uint8), origins=np.zeros((1, 3)),
-                     directions=np.array([[1.0, 0, 0]]), point_cloud_range=(0, 0, 0), voxel_size=1.0,
-                     free_id=FREE)
+    arguments = dict(
+        semantics=np.zeros((3, 3, 3), np.uint8),
+        origins=np.zeros((1, 3)),
+        directions=np.array([[1.0, 0, 0]]),
+        point_cloud_range=(0, 0, 0),
+        voxel_size=1.0,
+        free_id=FREE,
+    )
     arguments.update(change)
     with pytest.raises(ValueError, match=words):
         cast_rays(**arguments)
@@ -224,6 +236,7 @@ def test_import_compiles_nothing():
 
 def test_handling_of_tensors_around_the_kernel(monkeypatch):
     """The CUDA path but for the kernel, on CPU tensors."""
+
     def trace(semantics, free_id, origins, directions, range_min, voxel_size, rays):
         volumes, points = semantics.numpy(), (origins.numpy(), directions.numpy())
         voxel, distance = cpu.trace(volumes, free_id, *points, range_min, voxel_size, rays.numpy())
@@ -252,7 +265,7 @@ def host_library(tmp_path_factory):
     if compiler is None:
         pytest.skip('needs g++')
     folder = tmp_path_factory.mktemp('traversal')
-    (folder / 'host.cpp').write_text('''
+    (folder / 'host.cpp').write_text("""
         #include "traversal.h"
         extern "C" void trace(const unsigned char* semantics, const int* size, const double* lower,
                               double voxel_size, int free_id, int num_origins, const double* origins,
@@ -270,11 +283,25 @@ def host_library(tmp_path_factory):
                   distance_out[i] = distance;
                 });
           }
-        }''')
+        }""")
     library = folder / 'host.so'
     headers = str(ROOT / 'lib' / 'raycast' / 'csrc')
-    subprocess.run([compiler, '-O2', '-ffp-contract=off', '-std=c++14', '-shared', '-fPIC', '-I', headers,
-                    str(folder / 'host.cpp'), '-o', str(library)], check=True)
+    subprocess.run(
+        [
+            compiler,
+            '-O2',
+            '-ffp-contract=off',
+            '-std=c++14',
+            '-shared',
+            '-fPIC',
+            '-I',
+            headers,
+            str(folder / 'host.cpp'),
+            '-o',
+            str(library),
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(library))
 
 
@@ -285,9 +312,19 @@ def trace_in_cpp(library, semantics, origins, directions, lower, voxel_size, fre
     voxel = np.empty(len(origins) * len(directions), dtype=np.int32)
     distance = np.empty(len(voxel), dtype=np.float32)
     pointer = lambda array: ctypes.c_void_p(array.ctypes.data)  # noqa: E731
-    library.trace(pointer(semantics), pointer(size), pointer(lower), ctypes.c_double(voxel_size), free_id,
-                  len(origins), pointer(origins), len(directions), pointer(directions), pointer(voxel),
-                  pointer(distance))
+    library.trace(
+        pointer(semantics),
+        pointer(size),
+        pointer(lower),
+        ctypes.c_double(voxel_size),
+        free_id,
+        len(origins),
+        pointer(origins),
+        len(directions),
+        pointer(directions),
+        pointer(voxel),
+        pointer(distance),
+    )
     return voxel, distance
 
 
@@ -356,24 +393,35 @@ def test_cuda_equals_cpu_on_odd_rays(scene):
 
 
 def test_the_kernel_is_kept_from_tensors_on_the_cpu():
-    tensors = dict(semantics=torch.zeros(1, 4, 4, 4, dtype=torch.uint8), origins=torch.zeros(1, 3),
-                   directions=torch.ones(5, 3), rays=torch.arange(5))
+    tensors = dict(
+        semantics=torch.zeros(1, 4, 4, 4, dtype=torch.uint8),
+        origins=torch.zeros(1, 3),
+        directions=torch.ones(5, 3),
+        rays=torch.arange(5),
+    )
     with pytest.raises(ValueError, match='semantics is on cpu'):
         gpu.trace(free_id=0, range_min=(0, 0, 0), voxel_size=1.0, **tensors)
 
 
 @needs_cuda
-@pytest.mark.parametrize('name, change, words', [
-    ('semantics', lambda tensor: tensor.int(), 'semantics must be contiguous torch.uint8'),
-    ('semantics', lambda tensor: tensor[0], 'with 4 dimensions'),
-    ('origins', lambda tensor: tensor.float(), 'origins must be contiguous torch.float64'),
-    ('directions', lambda tensor: tensor.cpu(), 'directions is on cpu'),
-    ('directions', lambda tensor: tensor.t().contiguous().t(), 'directions must be contiguous'),
-    ('rays', lambda tensor: tensor.long(), 'rays must be contiguous torch.int32')])
+@pytest.mark.parametrize(
+    'name, change, words',
+    [
+        ('semantics', lambda tensor: tensor.int(), 'semantics must be contiguous torch.uint8'),
+        ('semantics', lambda tensor: tensor[0], 'with 4 dimensions'),
+        ('origins', lambda tensor: tensor.float(), 'origins must be contiguous torch.float64'),
+        ('directions', lambda tensor: tensor.cpu(), 'directions is on cpu'),
+        ('directions', lambda tensor: tensor.t().contiguous().t(), 'directions must be contiguous'),
+        ('rays', lambda tensor: tensor.long(), 'rays must be contiguous torch.int32'),
+    ],
+)
 def test_the_kernel_is_kept_from_wrong_tensors(name, change, words):
-    tensors = dict(semantics=torch.zeros(1, 4, 4, 4, dtype=torch.uint8),
-                   origins=torch.zeros(1, 3, dtype=torch.float64), directions=torch.ones(5, 3),
-                   rays=torch.arange(5, dtype=torch.int32))
+    tensors = dict(
+        semantics=torch.zeros(1, 4, 4, 4, dtype=torch.uint8),
+        origins=torch.zeros(1, 3, dtype=torch.float64),
+        directions=torch.ones(5, 3),
+        rays=torch.arange(5, dtype=torch.int32),
+    )
     tensors = {key: tensor.cuda() for key, tensor in tensors.items()}
     gpu.trace(free_id=0, range_min=(0, 0, 0), voxel_size=1.0, **tensors)
     tensors[name] = change(tensors[name])

@@ -1,4 +1,5 @@
 """A nuScenes of a few kilobytes for tests: real schema, six cameras at 12 Hz, flat images, random poses."""
+
 import json
 from pathlib import Path
 
@@ -21,13 +22,25 @@ class FakeNuScenes:
         image_size: (width, height) of the images.
     """
 
-    def __init__(self, root, keyframes=3, sweeps=5, image_size=(160, 90), seed=0, version='v1.0-mini',
-                 scenes=SCENES):
+    def __init__(self, root, keyframes=3, sweeps=5, image_size=(160, 90), seed=0, version='v1.0-mini', scenes=SCENES):
         self.root, self.version, self.image_size = Path(root), version, image_size
         self.sweeps = sweeps
         self.rng = np.random.default_rng(seed)
-        names = ('category', 'attribute', 'visibility', 'instance', 'sensor', 'calibrated_sensor', 'ego_pose',
-                 'log', 'scene', 'sample', 'sample_data', 'sample_annotation', 'map')
+        names = (
+            'category',
+            'attribute',
+            'visibility',
+            'instance',
+            'sensor',
+            'calibrated_sensor',
+            'ego_pose',
+            'log',
+            'scene',
+            'sample',
+            'sample_data',
+            'sample_annotation',
+            'map',
+        )
         self.tables = {name: [] for name in names}
         self._add_fixed_tables()
         for number, name in enumerate(scenes):
@@ -60,7 +73,7 @@ class FakeNuScenes:
         path.parent.mkdir(parents=True, exist_ok=True)
         width, height = self.image_size
         image = np.full((height, width, 3), row['timestamp'] % 200, np.uint8)
-        image[height // 3:, :width // 4] = 255 - image[0, 0]
+        image[height // 3 :, : width // 4] = 255 - image[0, 0]
         cv2.imwrite(str(path), image)
 
     def _add(self, table, **row):
@@ -73,11 +86,12 @@ class FakeNuScenes:
         return (q / np.linalg.norm(q)).tolist()
 
     def _add_fixed_tables(self):
-        self.log = self._add('log', logfile='x', vehicle='n000', date_captured='2018-01-01',
-                             location='nowhere')
+        self.log = self._add('log', logfile='x', vehicle='n000', date_captured='2018-01-01', location='nowhere')
         self._add('map', log_tokens=[self.log], category='semantic_prior', filename='maps/map.png')
-        self.categories = [self._add('category', name=name, description='')
-                           for name in ('vehicle.car', 'human.pedestrian.adult', 'human.pedestrian.stroller')]
+        self.categories = [
+            self._add('category', name=name, description='')
+            for name in ('vehicle.car', 'human.pedestrian.adult', 'human.pedestrian.stroller')
+        ]
         self.visibility = self._add('visibility', level='v80-100', description='')
         self.calibrations = {}
         for name in SENSORS:
@@ -85,22 +99,24 @@ class FakeNuScenes:
             sensor = self._add('sensor', channel=name, modality='camera' if is_camera else 'lidar')
             width, height = self.image_size
             self.calibrations[name] = self._add(
-                'calibrated_sensor', sensor_token=sensor, translation=self.rng.normal(size=3).tolist(),
+                'calibrated_sensor',
+                sensor_token=sensor,
+                translation=self.rng.normal(size=3).tolist(),
                 rotation=self._quaternion(),
                 camera_intrinsic=[[width * 0.8, 0, width / 2], [0, width * 0.8, height / 2], [0, 0, 1]]
-                if is_camera else [])
+                if is_camera
+                else [],
+            )
 
     def _add_scene(self, name, start, keyframes):
         scene = self._add('scene', log_token=self.log, nbr_samples=keyframes, name=name, description='')
         period = (self.sweeps + 1) * STEP
-        samples = [self._add('sample', timestamp=start + k * period, scene_token=scene)
-                   for k in range(keyframes)]
+        samples = [self._add('sample', timestamp=start + k * period, scene_token=scene) for k in range(keyframes)]
         self._chain('sample', samples)
         self.tables['scene'][-1].update(first_sample_token=samples[0], last_sample_token=samples[-1])
         for sensor in SENSORS:
             steps = range((keyframes - 1) * (self.sweeps + 1) + 1)
-            self._chain('sample_data',
-                        [self._add_image(name, sensor, start, step, samples) for step in steps])
+            self._chain('sample_data', [self._add_image(name, sensor, start, step, samples) for step in steps])
         for _ in range(2):
             self._add_object(samples)
 
@@ -112,17 +128,28 @@ class FakeNuScenes:
     def _add_image(self, scene, sensor, start, step, samples):
         time = start + step * STEP + SENSORS.index(sensor) * 1000
         is_key = step % (self.sweeps + 1) == 0
-        pose = self._add('ego_pose', timestamp=time, rotation=self._quaternion(),
-                         translation=self.rng.normal(scale=100.0, size=3).tolist())
+        pose = self._add(
+            'ego_pose',
+            timestamp=time,
+            rotation=self._quaternion(),
+            translation=self.rng.normal(scale=100.0, size=3).tolist(),
+        )
         suffix = 'jpg' if sensor.startswith('CAM') else 'pcd.bin'
         next_keyframe = min(-(-step // (self.sweeps + 1)), len(samples) - 1)
         folder = 'samples' if is_key else 'sweeps'
         name = '%s/%s/%s__%s__%d.%s' % (folder, sensor, scene, sensor, time, suffix)
         return self._add(
-            'sample_data', sample_token=samples[next_keyframe], ego_pose_token=pose,
-            calibrated_sensor_token=self.calibrations[sensor], timestamp=time, filename=name,
-            fileformat=suffix.split('.')[0], is_key_frame=is_key, height=self.image_size[1],
-            width=self.image_size[0])
+            'sample_data',
+            sample_token=samples[next_keyframe],
+            ego_pose_token=pose,
+            calibrated_sensor_token=self.calibrations[sensor],
+            timestamp=time,
+            filename=name,
+            fileformat=suffix.split('.')[0],
+            is_key_frame=is_key,
+            height=self.image_size[1],
+            width=self.image_size[0],
+        )
 
     def _add_object(self, samples):
         category = self.categories[int(self.rng.integers(len(self.categories)))]
@@ -133,7 +160,14 @@ class FakeNuScenes:
 
     def _add_box(self, sample, instance):
         return self._add(
-            'sample_annotation', sample_token=sample, instance_token=instance, attribute_tokens=[],
-            visibility_token=self.visibility, translation=self.rng.normal(scale=20.0, size=3).tolist(),
-            size=self.rng.uniform(1, 4, size=3).tolist(), rotation=self._quaternion(),
-            num_lidar_pts=int(self.rng.integers(5)), num_radar_pts=0)
+            'sample_annotation',
+            sample_token=sample,
+            instance_token=instance,
+            attribute_tokens=[],
+            visibility_token=self.visibility,
+            translation=self.rng.normal(scale=20.0, size=3).tolist(),
+            size=self.rng.uniform(1, 4, size=3).tolist(),
+            rotation=self._quaternion(),
+            num_lidar_pts=int(self.rng.integers(5)),
+            num_radar_pts=0,
+        )

@@ -1,4 +1,5 @@
 """BEVAug: labels and matrices turn together, shown on a labelled object that is projected twice."""
+
 import numpy as np
 import pytest
 
@@ -12,8 +13,12 @@ from loaders.pipelines.bev_aug import BEVTransform
 TASK = Task('occ3d', num_frames=1, cameras=('CAM_FRONT',))
 CAR, FREE, IGNORE = 4, 17, 255
 OBJECT = (slice(140, 150), slice(110, 114), slice(2, 6))  # ahead of the car and to the left
-TRANSFORMS = [BEVTransform(angle, fx, fy) for angle in np.deg2rad([-22.5, -9.0, 0.0, 17.0, 22.5])
-              for fx in (False, True) for fy in (False, True)]
+TRANSFORMS = [
+    BEVTransform(angle, fx, fy)
+    for angle in np.deg2rad([-22.5, -9.0, 0.0, 17.0, 22.5])
+    for fx in (False, True)
+    for fy in (False, True)
+]
 
 
 def _sample():
@@ -26,9 +31,13 @@ def _sample():
     ego2lidar = np.eye(4)
     ego2lidar[:3, :3] = rotation_z(1.5)
     ego2lidar[:3, 3] = [0.0, 0.9, -1.8]
-    return dict(voxel_semantics=semantics, voxel_instances=instances,
-                mask_camera=np.ones(TASK.grid_shape, bool), ego2lidar=ego2lidar[None],
-                lidar2img=(intrinsics @ camera @ np.linalg.inv(ego2lidar))[None])
+    return dict(
+        voxel_semantics=semantics,
+        voxel_instances=instances,
+        mask_camera=np.ones(TASK.grid_shape, bool),
+        ego2lidar=ego2lidar[None],
+        lidar2img=(intrinsics @ camera @ np.linalg.inv(ego2lidar))[None],
+    )
 
 
 def _object_pixel(sample):
@@ -68,6 +77,7 @@ def test_the_projection_test_notices_a_wrong_sign(mutation, monkeypatch):
         else:
             transform = transform._replace(**{mutation: not getattr(transform, mutation)})
         return right(task, transform)
+
     monkeypatch.setattr(module, 'source_columns', wrong)
     assert max(_drift(transform) for transform in TRANSFORMS) > 10 * TOLERANCE
 
@@ -76,8 +86,9 @@ def test_a_quarter_turn_and_flips_move_every_voxel_exactly():
     semantics = np.random.default_rng(0).integers(0, 18, TASK.grid_shape).astype(np.uint8)
     for flip_x in (False, True):
         for flip_y in (False, True):
-            sample = BEVAug(TASK).apply(dict(_sample(), voxel_semantics=semantics.copy()),
-                                        BEVTransform(np.pi / 2, flip_x, flip_y))
+            sample = BEVAug(TASK).apply(
+                dict(_sample(), voxel_semantics=semantics.copy()), BEVTransform(np.pi / 2, flip_x, flip_y)
+            )
             expected = semantics.transpose(1, 0, 2)[::-1]  # x' = -y, y' = x
             expected = expected[::-1] if flip_x else expected
             expected = expected[:, ::-1] if flip_y else expected
@@ -129,12 +140,13 @@ def test_draws_are_uniform_angles_and_fair_flips():
         def apply(self, sample, transform):
             seen.append(transform)
             return sample
+
     step = Recording(TASK)
     for seed in range(300):
         step(dict(rng=np.random.default_rng(seed), test_mode=False))
     angles = np.rad2deg([transform.angle for transform in seen])
     assert -22.5 <= angles.min() < -20 and 20 < angles.max() <= 22.5
-    assert abs(angles.mean()) < 4 * 13 / 300 ** 0.5  # four deviations of the mean
+    assert abs(angles.mean()) < 4 * 13 / 300**0.5  # four deviations of the mean
     for flips in ([t.flip_x for t in seen], [t.flip_y for t in seen]):
         assert 115 < sum(flips) < 185  # 300 coins: 150 +- 8.7, four deviations
 

@@ -1,4 +1,5 @@
 """Info files of either box convention give the same boxes."""
+
 import numpy as np
 
 from lib.io import load_pickle_safe

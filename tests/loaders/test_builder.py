@@ -1,4 +1,5 @@
 """build_dataloader: errors of workers in one sentence, a worker that is killed, many open files."""
+
 import os
 import resource
 import signal
@@ -114,6 +115,7 @@ def test_persistent_workers_survive_an_epoch():
 def test_an_unknown_type_is_named():
     from lib.task import Task
     from loaders import build_dataset
+
     with pytest.raises(ConfigError, match='unknown data set type None'):
         build_dataset(dict(), Task('occ3d'))
 
@@ -125,17 +127,20 @@ def _keep_many_batches(make_loader):
 
 def test_many_batches_can_be_kept_where_few_files_may_be_open(tmp_path):
     """400 tensors held at once with 256 open files allowed, and no right to more."""
+
     def ours():
         _keep_many_batches(lambda items: build_dataloader(items, 1, 1))
 
     def plain():
         _keep_many_batches(lambda items: torch.utils.data.DataLoader(items, num_workers=1))
+
     assert _in_a_fork(ours, tmp_path / 'stderr') == 0, (tmp_path / 'stderr').read_text()
     assert _in_a_fork(plain, tmp_path / 'stderr') == 1  # PyTorch alone fails, or this would test nothing
 
 
 def test_the_limit_is_raised_where_that_is_allowed(monkeypatch):
     from loaders import allow_many_open_files
+
     calls = []
     monkeypatch.setattr(resource, 'getrlimit', lambda _: (256, 100_000))
     monkeypatch.setattr(resource, 'setrlimit', lambda _, limits: calls.append(limits))

@@ -1,4 +1,5 @@
 """Images: the decoders agree, damaged files are named, half-size decoding keeps the geometry."""
+
 import cv2
 import numpy as np
 import pytest
@@ -26,14 +27,14 @@ def jpeg(tmp_path):
 def _has_turbojpeg():
     try:
         from turbojpeg import TurboJPEG
+
         TurboJPEG()
     except (ImportError, RuntimeError, OSError):
         return False
     return True
 
 
-needs_turbojpeg = pytest.mark.skipif(not _has_turbojpeg(),
-                                     reason='PyTurboJPEG or libturbojpeg is not installed')
+needs_turbojpeg = pytest.mark.skipif(not _has_turbojpeg(), reason='PyTurboJPEG or libturbojpeg is not installed')
 
 
 @pytest.mark.parametrize('decoder', ['cv2', 'pillow', pytest.param('turbojpeg', marks=needs_turbojpeg)])
@@ -88,7 +89,7 @@ def test_grey_images_become_three_channels(tmp_path):
 @pytest.mark.parametrize('kept', [0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_image_is_named(jpeg, decoder, kept):
     content = jpeg.read_bytes()
-    jpeg.write_bytes(content[:int(len(content) * kept)])
+    jpeg.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(DataError, match=r'picture\.jpg is truncated .*fetch it again'):
         read_image(jpeg, decoder)
 

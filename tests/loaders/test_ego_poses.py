@@ -1,4 +1,5 @@
 """Scenes of lists of keyframes, and ray origins, on made-up drives and on real infos."""
+
 import numpy as np
 import pytest
 
@@ -11,10 +12,16 @@ LIDAR = np.array([0.9, 0.1, 1.8])
 def keyframe(token, seconds, x=0.0, yaw=0.0, **extra):
     """An info of an ego at (100 + x, 200, 1), turned by ``yaw``; the LiDAR is mounted a quarter turned."""
     half = np.sqrt(0.5)
-    return dict(token=token, timestamp=int(1.5e15 + seconds * 1e6), cams={},
-                lidar2ego_translation=LIDAR.tolist(), lidar2ego_rotation=[half, 0, 0, -half],
-                ego2global_translation=[100.0 + x, 200.0, 1.0],
-                ego2global_rotation=[np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)], **extra)
+    return dict(
+        token=token,
+        timestamp=int(1.5e15 + seconds * 1e6),
+        cams={},
+        lidar2ego_translation=LIDAR.tolist(),
+        lidar2ego_rotation=[half, 0, 0, -half],
+        ego2global_translation=[100.0 + x, 200.0, 1.0],
+        ego2global_rotation=[np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)],
+        **extra,
+    )
 
 
 def drive(name, begin, count, speed=2.0, **extra):
@@ -40,8 +47,9 @@ def test_named_scenes_need_no_gap(key):
 
 
 def test_first_keyframes_begin_scenes():
-    infos = [dict(info, sweeps=[1] if info['token'][1] != '0' else [])
-             for info in drive('a', 0, 3) + drive('b', 1.5, 2)]
+    infos = [
+        dict(info, sweeps=[1] if info['token'][1] != '0' else []) for info in drive('a', 0, 3) + drive('b', 1.5, 2)
+    ]
     assert tokens(infos, split_scenes(infos)) == [['a0', 'a1', 'a2'], ['b0', 'b1']]
     without_any = [dict(info, sweeps=[]) for info in drive('a', 0, 3)]  # says nothing about scenes
     assert len(split_scenes(without_any)) == 1
@@ -71,9 +79,14 @@ def test_positions_are_in_the_samples_ego_frame():
     np.testing.assert_allclose(origins['b'], [[0.1, 10 - 0.9, 1.8], LIDAR], atol=4e-6)
 
 
-@pytest.mark.parametrize('scene_range, low, high', [
-    ((-40, -40, -1, 40, 40, 5.4), -39, 39), ((-20, -40, -1, 30, 40, 5.4), -19, 29),
-    ((-40, -0.8, -1, 40, 40, 5.4), 0, 0)])  # the last range has no room for the LiDAR's y = 0.1
+@pytest.mark.parametrize(
+    'scene_range, low, high',
+    [
+        ((-40, -40, -1, 40, 40, 5.4), -39, 39),
+        ((-20, -40, -1, 30, 40, 5.4), -19, 29),
+        ((-40, -0.8, -1, 40, 40, 5.4), 0, 0),
+    ],
+)  # the last range has no room for the LiDAR's y = 0.1
 def test_only_positions_a_metre_inside_the_sides(scene_range, low, high):
     infos = drive('a', 0, 120, speed=1.0)
     x = scene_ray_origins(infos, scene_range, max_origins=1000)['a60'][:, 0]
@@ -92,7 +105,12 @@ def test_more_than_eight_are_thinned_evenly():
 def test_other_scenes_give_no_origins():
     infos = drive('a', 0, 2) + drive('b', 10, 3)
     assert {token: len(origins) for token, origins in scene_ray_origins(infos).items()} == {
-        'a0': 2, 'a1': 2, 'b0': 3, 'b1': 3, 'b2': 3}
+        'a0': 2,
+        'a1': 2,
+        'b0': 3,
+        'b1': 3,
+        'b2': 3,
+    }
 
 
 def test_real_infos(real_dir):

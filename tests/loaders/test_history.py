@@ -1,4 +1,5 @@
 """Histories: their order, where they end, and which of their entries a sample uses."""
+
 import collections
 import pickle
 
@@ -13,7 +14,7 @@ SECOND = 1_000_000
 
 
 def _cams(name):
-    return {camera: dict(data_path='samples/%s/%s.jpg' % (camera, name)) for camera in CAMERAS}
+    return {camera: dict(data_path=f'samples/{camera}/{name}.jpg') for camera in CAMERAS}
 
 
 def _scene(number, keyframes, named):
@@ -21,8 +22,7 @@ def _scene(number, keyframes, named):
     for k in range(keyframes):
         name = 's%dk%d' % (number, k)
         sweeps = [_cams('%s-sweep%d' % (name, step)) for step in range(5)] if k else []
-        info = dict(token=name, timestamp=number * 20 * SECOND + k * SECOND // 2, cams=_cams(name),
-                    sweeps=sweeps)
+        info = dict(token=name, timestamp=number * 20 * SECOND + k * SECOND // 2, cams=_cams(name), sweeps=sweeps)
         infos.append(dict(info, scene_token='scene%d' % number) if named else info)
     return infos
 
@@ -59,8 +59,10 @@ def test_adjacent_scenes_do_not_mix(named):
 
 
 def test_interleaved_scenes_do_not_mix():
-    infos = sorted(_scene(0, 3, True) + [dict(info, timestamp=info['timestamp'] - 20 * SECOND + 1)
-                                         for info in _scene(1, 3, True)], key=lambda info: info['timestamp'])
+    infos = sorted(
+        _scene(0, 3, True) + [dict(info, timestamp=info['timestamp'] - 20 * SECOND + 1) for info in _scene(1, 3, True)],
+        key=lambda info: info['timestamp'],
+    )
     assert [info['token'] for info in infos][:3] == ['s0k0', 's1k0', 's0k1']
     history = History(infos, CAMERAS)
     for index, info in enumerate(infos):
@@ -104,9 +106,18 @@ def test_the_limit_cuts_the_oldest():
     assert _names(history.entries(3, 7)) == _expected(0, 3)[:7]
 
 
-@pytest.mark.parametrize('available, expected', [
-    (60, [5, 11, 17, 23, 29, 35, 41]), (42, [5, 11, 17, 23, 29, 35, 41]), (41, [5, 11, 17, 23, 29, 35, 40]),
-    (12, [5, 11, 11, 11, 11, 11, 11]), (6, [5] * 7), (5, [4] * 7), (1, [0] * 7)])
+@pytest.mark.parametrize(
+    'available, expected',
+    [
+        (60, [5, 11, 17, 23, 29, 35, 41]),
+        (42, [5, 11, 17, 23, 29, 35, 41]),
+        (41, [5, 11, 17, 23, 29, 35, 40]),
+        (12, [5, 11, 11, 11, 11, 11, 11]),
+        (6, [5] * 7),
+        (5, [4] * 7),
+        (1, [0] * 7),
+    ],
+)
 def test_evaluation_takes_earlier_keyframes(available, expected):
     """41 and 5 entries differ from 42 and 6 by one: an off-by-one in the step or the clip fails here."""
     assert choose_test_frames(available, 7) == expected
@@ -122,19 +133,36 @@ def _train_intervals(available, count=7, draws=400):
     return intervals
 
 
-@pytest.mark.parametrize('available, intervals', [
-    (8, {1}), (13, {1}), (14, {2}), (20, {2}), (21, {3}), (28, {4}), (34, {4}), (35, {4, 5}), (42, {4, 5, 6}),
-    (49, {4, 5, 6, 7}), (55, {4, 5, 6, 7}), (56, {4, 5, 6, 7, 8}), (1000, {4, 5, 6, 7, 8})])
+@pytest.mark.parametrize(
+    'available, intervals',
+    [
+        (8, {1}),
+        (13, {1}),
+        (14, {2}),
+        (20, {2}),
+        (21, {3}),
+        (28, {4}),
+        (34, {4}),
+        (35, {4, 5}),
+        (42, {4, 5, 6}),
+        (49, {4, 5, 6, 7}),
+        (55, {4, 5, 6, 7}),
+        (56, {4, 5, 6, 7, 8}),
+        (1000, {4, 5, 6, 7, 8}),
+    ],
+)
 def test_training_draws_every_interval_that_fits(available, intervals):
     counts = _train_intervals(available)
     assert set(counts) == intervals
     expected = 400 / len(intervals)
     # Uniform: with 400 draws a count leaves +-5 standard deviations (sqrt(400/5) = 9 each) once in a million.
-    assert all(abs(count - expected) < 5 * expected ** 0.5 + 1 for count in counts.values())
+    assert all(abs(count - expected) < 5 * expected**0.5 + 1 for count in counts.values())
 
 
-@pytest.mark.parametrize('available, expected', [
-    (7, [0, 1, 2, 3, 4, 5, 6]), (6, [0, 1, 2, 3, 4, 5, 5]), (5, [0, 1, 2, 3, 4, 4, 4]), (1, [0] * 7)])
+@pytest.mark.parametrize(
+    'available, expected',
+    [(7, [0, 1, 2, 3, 4, 5, 6]), (6, [0, 1, 2, 3, 4, 5, 5]), (5, [0, 1, 2, 3, 4, 4, 4]), (1, [0] * 7)],
+)
 def test_training_with_a_short_history_takes_all_and_repeats_the_last(available, expected):
     assert choose_train_frames(available, 7, np.random.default_rng(0)) == expected
 
@@ -155,8 +183,10 @@ def real_infos(real_dir):
         infos = pickle.load(stream)['infos']
     for info in infos:  # as gen_sweep_info.py leaves them: camera sweeps, none at the start of a scene
         if info['sweeps']:
-            info['sweeps'] = [{name: dict(data_path='sweeps/%s/%s-%d' % (name, info['token'], step))
-                               for name in NUSCENES_CAMERAS} for step in range(5)]
+            info['sweeps'] = [
+                {name: dict(data_path='sweeps/%s/%s-%d' % (name, info['token'], step)) for name in NUSCENES_CAMERAS}
+                for step in range(5)
+            ]
     return infos
 
 
@@ -180,7 +210,7 @@ def test_real_histories_end_at_the_start_of_their_scene(real_infos):
 
 def test_a_subset_of_real_infos_keeps_histories_in_their_scene(real_infos):
     start = _real_start(real_infos)
-    subset = real_infos[start - 2:start] + real_infos[start + 3:start + 6]  # without the second scene's start
+    subset = real_infos[start - 2 : start] + real_infos[start + 3 : start + 6]  # without the second scene's start
     history = History(subset, NUSCENES_CAMERAS)
     assert [len(history.entries(index, 1000)) for index in range(5)] == [5, 11, 5, 11, 17]
     first = {id(info['cams']) for info in subset[:2]}

@@ -1,4 +1,5 @@
 """RandomTransformImage: pixels as SPEC defines them, and matrices that follow the pixels."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,8 +13,9 @@ TASK = Task('occ3d', image_size=(256, 704), num_frames=1)
 
 
 def _sample(images, seed=0, test_mode=False):
-    return dict(img=images, lidar2img=np.stack([np.eye(4)] * len(images)), rng=np.random.default_rng(seed),
-                test_mode=test_mode)
+    return dict(
+        img=images, lidar2img=np.stack([np.eye(4)] * len(images)), rng=np.random.default_rng(seed), test_mode=test_mode
+    )
 
 
 def _noise(height=900, width=1600, seed=0):
@@ -27,8 +29,7 @@ def test_evaluation_pixels_are_spec_s():
     sample = RandomTransformImage(TASK, rand_flip=True)(_sample([image], test_mode=True))
     expected = np.asarray(Image.fromarray(image).resize((704, 396), Image.BICUBIC))[140:]
     np.testing.assert_array_equal(sample['img'][0], expected)
-    np.testing.assert_allclose(sample['lidar2img'][0][:3, :3], [[0.44, 0, 0], [0, 0.44, -140], [0, 0, 1]],
-                               atol=1e-12)
+    np.testing.assert_allclose(sample['lidar2img'][0][:3, :3], [[0.44, 0, 0], [0, 0.44, -140], [0, 0, 1]], atol=1e-12)
 
 
 @pytest.mark.parametrize('seed', range(6))
@@ -42,8 +43,8 @@ def test_training_pixels_are_spec_s(seed):
     left = int(round(matrix[0, 2] - 704 if mirror else -matrix[0, 2]))
     assert 0.38 <= scale <= 0.55 and 0 <= left <= max(0, size[0] - 704) and matrix[1, 2] == -(size[1] - 256)
     expected = np.zeros((256, 704, 3), np.uint8)
-    resized = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))[size[1] - 256:, left:left + 704]
-    expected[:, :resized.shape[1]] = resized
+    resized = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))[size[1] - 256 :, left : left + 704]
+    expected[:, : resized.shape[1]] = resized
     np.testing.assert_array_equal(result, expected[:, ::-1] if mirror else expected)
 
 
@@ -52,14 +53,16 @@ def _spot_drift(seed):
     image = np.zeros((900, 1600, 3), np.uint8)
     spots = np.array([[900.0, 700.0], [760.0, 600.0]])  # x, y; inside every crop
     for x, y in spots.astype(int):
-        image[y - 10:y + 10, x - 10:x + 10] = 255
+        image[y - 10 : y + 10, x - 10 : x + 10] = 255
     sample = RandomTransformImage(TASK, rand_flip=True)(_sample([image], seed))
     rows, columns = np.nonzero(sample['img'][0][..., 0] > 128)
     moved = np.column_stack([spots, np.ones(2), np.ones(2)]) @ sample['lidar2img'][0].T
     found = np.column_stack([columns, rows])
     spread = [np.linalg.norm(found - spot[:2], axis=1) for spot in moved]
-    return max(np.abs(found[near < 12].mean(axis=0) - spot[:2]).max() if (near < 12).any() else near.min()
-               for near, spot in zip(spread, moved))
+    return max(
+        np.abs(found[near < 12].mean(axis=0) - spot[:2]).max() if (near < 12).any() else near.min()
+        for near, spot in zip(spread, moved)
+    )
 
 
 # Half-pixel conventions, int(W·s) / (W·s), and the mean over the bright pixels of a square of 20·s.
@@ -80,6 +83,7 @@ def test_the_spot_test_notices_a_wrong_sign(row, column, monkeypatch):
         matrix = right(transform)
         matrix[row, column] *= -1
         return matrix
+
     monkeypatch.setattr(ImageTransform, 'matrix', wrong)
     assert max(_spot_drift(seed) for seed in range(8)) > 10 * SPOT_TOLERANCE
 
@@ -89,6 +93,7 @@ def test_release_1_0_never_mirrors_and_1_1_mirrors_half():
         def train_transform(self, source, zoom, shift, mirror):
             mirrors.append(mirror)
             return self.test_transform(source)
+
     for rand_flip, low, high in ((False, 0, 0), (True, 70, 130)):  # 200 coins: 100 +- 7, four deviations
         mirrors = []
         step = Counting(Task('occ3d', image_size=(32, 32)), rand_flip=rand_flip)
@@ -111,8 +116,10 @@ def test_one_draw_serves_all_images_of_a_sample():
     assert not np.array_equal(sample['img'][0], sample['img'][1])
 
 
-@pytest.mark.parametrize('source, network', [((450, 800), (256, 704)), ((180, 320), (64, 176)),
-                                             ((900, 1600), (512, 1408)), ((720, 1280), (96, 256))])
+@pytest.mark.parametrize(
+    'source, network',
+    [((450, 800), (256, 704)), ((180, 320), (64, 176)), ((900, 1600), (512, 1408)), ((720, 1280), (96, 256))],
+)
 def test_other_sizes_see_the_same_share_of_the_picture(source, network):
     step = RandomTransformImage(Task('occ3d', image_size=network))
     test = step.test_transform(source)
@@ -123,8 +130,7 @@ def test_other_sizes_see_the_same_share_of_the_picture(source, network):
 
 
 def test_plain_factors_where_no_reference_is_given():
-    step = RandomTransformImage(Task('occ3d', image_size=(64, 176)), resize_lim=(0.6, 0.6),
-                                resize_reference=None)
+    step = RandomTransformImage(Task('occ3d', image_size=(64, 176)), resize_lim=(0.6, 0.6), resize_reference=None)
     assert step.train_transform((180, 320), 0.5, 0.0, False).resized == (108, 192)
 
 

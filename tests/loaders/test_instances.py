@@ -1,4 +1,5 @@
 """Panoptic labels: hand-made cases of every rule, the box convention, the toy world's own instances."""
+
 import sys
 
 import numpy as np
@@ -23,6 +24,7 @@ def _empty():
 
 def _box(center, size, class_id=CAR, yaw=0.0):
     from lib.geometry import rotation_z
+
     return EgoBox(np.array(center, float), rotation_z(yaw), np.array(size, float), class_id)
 
 
@@ -57,8 +59,7 @@ def test_only_voxels_of_the_box_s_class_and_only_once():
     semantics = _empty()
     semantics[_voxel(2.0, 2.0, 0.0)] = CAR
     semantics[_voxel(2.4, 2.0, 0.0)] = PEDESTRIAN
-    both = [_box([2.2, 2, 0.2], [2, 2, 2]), _box([2.2, 2, 0.2], [3, 3, 3]),
-            _box([2.2, 2, 0.2], [3, 3, 3], PEDESTRIAN)]
+    both = [_box([2.2, 2, 0.2], [2, 2, 2]), _box([2.2, 2, 0.2], [3, 3, 3]), _box([2.2, 2, 0.2], [3, 3, 3], PEDESTRIAN)]
     ids = make_instances(semantics, both, TASK)
     assert ids[_voxel(2.0, 2.0, 0.0)] == 1 and ids[_voxel(2.4, 2.0, 0.0)] == 2
 
@@ -104,16 +105,26 @@ def test_more_boxes_than_ids_leave_the_stuff_its_ids():
 
 
 def _info(boxes, names, lidar_rotation=(1, 0, 0, 0), lidar_translation=(0, 0, 0), token='t', scene='scene-a'):
-    return dict(token=token, scene_name=scene, scene_token=scene, timestamp=0, cams={}, sweeps=[],
-                lidar2ego_rotation=list(lidar_rotation), lidar2ego_translation=list(lidar_translation),
-                ego2global_rotation=[1, 0, 0, 0], ego2global_translation=[0, 0, 0],
-                gt_boxes=np.array(boxes, float).reshape(-1, 7), gt_names=np.array(names))
+    return dict(
+        token=token,
+        scene_name=scene,
+        scene_token=scene,
+        timestamp=0,
+        cams={},
+        sweeps=[],
+        lidar2ego_rotation=list(lidar_rotation),
+        lidar2ego_translation=list(lidar_translation),
+        ego2global_rotation=[1, 0, 0, 0],
+        ego2global_translation=[0, 0, 0],
+        gt_boxes=np.array(boxes, float).reshape(-1, 7),
+        gt_names=np.array(names),
+    )
 
 
 def test_boxes_move_to_ego_with_length_along_yaw_and_z_at_the_centre():
     lidar = Quaternion(axis=[0, 0, 1], angle=-np.pi / 2) * Quaternion(axis=[1, 0, 0], angle=0.05)
     info = _info([[3, 5, -1, 4, 2, 1.5, 0.3]], ['car'], lidar.elements, (0.9, 0.1, 1.8))
-    box, = ego_boxes(info, TASK.label_set)
+    (box,) = ego_boxes(info, TASK.label_set)
     np.testing.assert_allclose(box.center, lidar.rotate(np.array([3.0, 5, -1])) + [0.9, 0.1, 1.8], atol=1e-12)
     front = lidar.rotate(np.array([3 + 1.9 * np.cos(0.3), 5 + 1.9 * np.sin(0.3), -1])) + [0.9, 0.1, 1.8]
     side = lidar.rotate(np.array([3 - 1.9 * np.sin(0.3), 5 + 1.9 * np.cos(0.3), -1])) + [0.9, 0.1, 1.8]
@@ -135,17 +146,19 @@ def _write_labels(root, infos):
         semantics = _empty()
         semantics[20:23, 20, 3] = CAR
         semantics[:, :, 0] = ROAD
-        save_npz(root / 'occ3d' / info['scene_name'] / info['token'] / 'labels.npz',
-                 dict(semantics=semantics, mask_lidar=np.full_like(semantics, number % 2),
-                      mask_camera=np.ones_like(semantics)))
+        save_npz(
+            root / 'occ3d' / info['scene_name'] / info['token'] / 'labels.npz',
+            dict(
+                semantics=semantics, mask_lidar=np.full_like(semantics, number % 2), mask_camera=np.ones_like(semantics)
+            ),
+        )
 
 
 @pytest.fixture
 def prepared(tmp_path):
     """Data root with two keyframes of one car each."""
     infos = [_info([[0.6, 0.2, 0.4, 2, 1, 1, 0]], ['car'], token='t%d' % n) for n in range(2)]
-    save_pickle(tmp_path / 'nuscenes_infos_train_sweep.pkl',
-                dict(infos=infos, metadata=dict(version='v1.0-mini')))
+    save_pickle(tmp_path / 'nuscenes_infos_train_sweep.pkl', dict(infos=infos, metadata=dict(version='v1.0-mini')))
     _write_labels(tmp_path, infos)
     return tmp_path
 
@@ -202,12 +215,14 @@ def test_a_scene_name_that_leaves_the_folder_is_refused(prepared):
     infos = [_info([], [], scene='../../escape')]
     save_pickle(prepared / 'nuscenes_infos_train_sweep.pkl', dict(infos=infos, metadata={}))
     from lib.errors import UserError
+
     with pytest.raises(UserError, match='no plain file or folder name'):
         _run(prepared)
 
 
 def test_the_script(prepared, monkeypatch, capsys):
     import gen_instance_info
+
     options = '--version v1.0-mini --processes 2 --point-cloud-range -8 -8 -1 8 8 5.4'.split()
     monkeypatch.setattr(sys, 'argv', ['x', '--data-root', str(prepared)] + options)
     run_main(gen_instance_info.main)
@@ -244,6 +259,7 @@ def test_toy_instances_are_the_toy_world_s_own(toy_root):
 @pytest.mark.parametrize('mutation', ['z at the bottom', 'width and length swapped', 'yaw reversed'])
 def test_the_toy_comparison_notices_another_box_convention(toy_root, tmp_path, mutation):
     from lib.io import load_pickle_safe
+
     content = load_pickle_safe(toy_root / 'nuscenes_infos_val_sweep.pkl')
     for info in content['infos']:
         boxes = info['gt_boxes']
@@ -254,8 +270,15 @@ def test_the_toy_comparison_notices_another_box_convention(toy_root, tmp_path, m
         else:
             boxes[:, [3, 4]] = boxes[:, [4, 3]]
     save_pickle(tmp_path / 'infos.pkl', content)
-    write_panoptic_labels(toy_root, 'v1.0-mini', 'occ3d', str(tmp_path / 'out'), Task('occ3d'),
-                          info_files=[str(tmp_path / 'infos.pkl')], processes=1)
+    write_panoptic_labels(
+        toy_root,
+        'v1.0-mini',
+        'occ3d',
+        str(tmp_path / 'out'),
+        Task('occ3d'),
+        info_files=[str(tmp_path / 'infos.pkl')],
+        processes=1,
+    )
     unclaimed = boxed = 0
     for path in (tmp_path / 'out').glob('*/*/labels.npz'):
         labels = load_npz_checked(path)

@@ -1,4 +1,5 @@
 """Label files: found without listing, checked against the task, turned into targets."""
+
 import json
 
 import numpy as np
@@ -83,15 +84,17 @@ def test_real_openocc_labels(real_dir):
 def test_labels_of_the_other_set_are_told_apart(real_dir):
     with pytest.raises(DataError, match="openocc_.*no free voxel .*label set 'occ3d'.*task.label_set"):
         read_labels(real_dir / 'openocc_unknown_sample_labels.npz', OCC3D_TASK)
-    with pytest.raises(DataError,
-                       match=r"occ3d_unknown.*holds id 17, but label set 'openocc_v2' has ids 0\.\.16"):
+    with pytest.raises(DataError, match=r"occ3d_unknown.*holds id 17, but label set 'openocc_v2' has ids 0\.\.16"):
         read_labels(real_dir / 'occ3d_unknown_sample_labels.npz', Task('openocc_v2'))
 
 
 def test_a_wrong_shape_names_file_key_and_shapes(tmp_path):
     path = _write(tmp_path / 'labels.npz', semantics=np.full((100, 200, 16), 17, np.uint8))
-    with pytest.raises(DataError, match=r"labels\.npz: 'semantics' has shape \[100, 200, 16\], but the task "
-                                        r'grid is \[200, 200, 16\]'):
+    with pytest.raises(
+        DataError,
+        match=r"labels\.npz: 'semantics' has shape \[100, 200, 16\], but the task "
+        r'grid is \[200, 200, 16\]',
+    ):
         read_labels(path, OCC3D_TASK)
     path = _write(tmp_path / 'labels.npz', semantics=_free(), mask_camera=np.ones((200, 200), bool))
     with pytest.raises(DataError, match="'mask_camera' has shape"):
@@ -109,8 +112,7 @@ def test_unknown_ids_are_named(tmp_path, value):
 def test_ignored_voxels_may_be_in_the_file(tmp_path):
     semantics = _free()
     semantics[0, 0, 0] = 255
-    assert read_labels(_write(tmp_path / 'labels.npz', semantics=semantics),
-                       OCC3D_TASK)['semantics'][0, 0, 0] == 255
+    assert read_labels(_write(tmp_path / 'labels.npz', semantics=semantics), OCC3D_TASK)['semantics'][0, 0, 0] == 255
 
 
 def test_labels_that_are_no_integers_are_refused(tmp_path):
@@ -147,12 +149,11 @@ def _check_targets(semantics, instances, targets, task):
 def test_targets_are_the_published_ones(golden_dir, name):
     path = golden_dir / (name + '.npz')
     if not path.is_file():
-        pytest.skip('%s is not there' % path)
+        pytest.skip(f'{path} is not there')
     with np.load(str(path)) as golden:
         task = PANOPTIC if name.endswith('panoptic') else OCC3D_TASK
         for sample in range(2):
-            targets = make_instance_targets(golden['voxel_semantics'][sample], golden['instances'][sample],
-                                            task)
+            targets = make_instance_targets(golden['voxel_semantics'][sample], golden['instances'][sample], task)
             np.testing.assert_array_equal(targets.voxel_instances, golden['voxel_instances'][sample])
             np.testing.assert_array_equal(targets.class_ids, golden['instance_class_ids_%d' % sample])
 

@@ -1,4 +1,5 @@
 """Scores on hand-made cases, against slow versions written from their definitions, and on whole volumes."""
+
 import json
 import multiprocessing
 import pickle
@@ -21,8 +22,9 @@ from loaders.metrics.voxel_iou import count_voxel_iou, voxel_iou
 CAR, ROAD, TREE, FREE = 0, 1, 2, 3
 CLASSES, THINGS, THRESHOLDS = 4, (CAR,), (1.0, 2.0, 4.0)
 SMALL_LABELS = dict(name='small', class_names=('car', 'road', 'tree', 'free'), things=('car',))
-needs_cuda = pytest.mark.skipif(not (torch.cuda.is_available() and raycast.extension_available()),
-                                reason='needs a GPU and the built extension')
+needs_cuda = pytest.mark.skipif(
+    not (torch.cuda.is_available() and raycast.extension_available()), reason='needs a GPU and the built extension'
+)
 
 
 def ends(label, distance=None, instance=None):
@@ -42,6 +44,7 @@ def score_pq(truth, prediction):
 
 
 # Rays
+
 
 def test_rays_are_unit_vectors_pitch_by_pitch():
     rays = lidar_rays().astype(np.float64)
@@ -63,6 +66,7 @@ def test_azimuths_turn_from_x_to_y():
 
 # RayIoU
 
+
 def test_ray_iou_by_hand():
     truth = ends([CAR, CAR, CAR, ROAD, ROAD, FREE], [10, 10, 10, 5, 5, 3])
     prediction = ends([CAR, CAR, ROAD, ROAD, FREE, CAR], [10.5, 13, 10, 6, 5, 3])
@@ -79,7 +83,7 @@ def test_ray_iou_is_of_sums_not_a_mean_over_samples():
 
 
 def random_ends(draw, count):
-    rng = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     labels = rng.integers(0, CLASSES, size=(2, count))
     same = rng.random(count) < draw(st.sampled_from([0.0, 0.6, 0.95]))
     labels[1, same] = labels[0, same]
@@ -101,8 +105,7 @@ def slow_ray_iou(truth, prediction):
             counted = [ray for ray in range(len(truth.label)) if truth.label[ray] != FREE]
             true = {ray for ray in counted if truth.label[ray] == label}
             predicted = {ray for ray in counted if prediction.label[ray] == label}
-            right = {ray for ray in true & predicted
-                     if abs(truth.distance_m[ray] - prediction.distance_m[ray]) < limit}
+            right = {ray for ray in true & predicted if abs(truth.distance_m[ray] - prediction.distance_m[ray]) < limit}
             union = len(true) + len(predicted) - len(right)
             if union:
                 result[t, label] = len(right) / union
@@ -116,6 +119,7 @@ def test_ray_iou_equals_its_definition(pair):
 
 
 # RayPQ
+
 
 def repeat(*runs):
     """[(value, times), ...] to a list."""
@@ -239,14 +243,17 @@ def test_counting_tensors_equals_counting_arrays(pair):
 
 # mIoU
 
+
 def test_voxel_iou_by_hand():
     truth = np.array([CAR, CAR, ROAD, ROAD, FREE, FREE, 255], dtype=np.uint8).reshape(7, 1, 1)
     prediction = np.array([CAR, ROAD, ROAD, FREE, ROAD, FREE, CAR], dtype=np.uint8).reshape(7, 1, 1)
-    np.testing.assert_array_equal(voxel_iou([count_voxel_iou(truth, prediction, None, CLASSES)]),
-                                  [1 / 2, 1 / 4, np.nan])
+    np.testing.assert_array_equal(
+        voxel_iou([count_voxel_iou(truth, prediction, None, CLASSES)]), [1 / 2, 1 / 4, np.nan]
+    )
     mask = np.array([1, 1, 1, 0, 0, 1, 1], dtype=bool).reshape(7, 1, 1)
-    np.testing.assert_array_equal(voxel_iou([count_voxel_iou(truth, prediction, mask, CLASSES)]),
-                                  [1 / 2, 1 / 2, np.nan])
+    np.testing.assert_array_equal(
+        voxel_iou([count_voxel_iou(truth, prediction, mask, CLASSES)]), [1 / 2, 1 / 2, np.nan]
+    )
     tensors = [torch.from_numpy(array) for array in (truth, prediction, mask)]
     on_cpu, as_on_gpu = (count_voxel_iou(*side, CLASSES) for side in ((truth, prediction, mask), tensors))
     for one, other in zip(on_cpu, as_on_gpu):
@@ -255,11 +262,13 @@ def test_voxel_iou_by_hand():
 
 # The evaluator
 
+
 @pytest.fixture(scope='module')
 def task():
     """A grid unlike the usual one: other shape, range, voxel size and labels."""
-    return Task(label_set=SMALL_LABELS, panoptic=True, point_cloud_range=(-6.0, -10.0, -2.0, 18.0, 10.0, 4.0),
-                voxel_size=0.5)
+    return Task(
+        label_set=SMALL_LABELS, panoptic=True, point_cloud_range=(-6.0, -10.0, -2.0, 18.0, 10.0, 4.0), voxel_size=0.5
+    )
 
 
 def street(task, seed, cars=3):
@@ -271,8 +280,8 @@ def street(task, seed, cars=3):
     semantics[:, 33:36, 1:8] = TREE
     for car in range(cars):
         x, y = rng.integers(0, 40), rng.integers(0, 28)
-        semantics[x:x + 8, y:y + 4, 1:4] = CAR
-        instances[x:x + 8, y:y + 4, 1:4] = car + 1
+        semantics[x : x + 8, y : y + 4, 1:4] = CAR
+        instances[x : x + 8, y : y + 4, 1:4] = car + 1
     return dict(semantics=semantics, instances=instances, mask_camera=rng.random(task.grid_shape) < 0.7)
 
 
@@ -282,8 +291,10 @@ ALL = ('ray_iou', 'ray_pq', 'miou')
 
 def evaluate(task, samples=4, metrics=ALL, **settings_):
     evaluator = OccEvaluator(task, metrics, **settings_)
-    stats = [evaluator.process(street(task, seed + 100), street(task, seed), ORIGINS, key=str(seed))
-             for seed in range(samples)]
+    stats = [
+        evaluator.process(street(task, seed + 100), street(task, seed), ORIGINS, key=str(seed))
+        for seed in range(samples)
+    ]
     return evaluator, stats
 
 
@@ -313,8 +324,10 @@ def test_only_free_is_loud(task):
     assert result.only_free and result.as_dict()['only_free'] is True
     assert result.as_dict()['RayIoU'] == 0
     assert result.as_table().startswith('!!! EVERY PREDICTION IS FREE')
-    some = [evaluator.process(nothing, street(task, 1), ORIGINS),
-            evaluator.process(street(task, 2), street(task, 1), ORIGINS)]
+    some = [
+        evaluator.process(nothing, street(task, 1), ORIGINS),
+        evaluator.process(street(task, 2), street(task, 1), ORIGINS),
+    ]
     assert not evaluator.summarize(some).only_free
 
 
@@ -325,14 +338,18 @@ def test_ignored_voxels_count_nowhere(task):
     stats = evaluator.process(street(task, 1), truth, ORIGINS)
     result = evaluator.summarize([stats]).as_dict()
     assert result['RayIoU'] == 1.0 and result['mIoU'] == 1.0
-    assert 0 < stats.rays.true.sum() < OccEvaluator(task).process(street(task, 1), street(task, 1),
-                                                                  ORIGINS).rays.true.sum()
+    assert (
+        0
+        < stats.rays.true.sum()
+        < OccEvaluator(task).process(street(task, 1), street(task, 1), ORIGINS).rays.true.sum()
+    )
 
 
 def test_cached_truth_changes_nothing(task):
     evaluator, first = evaluate(task)
-    again = [evaluator.process(street(task, seed + 100), street(task, seed), ORIGINS, key=str(seed))
-             for seed in range(4)]
+    again = [
+        evaluator.process(street(task, seed + 100), street(task, seed), ORIGINS, key=str(seed)) for seed in range(4)
+    ]
     without = evaluate(task, truth_cache_mb=0)[1]
     for stats in (again, without):
         assert pickle.dumps(stats) == pickle.dumps(first)
@@ -351,8 +368,7 @@ def test_cached_truth_is_bounded(task):
 def evaluate_part(arguments):
     task, indices = arguments
     evaluator = OccEvaluator(task, ALL)
-    return [evaluator.process(street(task, seed + 100), street(task, seed), ORIGINS, key=str(seed))
-            for seed in indices]
+    return [evaluator.process(street(task, seed + 100), street(task, seed), ORIGINS, key=str(seed)) for seed in indices]
 
 
 @pytest.mark.parametrize('processes', [2, 3])
@@ -388,14 +404,17 @@ def test_unknown_metric_is_named(task):
         OccEvaluator(task, ('ray_uio',))
 
 
-@pytest.mark.parametrize('name, change, words', [
-    ('prediction', dict(semantics=np.zeros((4, 4, 4), np.uint8)), r'prediction of sample t1.*\[4, 4, 4\]'),
-    ('prediction', dict(instances=None), "no 'instances'"),
-    ('truth', dict(semantics=None), "label of sample t1 has no 'semantics'"),
-    ('prediction', dict(semantics=None), "no 'semantics'"),
-    ('prediction', 'id', 'id 9, allowed are 0..3'),
-    ('truth', 'negative', 'id -1'),
-])
+@pytest.mark.parametrize(
+    'name, change, words',
+    [
+        ('prediction', dict(semantics=np.zeros((4, 4, 4), np.uint8)), r'prediction of sample t1.*\[4, 4, 4\]'),
+        ('prediction', dict(instances=None), "no 'instances'"),
+        ('truth', dict(semantics=None), "label of sample t1 has no 'semantics'"),
+        ('prediction', dict(semantics=None), "no 'semantics'"),
+        ('prediction', 'id', 'id 9, allowed are 0..3'),
+        ('truth', 'negative', 'id -1'),
+    ],
+)
 def test_bad_volumes_are_named(task, name, change, words):
     volumes = dict(prediction=street(task, 1), truth=street(task, 1))
     if change == 'id':
@@ -408,10 +427,14 @@ def test_bad_volumes_are_named(task, name, change, words):
         evaluator.process(volumes['prediction'], volumes['truth'], ORIGINS, key='t1')
 
 
-@pytest.mark.parametrize('file, label_set', [
-    ('occ3d_29796060110c4163b07f06eff4af0753_labels.npz', 'occ3d'),
-    ('occ3d_unknown_sample_labels.npz', 'occ3d'),
-    ('openocc_unknown_sample_labels.npz', 'openocc_v2')])
+@pytest.mark.parametrize(
+    'file, label_set',
+    [
+        ('occ3d_29796060110c4163b07f06eff4af0753_labels.npz', 'occ3d'),
+        ('occ3d_unknown_sample_labels.npz', 'occ3d'),
+        ('openocc_unknown_sample_labels.npz', 'openocc_v2'),
+    ],
+)
 def test_real_labels_against_themselves_score_one(real_dir, file, label_set):
     with np.load(str(real_dir / file)) as labels:
         wanted = ('semantics', 'instances', 'mask_camera')
@@ -429,8 +452,10 @@ def test_real_labels_against_themselves_score_one(real_dir, file, label_set):
 def test_cuda_gives_the_same_bits(task):
     evaluator, on_cpu = evaluate(task)
     on_gpu_evaluator, on_gpu = evaluate(task, device='cuda')
-    again = [on_gpu_evaluator.process(street(task, seed + 100), street(task, seed), ORIGINS, key=str(seed))
-             for seed in range(4)]
+    again = [
+        on_gpu_evaluator.process(street(task, seed + 100), street(task, seed), ORIGINS, key=str(seed))
+        for seed in range(4)
+    ]
     expected = json.dumps(evaluator.summarize(on_cpu).as_dict())
     for stats in (on_gpu, again):
         assert json.dumps(evaluator.summarize(stats).as_dict()) == expected
@@ -440,8 +465,9 @@ def test_cuda_gives_the_same_bits(task):
 def test_cuda_takes_tensors_where_they_are(task):
     evaluator, on_cpu = evaluate(task, samples=1)
     expected = json.dumps(evaluator.summarize(on_cpu).as_dict())
-    volumes = [{name: torch.from_numpy(array).cuda() for name, array in street(task, seed).items()}
-               for seed in (100, 0)]
+    volumes = [
+        {name: torch.from_numpy(array).cuda() for name, array in street(task, seed).items()} for seed in (100, 0)
+    ]
     for device in ('cuda', 'cpu'):
         stats = OccEvaluator(task, ALL, device=device).process(*volumes, ORIGINS)
         assert json.dumps(evaluator.summarize([stats]).as_dict()) == expected
@@ -450,5 +476,6 @@ def test_cuda_takes_tensors_where_they_are(task):
 @needs_cuda
 def test_golden_rays_on_cuda(golden_dir):
     from parity_metrics import check_rayeval
+
     for path in sorted(golden_dir.glob('rayeval*.npz')):
         check_rayeval(path, device='cuda')

@@ -1,4 +1,5 @@
 """NuSceneOcc: samples and batches of the agreed form, repeatable draws, subsets, relocation, faults."""
+
 import os
 import shutil
 import time
@@ -17,8 +18,12 @@ from loaders import build_dataloader, build_dataset, collate
 from loaders.prepare.sweep_infos import write_sweep_infos
 
 TASK = Task('occ3d', point_cloud_range=(-8, -8, -1, 8, 8, 5.4), image_size=(32, 64), num_frames=3)
-TRAIN = [dict(type='LoadMultiViewImageFromMultiSweeps'), dict(type='LoadOccGTFromFile'), dict(type='BEVAug'),
-         dict(type='RandomTransformImage', rand_flip=True)]
+TRAIN = [
+    dict(type='LoadMultiViewImageFromMultiSweeps'),
+    dict(type='LoadOccGTFromFile'),
+    dict(type='BEVAug'),
+    dict(type='RandomTransformImage', rand_flip=True),
+]
 TEST = [dict(type='LoadMultiViewImageFromMultiSweeps'), dict(type='RandomTransformImage')]
 
 
@@ -40,8 +45,13 @@ def root(source, tmp_path):
 
 
 def _train(root, task=TASK, **options):
-    cfg = dict(type='NuSceneOcc', data_root=str(root), ann_file='nuscenes_infos_train_sweep.pkl',
-               occ_gt_root='occ3d', pipeline=TRAIN)
+    cfg = dict(
+        type='NuSceneOcc',
+        data_root=str(root),
+        ann_file='nuscenes_infos_train_sweep.pkl',
+        occ_gt_root='occ3d',
+        pipeline=TRAIN,
+    )
     return build_dataset(dict(cfg, **options), task)
 
 
@@ -58,14 +68,16 @@ def _image_path(root, key):
 
 def test_a_batch_has_the_agreed_form(source):
     batch = collate([_train(source)[i] for i in (1, 4)])
-    shapes = {
-        key: (tuple(value.shape), value.dtype) for key, value in batch.items() if hasattr(value, 'shape')
-    }
+    shapes = {key: (tuple(value.shape), value.dtype) for key, value in batch.items() if hasattr(value, 'shape')}
     grid = (2,) + TASK.grid_shape
     assert shapes == dict(
-        img=((2, 18, 3, 32, 64), torch.uint8), lidar2img=((2, 18, 4, 4), torch.float32),
-        ego2lidar=((2, 18, 4, 4), torch.float64), voxel_semantics=(grid, torch.uint8),
-        voxel_instances=(grid, torch.uint8), mask_camera=(grid, torch.bool))
+        img=((2, 18, 3, 32, 64), torch.uint8),
+        lidar2img=((2, 18, 4, 4), torch.float32),
+        ego2lidar=((2, 18, 4, 4), torch.float64),
+        voxel_semantics=(grid, torch.uint8),
+        voxel_instances=(grid, torch.uint8),
+        mask_camera=(grid, torch.bool),
+    )
     assert [ids.dtype for ids in batch['instance_class_ids']] == [torch.int64] * 2
     meta = batch['img_metas'][1]
     assert set(meta) == {'sample_token', 'scene_token', 'scene_name', 'index', 'frame_keys'}
@@ -96,6 +108,7 @@ def test_projections_take_lidar_points_into_every_image_through_global(source):
     dataset = _test(source)
     sample, info = dataset[2], dataset.info(2)
     from pyquaternion import Quaternion
+
     point = np.array([3.0, -2.0, 1.0])
     ego = Quaternion(info['lidar2ego_rotation']).rotate(point) + info['lidar2ego_translation']
     world = Quaternion(info['ego2global_rotation']).rotate(ego) + info['ego2global_translation']
@@ -130,16 +143,18 @@ def test_label_files_without_masks_give_batches_without(root):
 
 @pytest.mark.parametrize('cameras, frames', [(('CAM_FRONT', 'CAM_BACK'), 1), (('CAM_BACK_LEFT',), 5)])
 def test_other_cameras_and_frame_counts(source, cameras, frames):
-    task = Task('occ3d', point_cloud_range=TASK.point_cloud_range, image_size=(32, 64), cameras=cameras,
-                num_frames=frames)
+    task = Task(
+        'occ3d', point_cloud_range=TASK.point_cloud_range, image_size=(32, 64), cameras=cameras, num_frames=frames
+    )
     sample = _train(source, task)[3]
     assert sample['img'].shape[0] == len(cameras) * frames == len(sample['img_metas']['frame_keys'])
-    assert [key.split('/')[1] for key in sample['img_metas']['frame_keys'][:len(cameras)]] == list(cameras)
+    assert [key.split('/')[1] for key in sample['img_metas']['frame_keys'][: len(cameras)]] == list(cameras)
 
 
 def test_ray_origins_start_at_the_scene_and_belong_to_the_keyframe(source):
     dataset = _test(source, load_interval=2)
     from loaders.ego_poses import scene_ray_origins
+
     everything = scene_ray_origins(dataset.infos, TASK.point_cloud_range)
     for index in range(len(dataset)):
         np.testing.assert_array_equal(dataset.ray_origins(index), everything[dataset.sample_token(index)])
@@ -224,8 +239,16 @@ def test_pickles_without_scenes_give_the_same_histories(root):
 
 def test_the_real_mini_pickle_opens_as_it_is(real_dir, tmp_path):
     task = Task('occ3d')
-    dataset = build_dataset(dict(type='NuSceneOcc', data_root=str(tmp_path), test_mode=True, pipeline=TEST,
-                                 ann_file=str(real_dir / 'nuscenes_mini_infos_val.pkl')), task)
+    dataset = build_dataset(
+        dict(
+            type='NuSceneOcc',
+            data_root=str(tmp_path),
+            test_mode=True,
+            pipeline=TEST,
+            ann_file=str(real_dir / 'nuscenes_mini_infos_val.pkl'),
+        ),
+        task,
+    )
     assert len(dataset) == 81 and not dataset.has_labels
     starts = [index for index in range(81) if not dataset.history(index)]
     assert len(starts) == 2 and starts[0] == 0
@@ -237,8 +260,9 @@ def test_the_real_mini_pickle_opens_as_it_is(real_dir, tmp_path):
 # ---- where files are -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('recorded_root', ['/somewhere/else/nuscenes/', './data/nuscenes/', '',
-                                           '/data/samples/sweeps/old/', 'C:\\data\\'])
+@pytest.mark.parametrize(
+    'recorded_root', ['/somewhere/else/nuscenes/', './data/nuscenes/', '', '/data/samples/sweeps/old/', 'C:\\data\\']
+)
 def test_the_configured_root_wins(root, tmp_path, recorded_root):
     path = root / 'nuscenes_infos_train_sweep.pkl'
     content = load_pickle_safe(path)
@@ -294,8 +318,7 @@ def _spoil(root, index=2, kind='image'):
 @pytest.mark.parametrize('kind', ['image', 'label'])
 def test_a_damaged_file_is_named_with_its_keyframe(root, kind):
     path = _spoil(root, kind=kind)
-    with pytest.raises(DataError,
-                       match='^keyframe sample-2: .*%s' % os.path.basename(path).replace('.', r'\.')):
+    with pytest.raises(DataError, match='^keyframe sample-2: .*{}'.format(os.path.basename(path).replace('.', r'\.'))):
         _train(root)[2]
 
 
@@ -338,19 +361,19 @@ def test_evaluation_never_skips(source):
         _test(source, on_error='skip')
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(on_error='ignore'), "on_error must be 'stop' or 'skip'"),
-    (dict(load_interval=0), 'load_interval and max_samples must be at least 1'),
-    (dict(max_samples=0), 'load_interval and max_samples must be at least 1'),
-    (dict(type='NuScenesOcc'), "unknown data set type 'NuScenesOcc'; did you mean 'NuSceneOcc'"),
-    (dict(pipelin=[]), 'pipelin'),
-    (dict(pipeline=[dict(type='LoadOccGtFromFile')]),
-     "'LoadOccGtFromFile'; did you mean 'LoadOccGTFromFile'"),
-    (dict(pipeline=[dict(type='BEVAug', rot_limit=1)]),
-     "BEVAug: unknown key 'rot_limit'; did you mean 'rot_lim'"),
-    (dict(pipeline=[dict(type='LoadMultiViewImageFromMultiSweeps', threads=0)]),
-     'threads must be at least 1'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(on_error='ignore'), "on_error must be 'stop' or 'skip'"),
+        (dict(load_interval=0), 'load_interval and max_samples must be at least 1'),
+        (dict(max_samples=0), 'load_interval and max_samples must be at least 1'),
+        (dict(type='NuScenesOcc'), "unknown data set type 'NuScenesOcc'; did you mean 'NuSceneOcc'"),
+        (dict(pipelin=[]), 'pipelin'),
+        (dict(pipeline=[dict(type='LoadOccGtFromFile')]), "'LoadOccGtFromFile'; did you mean 'LoadOccGTFromFile'"),
+        (dict(pipeline=[dict(type='BEVAug', rot_limit=1)]), "BEVAug: unknown key 'rot_limit'; did you mean 'rot_lim'"),
+        (dict(pipeline=[dict(type='LoadMultiViewImageFromMultiSweeps', threads=0)]), 'threads must be at least 1'),
+    ],
+)
 def test_wrong_options_are_named(source, options, message):
     with pytest.raises(ConfigError, match=message):
         _train(source, **options)
@@ -363,10 +386,15 @@ def test_training_without_labels_says_what_to_set(source):
         _train(source, occ_gt_root=None).ground_truth(0)
 
 
-@pytest.mark.parametrize('content, message', [
-    (dict(data_list=[], metainfo={}), 'format of MMDetection3D 1.1'),
-    ([1, 2], 'holds no infos'), (dict(infos=[]), 'holds zero keyframes'),
-    (dict(infos=[dict(token='t', timestamp=1)]), r"info 0 \(token t\) has no 'cams'")])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (dict(data_list=[], metainfo={}), 'format of MMDetection3D 1.1'),
+        ([1, 2], 'holds no infos'),
+        (dict(infos=[]), 'holds zero keyframes'),
+        (dict(infos=[dict(token='t', timestamp=1)]), r"info 0 \(token t\) has no 'cams'"),
+    ],
+)
 def test_wrong_info_files_are_named(source, tmp_path, content, message):
     save_pickle(tmp_path / 'infos.pkl', content)
     with pytest.raises(DataError, match=r'infos\.pkl.*' + message):
@@ -410,17 +438,26 @@ def test_fast_decoding_keeps_the_projection_and_nearly_the_pixels(source):
 def test_a_data_set_of_trainval_size_opens_in_three_seconds(source, tmp_path, monkeypatch):
     """28,130 keyframes in 700 scenes. Measured apart from reading the pickle, which depends on the disk."""
     from loaders import nuscenes_occ
+
     some = load_pickle_safe(source / 'nuscenes_infos_train_sweep.pkl')['infos']
-    infos = [dict(some[1 if n % 40 else 0], token='t%d' % n, timestamp=n * 500_000,
-                  scene_token='s%d' % (n // 40), scene_name='scene-%04d' % (n // 40)) for n in range(28_130)]
+    infos = [
+        dict(
+            some[1 if n % 40 else 0],
+            token='t%d' % n,
+            timestamp=n * 500_000,
+            scene_token='s%d' % (n // 40),
+            scene_name='scene-%04d' % (n // 40),
+        )
+        for n in range(28_130)
+    ]
     from loaders import infos as infos_module
-    monkeypatch.setattr(infos_module, 'load_pickle_safe',
-                        lambda *_, **__: dict(infos=infos[::-1], metadata={}))
+
+    monkeypatch.setattr(infos_module, 'load_pickle_safe', lambda *_, **__: dict(infos=infos[::-1], metadata={}))
     start = time.process_time()
     dataset = nuscenes_occ.NuSceneOcc(TASK, str(source), 'x.pkl', TRAIN, occ_gt_root='occ3d')
     seconds = time.process_time() - start
     assert len(dataset) == 28_130 and len(dataset.history(39)) == 16
-    assert seconds < 3, 'opening took %.1f s' % seconds
+    assert seconds < 3, f'opening took {seconds:.1f} s'
 
 
 # ---- OpenOcc v2 ------------------------------------------------------------------------------------------
@@ -429,8 +466,9 @@ def test_a_data_set_of_trainval_size_opens_in_three_seconds(source, tmp_path, mo
 @pytest.mark.parametrize('panoptic', [False, True])
 def test_real_openocc_labels_become_batches_of_17_classes(source, real_dir, panoptic):
     task = Task('openocc_v2', panoptic=panoptic, image_size=(32, 64), num_frames=2)
-    dataset = _train(source, task, occ_gt_root='openocc_v2',
-                     pipeline=[step for step in TRAIN if step['type'] != 'BEVAug'])
+    dataset = _train(
+        source, task, occ_gt_root='openocc_v2', pipeline=[step for step in TRAIN if step['type'] != 'BEVAug']
+    )
     path = dataset.label_path(1)
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(str(real_dir / 'openocc_unknown_sample_labels.npz'), str(path))

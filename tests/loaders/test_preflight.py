@@ -1,4 +1,5 @@
 """The look at a data set before long work: damage is found and named, a sound set is not doubted."""
+
 import shutil
 import sys
 import time
@@ -39,8 +40,9 @@ def root(source, tmp_path):
 
 def _open(root, task=TASK, **options):
     return build_dataset(
-        dict(dict(type='NuSceneOcc', data_root=str(root), ann_file=INFOS, occ_gt_root='occ3d', pipeline=[]),
-             **options), task)
+        dict(dict(type='NuSceneOcc', data_root=str(root), ann_file=INFOS, occ_gt_root='occ3d', pipeline=[]), **options),
+        task,
+    )
 
 
 def _lines(root, level, **options):
@@ -68,17 +70,19 @@ def _image(root, index=-1, folder='samples'):
 
 
 @pytest.mark.parametrize('folder', ['samples', 'sweeps'])
-@pytest.mark.parametrize('damage, message', [
-    ('missing', 'does not exist; check data_root'), ('truncated', 'is truncated'), ('empty', 'is empty')])
+@pytest.mark.parametrize(
+    'damage, message',
+    [('missing', 'does not exist; check data_root'), ('truncated', 'is truncated'), ('empty', 'is empty')],
+)
 def test_bad_images_are_named(root, folder, damage, message):
     path = _image(root, folder=folder)
     if damage == 'missing':
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[:300 if damage == 'truncated' else 0])
+        path.write_bytes(path.read_bytes()[: 300 if damage == 'truncated' else 0])
     errors = _lines(root, 'error')
     assert len(errors) == 1 and str(path) in errors[0] and message in errors[0]
-    with pytest.raises(DataError, match='^data.train: image .*%s' % message):
+    with pytest.raises(DataError, match=f'^data.train: image .*{message}'):
         preflight(_open(root), 'train')
 
 
@@ -89,9 +93,15 @@ def test_what_is_no_image_is_found_by_decoding(root):
     assert 'cannot be decoded' in _lines(root, 'error', decode=True)[0]
 
 
-@pytest.mark.parametrize('damage, message', [('missing', 'does not exist'), ('damaged', 'is damaged'),
-                                             ('shape', r'has shape \[4, 4, 4\], but the task grid'),
-                                             ('ids', 'holds id 99')])
+@pytest.mark.parametrize(
+    'damage, message',
+    [
+        ('missing', 'does not exist'),
+        ('damaged', 'is damaged'),
+        ('shape', r'has shape \[4, 4, 4\], but the task grid'),
+        ('ids', 'holds id 99'),
+    ],
+)
 def test_bad_labels_are_named(root, damage, message):
     path = _open(root).label_path(3)
     if damage == 'missing':
@@ -130,8 +140,7 @@ def test_free_labels_are_an_error_and_absent_classes_a_warning(root):
         semantics = np.full(TASK.grid_shape, 17, np.uint8)
         semantics[0, 0, 0] = 4 if index else 17
         np.savez(str(dataset.label_path(index)), semantics=semantics)
-    assert any('do not occur in the labels looked at: others, barrier, bicycle' in w
-               for w in _lines(root, 'warning'))
+    assert any('do not occur in the labels looked at: others, barrier, bicycle' in w for w in _lines(root, 'warning'))
     np.savez_compressed(str(dataset.label_path(0)), semantics=np.full(TASK.grid_shape, 17, np.uint8))
     for index in range(len(dataset)):
         shutil.copy(str(dataset.label_path(0)), str(dataset.label_path(index))) if index else None
@@ -143,8 +152,7 @@ def test_things_without_instances_are_a_warning(root):
     dataset = _open(root, task)
     for index in range(len(dataset)):
         semantics = np.load(str(dataset.label_path(index)))['semantics']
-        np.savez_compressed(str(dataset.label_path(index)), semantics=semantics,
-                            instances=np.zeros_like(semantics))
+        np.savez_compressed(str(dataset.label_path(index)), semantics=semantics, instances=np.zeros_like(semantics))
     warnings = [f.text for f in inspect_dataset(dataset) if f.level == 'warning']
     assert len(warnings) == 1 and 'voxels of things have no instance id' in warnings[0]
 
@@ -186,11 +194,20 @@ def _nan(info):
     info['lidar2ego_translation'] = [float('nan')] * 3
 
 
-@pytest.mark.parametrize('change, message', [
-    (_mirror, 'CAM_FRONT to global is no rotation'), (_wrong_pose, 'disagree by'),
-    (_far_camera, 'CAM_FRONT stands'), (_no_focal_length, 'no camera matrix'),
-    (_late_image, 'image taken 2.00 s from the keyframe'), (_reversed_sweeps, 'not in order, newest first'),
-    (_lost_sweep, '4 sweeps, 5 are expected'), (_jump, 'the car moved'), (_nan, 'lidar2ego is not finite')])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (_mirror, 'CAM_FRONT to global is no rotation'),
+        (_wrong_pose, 'disagree by'),
+        (_far_camera, 'CAM_FRONT stands'),
+        (_no_focal_length, 'no camera matrix'),
+        (_late_image, 'image taken 2.00 s from the keyframe'),
+        (_reversed_sweeps, 'not in order, newest first'),
+        (_lost_sweep, '4 sweeps, 5 are expected'),
+        (_jump, 'the car moved'),
+        (_nan, 'lidar2ego is not finite'),
+    ],
+)
 def test_doubtful_calibration_is_named(root, change, message):
     _change_infos(root, lambda infos: change(infos[1]))
     warnings = _lines(root, 'warning')
@@ -201,6 +218,7 @@ def test_infos_without_camera_sweeps_are_a_warning(root):
     def change(infos):
         for info in infos:
             info['sweeps'] = [dict(data_path='x.bin')] if info['sweeps'] else []
+
     _change_infos(root, change)
     assert 'no camera sweeps' in _lines(root, 'warning')[0]
 
@@ -222,11 +240,17 @@ def test_evaluation_without_labels_passes(root):
 def test_a_large_set_is_looked_at_in_seconds(source):
     dataset = _open(source)
     dataset.infos = [
-        dict(dataset.infos[1 if n % 40 else 0], token='sample-%d' % (n % 2), timestamp=n * 500_000,
-             scene_token='s%d' % (n // 40)) for n in range(28_130)
+        dict(
+            dataset.infos[1 if n % 40 else 0],
+            token='sample-%d' % (n % 2),
+            timestamp=n * 500_000,
+            scene_token='s%d' % (n // 40),
+        )
+        for n in range(28_130)
     ]
     dataset._samples = list(range(28_130))
     from loaders.history import History
+
     dataset._history = History(dataset.infos, TASK.cameras)
     start = time.process_time()
     findings = inspect_dataset(dataset)
@@ -234,22 +258,24 @@ def test_a_large_set_is_looked_at_in_seconds(source):
     assert time.process_time() - start < 10  # a handful of seconds; most of it to list what is used
 
 
-@pytest.mark.parametrize('count, wanted, expected', [(3, 5, [0, 1, 2]), (10, 1, [0]), (10, 2, [0, 9]),
-                                                     (10, 4, [0, 3, 6, 9]), (1, 1, [0])])
+@pytest.mark.parametrize(
+    'count, wanted, expected', [(3, 5, [0, 1, 2]), (10, 1, [0]), (10, 2, [0, 9]), (10, 4, [0, 3, 6, 9]), (1, 1, [0])]
+)
 def test_spread(count, wanted, expected):
     assert spread(count, wanted) == expected
 
 
 def test_the_script(root, tmp_path, monkeypatch, capsys):
     config = tmp_path / 'config.py'
-    config.write_text('''
+    config.write_text(f"""
 task = dict(label_set='occ3d', point_cloud_range=[-8, -8, -1, 8, 8, 5.4], num_frames=2, image_size=(32, 64))
 model = dict(type='SparseOcc')
-_set = dict(type='NuSceneOcc', data_root=%r, occ_gt_root='occ3d', pipeline=[])
+_set = dict(type='NuSceneOcc', data_root={str(root)!r}, occ_gt_root='occ3d', pipeline=[])
 data = dict(train=dict(_set, ann_file='nuscenes_infos_train_sweep.pkl'),
             val=dict(_set, ann_file='nuscenes_infos_val_sweep.pkl'))
-''' % str(root))
+""")
     from tools import check_data
+
     monkeypatch.setattr(sys, 'argv', ['x', '--config', str(config), '--processes', '1'])
     run_main(check_data.main)
     out = capsys.readouterr().out
@@ -261,5 +287,5 @@ data = dict(train=dict(_set, ann_file='nuscenes_infos_train_sweep.pkl'),
         run_main(check_data.main)
     captured = capsys.readouterr()
     assert stop.value.code == 2 and captured.err == 'error: 2 errors, listed above\n'
-    assert 'train: [error] image %s does not exist' % path in captured.out
+    assert f'train: [error] image {path} does not exist' in captured.out
     assert 'val: [error] ' in captured.out

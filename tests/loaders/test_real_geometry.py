@@ -1,4 +1,5 @@
 """Real calibration: LiDAR points through our lidar2img land where the sample's own matrices put them."""
+
 import pickle
 
 import numpy as np
@@ -39,20 +40,33 @@ def converted(demo, tmp_path_factory):
         (root / 'samples' / name).mkdir(parents=True)
         (root / 'samples' / name / camera['img_path']).symlink_to(folder / camera['img_path'])
         to_lidar = invert_rigid(np.array(camera['lidar2cam']))
-        cams[name] = dict(data_path='data/nuscenes/samples/%s/%s' % (name, camera['img_path']),
-                          cam_intrinsic=np.array(camera['cam2img']), sensor2lidar_rotation=to_lidar[:3, :3],
-                          sensor2lidar_translation=to_lidar[:3, 3], timestamp=0)
+        cams[name] = dict(
+            data_path='data/nuscenes/samples/{}/{}'.format(name, camera['img_path']),
+            cam_intrinsic=np.array(camera['cam2img']),
+            sensor2lidar_rotation=to_lidar[:3, :3],
+            sensor2lidar_translation=to_lidar[:3, 3],
+            timestamp=0,
+        )
     to_ego, to_global = np.array(keyframe['lidar_points']['lidar2ego']), np.array(keyframe['ego2global'])
-    info = dict(token=keyframe['token'], timestamp=int(keyframe['timestamp'] * 1e6), cams=cams, sweeps=[],
-                lidar2ego_rotation=_quaternion(to_ego), lidar2ego_translation=to_ego[:3, 3].tolist(),
-                ego2global_rotation=_quaternion(to_global), ego2global_translation=to_global[:3, 3].tolist())
+    info = dict(
+        token=keyframe['token'],
+        timestamp=int(keyframe['timestamp'] * 1e6),
+        cams=cams,
+        sweeps=[],
+        lidar2ego_rotation=_quaternion(to_ego),
+        lidar2ego_translation=to_ego[:3, 3].tolist(),
+        ego2global_rotation=_quaternion(to_global),
+        ego2global_translation=to_global[:3, 3].tolist(),
+    )
     save_pickle(root / 'infos.pkl', dict(infos=[info], metadata=dict(version='v1.0-mini')))
     return root
 
 
 def _dataset(root, num_frames=1, image_size=(256, 704), pipeline=PIPELINE, ann_file='infos.pkl'):
-    return build_dataset(dict(type='NuSceneOcc', data_root=str(root), ann_file=str(ann_file), test_mode=True,
-                              pipeline=pipeline), Task('occ3d', num_frames=num_frames, image_size=image_size))
+    return build_dataset(
+        dict(type='NuSceneOcc', data_root=str(root), ann_file=str(ann_file), test_mode=True, pipeline=pipeline),
+        Task('occ3d', num_frames=num_frames, image_size=image_size),
+    )
 
 
 def _visible(pixels, depth, size):
@@ -78,8 +92,9 @@ def test_ego_points_take_the_same_way(demo, converted):
     keyframe, points, _ = demo
     sample = _dataset(converted)[0]
     to_ego = np.array(keyframe['lidar_points']['lidar2ego'])
-    back = (points @ to_ego[:3, :3].T + to_ego[:3, 3]) @ sample['ego2lidar'][0, :3, :3].numpy().T \
-        + sample['ego2lidar'][0, :3, 3].numpy()
+    back = (points @ to_ego[:3, :3].T + to_ego[:3, 3]) @ sample['ego2lidar'][0, :3, :3].numpy().T + sample['ego2lidar'][
+        0, :3, 3
+    ].numpy()
     np.testing.assert_allclose(back, points, atol=1e-4)  # float32 calibration, up to 100 m
 
 
@@ -94,9 +109,10 @@ def test_boxes_cover_their_objects_after_resizing_and_cropping(demo, converted):
             box = np.array(item['bbox']) * 0.44 - [0, 140, 0, 140]  # 704x396, lower 256 rows
             to_lidar = np.linalg.inv(np.array(keyframe['images'][name]['lidar2cam']))
             centre = np.array(item['bbox_3d'][:3]) - [0, item['bbox_3d'][4] / 2, 0]  # camera boxes sit on y
-            pixel, _ = project_points(sample['lidar2img'][index].double().numpy(),
-                                      to_lidar[:3, :3] @ centre + to_lidar[:3, 3])
-            if 0 < box[0] and box[2] < 704:  # not cut by the image
+            pixel, _ = project_points(
+                sample['lidar2img'][index].double().numpy(), to_lidar[:3, :3] @ centre + to_lidar[:3, 3]
+            )
+            if box[0] > 0 and box[2] < 704:  # not cut by the image
                 assert box[0] - 1 < pixel[0] < box[2] + 1 and box[1] - 1 < pixel[1] < box[3] + 1
                 counted += 1
     assert counted > 20
@@ -104,6 +120,7 @@ def test_boxes_cover_their_objects_after_resizing_and_cropping(demo, converted):
 
 def test_real_images_have_spec_s_pixels(demo, converted):
     from PIL import Image
+
     keyframe, _, folder = demo
     sample = _dataset(converted, pipeline=PIPELINE + [dict(type='RandomTransformImage')])[0]
     for index, name in enumerate(NUSCENES_CAMERAS):
@@ -117,6 +134,7 @@ def test_earlier_keyframes_are_projected_through_global(real_dir, tmp_path):
     with open(str(real_dir / 'nuscenes_mini_infos_val.pkl'), 'rb') as stream:  # known where it is from
         infos = pickle.load(stream)['infos']
     import cv2
+
     dataset = _dataset(tmp_path, num_frames=3, ann_file=real_dir / 'nuscenes_mini_infos_val.pkl')
     for info in infos[8:11]:
         for entry in info['cams'].values():
@@ -126,15 +144,19 @@ def test_earlier_keyframes_are_projected_through_global(real_dir, tmp_path):
     sample = dataset[10]
     post = np.array([-5.0, 25.0, 0.0])
     now = infos[10]
-    world = Quaternion(now['ego2global_rotation']).rotate(
-        Quaternion(now['lidar2ego_rotation']).rotate(post) + now['lidar2ego_translation']) \
+    world = (
+        Quaternion(now['ego2global_rotation']).rotate(
+            Quaternion(now['lidar2ego_rotation']).rotate(post) + now['lidar2ego_translation']
+        )
         + now['ego2global_translation']
+    )
     moved = 0.0
     for frame, info in enumerate((infos[10], infos[9], infos[8])):
         for index, name in enumerate(NUSCENES_CAMERAS):
             entry = info['cams'][name]
-            to_ego, to_camera = (Quaternion(entry[key]).inverse
-                                 for key in ('ego2global_rotation', 'sensor2ego_rotation'))
+            to_ego, to_camera = (
+                Quaternion(entry[key]).inverse for key in ('ego2global_rotation', 'sensor2ego_rotation')
+            )
             ego = to_ego.rotate(world - entry['ego2global_translation'])
             camera = to_camera.rotate(ego - entry['sensor2ego_translation'])
             pixel = entry['cam_intrinsic'] @ camera

@@ -1,4 +1,5 @@
 """gen_sweep_info: infos from the tables against pyquaternion and a second reading of the tables."""
+
 import copy
 import pickle
 import sys
@@ -41,8 +42,9 @@ def _rows(fake, table):
 def _records(fake, channel, scene):
     """sample_data records of one sensor and scene, oldest first."""
     return sorted(
-        (row for row in fake.tables['sample_data'] if '/%s__%s__' % (scene, channel) in row['filename']),
-        key=lambda row: row['timestamp'])
+        (row for row in fake.tables['sample_data'] if f'/{scene}__{channel}__' in row['filename']),
+        key=lambda row: row['timestamp'],
+    )
 
 
 def _global(fake, record):
@@ -50,8 +52,9 @@ def _global(fake, record):
     calibration = _rows(fake, 'calibrated_sensor')[record['calibrated_sensor_token']]
     pose = _rows(fake, 'ego_pose')[record['ego_pose_token']]
     to_ego, to_global = Quaternion(calibration['rotation']), Quaternion(pose['rotation'])
-    return (to_global * to_ego).rotation_matrix, \
-        to_global.rotate(np.array(calibration['translation'])) + pose['translation']
+    return (to_global * to_ego).rotation_matrix, to_global.rotate(np.array(calibration['translation'])) + pose[
+        'translation'
+    ]
 
 
 def _annotations(fake, info):
@@ -77,16 +80,16 @@ def _check_sweeps(infos):
             times = [sweep[name]['timestamp'] for sweep in info['sweeps']]
             assert times == [info['cams'][name]['timestamp'] - STEP * step for step in range(1, 6)]
             paths = [sweep[name]['data_path'] for sweep in info['sweeps']]
-            assert all(
-                path.startswith('data/nuscenes/sweeps/%s/%s' % (name, info['scene_name'])) for path in paths)
+            assert all(path.startswith('data/nuscenes/sweeps/{}/{}'.format(name, info['scene_name'])) for path in paths)
 
 
 def test_sweeps_are_the_five_images_before_each_keyframe_newest_first(infos):
     _check_sweeps(infos)
 
 
-@pytest.mark.parametrize('mutation', ['one fewer', 'one more', 'oldest first', 'starting at the keyframe',
-                                      'across the scene'])
+@pytest.mark.parametrize(
+    'mutation', ['one fewer', 'one more', 'oldest first', 'starting at the keyframe', 'across the scene']
+)
 def test_the_sweep_check_notices_a_mistake(fake, tmp_path, monkeypatch, mutation):
     right = camera_sweeps._collect_sweeps
 
@@ -94,12 +97,14 @@ def test_the_sweep_check_notices_a_mistake(fake, tmp_path, monkeypatch, mutation
         if mutation == 'oldest first':
             return right(nusc, records, cams)[::-1]
         return [cams] + right(nusc, records, cams)[:-1]
+
     if mutation in ('one fewer', 'one more'):
         monkeypatch.setattr(camera_sweeps, 'SWEEPS_PER_KEYFRAME', 4 if mutation == 'one fewer' else 6)
     elif mutation == 'across the scene':
         starts = dict(fake.tables['sample'][3], prev='sample-2')
-        monkeypatch.setitem(fake.tables, 'sample', [starts if row['token'] == 'sample-3' else row
-                                                    for row in fake.tables['sample']])
+        monkeypatch.setitem(
+            fake.tables, 'sample', [starts if row['token'] == 'sample-3' else row for row in fake.tables['sample']]
+        )
         monkeypatch.setattr(fake, 'root', tmp_path)
         fake.write()
     else:
@@ -120,27 +125,44 @@ def test_poses_are_kept_as_rows(fake, infos):
                 point = np.array([1.0, 2.0, 3.0])
                 np.testing.assert_allclose(
                     point @ entry['sensor2global_rotation'] + entry['sensor2global_translation'],
-                    rotation @ point + translation, **EXACT)
+                    rotation @ point + translation,
+                    **EXACT,
+                )
 
 
 def test_camera_entries_have_the_documented_keys(infos):
     sweep = infos[1]['sweeps'][0]['CAM_FRONT']
-    assert set(sweep) == {'data_path', 'sensor2global_rotation', 'sensor2global_translation', 'cam_intrinsic',
-                          'timestamp'}
+    assert set(sweep) == {
+        'data_path',
+        'sensor2global_rotation',
+        'sensor2global_translation',
+        'cam_intrinsic',
+        'timestamp',
+    }
     assert set(infos[1]['cams']['CAM_FRONT']) == set(sweep) | {
-        'type', 'sample_data_token', 'sensor2lidar_rotation', 'sensor2lidar_translation'}
+        'type',
+        'sample_data_token',
+        'sensor2lidar_rotation',
+        'sensor2lidar_translation',
+    }
 
 
 def test_keyframes_refer_cameras_and_boxes_to_the_lidar(fake, infos):
     for info in infos[:3]:
-        lidar_to_global = _global(fake, next(row for row in _records(fake, 'LIDAR_TOP', info['scene_name'])
-                                             if row['timestamp'] == info['timestamp'] + 6000))
+        lidar_to_global = _global(
+            fake,
+            next(
+                row
+                for row in _records(fake, 'LIDAR_TOP', info['scene_name'])
+                if row['timestamp'] == info['timestamp'] + 6000
+            ),
+        )
         for name, entry in info['cams'].items():
             rotation, translation = _global(fake, _rows(fake, 'sample_data')[entry['sample_data_token']])
             in_lidar = lidar_to_global[0].T @ (rotation @ [1.0, 2.0, 3.0] + translation - lidar_to_global[1])
             np.testing.assert_allclose(
-                entry['sensor2lidar_rotation'] @ [1.0, 2.0, 3.0] + entry['sensor2lidar_translation'],
-                in_lidar, **EXACT)
+                entry['sensor2lidar_rotation'] @ [1.0, 2.0, 3.0] + entry['sensor2lidar_translation'], in_lidar, **EXACT
+            )
         annotations = _annotations(fake, info)
         assert len(annotations) == len(info['gt_boxes']) == 2
         for box, annotation in zip(info['gt_boxes'], annotations):
@@ -155,8 +177,11 @@ def test_keyframes_refer_cameras_and_boxes_to_the_lidar(fake, infos):
 def test_names_velocity_and_valid_flag(fake, infos):
     names = {row['token']: row['name'] for row in fake.tables['category']}
     instances = _rows(fake, 'instance')
-    short = {'vehicle.car': 'car', 'human.pedestrian.adult': 'pedestrian',
-             'human.pedestrian.stroller': 'human.pedestrian.stroller'}  # not a detection class: name kept
+    short = {
+        'vehicle.car': 'car',
+        'human.pedestrian.adult': 'pedestrian',
+        'human.pedestrian.stroller': 'human.pedestrian.stroller',
+    }  # not a detection class: name kept
     for info in infos:
         annotations = _annotations(fake, info)
         expected = [short[names[instances[row['instance_token']]['category_token']]] for row in annotations]
@@ -180,10 +205,13 @@ def _as_mmdetection3d(fake, infos, lidar_sweep):
             calibration = calibrations[record['calibrated_sensor_token']]
             pose = poses[record['ego_pose_token']]
             del entry['sensor2global_rotation'], entry['sensor2global_translation']
-            entry.update(data_path='./data/nuscenes/' + record['filename'],
-                         sensor2ego_translation=calibration['translation'],
-                         sensor2ego_rotation=calibration['rotation'],
-                         ego2global_translation=pose['translation'], ego2global_rotation=pose['rotation'])
+            entry.update(
+                data_path='./data/nuscenes/' + record['filename'],
+                sensor2ego_translation=calibration['translation'],
+                sensor2ego_rotation=calibration['rotation'],
+                ego2global_translation=pose['translation'],
+                ego2global_rotation=pose['rotation'],
+            )
         info['sweeps'] = [lidar_sweep] if info['sweeps'] else []
         del info['scene_token'], info['scene_name']
     return base[::-1]
@@ -193,7 +221,7 @@ def _assert_same(a, b, path=''):
     if isinstance(a, dict):
         assert set(a) == set(b), path
         for key in a:
-            _assert_same(a[key], b[key], '%s.%s' % (path, key))
+            _assert_same(a[key], b[key], f'{path}.{key}')
     elif isinstance(a, list) and a and isinstance(a[0], dict):
         assert len(a) == len(b), path
         for position, (x, y) in enumerate(zip(a, b)):
@@ -206,8 +234,7 @@ def test_infos_of_mmdetection3d_are_extended_to_the_same(fake, infos, tmp_path):
     base = _as_mmdetection3d(fake, infos, dict(data_path='x.bin', type='lidar'))
     val = load_pickle_safe(fake.root / 'nuscenes_infos_val_sweep.pkl')['infos']
     for split, some in (('train', base), ('val', _as_mmdetection3d(fake, val, dict(data_path='x.bin')))):
-        save_pickle(tmp_path / ('nuscenes_infos_%s.pkl' % split),
-                    dict(infos=some, metadata=dict(version='v1.0-mini')))
+        save_pickle(tmp_path / (f'nuscenes_infos_{split}.pkl'), dict(infos=some, metadata=dict(version='v1.0-mini')))
     write_sweep_infos(fake.root, 'v1.0-mini', tmp_path, from_infos=tmp_path, processes=1)
     _assert_same(load_pickle_safe(tmp_path / 'nuscenes_infos_train_sweep.pkl')['infos'], infos)
 
@@ -216,14 +243,13 @@ def test_mmdetection3d_entries_give_the_same_pose(fake, infos):
     base = _as_mmdetection3d(fake, infos, {})[::-1]
     for info, extended in zip(base, infos):
         for name, entry in info['cams'].items():
-            np.testing.assert_allclose(global_from_camera(entry), global_from_camera(extended['cams'][name]),
-                                       **EXACT)
+            np.testing.assert_allclose(global_from_camera(entry), global_from_camera(extended['cams'][name]), **EXACT)
 
 
 def test_infos_of_another_version_are_refused(fake, infos, tmp_path):
     strange = [dict(infos[0], token='elsewhere')]
     for split in ('train', 'val'):
-        save_pickle(tmp_path / ('nuscenes_infos_%s.pkl' % split), dict(infos=strange, metadata={}))
+        save_pickle(tmp_path / (f'nuscenes_infos_{split}.pkl'), dict(infos=strange, metadata={}))
     with pytest.raises(DataError, match='nuscenes_infos_train.pkl holds keyframe elsewhere.*--version'):
         write_sweep_infos(fake.root, 'v1.0-mini', tmp_path, from_infos=tmp_path, processes=1)
 
@@ -261,7 +287,9 @@ def test_any_version_with_splits_of_its_own(tmp_path):
     (tmp_path / 'v1.0-mine' / 'splits.json').write_text('{"val": ["alpha"], "train": ["beta"]}')
     written = write_sweep_infos(tmp_path, 'v1.0-mine', tmp_path, processes=1)
     assert [(item.path.name, item.scenes, item.keyframes) for item in written] == [
-        ('nuscenes_infos_train_sweep.pkl', 1, 2), ('nuscenes_infos_val_sweep.pkl', 1, 2)]
+        ('nuscenes_infos_train_sweep.pkl', 1, 2),
+        ('nuscenes_infos_val_sweep.pkl', 1, 2),
+    ]
 
 
 def test_a_version_without_annotations(tmp_path):
@@ -274,8 +302,11 @@ def test_a_version_without_annotations(tmp_path):
 
 
 def test_missing_tables_are_named(fake, tmp_path):
-    with pytest.raises(DataError, match=r'v1.0-trainval.*does not exist; check --data-root and --version '
-                                        r'\(versions there: v1.0-mini\)'):
+    with pytest.raises(
+        DataError,
+        match=r'v1.0-trainval.*does not exist; check --data-root and --version '
+        r'\(versions there: v1.0-mini\)',
+    ):
         write_sweep_infos(fake.root, 'v1.0-trainval', tmp_path)
 
 
@@ -306,6 +337,7 @@ def test_the_script_says_what_it_wrote_and_fails_in_one_line(fake, tmp_path, mon
 def _kill_self(_, item):
     import os
     import signal
+
     if item == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return item

@@ -1,4 +1,5 @@
 """A SparseOcc small enough to build and run in a fraction of a second, and batches for it."""
+
 from typing import Dict
 
 import torch
@@ -12,9 +13,15 @@ CLASSES = ('car', 'pedestrian', 'road', 'wall', 'free')
 
 def small_task(**changes) -> Task:
     """16 x 24 x 8 voxels of 0.5 m, 4 classes and free, 2 frames of 3 cameras at 64 x 96."""
-    fields = dict(label_set=dict(name='small', class_names=CLASSES, things=CLASSES[:2]), panoptic=True,
-                  point_cloud_range=[-4.0, -6.0, -1.0, 4.0, 6.0, 3.0], voxel_size=0.5, num_frames=2,
-                  cameras=['CAM_FRONT', 'CAM_BACK', 'CAM_BACK_LEFT'], image_size=(64, 96))
+    fields = dict(
+        label_set=dict(name='small', class_names=CLASSES, things=CLASSES[:2]),
+        panoptic=True,
+        point_cloud_range=[-4.0, -6.0, -1.0, 4.0, 6.0, 3.0],
+        voxel_size=0.5,
+        num_frames=2,
+        cameras=['CAM_FRONT', 'CAM_BACK', 'CAM_BACK_LEFT'],
+        image_size=(64, 96),
+    )
     fields.update(changes)
     return Task.from_config(fields)
 
@@ -24,19 +31,42 @@ def small_config(scoring: str = 'semantic', **transformer) -> Dict:
     losses = dict(loss_mask2former=dict(type='Mask2FormerLoss'))
     if scoring == 'semantic':
         losses.update(loss_geo_scal=dict(type='GeoScalLoss'), loss_sem_scal=dict(type='SemScalLoss'))
-    decoders = dict(type='SparseOccTransformer', embed_dims=32, num_layers=2, num_groups=4, num_points=4,
-                    num_queries=8, num_levels=4, topk_training=[20, 60, 200], topk_testing=[20, 60, 200],
-                    scoring=scoring, dropout=0.0)
+    decoders = dict(
+        type='SparseOccTransformer',
+        embed_dims=32,
+        num_layers=2,
+        num_groups=4,
+        num_points=4,
+        num_queries=8,
+        num_levels=4,
+        topk_training=[20, 60, 200],
+        topk_testing=[20, 60, 200],
+        scoring=scoring,
+        dropout=0.0,
+    )
     return dict(
         type='SparseOcc',
-        data_aug=dict(img_color_aug=False, img_pad_cfg=dict(size_divisor=32),
-                      img_norm_cfg=dict(mean=[120.0] * 3, std=[60.0] * 3, to_rgb=True)),
-        img_backbone=dict(type='ResNet', depth=18, num_stages=4, out_indices=(0, 1, 2, 3), frozen_stages=-1,
-                          norm_cfg=dict(type='BN', requires_grad=True), norm_eval=True, style='pytorch'),
+        data_aug=dict(
+            img_color_aug=False,
+            img_pad_cfg=dict(size_divisor=32),
+            img_norm_cfg=dict(mean=[120.0] * 3, std=[60.0] * 3, to_rgb=True),
+        ),
+        img_backbone=dict(
+            type='ResNet',
+            depth=18,
+            num_stages=4,
+            out_indices=(0, 1, 2, 3),
+            frozen_stages=-1,
+            norm_cfg=dict(type='BN', requires_grad=True),
+            norm_eval=True,
+            style='pytorch',
+        ),
         img_neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=32, num_outs=4),
-        pts_bbox_head=dict(type='SparseOccHead', embed_dims=32, transformer=dict(decoders, **transformer),
-                           loss_cfgs=losses),
-        test_cfg=dict(history='full'))
+        pts_bbox_head=dict(
+            type='SparseOccHead', embed_dims=32, transformer=dict(decoders, **transformer), loss_cfgs=losses
+        ),
+        test_cfg=dict(history='full'),
+    )
 
 
 def small_model(task: Task = None, scoring: str = 'semantic', **transformer) -> torch.nn.Module:
@@ -57,4 +87,4 @@ def small_batch(task: Task, size: int = 1, with_labels: bool = True, **options) 
 
 def sample_of(batch: Dict, b: int) -> Dict:
     """Sample b of a batch as a batch of one."""
-    return {name: value[b:b + 1] for name, value in batch.items()}
+    return {name: value[b : b + 1] for name, value in batch.items()}

@@ -1,4 +1,5 @@
 """Weights converted once for mixed precision, instead of in every step."""
+
 import pytest
 import torch
 from small_model import small_batch, small_model, small_task
@@ -16,17 +17,21 @@ def predict():
     def run(model):
         with torch.no_grad(), autocast('bf16', torch.device('cpu')):
             return model.predict_raw(batch['img'], batch['lidar2img'], batch['ego2lidar'])
+
     return run
 
 
-@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2,
-                    reason='no LayerNorm in the CPU autocast of PyTorch 1')
+@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2, reason='no LayerNorm in the CPU autocast of PyTorch 1')
 def test_converted_weights_give_the_same_bits(predict):
     model = small_model(small_task()).eval()
     before = predict(model)
     head = model.pts_bbox_head.transformer
-    sensitive = [head.voxel_decoder.decoder_layers[0].self_attn, head.decoder.decoder_layer.self_attn,
-                 head.voxel_decoder.decoder_layers[0].norm1, model.img_backbone]
+    sensitive = [
+        head.voxel_decoder.decoder_layers[0].self_attn,
+        head.decoder.decoder_layer.self_attn,
+        head.voxel_decoder.decoder_layers[0].norm1,
+        model.img_backbone,
+    ]
     assert convert_weights(model, 'bf16') is model
     assert head.decoder.decoder_layer.classifier.weight.dtype == torch.bfloat16
     assert head.voxel_decoder.decoder_layers[0].mixing.out_proj.bias.dtype == torch.bfloat16

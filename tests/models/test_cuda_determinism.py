@@ -1,33 +1,32 @@
 """Training that repeats to the bit, on a GPU."""
+
 import pytest
 import torch
+from small_model import small_batch, small_model, small_task
 
 from lib.run.determinism import set_deterministic
-from small_model import small_batch, small_model, small_task
 
 
 @pytest.fixture
 def deterministic(monkeypatch):
     """The mode, switched off again afterwards."""
     monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    names = [name for name in ('flash', 'mem_efficient', 'cudnn')
-             if hasattr(torch.backends.cuda, 'enable_%s_sdp' % name)]
-    before = {name: getattr(torch.backends.cuda, '%s_sdp_enabled' % name)() for name in names}
+    names = [name for name in ('flash', 'mem_efficient', 'cudnn') if hasattr(torch.backends.cuda, f'enable_{name}_sdp')]
+    before = {name: getattr(torch.backends.cuda, f'{name}_sdp_enabled')() for name in names}
     benchmark = torch.backends.cudnn.benchmark
     set_deterministic(True)
     yield
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = benchmark
     for name, enabled in before.items():
-        getattr(torch.backends.cuda, 'enable_%s_sdp' % name)(enabled)
+        getattr(torch.backends.cuda, f'enable_{name}_sdp')(enabled)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_cuda_training_repeats_to_the_bit(deterministic):
     """Every gradient of two steps of a small panoptic model, twice; nothing raises for want of an algorithm."""
     task = small_task(panoptic=True)
-    batch = {key: value.cuda() if torch.is_tensor(value) else value
-             for key, value in small_batch(task, 2).items()}
+    batch = {key: value.cuda() if torch.is_tensor(value) else value for key, value in small_batch(task, 2).items()}
     batch['instance_class_ids'] = [ids.cuda() for ids in batch['instance_class_ids']]
 
     def train():

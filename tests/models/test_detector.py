@@ -1,13 +1,14 @@
 """The whole detector: batches, determinism, history, masks, other tasks, and errors a user can mend."""
+
 import numpy as np
 import pytest
 import torch
+from small_model import CLASSES, sample_of, small_batch, small_config, small_model, small_task
 
 from lib.errors import ConfigError, DataError
 from lib.synthetic import synthetic_meta
 from models import build_model
 from models.losses import OccupancyTargets
-from small_model import CLASSES, sample_of, small_batch, small_config, small_model, small_task
 
 IMAGES = ('img', 'lidar2img', 'ego2lidar', 'img_metas')
 LABELS = ('voxel_semantics', 'voxel_instances', 'instance_class_ids')
@@ -27,10 +28,13 @@ def assert_same_prediction(a, b):
 @BOTH
 def test_prediction_has_the_documented_arrays(scoring):
     model = small_model(scoring=scoring)
-    prediction, = predict(model, small_batch(model.task))
+    (prediction,) = predict(model, small_batch(model.task))
     assert {name: (value.dtype.name, value.shape) for name, value in prediction.items()} == dict(
-        sem_pred=('uint8', (1, 200)), occ_loc=('uint8', (1, 200, 3)), pano_inst=('int16', (1, 200)),
-        pano_sem=('uint8', (1, 200)))
+        sem_pred=('uint8', (1, 200)),
+        occ_loc=('uint8', (1, 200, 3)),
+        pano_inst=('int16', (1, 200)),
+        pano_sem=('uint8', (1, 200)),
+    )
     semantic = small_model(small_task(panoptic=False), scoring)
     assert set(predict(semantic, small_batch(model.task))[0]) == {'sem_pred', 'occ_loc'}
 
@@ -62,17 +66,20 @@ def share_apart(a, b):
 
 def slice_output(output, b):
     """The transformer's output for sample b as a batch of one."""
+
     def part(record):
-        fields = {name: value[b:b + 1] if isinstance(value, torch.Tensor) else value
-                  for name, value in vars(record).items()}
+        fields = {
+            name: value[b : b + 1] if isinstance(value, torch.Tensor) else value for name, value in vars(record).items()
+        }
         return type(record)(**fields)
+
     return type(output)([part(stage) for stage in output.stages], [part(layer) for layer in output.layers])
 
 
 @BOTH
 def test_losses_of_a_batch_are_those_of_its_samples(scoring):
     """Voxel losses are means over the batch; mask losses are sums over instances by their number."""
-    model = small_model(scoring=scoring, topk_testing=[10 ** 6] * 3).eval()  # all voxels are kept
+    model = small_model(scoring=scoring, topk_testing=[10**6] * 3).eval()  # all voxels are kept
     batch = small_batch(model.task, 2)
     batch['voxel_instances'][1][batch['voxel_instances'][1] == 3] = 255
     counts = [sum(int((batch['voxel_instances'][b] == i).any()) for i in range(4)) for b in range(2)]
@@ -81,8 +88,7 @@ def test_losses_of_a_batch_are_those_of_its_samples(scoring):
     with torch.no_grad():
         output = model.predict_raw(**{name: batch[name] for name in IMAGES}).output
     together = head.loss(output, OccupancyTargets(*targets))
-    alone = [head.loss(slice_output(output, b), OccupancyTargets(*[t[b:b + 1] for t in targets]))
-             for b in range(2)]
+    alone = [head.loss(slice_output(output, b), OccupancyTargets(*[t[b : b + 1] for t in targets])) for b in range(2)]
     for name, value in together.items():
         masks = any(part in name for part in ('loss_mask', 'loss_dice', 'loss_class'))
         weights = [n / sum(counts) for n in counts] if masks else [0.5, 0.5]
@@ -132,7 +138,7 @@ def test_cached_history_equals_full_history():
     encoded.clear()
     model.history = 'cached'
     for batch, expected in zip(drive, full):
-        prediction, = predict_keeping_history(model, batch)
+        (prediction,) = predict_keeping_history(model, batch)
         assert_same_prediction(prediction, expected)
     assert encoded == [3, 3, 3] + [3, 3, 3] and len(model._cache) == 3  # one frame at a time: the same bits
     model.reset_history()
@@ -173,15 +179,14 @@ def test_history_without_keys_or_with_a_batch_encodes_everything():
     one = sample_of(two, 1)
     results = predict_keeping_history(model, two)
     assert len(results) == 2 and len(model._cache) == 0
-    expected, = predict_keeping_history(model, one)
+    (expected,) = predict_keeping_history(model, one)
     model.reset_history()
     one['img_metas'] = [dict(sample_token='x')]
     assert_same_prediction(predict_keeping_history(model, one)[0], expected)
     assert len(model._cache) == 0
 
 
-@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2,
-                    reason='no LayerNorm in the CPU autocast of PyTorch 1')
+@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2, reason='no LayerNorm in the CPU autocast of PyTorch 1')
 def test_features_of_another_precision_are_not_reused():
     model = small_model().eval()
     model.history = 'cached'
@@ -210,8 +215,7 @@ def test_camera_mask_decides_which_labels_count():
     task = small_task()
     batch = small_batch(task, 2)
     batch['mask_camera'][:, :, :12] = False
-    hidden = {name: value.clone() if isinstance(value, torch.Tensor) else value
-              for name, value in batch.items()}
+    hidden = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     hidden['voxel_semantics'][:, :, :12] = 2  # labels that must not matter
     hidden['voxel_instances'][:, :, :12] = 2
     for scoring in ('semantic', 'occupancy'):
@@ -242,10 +246,17 @@ def test_training_leaves_the_batch_as_it_was():
     assert all(a is b for a, b in zip(class_ids, batch['instance_class_ids']))
 
 
-@pytest.mark.parametrize('changes', [
-    dict(point_cloud_range=[0.0, -9.6, -2.0, 25.6, 9.6, 4.4], voxel_size=0.8),
-    dict(cameras=['only'], num_frames=1), dict(num_frames=3, cameras=['a', 'b', 'c', 'd', 'e']),
-    dict(image_size=(96, 160)), dict(label_set='openocc_v2'), dict(label_set='occ3d', panoptic=False)])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(point_cloud_range=[0.0, -9.6, -2.0, 25.6, 9.6, 4.4], voxel_size=0.8),
+        dict(cameras=['only'], num_frames=1),
+        dict(num_frames=3, cameras=['a', 'b', 'c', 'd', 'e']),
+        dict(image_size=(96, 160)),
+        dict(label_set='openocc_v2'),
+        dict(label_set='occ3d', panoptic=False),
+    ],
+)
 def test_other_grids_cameras_frames_sizes_and_classes(changes):
     task = small_task(**changes)
     model = small_model(task)
@@ -258,30 +269,43 @@ def test_other_grids_cameras_frames_sizes_and_classes(changes):
     assert prediction['sem_pred'].max() <= task.label_set.free_id
 
 
-@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2,
-                    reason='no LayerNorm in the CPU autocast of PyTorch 1')
+@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2, reason='no LayerNorm in the CPU autocast of PyTorch 1')
 def test_mixed_precision_stays_finite_and_keeps_losses_in_float32():
     model = small_model()
     with torch.autocast('cpu', dtype=torch.bfloat16):
         losses = model(**small_batch(model.task))
-        prediction, = predict(model, small_batch(model.task))
+        (prediction,) = predict(model, small_batch(model.task))
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
     assert prediction['sem_pred'].shape == (1, 200)
 
 
 def test_builds_through_mmdet_with_the_task_as_a_dict():
     from mmdet.models import build_detector  # importable once models has prepared OpenMMLab
-    task = dict(label_set=dict(name='small', class_names=CLASSES, things=CLASSES[:2]), panoptic=True,
-                point_cloud_range=[-4.0, -6.0, -1.0, 4.0, 6.0, 3.0], voxel_size=0.5, num_frames=2,
-                cameras=['CAM_FRONT', 'CAM_BACK', 'CAM_BACK_LEFT'], image_size=(64, 96))
+
+    task = dict(
+        label_set=dict(name='small', class_names=CLASSES, things=CLASSES[:2]),
+        panoptic=True,
+        point_cloud_range=[-4.0, -6.0, -1.0, 4.0, 6.0, 3.0],
+        voxel_size=0.5,
+        num_frames=2,
+        cameras=['CAM_FRONT', 'CAM_BACK', 'CAM_BACK_LEFT'],
+        image_size=(64, 96),
+    )
     model = build_detector(dict(small_config(), task=task))
     assert model.task == small_task()
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(pts_bbox_hed={}), 'pts_bbox_hed'), (dict(type='SparceOcc'), 'SparceOcc'),
-    (dict(test_cfg=dict(histroy='full')), 'histroy'), (dict(test_cfg=dict(history='some')), "'some'"),
-    (dict(test_cfg=dict(merge_stuff='both')), 'merge_stuff'), (dict(task={}), 'top-level task')])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(pts_bbox_hed={}), 'pts_bbox_hed'),
+        (dict(type='SparceOcc'), 'SparceOcc'),
+        (dict(test_cfg=dict(histroy='full')), 'histroy'),
+        (dict(test_cfg=dict(history='some')), "'some'"),
+        (dict(test_cfg=dict(merge_stuff='both')), 'merge_stuff'),
+        (dict(task={}), 'top-level task'),
+    ],
+)
 def test_wrong_configs_are_a_sentence(change, message):
     with pytest.raises(ConfigError, match=message):
         build_model(dict(small_config(), **change), small_task())

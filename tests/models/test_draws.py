@@ -1,4 +1,5 @@
 """Draws of the mask-guided sampling."""
+
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ def test_selects_the_nth_valid_entry_in_index_order():
     valid[:, 1, 49] = True
     fractions = torch.rand(3, 11, 16)
     fractions[..., 0] = 0.0
-    fractions[..., 1] = 1 - 2 ** -24  # the largest float32 below 1
+    fractions[..., 1] = 1 - 2**-24  # the largest float32 below 1
     index, empty = select_valid(valid, fractions)
     for b in range(3):
         for q, expected in enumerate(naive_selection(valid[b], fractions[b])):
@@ -39,7 +40,7 @@ def test_even_draws_are_the_same_for_every_query_and_call():
     assert fractions.shape == (2, 3, 16)
     assert torch.equal(fractions[1, 2], (torch.arange(16) + 0.5) / 16)
     positions = draws.positions(2, 3, 16, torch.device('cpu'))
-    assert positions.shape == (2, 3, 16, 3) and 0 <= positions.min() and positions.max() < 1
+    assert positions.shape == (2, 3, 16, 3) and positions.min() >= 0 and positions.max() < 1
     assert len(torch.unique(positions[0, 0], dim=0)) == 16
     assert torch.equal(positions, draws.positions(2, 3, 16, torch.device('cpu')))
 
@@ -65,9 +66,12 @@ def test_a_sample_draws_the_same_however_the_batch_is_dealt(parts):
 
     def draw(begin, end):
         with shared_draws(seed=5, begin=begin, end=end, total=6, device='cpu'):
-            return (RandomDraws().fractions(end - begin, 3, 4, torch.device('cpu')),
-                    RandomDraws().positions(end - begin, 3, 4, torch.device('cpu')),
-                    jitter_colours(images[begin:end], samples=end - begin))
+            return (
+                RandomDraws().fractions(end - begin, 3, 4, torch.device('cpu')),
+                RandomDraws().positions(end - begin, 3, 4, torch.device('cpu')),
+                jitter_colours(images[begin:end], samples=end - begin),
+            )
+
     for whole, *pieces in zip(draw(0, 6), *[draw(*part) for part in parts]):
         assert torch.equal(whole, torch.cat(pieces))
         assert not torch.equal(whole[0], whole[1])

@@ -1,4 +1,5 @@
 """Frames stay where they were written; the one not used for longest makes room."""
+
 import copy
 
 import pytest
@@ -16,8 +17,11 @@ class Drive:
     def fetch(self, *keys):
         def encode(t):
             self.encoded.append(keys[t])
-            return [torch.full((2, 4, 6, 3), float(keys[t]), dtype=self.dtype),
-                    torch.full((2, 2, 3, 3), float(keys[t]), dtype=self.dtype)]
+            return [
+                torch.full((2, 4, 6, 3), float(keys[t]), dtype=self.dtype),
+                torch.full((2, 2, 3, 3), float(keys[t]), dtype=self.dtype),
+            ]
+
         stored = self.cache.fetch(keys, encode)
         for level in stored.maps:
             for slot, key in zip(stored.slots, keys):

@@ -1,4 +1,5 @@
 """The FPN with fewer passes against mmdet's."""
+
 import pytest
 import torch
 
@@ -19,13 +20,18 @@ def make_neck(**options):
 
 def make_stages(sizes, channels_last=True):
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return [torch.randn(2, c, h, w, dtype=torch.double).contiguous(memory_format=layout)
-            for c, (h, w) in zip(CHANNELS, sizes)]
+    return [
+        torch.randn(2, c, h, w, dtype=torch.double).contiguous(memory_format=layout)
+        for c, (h, w) in zip(CHANNELS, sizes)
+    ]
 
 
 @pytest.mark.parametrize('channels_last', [True, False])
-@pytest.mark.parametrize('sizes', [[(16, 24), (8, 12), (4, 6), (2, 3)], [(9, 25), (5, 13), (3, 7), (2, 4)],
-                                   [(8, 12), (4, 12), (4, 6), (1, 1)]], ids=str)
+@pytest.mark.parametrize(
+    'sizes',
+    [[(16, 24), (8, 12), (4, 6), (2, 3)], [(9, 25), (5, 13), (3, 7), (2, 4)], [(8, 12), (4, 12), (4, 6), (1, 1)]],
+    ids=str,
+)
 def test_levels_are_those_of_mmdet(sizes, channels_last):
     neck, stages = make_neck(), make_stages(sizes, channels_last)
     kept = [stage.clone() for stage in stages]
@@ -53,8 +59,16 @@ def test_enlarging_is_exact():
     assert torch.equal(add_enlarged(level, coarse), expected)
 
 
-@pytest.mark.parametrize('options', [dict(num_outs=5), dict(norm_cfg=dict(type='BN')), dict(act_cfg=dict(type='ReLU')),
-                                     dict(upsample_cfg=dict(scale_factor=2, mode='nearest'))], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(num_outs=5),
+        dict(norm_cfg=dict(type='BN')),
+        dict(act_cfg=dict(type='ReLU')),
+        dict(upsample_cfg=dict(scale_factor=2, mode='nearest')),
+    ],
+    ids=str,
+)
 def test_other_necks_run_themselves(options):
     assert can_fuse_neck(make_neck()) and not can_fuse_neck(make_neck(**options))
 

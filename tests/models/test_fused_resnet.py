@@ -2,16 +2,17 @@
 
 cuDNN's fused calls exist on GPUs only; on the CPU plain operations take their place, in double.
 """
+
 import copy
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_model import small_batch, small_model, small_task
 from torch import nn
 
 from models.layers.fused_resnet import FusedResNet, can_fuse  # before mmdet: makes it importable
-from small_model import small_batch, small_model, small_task
 
 from mmdet.models.builder import build_backbone  # isort: skip
 
@@ -22,8 +23,18 @@ VERSION = tuple(int(n) for n in torch.__version__.split('.')[:2])
 def make_resnet(depth=50, frozen_stages=1, with_cp=False, seed=0, **options):
     """A thin ResNet whose norms are far from the identity."""
     torch.manual_seed(depth + seed)
-    net = build_backbone(dict(type='ResNet', depth=depth, base_channels=8, stem_channels=8, norm_eval=True,
-                              frozen_stages=frozen_stages, with_cp=with_cp, **options))
+    net = build_backbone(
+        dict(
+            type='ResNet',
+            depth=depth,
+            base_channels=8,
+            stem_channels=8,
+            norm_eval=True,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            **options,
+        )
+    )
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -38,6 +49,7 @@ def make_resnet(depth=50, frozen_stages=1, with_cp=False, seed=0, **options):
 @pytest.fixture
 def plain_operations(monkeypatch):
     """What cuDNN's fused calls compute, where there is no GPU."""
+
     def convolve_relu(x, weight, bias, stride, padding, dilation, groups):
         return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
 
@@ -59,6 +71,7 @@ def features_and_gradients(compute, net, images):
 
 def assert_same(net, images, tolerance):
     """Relative to each tensor's norm."""
+
     def distance(a, b):
         return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -77,8 +90,10 @@ needs_backward = pytest.mark.skipif(VERSION < (1, 11), reason='PyTorch 1.10 has 
 
 
 @needs_backward
-@pytest.mark.parametrize('depth, frozen, with_cp, style', [
-    (50, 1, False, 'pytorch'), (50, 1, True, 'pytorch'), (18, -1, False, 'pytorch'), (50, 0, True, 'caffe')])
+@pytest.mark.parametrize(
+    'depth, frozen, with_cp, style',
+    [(50, 1, False, 'pytorch'), (50, 1, True, 'pytorch'), (18, -1, False, 'pytorch'), (50, 0, True, 'caffe')],
+)
 def test_features_and_gradients_are_those_of_the_modules(plain_operations, depth, frozen, with_cp, style):
     """In double; 1e-10 leaves room for rounding through fifty layers."""
     net = make_resnet(depth, frozen, with_cp, style=style).double()
@@ -160,9 +175,15 @@ def test_a_model_with_it_can_be_stored(tmp_path):
         assert torch.equal(twin.state_dict()[name], value)
 
 
-@pytest.mark.parametrize('options', [
-    dict(norm_cfg=dict(type='GN', num_groups=2)), dict(deep_stem=True), dict(avg_down=True),
-    dict(plugins=[dict(cfg=dict(type='ContextBlock', ratio=1. / 4), position='after_conv3')])])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(norm_cfg=dict(type='GN', num_groups=2)),
+        dict(deep_stem=True),
+        dict(avg_down=True),
+        dict(plugins=[dict(cfg=dict(type='ContextBlock', ratio=1.0 / 4), position='after_conv3')]),
+    ],
+)
 def test_other_backbones_run_as_they_are(options):
     assert can_fuse(make_resnet(50))
     torch.manual_seed(0)
@@ -177,12 +198,20 @@ def test_on_the_cpu_the_modules_run():
 
 def fuse_a_stage(net):
     from mmcv.cnn import fuse_conv_bn
+
     fuse_conv_bn(net.layer2)
 
 
-@pytest.mark.parametrize('change', [
-    lambda net: net.bn1.train(), fuse_a_stage, lambda net: net.layer1.register_forward_hook(lambda *_: None),
-    lambda net: nn.utils.weight_norm(net.layer3[0].conv2), lambda net: setattr(net, 'maxpool', nn.Identity())])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda net: net.bn1.train(),
+        fuse_a_stage,
+        lambda net: net.layer1.register_forward_hook(lambda *_: None),
+        lambda net: nn.utils.weight_norm(net.layer3[0].conv2),
+        lambda net: setattr(net, 'maxpool', nn.Identity()),
+    ],
+)
 def test_modules_that_are_no_longer_as_built_run_themselves(change):
     net = make_resnet(18)
     fused = FusedResNet(net)
@@ -198,7 +227,7 @@ def test_cuda_takes_what_cudnn_can_do():
     fused = FusedResNet(net)
     assert fused.serves(images) and fused.serves(images.half())
     assert not fused.serves(images.double())
-    assert not fused.serves(images.expand(2 ** 20, 3, 32, 32))
+    assert not fused.serves(images.expand(2**20, 3, 32, 32))
     net.norm_eval = False
     net.train()
     assert not fused.serves(images)
@@ -232,6 +261,7 @@ def test_cuda_autocast_stays_as_close_to_float32_as_the_modules_do(dtype, tolera
     def compute(images):
         with torch.autocast('cuda', dtype=dtype):
             return [stage.float() for stage in fused(images)]
+
     ours = features_and_gradients(compute, net, images)
     for a, b in zip(ours[0], exact[0]):
         assert float((a - b).norm() / b.norm()) < tolerance
@@ -246,8 +276,10 @@ def test_cuda_losses_are_those_of_the_model_with_its_modules():
     torch.backends.cudnn.allow_tf32 = False
     try:
         model = small_model(small_task()).cuda().eval()
-        batch = {name: value.cuda() if torch.is_tensor(value) else value
-                 for name, value in small_batch(model.task, 2).items()}
+        batch = {
+            name: value.cuda() if torch.is_tensor(value) else value
+            for name, value in small_batch(model.task, 2).items()
+        }
         batch['instance_class_ids'] = [ids.cuda() for ids in batch['instance_class_ids']]
         ours = model(**batch)
         model._fused_backbone = None
@@ -262,6 +294,7 @@ def test_cuda_losses_are_those_of_the_model_with_its_modules():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_cuda_relu_passes_on_what_is_not_a_number(dtype):
     """cuDNN's ReLU as PyTorch's: one broken weight breaks its channel, one infinite pixel its neighbours."""
+
     def random(*shape):
         values = torch.randn(*shape, device='cuda', dtype=dtype)
         return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
@@ -270,8 +303,9 @@ def test_cuda_relu_passes_on_what_is_not_a_number(dtype):
     weight[5, 3, 1, 1], images[1, 7, 10, 10] = float('nan'), float('inf')
     geometry = ([1, 1], [1, 1], [1, 1], 1)
     plain = F.conv2d(images, weight, bias, padding=1)
-    for ours, theirs in ((torch.cudnn_convolution_relu(images, weight, bias, *geometry), F.relu(plain)),
-                         (torch.cudnn_convolution_add_relu(images, weight, added, 1.0, bias, *geometry),
-                          F.relu(plain + added))):
+    for ours, theirs in (
+        (torch.cudnn_convolution_relu(images, weight, bias, *geometry), F.relu(plain)),
+        (torch.cudnn_convolution_add_relu(images, weight, added, 1.0, bias, *geometry), F.relu(plain + added)),
+    ):
         assert int(ours.isnan().sum()) == int(theirs.isnan().sum()) == 2 * 32 * 88
         assert int(ours.isinf().sum()) == int(theirs.isinf().sum()) > 0

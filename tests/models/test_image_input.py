@@ -1,4 +1,5 @@
 """Images on the device: normalisation, padding, colour jitter."""
+
 import colorsys
 
 import numpy as np
@@ -11,8 +12,9 @@ from models.image_input import ImageInput
 
 
 def make(**changes):
-    settings = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True, size_divisor=32,
-                    color_aug=True)
+    settings = dict(
+        mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True, size_divisor=32, color_aug=True
+    )
     return ImageInput(**dict(settings, **changes))
 
 
@@ -51,8 +53,15 @@ def test_hue_and_saturation_agree_with_colorsys():
     rng = np.random.RandomState(0)
     bgr = rng.randint(0, 256, (50, 3)).astype(np.float32)
     bgr[:3] = [[7, 7, 7], [0, 0, 0], [255, 0, 255]]
-    ours = _jitter_hsv(torch.from_numpy(bgr).view(50, 3, 1, 1), saturation=torch.full((50, 1, 1, 1), 0.8),
-                       hue=torch.full((50, 1, 1, 1), -15.0)).view(50, 3).numpy()
+    ours = (
+        _jitter_hsv(
+            torch.from_numpy(bgr).view(50, 3, 1, 1),
+            saturation=torch.full((50, 1, 1, 1), 0.8),
+            hue=torch.full((50, 1, 1, 1), -15.0),
+        )
+        .view(50, 3)
+        .numpy()
+    )
     for i in range(50):
         h, s, v = colorsys.rgb_to_hsv(*(bgr[i, ::-1] / 255))
         expected = np.array(colorsys.hsv_to_rgb((h - 15 / 360) % 1, s * 0.8, v))[::-1] * 255

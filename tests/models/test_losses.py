@@ -2,11 +2,13 @@
 
 Tolerances: both sides are float32 sums in different orders, so 1e-5 relative where nothing is said.
 """
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_model import small_task
 
 from lib.errors import ConfigError
 from models.decoders import MaskPrediction, VoxelStage
@@ -16,7 +18,6 @@ from models.losses.mask2former import focal_loss, instances_among_kept
 from models.losses.scene_affinity import negative_log
 from models.losses.targets import count_labels
 from models.losses.voxel import balanced_occupancy, weighted_cross_entropy
-from small_model import small_task
 
 CLASSES = 5
 
@@ -34,16 +35,17 @@ def random_targets(batch=2, visible=False, ignore=True):
 
 def random_coords(scale, kept=12, batch=2):
     generator = torch.Generator().manual_seed(5)
-    return torch.stack([torch.randint(0, n // scale, (batch, kept), generator=generator)
-                        for n in small_task().grid_shape], dim=-1)
+    return torch.stack(
+        [torch.randint(0, n // scale, (batch, kept), generator=generator) for n in small_task().grid_shape], dim=-1
+    )
 
 
 def upsampled(values, coords, scale, targets, b):
     """Per-voxel predictions and labels of the kept blocks of sample b, as nearest upsampling makes them."""
     rows, labels = [], []
     for value, corner in zip(values[b], (coords[b] * scale).tolist()):
-        for offset in range(scale ** 3):
-            offsets = (offset // scale ** 2, offset // scale % scale, offset % scale)
+        for offset in range(scale**3):
+            offsets = (offset // scale**2, offset // scale % scale, offset % scale)
             x, y, z = (c + o for c, o in zip(corner, offsets))
             label = int(targets.semantics[b, x, y, z])
             if label != 255 and (targets.visible is None or targets.visible[b, x, y, z]):
@@ -80,8 +82,11 @@ def naive_affinity(p, truth):
 def test_losses_of_release_1_1_equal_the_upsampled_formulas(scale, visible):
     targets, coords = random_targets(visible=visible), random_coords(scale)
     logits = torch.randn(2, coords.shape[1], CLASSES, generator=torch.Generator().manual_seed(6))
-    loss = VoxelLosses(small_task().label_set, 'semantic', dict(loss_geo_scal=dict(type='GeoScalLoss'),
-                                                                loss_sem_scal=dict(type='SemScalLoss')))
+    loss = VoxelLosses(
+        small_task().label_set,
+        'semantic',
+        dict(loss_geo_scal=dict(type='GeoScalLoss'), loss_sem_scal=dict(type='SemScalLoss')),
+    )
     weights = loss.class_weights = torch.linspace(0.5, 1.5, CLASSES)
     ours = loss(VoxelStage(coords, logits, logits, scale), targets)
     expected = dict(loss_sem_lovasz=0, loss_geo_scal=0, loss_sem_scal=0, loss_sem_ce=0)
@@ -92,7 +97,8 @@ def test_losses_of_release_1_1_equal_the_upsampled_formulas(scale, visible):
         expected['loss_sem_lovasz'] += naive_lovasz(p, labels) / 2
         expected['loss_geo_scal'] += naive_affinity(1 - p[:, -1], (labels != CLASSES - 1).float()) / 2
         expected['loss_sem_scal'] += sum(naive_affinity(p[:, c], (labels == c).float()) for c in present) / (
-            2 * len(present))
+            2 * len(present)
+        )
         expected['loss_sem_ce'] += F.cross_entropy(rows, labels, weight=weights) / 2
     assert set(ours) == set(expected)
     for name in expected:
@@ -143,8 +149,13 @@ def test_nothing_to_compare_gives_zero_and_finite_gradients():
     logits = torch.randn(2, 12, CLASSES, requires_grad=True)
     counts = count_labels(targets, random_coords(2), 2, CLASSES)
     p = logits.softmax(-1)
-    total = (lovasz_softmax(p, counts, 2) + GeoScalLoss()(p, counts) + SemScalLoss()(p, counts)
-             + weighted_cross_entropy(logits, counts) + balanced_occupancy(logits[..., 0], counts))
+    total = (
+        lovasz_softmax(p, counts, 2)
+        + GeoScalLoss()(p, counts)
+        + SemScalLoss()(p, counts)
+        + weighted_cross_entropy(logits, counts)
+        + balanced_occupancy(logits[..., 0], counts)
+    )
     total.backward()
     assert total == 0 and torch.isfinite(logits.grad).all()
 
@@ -166,14 +177,16 @@ def mask_setup(visible=False):
     targets, coords = random_targets(visible=visible, ignore=False), random_coords(1, kept=40)
     stage = VoxelStage(coords, torch.zeros(2, 40, CLASSES), torch.zeros(2, 40, 8), 1)
     generator = torch.Generator().manual_seed(8)
-    layer = MaskPrediction(class_logits=torch.randn(2, 6, 4, generator=generator),
-                           mask_logits=torch.randn(2, 6, 40, generator=generator))
+    layer = MaskPrediction(
+        class_logits=torch.randn(2, 6, 4, generator=generator), mask_logits=torch.randn(2, 6, 40, generator=generator)
+    )
     return targets, stage, layer
 
 
 @pytest.mark.parametrize('visible', [False, True])
 def test_mask_losses_equal_the_formulas_at_the_cheapest_matching(visible):
     import itertools
+
     targets, stage, layer = mask_setup(visible)
     ours = Mask2FormerLoss()([layer], stage, targets)
     totals, instances = dict(mask=0, dice=0, cls=0), 0
@@ -192,13 +205,15 @@ def test_mask_losses_equal_the_formulas_at_the_cheapest_matching(visible):
 
         def cost(q, i):
             p = scores[q, present[i]].sigmoid()
-            focal = -0.25 * (1 - p) ** 2 * (p + 1e-12).log() + 0.75 * p ** 2 * (1 - p + 1e-12).log()
+            focal = -0.25 * (1 - p) ** 2 * (p + 1e-12).log() + 0.75 * p**2 * (1 - p + 1e-12).log()
             return 4 * focal + 5 * F.binary_cross_entropy_with_logits(logits[q], masks[i]) + 5 * dice(q, i)
+
         table = torch.tensor([[float(cost(q, i)) for i in range(len(present))] for q in range(6)])
-        rows = min(itertools.permutations(range(6), len(present)),
-                   key=lambda rows: sum(table[q, i] for i, q in enumerate(rows)))
-        totals['mask'] += sum(F.binary_cross_entropy_with_logits(logits[q], masks[i])
-                              for i, q in enumerate(rows))
+        rows = min(
+            itertools.permutations(range(6), len(present)),
+            key=lambda rows: sum(table[q, i] for i, q in enumerate(rows)),
+        )
+        totals['mask'] += sum(F.binary_cross_entropy_with_logits(logits[q], masks[i]) for i, q in enumerate(rows))
         totals['dice'] += sum(dice(q, i) for i, q in enumerate(rows))
         onehot = torch.zeros_like(scores)
         for i, q in enumerate(rows):
@@ -213,7 +228,7 @@ def test_focal_loss_equals_its_definition():
     torch.manual_seed(0)
     logits, onehot = torch.randn(6, 4), (torch.rand(6, 4) < 0.3).float()
     p = logits.sigmoid()
-    expected = -(0.25 * (1 - p) ** 2 * p.log() * onehot + 0.75 * p ** 2 * (1 - p).log() * (1 - onehot)).sum()
+    expected = -(0.25 * (1 - p) ** 2 * p.log() * onehot + 0.75 * p**2 * (1 - p).log() * (1 - onehot)).sum()
     torch.testing.assert_close(focal_loss(logits, onehot), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -230,8 +245,9 @@ def test_instances_without_kept_voxels_are_dropped_and_ids_compacted():
 
 def test_sample_without_any_instance_trains_the_background_only():
     targets, stage, layer = mask_setup()
-    targets = targets._replace(instances=torch.full_like(targets.instances, 255),
-                               class_ids=[torch.zeros(0, dtype=torch.int64)] * 2)
+    targets = targets._replace(
+        instances=torch.full_like(targets.instances, 255), class_ids=[torch.zeros(0, dtype=torch.int64)] * 2
+    )
     layer.class_logits.requires_grad_()
     layer.mask_logits.requires_grad_()
     losses = Mask2FormerLoss()([layer], stage, targets)

@@ -1,4 +1,5 @@
 """Hungarian matching."""
+
 import itertools
 
 import torch
@@ -13,8 +14,10 @@ def test_finds_the_cheapest_assignment():
         matching = match(cost)
         total = cost[matching.queries, matching.instances].sum()
         wide = cost if queries >= instances else cost.t()
-        best = min(sum(wide[row, column] for column, row in enumerate(rows))
-                   for rows in itertools.permutations(range(wide.shape[0]), wide.shape[1]))
+        best = min(
+            sum(wide[row, column] for column, row in enumerate(rows))
+            for rows in itertools.permutations(range(wide.shape[0]), wide.shape[1])
+        )
         assert abs(total - best) < 1e-5  # the same float32 entries, added in another order
         for side in matching:
             assert len(set(side.tolist())) == len(side) == min(queries, instances)

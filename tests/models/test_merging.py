@@ -1,4 +1,5 @@
 """Output merging: loops against the vectorised form, thresholds, the stuff quirk, no query at all."""
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,10 @@ def naive_semantic(class_logits, mask_logits):
     scores, masks = torch.sigmoid(class_logits), torch.sigmoid(mask_logits)
     result = []
     for k in range(masks.shape[1]):
-        totals = [sum(float(scores[q, c] * masks[q, k]) for q in range(len(scores)) if scores[q].max() > 0.3)
-                  for c in range(CLASSES)]
+        totals = [
+            sum(float(scores[q, c] * masks[q, k]) for q in range(len(scores)) if scores[q].max() > 0.3)
+            for c in range(CLASSES)
+        ]
         result.append(int(np.argmax(totals)) if max(totals) >= 0.01 else CLASSES)
     return result
 
@@ -53,7 +56,7 @@ def random_case(seed):
     mask_logits = torch.randn(12, 60, generator=generator) - 4
     for q in range(12):  # most masks own a stretch of voxels, some share one
         start = (q // 2 if q < 4 else q) * 5
-        mask_logits[q, start:start + 5] += 6
+        mask_logits[q, start : start + 5] += 6
     return class_logits, mask_logits
 
 
@@ -78,7 +81,7 @@ def two_stuff_queries_of_one_class():
     class_logits[0, 3] = class_logits[1, 3] = class_logits[2, 0] = 4.0
     mask_logits = torch.full((3, 6), -8.0)
     for q in range(3):
-        mask_logits[q, 2 * q:2 * q + 2] = 8.0
+        mask_logits[q, 2 * q : 2 * q + 2] = 8.0
     return class_logits, mask_logits
 
 

@@ -1,4 +1,5 @@
 """Adaptive mixing against loops over queries and groups, and in checkpointed pieces."""
+
 import torch
 import torch.nn.functional as F
 
@@ -13,8 +14,8 @@ def naive_mixing(layer, sampled, query):
             generated = layer.parameter_generator(query[b, q]).view(groups, -1)
             out = []
             for g in range(groups):
-                channel_mix = generated[g, :width * width].view(width, width)
-                point_mix = generated[g, width * width:].view(layer.out_points, in_points)
+                channel_mix = generated[g, : width * width].view(width, width)
+                point_mix = generated[g, width * width :].view(layer.out_points, in_points)
                 x = sampled[b, q, g] @ channel_mix
                 x = F.relu((x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt())
                 x = point_mix @ x

@@ -1,9 +1,10 @@
 """Where the decoders look: points in metres from queries, blocks and masks."""
+
 import torch
+from small_model import small_task
 
 from models.draws import EvenDraws
 from models.sampling import BlockSampling, ImageFeatures, MaskGuidedSampling
-from small_model import small_task
 
 
 def capture_points(module, monkeypatch, *args):
@@ -13,6 +14,7 @@ def capture_points(module, monkeypatch, *args):
     def fake(maps, points, ego2img, level_logits, image_size, num_cameras, published_weight_order, frame_index):
         seen.update(points=points, level_logits=level_logits, published=published_weight_order)
         return points.new_zeros(points.shape[:3] + (1, 1))
+
     monkeypatch.setattr('models.sampling.sample_multi_view', fake)
     module(*args, ImageFeatures([], torch.zeros(1, 1, 4, 4), (64, 96)))
     return seen
@@ -27,7 +29,7 @@ def test_block_points_are_offsets_in_blocks_from_the_centre(monkeypatch):
     for g in range(2):
         for p in range(3):
             start = (g * 3 + p) * 3
-            expected = centres + 1.6 * offsets[..., start:start + 3]
+            expected = centres + 1.6 * offsets[..., start : start + 3]
             torch.testing.assert_close(seen['points'][:, :, g, p], expected)
     logits = module.scale_weights(query)
     assert torch.equal(seen['level_logits'][:, :, 1, 2], logits[..., 20:24])
@@ -60,11 +62,15 @@ def test_published_weight_order_pairs_slots_with_other_groups():
     """With T = 2, G = 4 the slot (frame t, group g) takes the level weights of group (t*4 + g) // 2."""
     torch.manual_seed(0)
     task = small_task()
-    features = ImageFeatures([torch.randn(1, 6, 8 >> level, 12 >> level, 16) for level in range(3)],
-                             torch.tensor([[30.0, 0, 48, 0], [0, 30, 32, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-                             .expand(1, 6, 4, 4), task.image_size)
-    published, plain = (BlockSampling(16, num_groups=4, num_points=1, num_levels=3, num_cameras=3,
-                                      published_weight_order=order) for order in (True, False))
+    features = ImageFeatures(
+        [torch.randn(1, 6, 8 >> level, 12 >> level, 16) for level in range(3)],
+        torch.tensor([[30.0, 0, 48, 0], [0, 30, 32, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).expand(1, 6, 4, 4),
+        task.image_size,
+    )
+    published, plain = (
+        BlockSampling(16, num_groups=4, num_points=1, num_levels=3, num_cameras=3, published_weight_order=order)
+        for order in (True, False)
+    )
     plain.load_state_dict(published.state_dict())
     torch.nn.init.zeros_(plain.scale_weights.weight)
     torch.nn.init.zeros_(published.scale_weights.weight)

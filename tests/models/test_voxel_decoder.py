@@ -1,12 +1,13 @@
 """The sparse voxel decoder: splitting, keeping in candidate order, resolutions, grids it refuses."""
+
 import pytest
 import torch
+from small_model import small_batch, small_config, small_model, small_task
 
 from lib.errors import ConfigError
 from models import build_model
 from models.decoders.sparse_voxel_decoder import SparseVoxelDecoder, top_in_order
 from models.layers.attention import DistanceAttention
-from small_model import small_batch, small_config, small_model, small_task
 
 
 def test_top_k_keeps_the_candidate_order():
@@ -24,13 +25,12 @@ def test_the_best_are_in_index_order_also_among_ties(count, k):
 
 
 def test_children_follow_their_parent_in_the_published_order():
-    model = small_model(topk_training=[10 ** 6] * 3, topk_testing=[10 ** 6] * 3)
+    model = small_model(topk_training=[10**6] * 3, topk_testing=[10**6] * 3)
     decoder = model.pts_bbox_head.transformer.voxel_decoder
     stage = decoder._split_and_keep(0, torch.zeros(1, 6, 32), decoder.start.unsqueeze(0))
     assert decoder.start.tolist() == [[x, y, 0] for x in (0, 8) for y in (0, 8, 16)]
     steps = [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]]
-    expected = [[c // 4 + s for c, s in zip(corner, step)]
-                for corner in decoder.start.tolist() for step in steps]
+    expected = [[c // 4 + s for c, s in zip(corner, step)] for corner in decoder.start.tolist() for step in steps]
     assert stage.coords[0].tolist() == expected and stage.scale == 4
 
 
@@ -55,7 +55,7 @@ def test_kept_voxels_are_the_best_scored():
     decoder = model.pts_bbox_head.transformer.voxel_decoder
     with torch.no_grad():
         kept = model.predict_raw(**batch).output.stages[0]
-        decoder.topk_testing = (10 ** 6, 60, 200)
+        decoder.topk_testing = (10**6, 60, 200)
         every = model.predict_raw(**batch).output.stages[0]
     occupied = 1 - every.seg_logits[0].softmax(-1)[:, -1]
     best = occupied.argsort(descending=True)[:7].sort().values
@@ -65,8 +65,9 @@ def test_kept_voxels_are_the_best_scored():
 def test_features_are_detached_between_stages_but_not_after_the_last():
     model = small_model()
     batch = small_batch(model.task, 1, with_labels=False)
-    stages = model.pts_bbox_head(model._features(model.extract_features(batch['img']), batch['img'],
-                                                 batch['lidar2img'], batch['ego2lidar'])).stages
+    stages = model.pts_bbox_head(
+        model._features(model.extract_features(batch['img']), batch['img'], batch['lidar2img'], batch['ego2lidar'])
+    ).stages
     stages[1].seg_logits.sum().backward(retain_graph=True)
     layers = model.pts_bbox_head.transformer.voxel_decoder.decoder_layers
     assert layers[0].ffn.layers[1].weight.grad is None and layers[1].ffn.layers[1].weight.grad is not None
@@ -94,7 +95,7 @@ def test_attention_bias_is_minus_tau_times_plane_distance():
         for h in range(8):
             part = slice(2 * h, 2 * h + 2)
             distance = (positions[b, :, None, :2] - positions[b, None, :, :2]).norm(dim=-1)
-            logits = q[:, part] @ k[:, part].t() / 2 ** 0.5 - tau[b, :, h, None] * distance
+            logits = q[:, part] @ k[:, part].t() / 2**0.5 - tau[b, :, h, None] * distance
             heads.append(logits.softmax(-1) @ v[:, part])
         expected[b] = query[b] + weights.out_proj(torch.cat(heads, -1))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)  # float32, additions in another order

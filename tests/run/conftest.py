@@ -1,4 +1,5 @@
 """Runs of the fake model: in this process, or as the scripts that torchrun starts."""
+
 import json
 import os
 import shlex
@@ -38,8 +39,9 @@ class Workshop:
 
     def train(self, *overrides: str, work_dir: str = 'run', more=()) -> int:
         """Train in this process; the exit status."""
-        return run_training(train_script.parse_args(self.arguments(*overrides, work_dir=work_dir, more=more)),
-                            fakes.components)
+        return run_training(
+            train_script.parse_args(self.arguments(*overrides, work_dir=work_dir, more=more)), fakes.components
+        )
 
     def validate(self, arguments) -> int:
         """Evaluate in this process; the exit status."""
@@ -50,9 +52,14 @@ class Workshop:
         launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
         text = ' + '.join(' '.join(map(shlex.quote, run)) for run in runs)
         return subprocess.Popen(
-            [sys.executable, *(launcher if processes else []), str(HERE / 'fakes.py'), text], text=True,
-            cwd=str(self.folder), env=dict(os.environ, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, **options)
+            [sys.executable, *(launcher if processes else []), str(HERE / 'fakes.py'), text],
+            text=True,
+            cwd=str(self.folder),
+            env=dict(os.environ, OMP_NUM_THREADS='1'),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
 
     def launch(self, *runs, processes: int = 0):
         """As ``start``, to the end: (exit status, what was printed)."""

@@ -8,6 +8,7 @@ with the arguments of train.py and val.py; ``+`` separates runs that follow each
 The model has what makes runs hard to repeat: dropout, draws that depend on the epoch, and a loss normaliser
 that is not linear in the batch.
 """
+
 import importlib
 import os
 import shlex
@@ -30,7 +31,7 @@ from lib.errors import ConfigError, DataError, UserError  # noqa: E402
 from lib.run.components import Components  # noqa: E402
 from lib.run.processes import start_processes  # noqa: E402
 
-CONFIG = '''
+CONFIG = """
 task = dict(label_set='occ3d', point_cloud_range=[0, 0, 0, 1.6, 1.6, 0.8], voxel_size=0.4)
 model = dict(type='Fake')
 data = dict(workers_per_gpu=0, train=dict(type='Fake', length=21), val=dict(type='Fake', length=7))
@@ -44,7 +45,7 @@ total_batch_size = 8
 train = dict(log_interval=1, tensorboard=False)
 evaluation = dict(interval=0)
 seed = 5
-'''
+"""
 
 
 class FakeModel(nn.Module):
@@ -60,8 +61,7 @@ class FakeModel(nn.Module):
         out = self.last(self.dropout(torch.relu(self.slow(torch.relu(self.first(img))))))
         if not return_loss:
             label = int(abs(float(out.sum())) * 1000) % 17
-            return [dict(sem_pred=np.full((1, 2), label, np.uint8), occ_loc=np.zeros((1, 2, 3), np.uint8))
-                    for _ in img]
+            return [dict(sem_pred=np.full((1, 2), label, np.uint8), occ_loc=np.zeros((1, 2, 3), np.uint8)) for _ in img]
         counts = voxel_semantics.float()  # as the number of instances, it differs from sample to sample
         errors = (out - img[:, :3]).pow(2).sum(1)
         if any(meta['index'] in self.nan_at for meta in img_metas):
@@ -81,8 +81,19 @@ class FakeDataset:
     ``trouble`` maps an index to what goes wrong there, in epoch ``trouble_epoch`` (0-based) or in all.
     """
 
-    def __init__(self, task, length, seed=0, on_error='stop', max_skipped=10, max_samples=None,
-                 test_mode=False, trouble=None, trouble_epoch=None, delay=0.0):
+    def __init__(
+        self,
+        task,
+        length,
+        seed=0,
+        on_error='stop',
+        max_skipped=10,
+        max_samples=None,
+        test_mode=False,
+        trouble=None,
+        trouble_epoch=None,
+        delay=0.0,
+    ):
         self.length, self.seed, self.epoch = min(length, max_samples or length), seed, 0
         self.on_error, self.trouble, self.delay = on_error, dict(trouble or {}), delay
         self.trouble_epoch = trouble_epoch
@@ -95,9 +106,13 @@ class FakeDataset:
         if self.trouble_epoch in (None, self.epoch):
             self._trouble(self.trouble.get(index))
         draws = np.random.default_rng([self.seed, self.epoch, index]).standard_normal(6).astype(np.float32)
-        return dict(img=torch.from_numpy(draws), lidar2img=torch.eye(4), ego2lidar=torch.eye(4),
-                    voxel_semantics=torch.tensor(index % 5),
-                    img_metas=dict(sample_token='token%d' % index, index=index))
+        return dict(
+            img=torch.from_numpy(draws),
+            lidar2img=torch.eye(4),
+            ego2lidar=torch.eye(4),
+            voxel_semantics=torch.tensor(index % 5),
+            img_metas=dict(sample_token='token%d' % index, index=index),
+        )
 
     def _trouble(self, kind):
         if kind == 'unreadable':
@@ -126,8 +141,9 @@ class FakeDataset:
 
 def collate(samples):
     """As the project's own, of the keys there are here."""
-    batch = {key: torch.stack([s[key] for s in samples])
-             for key in ('img', 'lidar2img', 'ego2lidar', 'voxel_semantics')}
+    batch = {
+        key: torch.stack([s[key] for s in samples]) for key in ('img', 'lidar2img', 'ego2lidar', 'voxel_semantics')
+    }
     return dict(batch, img_metas=[s['img_metas'] for s in samples])
 
 
@@ -136,11 +152,14 @@ class FakeResult:
         self.scores = scores
 
     def as_dict(self):
-        return dict(RayIoU=sum(self.scores) / len(self.scores), order=[float(s) for s in self.scores],
-                    num_samples=len(self.scores))
+        return dict(
+            RayIoU=sum(self.scores) / len(self.scores),
+            order=[float(s) for s in self.scores],
+            num_samples=len(self.scores),
+        )
 
     def as_table(self):
-        return 'scores %s' % self.scores
+        return f'scores {self.scores}'
 
 
 class FakeEvaluator:
@@ -156,7 +175,7 @@ class FakeEvaluator:
 
 def build_model(cfg, task):
     if cfg['type'] != 'Fake':
-        raise ConfigError('unknown type %r' % cfg['type'])
+        raise ConfigError('unknown type {!r}'.format(cfg['type']))
     return FakeModel(**{key: value for key, value in cfg.items() if key != 'type'})
 
 
@@ -179,9 +198,11 @@ def run_script(name, arguments):
     if name == 'train':
         import train
         from lib.run.train_script import run_training
+
         return run_training(train.parse_args(arguments), components)
     import val
     from lib.run.val_script import run_validation
+
     return run_validation(val.parse_args(arguments), components)
 
 
@@ -194,7 +215,7 @@ def main():
             try:
                 status = run_script(name, arguments)
             except UserError as error:
-                print('error: %s' % error, flush=True)
+                print(f'error: {error}', flush=True)
                 status = 2
     sys.exit(status)
 

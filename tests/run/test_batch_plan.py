@@ -1,4 +1,5 @@
 """The same samples in every optimizer step, whatever the number of processes and accumulation steps."""
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,8 +23,13 @@ def steps_of(plan, order, epoch=0, first=0):
 
 
 @settings(deadline=None, max_examples=60)
-@given(total=st.integers(1, 16), world=st.integers(1, 6), accumulate=st.integers(1, 4),
-       count=st.integers(1, 50), epoch=st.integers(0, 3))
+@given(
+    total=st.integers(1, 16),
+    world=st.integers(1, 6),
+    accumulate=st.integers(1, 4),
+    count=st.integers(1, 50),
+    epoch=st.integers(0, 3),
+)
 def test_steps_do_not_depend_on_the_division(total, world, accumulate, count, epoch):
     order = EpochOrder(count, total, seed=3)
     alone = steps_of(plan_batch(total, 1), order, epoch)
@@ -32,7 +38,7 @@ def test_steps_do_not_depend_on_the_division(total, world, accumulate, count, ep
     if world * accumulate <= total:
         plan = plan_batch(total, world, accumulate)
         assert steps_of(plan, order, epoch) == alone
-        assert steps_of(plan, order, epoch, first=order.steps // 2) == alone[order.steps // 2:]
+        assert steps_of(plan, order, epoch, first=order.steps // 2) == alone[order.steps // 2 :]
         factors = [plan.loss_factor(a, r) for a in range(accumulate) for r in range(world)]
         assert sum(factors) == pytest.approx(world)  # DDP divides by the number of processes
         assert all(sum(plan.share(a, r) for r in range(world)) == pytest.approx(1) for a in range(accumulate))
@@ -49,8 +55,10 @@ def test_uneven_division():
     assert 'total batch 8 = 2 or 3 samples x 3 processes' in plan.describe()
 
 
-@pytest.mark.parametrize('total, world, most, accumulate', [
-    (8, 1, 0, 1), (8, 1, 2, 4), (8, 2, 1, 4), (8, 8, 1, 1), (8, 3, 1, 2), (7, 2, 2, 2)])
+@pytest.mark.parametrize(
+    'total, world, most, accumulate',
+    [(8, 1, 0, 1), (8, 1, 2, 4), (8, 2, 1, 4), (8, 8, 1, 1), (8, 3, 1, 2), (7, 2, 2, 2)],
+)
 def test_automatic_accumulation(total, world, most, accumulate):
     plan = plan_batch(total, world, 'auto', most)
     assert plan.accumulate == accumulate

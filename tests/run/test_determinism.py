@@ -1,4 +1,5 @@
 """Training that repeats to the bit."""
+
 import pytest
 import torch
 
@@ -11,15 +12,14 @@ from lib.run.settings import TrainSettings
 def settings_as_before(monkeypatch):
     """PyTorch's switches and the environment, put back after each test."""
     monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
-    names = [name for name in ('flash', 'mem_efficient', 'cudnn')
-             if hasattr(torch.backends.cuda, 'enable_%s_sdp' % name)]
-    before = {name: getattr(torch.backends.cuda, '%s_sdp_enabled' % name)() for name in names}
+    names = [name for name in ('flash', 'mem_efficient', 'cudnn') if hasattr(torch.backends.cuda, f'enable_{name}_sdp')]
+    before = {name: getattr(torch.backends.cuda, f'{name}_sdp_enabled')() for name in names}
     benchmark = torch.backends.cudnn.benchmark
     yield
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = benchmark
     for name, enabled in before.items():
-        getattr(torch.backends.cuda, 'enable_%s_sdp' % name)(enabled)
+        getattr(torch.backends.cuda, f'enable_{name}_sdp')(enabled)
     monkeypatch.undo()
 
 

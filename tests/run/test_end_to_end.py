@@ -1,4 +1,5 @@
 """The real scripts on the toy data: training, continuing, several processes, and every kind of bad input."""
+
 import json
 import os
 import pickle
@@ -21,15 +22,23 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = 'configs/toy/semantic.py'
 # As small as it gets on a full grid. Batch norm in evaluation mode and no dropout, because batch statistics
 # and dropout masks depend on how a batch is dealt over processes.
-SMALL = ('train.log_interval=1', 'train.tensorboard=False', 'total_batch_size=2', 'data.workers_per_gpu=0',
-         'task.image_size=(64,128)', 'task.num_frames=2', 'model.img_backbone.norm_eval=True',
-         'model.pts_bbox_head.transformer.topk_training=[100,200,400]',
-         'model.pts_bbox_head.transformer.topk_testing=[100,200,400]',
-         'model.pts_bbox_head.transformer.num_queries=10', 'model.pts_bbox_head.transformer.dropout=0')
+SMALL = (
+    'train.log_interval=1',
+    'train.tensorboard=False',
+    'total_batch_size=2',
+    'data.workers_per_gpu=0',
+    'task.image_size=(64,128)',
+    'task.num_frames=2',
+    'model.img_backbone.norm_eval=True',
+    'model.pts_bbox_head.transformer.topk_training=[100,200,400]',
+    'model.pts_bbox_head.transformer.topk_testing=[100,200,400]',
+    'model.pts_bbox_head.transformer.num_queries=10',
+    'model.pts_bbox_head.transformer.dropout=0',
+)
 
 
 def overrides(data_root, *more):
-    roots = ['data.%s.data_root=%s' % (split, data_root) for split in ('train', 'val')]
+    roots = [f'data.{split}.data_root={data_root}' for split in ('train', 'val')]
     return ['--override', *SMALL, *roots, *more]
 
 
@@ -56,8 +65,20 @@ def trained(toy_root, tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        assert call(train, monkeypatch, '--config', CONFIG, '--work-dir', folder, '--max-iters', 3,
-                    *overrides(toy_root, 'train.checkpoint_interval_iters=2', 'train.max_keep_ckpts=0')) == 0
+        assert (
+            call(
+                train,
+                monkeypatch,
+                '--config',
+                CONFIG,
+                '--work-dir',
+                folder,
+                '--max-iters',
+                3,
+                *overrides(toy_root, 'train.checkpoint_interval_iters=2', 'train.max_keep_ckpts=0'),
+            )
+            == 0
+        )
     torch.set_num_threads(threads)
     return folder
 
@@ -73,23 +94,69 @@ def test_resume_is_exact_on_the_real_model(trained, toy_root, tmp_path, monkeypa
     """Augmentation, colour jitter and mask draws are those of the run that was not cut: the same bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert call(train, monkeypatch, '--config', CONFIG, '--work-dir', tmp_path / 'cut', '--max-iters', 3,
-                '--no-eval', '--resume', trained / 'iter_2.pth', *overrides(toy_root)) == 0
+    assert (
+        call(
+            train,
+            monkeypatch,
+            '--config',
+            CONFIG,
+            '--work-dir',
+            tmp_path / 'cut',
+            '--max-iters',
+            3,
+            '--no-eval',
+            '--resume',
+            trained / 'iter_2.pth',
+            *overrides(toy_root),
+        )
+        == 0
+    )
     torch.set_num_threads(threads)
     assert losses(tmp_path / 'cut') == {3: losses(trained)[3]}
 
 
 def test_two_processes_learn_and_score_the_same(trained, toy_root, tmp_path):
     """Losses to float rounding (top-k and matching hang on no near-tie here), scores to the bit."""
-    training = ['train.py', '--config', CONFIG, '--work-dir', tmp_path / 'two', '--max-iters', 3,
-                '--no-preflight', '--no-eval', *overrides(toy_root)]
-    validation = ['val.py', '--config', CONFIG, '--weights', trained / 'latest.pth', '--out',
-                  tmp_path / 'two.json', *overrides(toy_root)]
+    training = [
+        'train.py',
+        '--config',
+        CONFIG,
+        '--work-dir',
+        tmp_path / 'two',
+        '--max-iters',
+        3,
+        '--no-preflight',
+        '--no-eval',
+        *overrides(toy_root),
+    ]
+    validation = [
+        'val.py',
+        '--config',
+        CONFIG,
+        '--weights',
+        trained / 'latest.pth',
+        '--out',
+        tmp_path / 'two.json',
+        *overrides(toy_root),
+    ]
     runs = ' + '.join(' '.join(map(shlex.quote, map(str, run))) for run in (training, validation))
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-         'tests/run/fakes.py', runs], cwd=str(ROOT), env=dict(os.environ, OMP_NUM_THREADS='1'), timeout=300,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node',
+            '2',
+            'tests/run/fakes.py',
+            runs,
+        ],
+        cwd=str(ROOT),
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+        timeout=300,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout.decode()
     ours, two = losses(trained), losses(tmp_path / 'two')
     assert [two[i] for i in (1, 2, 3)] == pytest.approx([ours[i] for i in (1, 2, 3)], rel=1e-4)
@@ -100,22 +167,58 @@ def test_two_processes_learn_and_score_the_same(trained, toy_root, tmp_path):
 
 
 def test_saved_predictions_and_few_samples(trained, toy_root, tmp_path, monkeypatch, capsys):
-    assert call(val, monkeypatch, '--config', CONFIG, '--weights', trained / 'latest.pth',
-                '--max-samples', 1, '--save-predictions', tmp_path / 'p', '--out', tmp_path / 's.json',
-                *overrides(toy_root)) == 0
+    assert (
+        call(
+            val,
+            monkeypatch,
+            '--config',
+            CONFIG,
+            '--weights',
+            trained / 'latest.pth',
+            '--max-samples',
+            1,
+            '--save-predictions',
+            tmp_path / 'p',
+            '--out',
+            tmp_path / 's.json',
+            *overrides(toy_root),
+        )
+        == 0
+    )
     assert len(list((tmp_path / 'p').glob('*.npz'))) == 1
     assert 'mean' in capsys.readouterr().out
     assert json.loads((tmp_path / 's.json').read_text())['num_samples'] == 1
 
 
 def test_timing_says_what_it_times(toy_root, tmp_path, monkeypatch, capsys):
-    assert call(timing, monkeypatch, '--config', CONFIG, '--samples', 1, '--warmup', 0, '--cuda-graph',
-                '--device', 'cpu', '--out', tmp_path / 't.json', *overrides(toy_root)) == 0
+    assert (
+        call(
+            timing,
+            monkeypatch,
+            '--config',
+            CONFIG,
+            '--samples',
+            1,
+            '--warmup',
+            0,
+            '--cuda-graph',
+            '--device',
+            'cpu',
+            '--out',
+            tmp_path / 't.json',
+            *overrides(toy_root),
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert 'random weights' in text and 'million parameters' in text and 'PyTorch operators\n' in text
     rows = json.loads((tmp_path / 't.json').read_text())['rows']
     assert [(row['what'], row['history']) for row in rows] == [
-        ('model', 'cached'), ('with loading', 'cached'), ('model', 'full'), ('with loading', 'full')]
+        ('model', 'cached'),
+        ('with loading', 'cached'),
+        ('model', 'full'),
+        ('with loading', 'full'),
+    ]
     assert all(0 < row['median_ms'] <= row['p90_ms'] for row in rows)
 
 
@@ -180,38 +283,62 @@ def break_it(kind, root):
     raise AssertionError(kind)
 
 
-@pytest.mark.parametrize('kind', ['no infos', 'garbage infos', 'infos that run code', 'no samples',
-                                  'truncated image', 'missing image', 'missing label', 'garbage label',
-                                  'label of another shape'])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'no infos',
+        'garbage infos',
+        'infos that run code',
+        'no samples',
+        'truncated image',
+        'missing image',
+        'missing label',
+        'garbage label',
+        'label of another shape',
+    ],
+)
 def test_bad_data_is_named(kind, broken_root, tmp_path, monkeypatch, capsys):
     words = break_it(kind, broken_root)
-    assert call(train, monkeypatch, '--config', CONFIG, '--work-dir', tmp_path / 'run',
-                *overrides(broken_root)) == 2
+    assert call(train, monkeypatch, '--config', CONFIG, '--work-dir', tmp_path / 'run', *overrides(broken_root)) == 2
     one_sentence(capsys, *words)
 
 
 def test_unreadable_images_can_be_skipped(broken_root, tmp_path, monkeypatch, capsys):
     break_it('truncated image', broken_root)
-    assert call(train, monkeypatch, '--config', CONFIG, '--work-dir', tmp_path / 'run', '--max-iters', 3,
-                *overrides(broken_root, 'train.on_data_error=skip', 'task.num_frames=1',
-                           'evaluation.interval=-1')) == 0
+    assert (
+        call(
+            train,
+            monkeypatch,
+            '--config',
+            CONFIG,
+            '--work-dir',
+            tmp_path / 'run',
+            '--max-iters',
+            3,
+            *overrides(broken_root, 'train.on_data_error=skip', 'task.num_frames=1', 'evaluation.interval=-1'),
+        )
+        == 0
+    )
     assert sorted(losses(tmp_path / 'run')) == [1, 2, 3]
     assert 'sample replaced by the next one (1 so far)' in capsys.readouterr().err
     assert '1 unreadable samples replaced' in (tmp_path / 'run' / 'log.txt').read_text()
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (('--config', 'configs/toy/sematic.py'), ('configs/toy/sematic.py', 'does not exist')),
-    (('--config', CONFIG, '--override', 'data.train.data_root=nowhere'), ('nowhere',)),
-    (('--config', CONFIG, '--override', 'optimiser.lr=1'), ("'optimiser'", "did you mean 'optimizer'")),
-    (('--config', CONFIG, '--override', 'model.typ=1'), ('typ',)),
-    (('--config', CONFIG, '--override', 'data.workers_per_gpu=two'), ('workers_per_gpu', 'two')),
-    (('--config', CONFIG, '--override', 'model.img_backbone.dept=50'), ('dept',)),
-    (('--config', CONFIG, '--override', 'data.train.ocup=1'), ('ocup',)),
-    (('--config', CONFIG, '--override', 'data.train.type=NuScenesOcc'), ("'NuScenesOcc'", "'NuSceneOcc'")),
-    (('--config', CONFIG, '--load-from', 'none.pth'), ('none.pth', 'does not exist')),
-    (('--config', CONFIG, '--resume', 'none.pth'), ('none.pth', 'does not exist')),
-])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (('--config', 'configs/toy/sematic.py'), ('configs/toy/sematic.py', 'does not exist')),
+        (('--config', CONFIG, '--override', 'data.train.data_root=nowhere'), ('nowhere',)),
+        (('--config', CONFIG, '--override', 'optimiser.lr=1'), ("'optimiser'", "did you mean 'optimizer'")),
+        (('--config', CONFIG, '--override', 'model.typ=1'), ('typ',)),
+        (('--config', CONFIG, '--override', 'data.workers_per_gpu=two'), ('workers_per_gpu', 'two')),
+        (('--config', CONFIG, '--override', 'model.img_backbone.dept=50'), ('dept',)),
+        (('--config', CONFIG, '--override', 'data.train.ocup=1'), ('ocup',)),
+        (('--config', CONFIG, '--override', 'data.train.type=NuScenesOcc'), ("'NuScenesOcc'", "'NuSceneOcc'")),
+        (('--config', CONFIG, '--load-from', 'none.pth'), ('none.pth', 'does not exist')),
+        (('--config', CONFIG, '--resume', 'none.pth'), ('none.pth', 'does not exist')),
+    ],
+)
 def test_bad_arguments_are_named(arguments, words, toy_root, tmp_path, monkeypatch, capsys):
     arguments = list(arguments) + ['--work-dir', tmp_path / 'run']
     if '--override' in arguments:
@@ -223,8 +350,18 @@ def test_bad_arguments_are_named(arguments, words, toy_root, tmp_path, monkeypat
 
 
 def test_checkpoint_of_the_other_release_is_named(trained, toy_root, tmp_path, monkeypatch, capsys):
-    assert call(val, monkeypatch, '--config', 'configs/toy/semantic_v1.0.py', '--weights',
-                trained / 'latest.pth', *overrides(toy_root)) == 2
+    assert (
+        call(
+            val,
+            monkeypatch,
+            '--config',
+            'configs/toy/semantic_v1.0.py',
+            '--weights',
+            trained / 'latest.pth',
+            *overrides(toy_root),
+        )
+        == 2
+    )
     one_sentence(capsys, 'latest.pth', 'release 1.1', 'release 1.0', 'v1.1.py')
 
 

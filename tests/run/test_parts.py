@@ -1,4 +1,5 @@
 """Small parts of the run set-up: meters, seeds, folders, settings, latencies, log."""
+
 import math
 import os
 
@@ -41,15 +42,14 @@ def test_countdown_forgets_the_first_step_and_pauses():
     assert countdown.seconds_left() == pytest.approx(6 * 2.0)
 
 
-@pytest.mark.parametrize('seconds, text', [(0, '0:00:00'), (59.6, '0:01:00'), (3661, '1:01:01'),
-                                           (90000, '1d 1:00:00')])
+@pytest.mark.parametrize('seconds, text', [(0, '0:00:00'), (59.6, '0:01:00'), (3661, '1:01:01'), (90000, '1d 1:00:00')])
 def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
 def test_seeds_differ_by_every_number():
     seeds = {mix(*numbers) for numbers in [(1, 2, 3), (2, 1, 3), (1, 2, 4), (1, 3, 2), (1, 2)]}
-    assert len(seeds) == 5 and all(0 <= s < 2 ** 63 for s in seeds)
+    assert len(seeds) == 5 and all(0 <= s < 2**63 for s in seeds)
     draws = []
     for arguments in [(1, 5, 0, 0), (1, 5, 0, 0), (1, 6, 0, 0), (1, 5, 1, 0), (1, 5, 0, 1)]:
         seed_step(*arguments)
@@ -63,10 +63,17 @@ def test_quantile_is_numpys(values):
         assert quantile(values, fraction) == pytest.approx(np.quantile(values, fraction))
 
 
-@pytest.mark.parametrize('cfg, words', [
-    (dict(amp='fp8'), 'train.amp'), (dict(on_data_error='ignore'), 'train.on_data_error'),
-    (dict(log_interval=True), 'train.log_interval'), (dict(accumulate=0), 'train.accumulate'),
-    (dict(tensorbord=1), "did you mean 'tensorboard'"), (3, 'train must be a dict')])
+@pytest.mark.parametrize(
+    'cfg, words',
+    [
+        (dict(amp='fp8'), 'train.amp'),
+        (dict(on_data_error='ignore'), 'train.on_data_error'),
+        (dict(log_interval=True), 'train.log_interval'),
+        (dict(accumulate=0), 'train.accumulate'),
+        (dict(tensorbord=1), "did you mean 'tensorboard'"),
+        (3, 'train must be a dict'),
+    ],
+)
 def test_wrong_settings(cfg, words):
     with pytest.raises(ConfigError, match=words):
         TrainSettings.from_config(cfg)

@@ -1,4 +1,5 @@
 """TF32 as the arguments say."""
+
 import pytest
 import torch
 
@@ -13,8 +14,9 @@ def settings_as_before():
     MATMUL.allow_tf32, CUDNN.allow_tf32, CUDNN.benchmark = before
 
 
-@pytest.mark.parametrize('more, expected', [((), (False, True)), (('--tf32', 'on'), (True, True)),
-                                            (('--tf32', 'off'), (False, False))])
+@pytest.mark.parametrize(
+    'more, expected', [((), (False, True)), (('--tf32', 'on'), (True, True)), (('--tf32', 'off'), (False, False))]
+)
 def test_training_and_validation_set_tf32(workshop, more, expected):
     assert workshop.train(more=more) == 0
     assert (MATMUL.allow_tf32, CUDNN.allow_tf32) == expected

@@ -1,4 +1,5 @@
 """Several processes, and killed ones. Starting Python is what takes time, so each start does much."""
+
 import json
 import os
 import signal
@@ -14,11 +15,19 @@ def test_any_number_of_processes_learns_the_same_and_scores_the_same(workshop):
     weights = str(workshop.folder / 'p1' / 'latest.pth')
 
     def validation(name):
-        return ['--config', str(workshop.config), '--weights', weights, '--out', '%s.json' % name,
-                '--save-predictions', 'predictions_%s' % name]
+        return [
+            '--config',
+            str(workshop.config),
+            '--weights',
+            weights,
+            '--out',
+            f'{name}.json',
+            '--save-predictions',
+            f'predictions_{name}',
+        ]
 
     def check_scores(name):
-        scores = json.loads((workshop.folder / ('%s.json' % name)).read_text())
+        scores = json.loads((workshop.folder / (f'{name}.json')).read_text())
         assert scores.pop('run')['weights'] == weights
         assert workshop.files('*', 'predictions_' + name) == ['token%d.npz' % i for i in range(7)]
         return scores
@@ -27,8 +36,9 @@ def test_any_number_of_processes_learns_the_same_and_scores_the_same(workshop):
     workshop.validate(validation('p1'))
     for count in (2, 3):
         name = 'p%d' % count
-        status, text = workshop.launch(['train'] + workshop.arguments(*DETERMINISTIC, work_dir=name),
-                                       ['val'] + validation(name), processes=count)
+        status, text = workshop.launch(
+            ['train'] + workshop.arguments(*DETERMINISTIC, work_dir=name), ['val'] + validation(name), processes=count
+        )
         assert status == 0, text
         # float32 sums in another order, carried along for nine steps
         assert workshop.curve(name) == pytest.approx(workshop.curve('p1'), rel=1e-4)
@@ -40,8 +50,11 @@ def test_any_number_of_processes_learns_the_same_and_scores_the_same(workshop):
 def test_trouble_in_one_process_stops_all_with_one_sentence(workshop):
     """The samples of both processes are named, one checkpoint is written, and each sentence appears once."""
     trouble = ("data.train.trouble={4: 'unreadable'}", 'data.train.trouble_epoch=1')
-    status, text = workshop.launch(['train'] + workshop.arguments('model.nan_at=[4]'),
-                                   ['train'] + workshop.arguments(*trouble, work_dir='bad'), processes=2)
+    status, text = workshop.launch(
+        ['train'] + workshop.arguments('model.nan_at=[4]'),
+        ['train'] + workshop.arguments(*trouble, work_dir='bad'),
+        processes=2,
+    )
     assert status != 0 and text.count('error: the loss is not finite') == 1
     (facts,) = workshop.files('nonfinite*.json')
     facts = json.loads((workshop.folder / 'run' / facts).read_text())
@@ -67,8 +80,10 @@ def test_sigkill_and_resume_ends_with_the_same_losses(workshop):
 
 
 def test_sigterm_to_torchrun_saves_once_and_leaves(workshop):
-    run = workshop.start(['train'] + workshop.arguments('data.train.length=800', 'data.train.delay=0.01',
-                                                        'train.max_keep_ckpts=0'), processes=2)
+    run = workshop.start(
+        ['train'] + workshop.arguments('data.train.length=800', 'data.train.delay=0.01', 'train.max_keep_ckpts=0'),
+        processes=2,
+    )
     try:
         workshop.wait_for_iterations(3)
     finally:

@@ -1,4 +1,5 @@
 """Learning rates and parameter groups are those that mmcv gives for the same config."""
+
 import pytest
 import torch
 from mmcv.runner import build_optimizer as mmcv_build_optimizer
@@ -41,15 +42,18 @@ def rates_of_mmcv(cfg):
 WARM = dict(warmup='linear', warmup_iters=10, warmup_ratio=1.0 / 3)
 
 
-@pytest.mark.parametrize('cfg', [
-    dict(policy='CosineAnnealing', min_lr_ratio=1e-3, **WARM),
-    dict(policy='CosineAnnealing', min_lr_ratio=1e-3, by_epoch=False, **WARM),
-    dict(policy='step', step=[2, 4], gamma=0.2, by_epoch=True, **WARM),
-    dict(policy='step', step=2, gamma=0.5),
-    dict(policy='step', step=[9, 30], gamma=0.5, by_epoch=False),
-    dict(policy='fixed', warmup='constant', warmup_iters=3, warmup_ratio=0.1),
-    dict(policy='fixed', warmup='exp', warmup_iters=5, warmup_ratio=0.1),
-])
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        dict(policy='CosineAnnealing', min_lr_ratio=1e-3, **WARM),
+        dict(policy='CosineAnnealing', min_lr_ratio=1e-3, by_epoch=False, **WARM),
+        dict(policy='step', step=[2, 4], gamma=0.2, by_epoch=True, **WARM),
+        dict(policy='step', step=2, gamma=0.5),
+        dict(policy='step', step=[9, 30], gamma=0.5, by_epoch=False),
+        dict(policy='fixed', warmup='constant', warmup_iters=3, warmup_ratio=0.1),
+        dict(policy='fixed', warmup='exp', warmup_iters=5, warmup_ratio=0.1),
+    ],
+)
 def test_rates_equal_mmcv(cfg):
     schedule = Schedule.from_config(cfg, EPOCHS, EPOCHS * STEPS, STEPS)
     ours = [2.0 * schedule.factor(i) for i in range(EPOCHS * STEPS)]
@@ -57,20 +61,27 @@ def test_rates_equal_mmcv(cfg):
 
 
 def test_published_recipes():
-    cosine = Schedule.from_config(dict(policy='CosineAnnealing', min_lr_ratio=1e-3, warmup='linear',
-                                       warmup_iters=500, warmup_ratio=1.0 / 3), 48, 48 * 3517, 3517)
+    cosine = Schedule.from_config(
+        dict(policy='CosineAnnealing', min_lr_ratio=1e-3, warmup='linear', warmup_iters=500, warmup_ratio=1.0 / 3),
+        48,
+        48 * 3517,
+        3517,
+    )
     assert cosine.factor(0) == pytest.approx(1 / 3) and cosine.factor(500) == 1.0
     assert cosine.factor(48 * 3517) == pytest.approx(1e-3)
     step = Schedule.from_config(dict(policy='step', step=[22, 24], gamma=0.2), 24, 24 * 3517, 3517)
     assert [step.factor(e * 3517) for e in (21, 22, 23)] == pytest.approx([1, 0.2, 0.2])
 
 
-@pytest.mark.parametrize('cfg, words', [
-    (dict(policy='cosine'), 'lr_config.policy'),
-    (dict(policy='step', warmup='linear'), 'warmup_iters'),
-    (dict(policy='step', warmup='line', warmup_iters=3), 'lr_config.warmup'),
-    (dict(policy='step', steps=[1]), "did you mean 'step'"),
-])
+@pytest.mark.parametrize(
+    'cfg, words',
+    [
+        (dict(policy='cosine'), 'lr_config.policy'),
+        (dict(policy='step', warmup='linear'), 'warmup_iters'),
+        (dict(policy='step', warmup='line', warmup_iters=3), 'lr_config.warmup'),
+        (dict(policy='step', steps=[1]), "did you mean 'step'"),
+    ],
+)
 def test_wrong_schedules(cfg, words):
     with pytest.raises(ConfigError, match=words):
         Schedule.from_config(cfg, 1, 1, 1)
@@ -85,14 +96,30 @@ class Net(nn.Module):
 
 
 def test_groups_equal_mmcv():
-    cfg = dict(type='AdamW', lr=2e-4, weight_decay=0.01, paramwise_cfg=dict(custom_keys={
-        'img_backbone': dict(lr_mult=0.1), 'sampling_offset': dict(lr_mult=0.1),
-        'head.sampling_offset.bias': dict(lr_mult=0.5, decay_mult=0.0)}))
+    cfg = dict(
+        type='AdamW',
+        lr=2e-4,
+        weight_decay=0.01,
+        paramwise_cfg=dict(
+            custom_keys={
+                'img_backbone': dict(lr_mult=0.1),
+                'sampling_offset': dict(lr_mult=0.1),
+                'head.sampling_offset.bias': dict(lr_mult=0.5, decay_mult=0.0),
+            }
+        ),
+    )
     model = Net()
     ours, theirs = build_optimizer(model, cfg), mmcv_build_optimizer(model, dict(cfg))
     names = {id(p): name for name, p in model.named_parameters()}
-    tables = [{names[id(p)]: (g['lr'], g['weight_decay']) for g in optimizer.param_groups for p in g['params']
-               if p.requires_grad} for optimizer in (ours, theirs)]
+    tables = [
+        {
+            names[id(p)]: (g['lr'], g['weight_decay'])
+            for g in optimizer.param_groups
+            for p in g['params']
+            if p.requires_grad
+        }
+        for optimizer in (ours, theirs)
+    ]
     assert tables[0] == tables[1] and len(tables[0]) == 7
     assert len(ours.param_groups) == 3
     set_learning_rate(ours, 0.5)

@@ -1,4 +1,5 @@
 """The training loop: what it logs and saves, and that it can be stopped and continued without a trace."""
+
 import json
 import os
 import re
@@ -27,8 +28,15 @@ def test_a_run_and_what_it_leaves(workshop):
     assert workshop.files('*.*', '.') == ['fake.py']
     assert os.readlink(str(workshop.folder / 'run' / 'latest.pth')) == 'epoch_3_iter_9.pth'
     log = workshop.log()
-    for words in ('seed 5', 'total batch 8 = 8 samples x 1 processes x 1', 'device: CPU', 'float32',
-                  'left 0:00:00', 'RayIoU', 'saved'):
+    for words in (
+        'seed 5',
+        'total batch 8 = 8 samples x 1 processes x 1',
+        'device: CPU',
+        'float32',
+        'left 0:00:00',
+        'RayIoU',
+        'saved',
+    ):
         assert words in log, words
     assert re.search(r'git: ([0-9a-f]{40}|no git)', (workshop.folder / 'run' / 'environment.txt').read_text())
     assert 'lr' in workshop.records()[1] and workshop.records(kind='eval')[9]['RayIoU'] >= 0
@@ -78,12 +86,17 @@ def test_accumulation_gives_the_same_curve(workshop, accumulate):
 @pytest.mark.parametrize('interval, sample', [(1, 0), (2, 9), (5, 9), (4, 20)])
 def test_stop_and_resume_leaves_no_trace(workshop, interval, sample):
     """A run cut at any iteration, also inside an epoch and between two log lines, ends as if never cut."""
-    options = ('train.checkpoint_interval_iters=1', 'train.max_keep_ckpts=0',
-               'train.log_interval=%d' % interval, 'evaluation.interval=1')
+    options = (
+        'train.checkpoint_interval_iters=1',
+        'train.max_keep_ckpts=0',
+        'train.log_interval=%d' % interval,
+        'evaluation.interval=1',
+    )
     workshop.train(*options, work_dir='whole')
     with pytest.raises(SystemExit):
-        workshop.train(*options, "data.train.trouble={%d: 'crash'}" % sample, 'data.train.trouble_epoch=1',
-                       work_dir='cut')
+        workshop.train(
+            *options, "data.train.trouble={%d: 'crash'}" % sample, 'data.train.trouble_epoch=1', work_dir='cut'
+        )
     assert max(workshop.records('cut')) < 6 and 'evaluation_iter_3.json' in workshop.files('*.json', 'cut')
     assert workshop.train(*options, work_dir='cut', more=('--resume', 'auto')) == 0
     whole, cut = workshop.records('whole'), workshop.records('cut')
@@ -129,10 +142,13 @@ def test_half_written_checkpoint_does_not_shadow_a_good_one(workshop, capsys):
     assert len(workshop.curve()) == 9
 
 
-@pytest.mark.parametrize('change, words', [
-    (('total_batch_size=4',), 'total_batch_size = 8, this run has 4'),
-    (('data.train.length=20',), 'num_samples = 21, this run has 20'),
-])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (('total_batch_size=4',), 'total_batch_size = 8, this run has 4'),
+        (('data.train.length=20',), 'num_samples = 21, this run has 20'),
+    ],
+)
 def test_resume_with_other_samples_is_refused(workshop, change, words):
     workshop.train(more=('--max-epochs', '1'))
     with pytest.raises(CheckpointError, match=words):
@@ -220,6 +236,7 @@ def test_sigterm_saves_and_leaves(workshop, capsys):
 
 def fail_to_save(*arguments):
     from lib.errors import UserError
+
     raise UserError('cannot write a.pth: No space left on device; free some space')
 
 
@@ -246,26 +263,29 @@ def test_bfloat16_on_the_cpu(workshop):
     assert half == pytest.approx(full, rel=0.05) and half != full
 
 
-@pytest.mark.parametrize('overrides, more, error, words', [
-    (('total_batch_size=0',), (), ConfigError, 'total_batch_size'),
-    ((), ('--accumulate', '9'), ConfigError, 'too small for 1 processes x 9'),
-    ((), ('--accumulate', 'x'), ConfigError, 'train.accumulate'),
-    ((), ('--amp', 'fp16'), ConfigError, 'fp16 needs a GPU'),
-    ((), ('--max-epochs', '0'), ConfigError, 'runner.max_epochs'),
-    (('optimizer.type=Adan',), (), ConfigError, "'Adan'; did you mean 'Adam'"),
-    (('optimizer.lrr=1',), (), ConfigError, 'lrr'),
-    (("optimizer.paramwise_cfg.custom_keys={'nowhere': dict()}",), (), ConfigError, 'custom_keys'),
-    (("optimizer.paramwise_cfg.custom_keys={'nowhere': {'lr_mult': 1}}",), (), ConfigError, "'nowhere'"),
-    (('lr_config=3',), (), ConfigError, 'lr_config must be a dict'),
-    (('lr_config.policy=poly',), (), ConfigError, 'lr_config.policy'),
-    (('lr_config.warmup_iter=3',), (), ConfigError, "did you mean 'warmup_iters'"),
-    (('optimizer_config.grad_clip.max_norm=0',), (), ConfigError, 'max_norm'),
-    (('task.voxel_size=0',), (), ConfigError, 'voxel_size'),
-    (('data.train.length=0',), (), DataError, 'data.train has no samples'),
-    (('data.val.length=0',), (), DataError, 'data.val has no samples'),
-    ((), ('--load-from', 'none.pth'), CheckpointError, 'none.pth'),
-    ((), ('--resume', 'none.pth'), CheckpointError, 'none.pth'),
-])
+@pytest.mark.parametrize(
+    'overrides, more, error, words',
+    [
+        (('total_batch_size=0',), (), ConfigError, 'total_batch_size'),
+        ((), ('--accumulate', '9'), ConfigError, 'too small for 1 processes x 9'),
+        ((), ('--accumulate', 'x'), ConfigError, 'train.accumulate'),
+        ((), ('--amp', 'fp16'), ConfigError, 'fp16 needs a GPU'),
+        ((), ('--max-epochs', '0'), ConfigError, 'runner.max_epochs'),
+        (('optimizer.type=Adan',), (), ConfigError, "'Adan'; did you mean 'Adam'"),
+        (('optimizer.lrr=1',), (), ConfigError, 'lrr'),
+        (("optimizer.paramwise_cfg.custom_keys={'nowhere': dict()}",), (), ConfigError, 'custom_keys'),
+        (("optimizer.paramwise_cfg.custom_keys={'nowhere': {'lr_mult': 1}}",), (), ConfigError, "'nowhere'"),
+        (('lr_config=3',), (), ConfigError, 'lr_config must be a dict'),
+        (('lr_config.policy=poly',), (), ConfigError, 'lr_config.policy'),
+        (('lr_config.warmup_iter=3',), (), ConfigError, "did you mean 'warmup_iters'"),
+        (('optimizer_config.grad_clip.max_norm=0',), (), ConfigError, 'max_norm'),
+        (('task.voxel_size=0',), (), ConfigError, 'voxel_size'),
+        (('data.train.length=0',), (), DataError, 'data.train has no samples'),
+        (('data.val.length=0',), (), DataError, 'data.val has no samples'),
+        ((), ('--load-from', 'none.pth'), CheckpointError, 'none.pth'),
+        ((), ('--resume', 'none.pth'), CheckpointError, 'none.pth'),
+    ],
+)
 def test_bad_input_ends_before_training(workshop, overrides, more, error, words):
     with pytest.raises(error, match=words):
         workshop.train(*overrides, more=more)

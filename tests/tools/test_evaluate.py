@@ -1,4 +1,5 @@
 """tools/evaluate.py: finding predictions, scoring them, and its sentences about what is missing."""
+
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tools.evaluate import choose_samples, find_predictions, score
 
 class SmallDataset:
     """Labels of three random samples."""
+
     task = Task(label_set='occ3d', point_cloud_range=(-8.0, -8.0, -1.0, 8.0, 8.0, 5.4))
 
     def __len__(self):
@@ -87,10 +89,19 @@ def test_script_on_toy_data(toy_root, tmp_path):
     for labels in sorted((toy_root / 'occ3d').rglob('labels.npz')):
         with np.load(str(labels)) as file:
             save_prediction(tmp_path / (labels.parent.name + '.npz'), sparse(file['semantics'], 17))
-    command = [sys.executable, 'tools/evaluate.py', '--config', 'configs/toy/semantic.py',
-               '--predictions', str(tmp_path), '--out', str(tmp_path / 'scores.json'),
-               '--override', 'data.val.data_root=' + str(toy_root)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    command = [
+        sys.executable,
+        'tools/evaluate.py',
+        '--config',
+        'configs/toy/semantic.py',
+        '--predictions',
+        str(tmp_path),
+        '--out',
+        str(tmp_path / 'scores.json'),
+        '--override',
+        'data.val.data_root=' + str(toy_root),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
     assert 'RayIoU@1' in done.stdout
     scores = json.loads((tmp_path / 'scores.json').read_text())

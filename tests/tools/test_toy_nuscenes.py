@@ -1,4 +1,5 @@
 """The toy nuScenes: read by the devkit, and true to its own geometry in images, scans and labels."""
+
 import hashlib
 import subprocess
 import sys
@@ -35,8 +36,17 @@ CLASS_OF = {t.category: t.occ_class for t in OBJECT_TYPES.values()}
 
 def make(out, scenes=2, keyframes=KEYFRAMES, size=SIZE, seed=SEED, workers=2):
     """Make a data set in this process and its workers."""
-    options = Options(out=out, plan=plan_scenes(scenes), keyframes=keyframes, size=size, sweeps=True,
-                      seed=seed, workers=workers, device='cpu', label_sets=('occ3d', 'openocc_v2'))
+    options = Options(
+        out=out,
+        plan=plan_scenes(scenes),
+        keyframes=keyframes,
+        size=size,
+        sweeps=True,
+        seed=seed,
+        workers=workers,
+        device='cpu',
+        label_sets=('occ3d', 'openocc_v2'),
+    )
     generate(options, progress=lambda results, total: results)
     return out
 
@@ -50,6 +60,7 @@ def root(tmp_path_factory):
 def nusc(root):
     prepare_openmmlab()
     from nuscenes import NuScenes
+
     return NuScenes('v1.0-mini', str(root), verbose=False)
 
 
@@ -79,6 +90,7 @@ def all_records(nusc, channel):
 
 def pose_matrix(record):
     from pyquaternion import Quaternion
+
     matrix = np.eye(4)
     matrix[:3, :3], matrix[:3, 3] = Quaternion(record['rotation']).rotation_matrix, record['translation']
     return matrix
@@ -91,7 +103,7 @@ def label_file(nusc, root, sample, folder):
 
 def truth_file(nusc, root, sample):
     name = nusc.get('scene', sample['scene_token'])['name']
-    return np.load(str(root / 'toy_truth' / name / ('%s.npz' % sample['token'])))
+    return np.load(str(root / 'toy_truth' / name / ('{}.npz'.format(sample['token']))))
 
 
 def ego_boxes(nusc, sample):
@@ -122,6 +134,7 @@ def within(points, centre, rotation, annotation, margin=0.0):
 def test_devkit_reads_tables_files_and_splits(nusc, root):
     from nuscenes.utils.data_classes import LidarPointCloud
     from nuscenes.utils.splits import create_splits_scenes
+
     names = [scene['name'] for scene in nusc.scene]
     splits = create_splits_scenes()
     assert [n for n in names if n in splits['mini_train']] and [n for n in names if n in splits['mini_val']]
@@ -156,7 +169,7 @@ def test_records_are_chained_and_timed_like_nuscenes(nusc):
                 assert following['prev'] == record['token']
                 record = following
             assert keys == ([True] + [False] * sweeps) * (KEYFRAMES - 1) + [True]
-            assert np.abs(np.diff(stamps) - period).max() <= 5      # whole microseconds
+            assert np.abs(np.diff(stamps) - period).max() <= 5  # whole microseconds
         assert nusc.get('sample', sample['next'])['timestamp'] - sample['timestamp'] == 500000
 
 
@@ -320,13 +333,17 @@ def test_labels_agree_with_lidar_points(nusc, root, worlds):
         assert known.sum() > 3000 and occupied.mean() > 0.95
         assert labels['mask_lidar'][at].mean() > 0.95
         scene = scene_of(nusc, sample)
-        fresh = scan(worlds[scene], make_rig(SEED, scene, SIZE), seconds(nusc, sample, record),
-                     np.random.default_rng([SEED, scene, 3, record['timestamp'] - first_stamp(nusc, sample)]))
+        fresh = scan(
+            worlds[scene],
+            make_rig(SEED, scene, SIZE),
+            seconds(nusc, sample, record),
+            np.random.default_rng([SEED, scene, 3, record['timestamp'] - first_stamp(nusc, sample)]),
+        )
         assert np.array_equal(fresh.points, points)
         classes = np.array([o.occ_class for o in worlds[scene].objects])
         on_object = fresh.owner[known] != GROUND
         found, true = labels['semantics'][at][on_object], classes[fresh.owner[known][on_object]]
-        assert (found == true).mean() > 0.9     # where things touch, a voxel holds points of two classes
+        assert (found == true).mean() > 0.9  # where things touch, a voxel holds points of two classes
 
 
 def first_stamp(nusc, sample):
@@ -366,7 +383,7 @@ def test_openocc_labels_are_the_same_world(nusc, root, worlds):
         free = openocc['semantics'] == OPENOCC_V2.free_id
         assert (openocc['instances'][free] == 0).all() and (openocc['instances'][~free] > 0).all()
         pairs = np.unique(np.stack([openocc['instances'][~free], openocc['semantics'][~free]]), axis=1)
-        assert len(np.unique(pairs[0])) == pairs.shape[1]       # one class per instance
+        assert len(np.unique(pairs[0])) == pairs.shape[1]  # one class per instance
         truth = truth_file(nusc, root, sample)
         instances = np.where(expected == 'manmade', 0, truth['instances'])
         occupied = np.nonzero(instances)
@@ -400,22 +417,26 @@ def test_ground_stays_within_the_grid():
     for scene in range(2):
         world = ToyWorld(5, scene, 6)
         semantics = Labeller(world, make_rig(5, scene, SIZE)).labels(1.0).semantics
-        ground = np.isin(semantics, [OCC3D.class_names.index(n) for n in
-                                     ('driveable_surface', 'other_flat', 'sidewalk', 'terrain')])
+        ground = np.isin(
+            semantics, [OCC3D.class_names.index(n) for n in ('driveable_surface', 'other_flat', 'sidewalk', 'terrain')]
+        )
         occupied = semantics != OCC3D.free_id
         assert ground.any(axis=2).mean() > 0.6 and occupied.any(axis=2).mean() > 0.9
-        assert ground.sum(axis=2).max() <= 2        # one voxel thick, two where it climbs across a border
+        assert ground.sum(axis=2).max() <= 2  # one voxel thick, two where it climbs across a border
         heading = world.road.at(world.road.s, 0.0)[2]
         bends = np.abs(np.diff(heading)).sum()
-        assert bends > 0.2                          # radians: the road turns
+        assert bends > 0.2  # radians: the road turns
 
 
 # ---- repeatability, arguments ----
 
 
 def digest(folder):
-    return {str(p.relative_to(folder)): hashlib.md5(p.read_bytes()).hexdigest()
-            for p in sorted(folder.rglob('*')) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.md5(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob('*'))
+        if p.is_file()
+    }
 
 
 def test_same_seed_same_bytes(tmp_path):
@@ -429,6 +450,7 @@ def test_same_seed_same_bytes(tmp_path):
 def test_scene_names_are_those_of_the_splits():
     prepare_openmmlab()
     from nuscenes.utils import splits
+
     assert list(MINI_TRAIN) == splits.mini_train and list(MINI_VAL) == splits.mini_val
     for count, train, val in ((1, 1, 0), (2, 1, 1), (3, 2, 1), (10, 8, 2)):
         plan = plan_scenes(count)
@@ -440,16 +462,27 @@ def test_scene_names_are_those_of_the_splits():
     assert set(plan_scenes(2, 'val').names) == set(MINI_VAL)
 
 
-@pytest.mark.parametrize('count, split, version', [(11, 'both', 'v1.0-mini'), (3, 'val', 'v1.0-mini'),
-                                                   (2, 'train', 'v1.0-test'), (2000, 'both', None)])
+@pytest.mark.parametrize(
+    'count, split, version',
+    [(11, 'both', 'v1.0-mini'), (3, 'val', 'v1.0-mini'), (2, 'train', 'v1.0-test'), (2000, 'both', None)],
+)
 def test_too_many_scenes_are_refused(count, split, version):
     with pytest.raises(UserError, match='--scenes %d' % count):
         plan_scenes(count, split, version)
 
 
 def test_test_split_has_no_boxes_and_no_labels(tmp_path):
-    options = Options(out=tmp_path, plan=plan_scenes(1, 'test'), keyframes=2, size=(64, 36), sweeps=False,
-                      seed=0, workers=1, device='cpu', label_sets=('occ3d',))
+    options = Options(
+        out=tmp_path,
+        plan=plan_scenes(1, 'test'),
+        keyframes=2,
+        size=(64, 36),
+        sweeps=False,
+        seed=0,
+        workers=1,
+        device='cpu',
+        label_sets=('occ3d',),
+    )
     generate(options, progress=lambda results, total: results)
     assert (tmp_path / 'v1.0-test' / 'sample_annotation.json').read_text().strip() == '[]'
     assert not (tmp_path / 'occ3d').exists() and not (tmp_path / 'sweeps').exists()
@@ -457,16 +490,23 @@ def test_test_split_has_no_boxes_and_no_labels(tmp_path):
 
 
 def run_cli(*args):
-    return subprocess.run([sys.executable, 'tools/make_toy_nuscenes.py', *args], cwd=str(ROOT),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    return subprocess.run(
+        [sys.executable, 'tools/make_toy_nuscenes.py', *args],
+        cwd=str(ROOT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_bad_arguments_end_in_one_sentence(tmp_path):
     (tmp_path / 'mine.txt').write_text('keep me')
-    for args, words in ((['--out', str(tmp_path)], 'not empty'),
-                        (['--out', str(tmp_path / 'new'), '--image-size', '800'], '--image-size'),
-                        (['--out', str(tmp_path / 'new'), '--keyframes', '0'], '--keyframes'),
-                        (['--out', str(tmp_path / 'new'), '--label-sets', 'occ4d'], 'occ4d')):
+    for args, words in (
+        (['--out', str(tmp_path)], 'not empty'),
+        (['--out', str(tmp_path / 'new'), '--image-size', '800'], '--image-size'),
+        (['--out', str(tmp_path / 'new'), '--keyframes', '0'], '--keyframes'),
+        (['--out', str(tmp_path / 'new'), '--label-sets', 'occ4d'], 'occ4d'),
+    ):
         result = run_cli(*args)
         assert result.returncode == 2 and words in result.stderr, result.stderr
         assert len(result.stderr.strip().split('\n')) == 1
@@ -485,8 +525,17 @@ def random_shapes(rng, count, distance):
             half[1 if kind == sh.CONE else 2] = half[0]
         direction = rng.normal(size=3)
         centre = distance * direction / np.linalg.norm(direction)
-        shapes.append(sh.Shape(kind, tuple(centre), tuple(half), (0.5, 0.5, 0.5), sh.PLAIN,
-                               tuple(rng.uniform(0.3, 1.0, 2)), float(rng.uniform(0, 6))))
+        shapes.append(
+            sh.Shape(
+                kind,
+                tuple(centre),
+                tuple(half),
+                (0.5, 0.5, 0.5),
+                sh.PLAIN,
+                tuple(rng.uniform(0.3, 1.0, 2)),
+                float(rng.uniform(0, 6)),
+            )
+        )
     return sh.make_table(shapes, owner=0)
 
 
@@ -502,7 +551,7 @@ def test_rays_end_on_the_surface_of_shapes():
         rays = table.centre[0] + rng.uniform(-1, 1, (200, 3)) * table.radius[0]
         rays /= np.linalg.norm(rays, axis=1, keepdims=True)
         scene = pack_scene(table, no_hills(), np.zeros(3))
-        scene.waves[4] = 1e6, 0, 0      # the ground is far below
+        scene.waves[4] = 1e6, 0, 0  # the ground is far below
         distance, hit = trace_rays(scene, rays)
         met = hit == 0
         assert met.any()
@@ -527,7 +576,7 @@ def test_ground_hits_lie_on_the_ground(worlds):
     found = hit == GROUND
     assert found.sum() > 500
     above = ends[found, 2] - world.waves.height(ends[found, 0], ends[found, 1])
-    assert np.abs(above).max() < 0.025      # the search stops 1 mm + 0.1 mm per metre above it
+    assert np.abs(above).max() < 0.025  # the search stops 1 mm + 0.1 mm per metre above it
     middle = eye + rays[~found] * (0.9 * distance[~found])[:, None]
     assert (middle[:, 2] > world.waves.height(middle[:, 0], middle[:, 1])).all()
 
@@ -552,21 +601,25 @@ def test_fan_and_image_agree_with_single_rays(worlds):
     length = np.linalg.norm(rays, axis=1)
     single, hit_single = trace_rays(scene, rays / length[:, None] @ to_map[:3, :3].T)
     same = hit[rows, columns] == hit_single
-    assert same.mean() > 0.99               # float32 depths decide between surfaces that touch
+    assert same.mean() > 0.99  # float32 depths decide between surfaces that touch
     near = same & (hit_single >= 0)
     assert np.allclose((depth[rows, columns] * length)[near], single[near], rtol=1e-4)
 
 
-@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason='needs a GPU'))])
+@pytest.mark.parametrize(
+    'device',
+    ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'))],
+)
 def test_tensor_tracer_sees_the_same(worlds, device):
     from tools.toy.trace_torch import trace_images
+
     for world, index in zip(worlds, range(2)):
         cameras = list(make_rig(SEED, index, (200, 112)).cameras.values())
         poses = [world.ego_to_map(0.5) @ camera.to_ego for camera in cameras]
         scenes = [pack_scene(world.shapes_at(0.5, p[:3, 3]), world.waves, p[:3, 3]) for p in poses]
-        together = trace_images(scenes, [p[:3, :3] for p in poses], [c.intrinsic for c in cameras],
-                                (200, 112), torch.device(device))
+        together = trace_images(
+            scenes, [p[:3, :3] for p in poses], [c.intrinsic for c in cameras], (200, 112), torch.device(device)
+        )
         first = 0
         for k, (camera, pose, scene) in enumerate(zip(cameras, poses, scenes)):
             depth, hit = trace_image(scene, pose[:3, :3], camera.intrinsic, camera.size)
@@ -595,17 +648,20 @@ def test_gpu_paints_the_same_pictures(worlds):
 
 def test_several_cameras_at_once_are_those_one_by_one(worlds):
     """The path of GPUs, taken on the CPU: batches of cameras through the tensor tracer."""
+
     class Batched(Renderer):
         def views(self, cameras, times, shadows=None):
             return self._expose([self._shot(c, t) for c, t in zip(cameras, times)], shadows)
 
         def _trace(self, scenes, rotations, intrinsics, size, ground=True):
             from tools.toy.trace_torch import trace_images
+
             return trace_images(scenes, rotations, intrinsics, size, self.device, ground)
 
     cameras, times = list(make_rig(SEED, 1, SIZE).cameras.values()), [0.5, 0.51, 0.52, 0.53, 0.54, 0.55]
     plain, batched = (kind(worlds[1], torch.device('cpu')) for kind in (Renderer, Batched))
-    for one, other in zip(plain.views(cameras, times, plain.shadows(0.5)),
-                          batched.views(cameras, times, batched.shadows(0.5))):
+    for one, other in zip(
+        plain.views(cameras, times, plain.shadows(0.5)), batched.views(cameras, times, batched.shadows(0.5))
+    ):
         assert (one.owner == other.owner).mean() > 0.995
-        assert np.abs(one.image.astype(int) - other.image).mean() < 2.0     # edges, noise cells
+        assert np.abs(one.image.astype(int) - other.image).mean() < 2.0  # edges, noise cells

@@ -1,4 +1,5 @@
 """Writing the toy data set's many small files: each appears whole or not at all, with bytes that repeat."""
+
 import io
 import os
 from pathlib import Path
@@ -26,8 +27,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         if temporary.exists():
             temporary.unlink()
-        raise UserError('cannot write %s: %s; free some space or choose another --out'
-                        % (path, error.strerror)) from error
+        raise UserError(f'cannot write {path}: {error.strerror}; free some space or choose another --out') from error
 
 
 def write_jpeg(path: Path, image: np.ndarray) -> None:

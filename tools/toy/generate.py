@@ -2,6 +2,7 @@
 
 The tables are written when everything else is, so a new folder that has them is complete.
 """
+
 import contextlib
 import functools
 import multiprocessing
@@ -19,15 +20,14 @@ from lib.errors import UserError
 from . import tables
 from .files import write_bytes, write_jpeg, write_npz, write_png
 from .names import ScenePlan
-from .rig import (CAMERA_PERIOD_US, CAMERA_SWEEPS, KEYFRAME_US, LIDAR, LIDAR_PERIOD_US, LIDAR_SWEEPS, Rig,
-                  make_rig)
+from .rig import CAMERA_PERIOD_US, CAMERA_SWEEPS, KEYFRAME_US, LIDAR, LIDAR_PERIOD_US, LIDAR_SWEEPS, Rig, make_rig
 from .road import GROUND_CLASSES
 from .world import ToyWorld
 
 LABEL_SETS = ('occ3d', 'openocc_v2')
 TRUTH_FOLDER = 'toy_truth'
-ANNOTATION_RANGE = 75.0     # metres from the ego car
-GPU_BYTES_PER_WORKER = 5 << 29      # its context and the tensors of six images, about
+ANNOTATION_RANGE = 75.0  # metres from the ego car
+GPU_BYTES_PER_WORKER = 5 << 29  # its context and the tensors of six images, about
 _FIRST_TIMESTAMP, _SCENE_SPACING = 1700000000000000, 3600 * 1000000
 
 
@@ -45,6 +45,7 @@ class Options(NamedTuple):
         device: 'cpu' or 'cuda', where images are traced.
         label_sets: names out of LABEL_SETS.
     """
+
     out: Path
     plan: ScenePlan
     keyframes: int
@@ -58,6 +59,7 @@ class Options(NamedTuple):
 
 class Job(NamedTuple):
     """One keyframe of one scene, and the sweeps up to the next."""
+
     options: Options
     scene: int
     keyframe: int
@@ -65,6 +67,7 @@ class Job(NamedTuple):
 
 class JobResult(NamedTuple):
     """What the tables need to know of a job; ``categories`` by object index."""
+
     scene: int
     sensors: List[tables.SensorRecord]
     boxes: List[tables.BoxRecord]
@@ -74,6 +77,7 @@ class JobResult(NamedTuple):
 class _Moment(NamedTuple):
     """When a sensor fires: microseconds after the scene's first keyframe, the keyframe that it belongs to (a
     sweep to the one it leads up to, as in nuScenes), is it a keyframe."""
+
     offset_us: int
     keyframe: int
     is_key_frame: bool
@@ -101,7 +105,7 @@ def _run_jobs(jobs, options):
         for job in jobs:
             yield run_job(job)
         return
-    _compile_tracers()      # once here, not once in every worker
+    _compile_tracers()  # once here, not once in every worker
     fork = options.device == 'cpu' and 'fork' in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context('fork' if fork else 'spawn')
     stop = context.Event()
@@ -110,8 +114,7 @@ def _run_jobs(jobs, options):
             for result in pool.map(run_job, jobs, chunksize=_run_length(len(jobs), workers)):
                 yield result
     except BrokenProcessPool as error:
-        raise UserError('a worker process was killed (out of memory?); run again with fewer --workers'
-                        ) from error
+        raise UserError('a worker process was killed (out of memory?); run again with fewer --workers') from error
 
 
 @contextlib.contextmanager
@@ -127,7 +130,7 @@ class _Stopped(Exception):
     """Nobody waits for this job any more."""
 
 
-_stop_event = None      # of the pool that this process works for
+_stop_event = None  # of the pool that this process works for
 
 
 def _start_worker(stop):
@@ -149,9 +152,10 @@ def _run_length(jobs, workers):
 
 def _compile_tracers():
     """Run every compiled function once on next to nothing."""
-    from .trace_voxels import mark_seen
     from .trace import PackedScene
     from .trace_cpu import trace_fan, trace_image, trace_rays
+    from .trace_voxels import mark_seen
+
     scene = PackedScene(np.zeros(1, np.int32), np.ones((1, 11), np.float32), np.zeros((5, 3), np.float32))
     trace_image(scene, np.eye(3), np.eye(3), (2, 2))
     trace_rays(scene, np.eye(3))
@@ -164,8 +168,10 @@ class _Scene:
 
     def __init__(self, seed, index, keyframes, size, device):
         import torch
+
         from .labels import Labeller
         from .render import Renderer
+
         torch.set_num_threads(1)
         self.world: ToyWorld = ToyWorld(seed, index, keyframes)
         self.rig: Rig = make_rig(seed, index, size)
@@ -207,14 +213,25 @@ def _timestamp(scene_index, offset_us):
 
 
 def _filename(job, channel, moment, suffix):
-    name = '%s__%s__%d.%s' % (tables.log_name(job.options.plan.names[job.scene]), channel,
-                              _timestamp(job.scene, moment.offset_us), suffix)
+    name = '%s__%s__%d.%s' % (
+        tables.log_name(job.options.plan.names[job.scene]),
+        channel,
+        _timestamp(job.scene, moment.offset_us),
+        suffix,
+    )
     return '/'.join(['samples' if moment.is_key_frame else 'sweeps', channel, name])
 
 
 def _record(job, scene, channel, moment, filename, size):
-    return tables.SensorRecord(channel, _timestamp(job.scene, moment.offset_us), filename, moment.keyframe,
-                               moment.is_key_frame, scene.world.ego_to_map(moment.offset_us * 1e-6), size)
+    return tables.SensorRecord(
+        channel,
+        _timestamp(job.scene, moment.offset_us),
+        filename,
+        moment.keyframe,
+        moment.is_key_frame,
+        scene.world.ego_to_map(moment.offset_us * 1e-6),
+        size,
+    )
 
 
 def _camera_records(job, scene):
@@ -235,6 +252,7 @@ def _camera_records(job, scene):
 
 def _lidar_records(job, scene):
     from .lidar import scan
+
     records = []
     for moment in _moments(job, 0, LIDAR_PERIOD_US, LIDAR_SWEEPS):
         rng = np.random.default_rng([job.options.seed, job.scene, 3, moment.offset_us])
@@ -246,7 +264,7 @@ def _lidar_records(job, scene):
 
 
 def _map_file(job_or_name):
-    return 'maps/%s.png' % tables.token('map', job_or_name)
+    return 'maps/{}.png'.format(tables.token('map', job_or_name))
 
 
 def _write_map(job, world):
@@ -258,19 +276,24 @@ def _write_map(job, world):
 
 def _write_labels(job, scene):
     from .labels import openocc_labels
+
     o, name = job.options, job.options.plan.names[job.scene]
     sample = tables.sample_token(o.seed, name, job.keyframe)
     t = job.keyframe * KEYFRAME_US * 1e-6
     labels = scene.labeller.labels(t)
     if 'occ3d' in o.label_sets:
-        write_npz(o.out / 'occ3d' / name / sample / 'labels.npz', dict(
-            semantics=labels.semantics, mask_lidar=labels.mask_lidar, mask_camera=labels.mask_camera))
+        write_npz(
+            o.out / 'occ3d' / name / sample / 'labels.npz',
+            dict(semantics=labels.semantics, mask_lidar=labels.mask_lidar, mask_camera=labels.mask_camera),
+        )
     if 'openocc_v2' in o.label_sets:
         arrays = openocc_labels(labels, _velocities(scene.world, t))
         write_npz(o.out / 'openocc_v2' / name / sample / 'labels.npz', arrays)
     items = [tables.instance_token(o.seed, name, item.index) for item in scene.world.annotated]
-    write_npz(o.out / TRUTH_FOLDER / name / ('%s.npz' % sample), dict(
-        instances=labels.instances, instance_tokens=np.array(items)))
+    write_npz(
+        o.out / TRUTH_FOLDER / name / (f'{sample}.npz'),
+        dict(instances=labels.instances, instance_tokens=np.array(items)),
+    )
 
 
 def _velocities(world, t):
@@ -286,32 +309,46 @@ def _velocities(world, t):
 
 def _boxes(job, scene):
     from .lidar import scan, visible_share
+
     world, t = scene.world, job.keyframe * KEYFRAME_US * 1e-6
     rng = np.random.default_rng([job.options.seed, job.scene, 3, job.keyframe * KEYFRAME_US])
     owner = scan(world, scene.rig, t, rng).owner
     points = np.bincount(owner[owner >= 0], minlength=len(world.objects))
     ego = world.ego_to_map(t)
-    items = [o for o in world.annotated
-             if np.hypot(o.pose(t).x - ego[0, 3], o.pose(t).y - ego[1, 3]) < ANNOTATION_RANGE]
+    items = [
+        o for o in world.annotated if np.hypot(o.pose(t).x - ego[0, 3], o.pose(t).y - ego[1, 3]) < ANNOTATION_RANGE
+    ]
     visible = visible_share(world, t, (ego @ scene.rig.lidar_to_ego)[:3, 3], items)
     boxes = []
     for item, share in zip(items, visible):
         pose = item.pose(t)
-        boxes.append(tables.BoxRecord(
-            job.keyframe, item.index, np.array([pose.x, pose.y, pose.z + item.box_centre_z]),
-            float(np.arctan2(np.sin(pose.yaw), np.cos(pose.yaw))), item.size, int(points[item.index]),
-            float(share), item.moving))
+        boxes.append(
+            tables.BoxRecord(
+                job.keyframe,
+                item.index,
+                np.array([pose.x, pose.y, pose.z + item.box_centre_z]),
+                float(np.arctan2(np.sin(pose.yaw), np.cos(pose.yaw))),
+                item.size,
+                int(points[item.index]),
+                float(share),
+                item.moving,
+            )
+        )
     return boxes
 
 
 def _scene_record(options, scene, results):
     name = options.plan.names[scene]
     return tables.SceneRecord(
-        name=name, description='Toy scene %d: a winding street with a crossing' % scene,
+        name=name,
+        description='Toy scene %d: a winding street with a crossing' % scene,
         timestamps=[_timestamp(scene, k * KEYFRAME_US) for k in range(options.keyframes)],
         rig=make_rig(options.seed, scene, options.size),
-        categories=results[0].categories, sensors=[r for result in results for r in result.sensors],
-        boxes=[b for result in results for b in result.boxes], map_file=_map_file(name))
+        categories=results[0].categories,
+        sensors=[r for result in results for r in result.sensors],
+        boxes=[b for result in results for b in result.boxes],
+        map_file=_map_file(name),
+    )
 
 
 def default_workers(device: str) -> int:
@@ -320,5 +357,6 @@ def default_workers(device: str) -> int:
     if device != 'cuda':
         return cores
     import torch
+
     free = torch.cuda.mem_get_info()[0] if hasattr(torch.cuda, 'mem_get_info') else 4 * GPU_BYTES_PER_WORKER
     return max(1, min(cores, free // GPU_BYTES_PER_WORKER))

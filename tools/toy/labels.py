@@ -4,6 +4,7 @@ Like Occ3D's, labels mark surfaces, not the inside of things. A voxel of which t
 pass takes the one with a box before scenery before ground, and among equals the one with more surface in it.
 The grid is Occ3D's (``lib.task.Task``'s defaults), in the ego frame of the keyframe.
 """
+
 from typing import Dict, List, NamedTuple
 
 import numpy as np
@@ -22,11 +23,11 @@ from .world import GROUND_CLASS_IDS, ToyObject, ToyWorld
 _TASK = Task(label_set='occ3d')
 GRID_SHAPE, VOXEL = _TASK.grid_shape, _TASK.voxel_size
 GRID_LOW, GRID_HIGH = np.array(_TASK.point_cloud_range[:3]), np.array(_TASK.point_cloud_range[3:])
-SPACING, WIDE_SPACING = 0.1, 0.13       # metres between surface samples, of objects and of buildings
-MIN_SAMPLES = 3                         # surface samples that make a voxel occupied
-_SUBCELLS = 4                           # ground samples per voxel edge
-_MASK_IMAGE = (400, 225)                # rays per camera for mask_camera
-_MASK_AZIMUTHS, _MASK_MOMENTS = 1080, (-1.0, -0.5, 0.0, 0.5, 1.0)   # seconds, for mask_lidar
+SPACING, WIDE_SPACING = 0.1, 0.13  # metres between surface samples, of objects and of buildings
+MIN_SAMPLES = 3  # surface samples that make a voxel occupied
+_SUBCELLS = 4  # ground samples per voxel edge
+_MASK_IMAGE = (400, 225)  # rays per camera for mask_camera
+_MASK_AZIMUTHS, _MASK_MOMENTS = 1080, (-1.0, -0.5, 0.0, 0.5, 1.0)  # seconds, for mask_lidar
 
 
 class Labels(NamedTuple):
@@ -39,6 +40,7 @@ class Labels(NamedTuple):
             after.
         mask_camera: uint8, 1 where a camera ray passes or meets the first occupied voxel.
     """
+
     semantics: np.ndarray
     instances: np.ndarray
     mask_lidar: np.ndarray
@@ -54,7 +56,7 @@ def _steps(length, spacing):
 
 def _disc(radius, spacing):
     """Points [m, 2] spread evenly over a disc."""
-    count = max(int(np.pi * radius ** 2 / spacing ** 2), 4)
+    count = max(int(np.pi * radius**2 / spacing**2), 4)
     k = np.arange(count) + 0.5
     r, angle = radius * np.sqrt(k / count), k * 2.399963
     return np.stack([r * np.cos(angle), r * np.sin(angle)], axis=1)
@@ -75,7 +77,7 @@ def _box_surface(half, slope, spacing):
 
 def _ellipsoid_surface(half, spacing):
     area = 4 * np.pi * (np.prod(half) ** (2.0 / 3.0))
-    count = max(int(1.3 * area / spacing ** 2), 16)
+    count = max(int(1.3 * area / spacing**2), 16)
     k = np.arange(count) + 0.5
     z, angle = 1 - 2 * k / count, k * 2.399963
     r = np.sqrt(1 - z * z)
@@ -152,8 +154,7 @@ class Labeller:
         semantics.reshape(-1)[voxels] = self._classes[owners]
         instances.reshape(-1)[voxels] = self._instance[owners]
         occupied = semantics != OCC3D.free_id
-        return Labels(semantics, instances, self._seen_by_lidar(t, ego_to_map),
-                      self._seen_by_cameras(occupied))
+        return Labels(semantics, instances, self._seen_by_lidar(t, ego_to_map), self._seen_by_cameras(occupied))
 
     def _ground_voxels(self, ego_to_map):
         """Semantics with the ground alone."""
@@ -162,15 +163,17 @@ class Labeller:
         x, y = x[:, None], y[None, :]
         z = self._ground_height(ego_to_map)
         r, t = ego_to_map[:3, :3], ego_to_map[:3, 3]
-        codes = lookup(self.world.ground, r[0, 0] * x + (r[0, 1] * y + t[0]) + r[0, 2] * z,
-                       r[1, 0] * x + (r[1, 1] * y + t[1]) + r[1, 2] * z)
+        codes = lookup(
+            self.world.ground,
+            r[0, 0] * x + (r[0, 1] * y + t[0]) + r[0, 2] * z,
+            r[1, 0] * x + (r[1, 1] * y + t[1]) + r[1, 2] * z,
+        )
         level = np.floor((z - GRID_LOW[2]) / VOXEL).astype(np.int32)
         known = (level >= 0) & (level < GRID_SHAPE[2]) & (codes != NO_GROUND)
         i, j = (np.arange(len(a)) // _SUBCELLS for a in (x[:, 0], y[0]))
         voxel = (i[:, None] * GRID_SHAPE[1] + j[None, :])[known] * GRID_SHAPE[2] + level[known]
         classes, code = np.unique(GROUND_CLASS_IDS, return_inverse=True)
-        votes = np.bincount(voxel * len(classes) + code[codes[known]],
-                            minlength=np.prod(GRID_SHAPE) * len(classes))
+        votes = np.bincount(voxel * len(classes) + code[codes[known]], minlength=np.prod(GRID_SHAPE) * len(classes))
         votes = votes.reshape(GRID_SHAPE + (len(classes),))
         semantics = classes[votes.argmax(axis=3)]
         semantics[votes.sum(axis=3) < MIN_SAMPLES] = OCC3D.free_id
@@ -182,8 +185,9 @@ class Labeller:
         It is worked out on a net of voxel corners, 2 m apart, and interpolated: the ground is that smooth.
         """
         stride = 5
-        x, y = np.meshgrid(*(GRID_LOW[a] + VOXEL * np.arange(0, GRID_SHAPE[a] + 1, stride) for a in (0, 1)),
-                           indexing='ij')
+        x, y = np.meshgrid(
+            *(GRID_LOW[a] + VOXEL * np.arange(0, GRID_SHAPE[a] + 1, stride) for a in (0, 1)), indexing='ij'
+        )
         r, t = ego_to_map[:3, :3], ego_to_map[:3, 3]
         z = np.zeros_like(x)
         for _ in range(2):
@@ -196,7 +200,7 @@ class Labeller:
     def _object_voxels(self, t, ego_to_map):
         """Voxels (flat indices) with an object's surface, and the index of that object."""
         inverse = np.linalg.inv(ego_to_map)
-        voxels, owners = [], []
+        voxels = []
         for item in self.world.objects:
             pose = item.pose(t)
             if np.hypot(pose.x - ego_to_map[0, 3], pose.y - ego_to_map[1, 3]) > 58.0 + max(item.size):
@@ -230,8 +234,9 @@ class Labeller:
             scene = pack_scene(self.world.shapes_at(t, eye, LIDAR_RANGE), self.world.waves, eye)
             directions = (rays @ to_map[:3, :3].T).reshape(_MASK_AZIMUTHS, -1, 3)
             distance, _ = trace_fan(scene, to_map[:3, :3], directions, LIDAR_RANGE)
-            mark_seen(nothing, (to_ego[:3, 3] - GRID_LOW) / VOXEL, rays @ to_ego[:3, :3].T,
-                      distance.reshape(-1) / VOXEL, seen)
+            mark_seen(
+                nothing, (to_ego[:3, 3] - GRID_LOW) / VOXEL, rays @ to_ego[:3, :3].T, distance.reshape(-1) / VOXEL, seen
+            )
         return seen
 
     def _seen_by_cameras(self, occupied):

@@ -1,4 +1,5 @@
 """LiDAR scans of a toy world, and how much of each object is in view."""
+
 from typing import List, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ class Scan(NamedTuple):
         points: float32 [n, 5]: x, y, z (LIDAR_TOP, metres), intensity 0..255, ring.
         owner: int32 [n], index of the object hit in ``world.objects``, or GROUND.
     """
+
     points: np.ndarray
     owner: np.ndarray
 

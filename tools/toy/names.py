@@ -1,10 +1,19 @@
 """Names of the toy scenes: nuScenes' own, so that its devkit knows which split each belongs to."""
+
 from typing import List, NamedTuple, Optional
 
 from lib.errors import UserError
 
-MINI_TRAIN = ('scene-0061', 'scene-0553', 'scene-0655', 'scene-0757', 'scene-0796', 'scene-1077',
-              'scene-1094', 'scene-1100')
+MINI_TRAIN = (
+    'scene-0061',
+    'scene-0553',
+    'scene-0655',
+    'scene-0757',
+    'scene-0796',
+    'scene-1077',
+    'scene-1094',
+    'scene-1100',
+)
 MINI_VAL = ('scene-0103', 'scene-0916')
 SPLITS = ('both', 'train', 'val', 'test')
 VERSIONS = ('v1.0-mini', 'v1.0-trainval', 'v1.0-test')
@@ -17,6 +26,7 @@ class ScenePlan(NamedTuple):
         version: name of the tables' folder.
         train, val, test: scene names by split.
     """
+
     version: str
     train: List[str]
     val: List[str]
@@ -59,8 +69,10 @@ def plan_scenes(count: int, split: str = 'both', version: Optional[str] = None) 
     for name, known in (('train', train), ('val', val), ('test', test)):
         number = wanted.get(name, 0)
         if number > len(known):
-            raise UserError('--scenes %d needs %d %s scenes, but %s has %d of them; ask for fewer, or for '
-                            'another --version or --split' % (count, number, name, version, len(known)))
+            raise UserError(
+                '--scenes %d needs %d %s scenes, but %s has %d of them; ask for fewer, or for '
+                'another --version or --split' % (count, number, name, version, len(known))
+            )
         chosen[name] = list(known[:number])
     return ScenePlan(version, **chosen)
 
@@ -76,6 +88,7 @@ def _split_names(version):
     if version == 'v1.0-mini':
         return MINI_TRAIN, MINI_VAL, ()
     from nuscenes.utils import splits
+
     if version == 'v1.0-trainval':
         return tuple(splits.train), tuple(splits.val), ()
     return (), (), tuple(splits.test)

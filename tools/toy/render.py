@@ -1,4 +1,5 @@
 """Pictures of a toy world: what a camera sees at a moment, traced and shaded on the CPU or a GPU."""
+
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from .shapes import ShapeTable, concat_tables
 from .trace import PackedScene, pack_scene
 from .world import ToyWorld
 
-SMALL_IMAGE = 160000        # pixels; smaller images are traced at twice the resolution and averaged
+SMALL_IMAGE = 160000  # pixels; smaller images are traced at twice the resolution and averaged
 _SHADOW_REACH, _SHADOW_PIXELS, _SUN_METRES = 45.0, 640, 400.0
 
 
@@ -22,6 +23,7 @@ class View(NamedTuple):
         depth: float32 [height, width], metres along the optical axis.
         owner: int32 [height, width], index of the object in ``world.objects``; GROUND or SKY where none.
     """
+
     image: np.ndarray
     depth: np.ndarray
     owner: np.ndarray
@@ -30,6 +32,7 @@ class View(NamedTuple):
 class _Shot(NamedTuple):
     """A camera at a moment: rotation float64 [3, 3] to map axes, eye float64 [3], intrinsic and size (width,
     height) of the traced image, which has ``fine`` pixels per pixel and side, and what may be seen."""
+
     rotation: np.ndarray
     eye: np.ndarray
     intrinsic: np.ndarray
@@ -55,11 +58,10 @@ class Renderer:
         """The view of ``camera`` at time t (seconds from the scene's first keyframe)."""
         return self.views([camera], [t], shadows)[0]
 
-    def views(self, cameras: Sequence[Camera], times: Sequence[float],
-              shadows: Optional[Shadows] = None) -> List[View]:
+    def views(self, cameras: Sequence[Camera], times: Sequence[float], shadows: Optional[Shadows] = None) -> List[View]:
         """The views of several cameras with images of one size, each at its own time."""
         shots = [self._shot(camera, t) for camera, t in zip(cameras, times)]
-        if self.device.type == 'cpu':       # one by one, which caches like better
+        if self.device.type == 'cpu':  # one by one, which caches like better
             return [view for shot in shots for view in self._expose([shot], shadows)]
         return self._expose(shots, shadows)
 
@@ -67,15 +69,22 @@ class Renderer:
         fine = 2 if camera.size[0] * camera.size[1] < SMALL_IMAGE else 1
         to_map = self.world.ego_to_map(t) @ camera.to_ego
         table = self.world.shapes_at(t, to_map[:3, 3])
-        return _Shot(to_map[:3, :3], to_map[:3, 3], np.diag([fine, fine, 1.0]) @ camera.intrinsic,
-                     (camera.size[0] * fine, camera.size[1] * fine), fine, table,
-                     pack_scene(table, self.world.waves, to_map[:3, 3]))
+        return _Shot(
+            to_map[:3, :3],
+            to_map[:3, 3],
+            np.diag([fine, fine, 1.0]) @ camera.intrinsic,
+            (camera.size[0] * fine, camera.size[1] * fine),
+            fine,
+            table,
+            pack_scene(table, self.world.waves, to_map[:3, 3]),
+        )
 
     def _expose(self, shots, shadows):
         width, height = shots[0].size
         fine = shots[0].fine
-        depth, hit = self._trace([s.scene for s in shots], [s.rotation for s in shots],
-                                 [s.intrinsic for s in shots], shots[0].size)
+        depth, hit = self._trace(
+            [s.scene for s in shots], [s.rotation for s in shots], [s.intrinsic for s in shots], shots[0].size
+        )
         rays = torch.cat([self._directions(s) for s in shots])
         eye = torch.as_tensor(np.array([s.eye for s in shots], dtype=np.float32), device=self.device)
         eye = eye[:, None].expand(-1, width * height, -1).reshape(-1, 3)
@@ -106,8 +115,10 @@ class Renderer:
         """Depth and hit tensors [C, height, width]; hits index the scenes' concatenated shapes."""
         if self.device.type != 'cpu':
             from .trace_torch import trace_images
+
             return trace_images(scenes, rotations, intrinsics, size, self.device, ground)
         from .trace_cpu import trace_image
+
         (scene,), (rotation,), (intrinsic,) = scenes, rotations, intrinsics
         depth, hit = trace_image(scene, rotation, intrinsic, size, ground)
         return torch.from_numpy(depth)[None], torch.from_numpy(hit)[None]

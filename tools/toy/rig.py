@@ -1,17 +1,18 @@
 """The sensors of the toy car: six cameras and a LiDAR, mounted and timed much as nuScenes' are."""
+
 from typing import Dict, NamedTuple, Tuple
 
 import numpy as np
 
 from lib.task import NUSCENES_CAMERAS
 
-NATIVE_SIZE = (1600, 900)       # width, height that the intrinsics below are for
+NATIVE_SIZE = (1600, 900)  # width, height that the intrinsics below are for
 CAMERA_PERIOD_US, LIDAR_PERIOD_US, KEYFRAME_US = 83333, 50000, 500000
-CAMERA_SWEEPS, LIDAR_SWEEPS = 5, 9      # images / scans between two keyframes
+CAMERA_SWEEPS, LIDAR_SWEEPS = 5, 9  # images / scans between two keyframes
 LIDAR = 'LIDAR_TOP'
 LIDAR_RINGS, LIDAR_AZIMUTHS = 32, 540
 LIDAR_PITCH_DEGREES = (-30.67, 10.67)
-LIDAR_RANGE = 85.0              # metres
+LIDAR_RANGE = 85.0  # metres
 
 # Position (ego frame, metres), yaw (degrees, left positive), focal length (pixels), principal point (pixels),
 # and when the shutter opens relative to the LiDAR's timestamp (microseconds).
@@ -35,6 +36,7 @@ class Camera(NamedTuple):
         size: (width, height), pixels.
         delay_us: microseconds from the LiDAR's timestamp to the image's.
     """
+
     name: str
     to_ego: np.ndarray
     intrinsic: np.ndarray
@@ -44,6 +46,7 @@ class Camera(NamedTuple):
 
 class Rig(NamedTuple):
     """All sensors of one drive. ``lidar_to_ego`` float64 [4, 4]: LIDAR_TOP (x right, y forward) to ego."""
+
     cameras: Dict[str, Camera]
     lidar_to_ego: np.ndarray
 
@@ -58,13 +61,20 @@ def make_rig(seed: int, scene_index: int, size: Tuple[int, int]) -> Rig:
         rotation = _turn(yaw, pitch, roll) @ _CAMERA_AXES
         focal = focal + rng.normal(0, 3.0)
         scale_x, scale_y = size[0] / NATIVE_SIZE[0], size[1] / NATIVE_SIZE[1]
-        intrinsic = np.array([[focal * scale_x, 0.0, (centre[0] + rng.normal(0, 4)) * scale_x],
-                              [0.0, focal * scale_y, (centre[1] + rng.normal(0, 4)) * scale_y],
-                              [0.0, 0.0, 1.0]])
-        cameras[name] = Camera(name, _rigid(rotation, np.array(position) + rng.normal(0, 0.01, 3)), intrinsic,
-                               tuple(size), delay)
-    lidar = _rigid(_turn(-np.pi / 2 + rng.normal(0, 0.005), rng.normal(0, 0.01), rng.normal(0, 0.01)),
-                   np.array([0.95, 0.0, 1.84]) + rng.normal(0, [0.01, 0.001, 0.005]))
+        intrinsic = np.array(
+            [
+                [focal * scale_x, 0.0, (centre[0] + rng.normal(0, 4)) * scale_x],
+                [0.0, focal * scale_y, (centre[1] + rng.normal(0, 4)) * scale_y],
+                [0.0, 0.0, 1.0],
+            ]
+        )
+        cameras[name] = Camera(
+            name, _rigid(rotation, np.array(position) + rng.normal(0, 0.01, 3)), intrinsic, tuple(size), delay
+        )
+    lidar = _rigid(
+        _turn(-np.pi / 2 + rng.normal(0, 0.005), rng.normal(0, 0.01), rng.normal(0, 0.01)),
+        np.array([0.95, 0.0, 1.84]) + rng.normal(0, [0.01, 0.001, 0.005]),
+    )
     return Rig(cameras, lidar)
 
 

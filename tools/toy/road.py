@@ -1,4 +1,5 @@
 """The ground of a toy scene: its height, a winding road, and a painted map of what the ground is made of."""
+
 from typing import NamedTuple, Tuple
 
 import numpy as np
@@ -7,19 +8,27 @@ import numpy as np
 GRASS, DIRT, ASPHALT, WHITE_PAINT, YELLOW_PAINT, PAVING, KERB, TILES = range(8)
 NO_GROUND = 255
 
-GROUND_CLASSES = {GRASS: 'terrain', DIRT: 'terrain', ASPHALT: 'driveable_surface',
-                  WHITE_PAINT: 'driveable_surface', YELLOW_PAINT: 'driveable_surface', PAVING: 'sidewalk',
-                  KERB: 'sidewalk', TILES: 'other_flat'}
+GROUND_CLASSES = {
+    GRASS: 'terrain',
+    DIRT: 'terrain',
+    ASPHALT: 'driveable_surface',
+    WHITE_PAINT: 'driveable_surface',
+    YELLOW_PAINT: 'driveable_surface',
+    PAVING: 'sidewalk',
+    KERB: 'sidewalk',
+    TILES: 'other_flat',
+}
 
 # Lateral distances from the centre line, metres.
 LANE_WIDTH, PARKING_CENTRE, ROAD_EDGE, SIDEWALK_EDGE = 3.5, 5.4, 7.1, 10.4
 PAINTED_REACH, CROSS_STREET_HALF = 40.0, 4.0
-CELL = 0.1      # metres per cell of the painted map
-STEP = 0.25     # metres between samples of the centre line
+CELL = 0.1  # metres per cell of the painted map
+STEP = 0.25  # metres between samples of the centre line
 
 
 class Waves(NamedTuple):
     """Ground height = sum of amplitude * sin(kx x + ky y + phase); all float64 [3], metres and radians."""
+
     amplitude: np.ndarray
     kx: np.ndarray
     ky: np.ndarray
@@ -40,8 +49,9 @@ def draw_waves(rng) -> Waves:
     amplitude, wavelength = np.array([0.30, 0.15, 0.10]), np.array([220.0, 140.0, 90.0])
     angle = rng.uniform(0, 2 * np.pi, 3)
     k = 2 * np.pi / wavelength
-    return Waves(amplitude * rng.uniform(0.5, 1.0, 3), k * np.cos(angle), k * np.sin(angle),
-                 rng.uniform(0, 2 * np.pi, 3))
+    return Waves(
+        amplitude * rng.uniform(0.5, 1.0, 3), k * np.cos(angle), k * np.sin(angle), rng.uniform(0, 2 * np.pi, 3)
+    )
 
 
 class Road:
@@ -57,20 +67,20 @@ class Road:
     def __init__(self, rng, length: float):
         self.length = length
         swing, period = rng.uniform(0.2, 0.6), rng.uniform(130.0, 220.0)
-        swing = min(swing, period / (2 * np.pi * 45.0))     # no bend tighter than 45 m
+        swing = min(swing, period / (2 * np.pi * 45.0))  # no bend tighter than 45 m
         self.s = np.arange(-self.margin, length + self.margin + STEP, STEP)
         phase = rng.uniform(0, 2 * np.pi)
         self._heading = rng.uniform(-np.pi, np.pi) + swing * np.sin(2 * np.pi * self.s / period + phase)
         steps = np.stack([np.cos(self._heading), np.sin(self._heading)], axis=1) * STEP
         line = np.cumsum(steps, axis=0)
         pad = 75.0
-        self.size = np.ceil(line.max(axis=0) - line.min(axis=0) + 2 * pad)      # map width, height, metres
+        self.size = np.ceil(line.max(axis=0) - line.min(axis=0) + 2 * pad)  # map width, height, metres
         self._line = line - line.min(axis=0) + pad
 
     def at(self, s, d) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Map x, y and heading at s metres along the road, d metres to its left (equal shapes)."""
         heading = np.interp(s, self.s, self._heading)
-        beyond = s - np.clip(s, self.s[0], self.s[-1])      # past its ends the road is straight
+        beyond = s - np.clip(s, self.s[0], self.s[-1])  # past its ends the road is straight
         x = np.interp(s, self.s, self._line[:, 0]) + beyond * np.cos(heading)
         y = np.interp(s, self.s, self._line[:, 1]) + beyond * np.sin(heading)
         return x - d * np.sin(heading), y + d * np.cos(heading), heading
@@ -78,10 +88,11 @@ class Road:
 
 class SideZone(NamedTuple):
     """A stretch of the land beside the road: s from ``start`` to ``end``, ``side`` 1 left, -1 right."""
+
     start: float
     end: float
     side: int
-    kind: str       # 'park', 'dirt', 'plaza' or 'building'
+    kind: str  # 'park', 'dirt', 'plaza' or 'building'
 
 
 def paint_map(road: Road, zones, crossing: float) -> np.ndarray:

@@ -3,6 +3,7 @@
 P: pixels of one image, or those of them that hit one kind of thing. Colours are RGB 0..1; all tensors are
 float32 unless stated.
 """
+
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -12,11 +13,18 @@ from . import shapes as sh
 from .road import ASPHALT, CELL, DIRT, GRASS, KERB, PAVING, TILES, WHITE_PAINT, YELLOW_PAINT
 from .trace import GROUND, SKY
 
-_GROUND_COLOURS = {GRASS: (0.30, 0.46, 0.16), DIRT: (0.52, 0.42, 0.28), ASPHALT: (0.25, 0.25, 0.27),
-                   WHITE_PAINT: (0.86, 0.86, 0.84), YELLOW_PAINT: (0.80, 0.65, 0.12),
-                   PAVING: (0.60, 0.57, 0.55), KERB: (0.74, 0.73, 0.71), TILES: (0.60, 0.28, 0.24)}
+_GROUND_COLOURS = {
+    GRASS: (0.30, 0.46, 0.16),
+    DIRT: (0.52, 0.42, 0.28),
+    ASPHALT: (0.25, 0.25, 0.27),
+    WHITE_PAINT: (0.86, 0.86, 0.84),
+    YELLOW_PAINT: (0.80, 0.65, 0.12),
+    PAVING: (0.60, 0.57, 0.55),
+    KERB: (0.74, 0.73, 0.71),
+    TILES: (0.60, 0.28, 0.24),
+}
 _HAZE_METRES = 350.0
-_NOISE_SIZE = 256       # a power of two
+_NOISE_SIZE = 256  # a power of two
 _NOISE_SHIFT = 65536.0  # keeps texture coordinates positive, so that truncation rounds down
 
 
@@ -29,6 +37,7 @@ class Painter(NamedTuple):
         noise: [4, 256 * 256], tileable, from blotches to single cells, zero mean and about unit range.
         sun: [3], towards the sun; zenith, horizon: [3]; sunlight, ambient: strengths.
     """
+
     ground: torch.Tensor
     ground_shape: tuple
     ground_colours: torch.Tensor
@@ -47,9 +56,17 @@ def make_painter(world, device: torch.device) -> Painter:
         colours[code] = colour
     tensor = lambda a: torch.as_tensor(np.asarray(a, dtype=np.float32), device=device)  # noqa: E731
     look = world.look
-    return Painter(torch.as_tensor(world.ground.reshape(-1), device=device), world.ground.shape,
-                   tensor(colours), tensor(_noise_layers()), tensor(look.sun), tensor(look.zenith),
-                   tensor(look.horizon), look.sunlight, look.ambient)
+    return Painter(
+        torch.as_tensor(world.ground.reshape(-1), device=device),
+        world.ground.shape,
+        tensor(colours),
+        tensor(_noise_layers()),
+        tensor(look.sun),
+        tensor(look.zenith),
+        tensor(look.horizon),
+        look.sunlight,
+        look.ambient,
+    )
 
 
 def _noise_layers():
@@ -77,6 +94,7 @@ class Shadows(NamedTuple):
         rotation: float64 [3, 3], the sun camera's frame to map axes.
         focal: pixels.
     """
+
     depth: torch.Tensor
     side: int
     eye: np.ndarray
@@ -93,6 +111,7 @@ class Hits(NamedTuple):
         hit: int32 [P] index of the shape, GROUND or SKY.
         eye: [P, 3] where the rays start, map frame, metres.
     """
+
     directions: torch.Tensor
     depth: torch.Tensor
     hit: torch.Tensor
@@ -106,6 +125,7 @@ class ShapeRows(NamedTuple):
         numbers: [n, 15]: the 11 of ``trace.PackedScene``, then RGB and the owner's index.
         kind, material: int32 [n].
     """
+
     numbers: torch.Tensor
     kind: torch.Tensor
     material: torch.Tensor
@@ -115,8 +135,11 @@ def shape_rows(scenes, table, device) -> ShapeRows:
     """Rows of ``scenes`` (PackedScenes), whose concatenated shapes are those of ``table`` (a ShapeTable)."""
     packed = np.concatenate([scene.numbers for scene in scenes])
     numbers = np.concatenate([packed, table.colour, table.owner[:, None]], axis=1).astype(np.float32)
-    return ShapeRows(torch.as_tensor(numbers, device=device), torch.as_tensor(table.kind, device=device),
-                     torch.as_tensor(table.material, device=device))
+    return ShapeRows(
+        torch.as_tensor(numbers, device=device),
+        torch.as_tensor(table.kind, device=device),
+        torch.as_tensor(table.material, device=device),
+    )
 
 
 def paint(painter: Painter, rows: ShapeRows, hits: Hits, shadows: Optional[Shadows] = None) -> torch.Tensor:
@@ -124,8 +147,7 @@ def paint(painter: Painter, rows: ShapeRows, hits: Hits, shadows: Optional[Shado
     colour = torch.empty_like(hits.directions)
     index = torch.nonzero(hits.hit == SKY)[:, 0]
     colour[index] = _sky(painter, hits.directions[index])
-    for index, ground in ((torch.nonzero(hits.hit == GROUND)[:, 0], True),
-                          (torch.nonzero(hits.hit >= 0)[:, 0], False)):
+    for index, ground in ((torch.nonzero(hits.hit == GROUND)[:, 0], True), (torch.nonzero(hits.hit >= 0)[:, 0], False)):
         if len(index) == 0:
             continue
         offset = hits.directions[index] * hits.depth[index, None]
@@ -197,7 +219,7 @@ def _ground(painter, place, sunny):
     shade = 1.0 + rough * torch.where(soft, 2.0 * torch.ones_like(x), 0.6 * torch.ones_like(x))
     joints = ((_wrap(x, 0.8) < 0.075) | (_wrap(y, 0.8) < 0.075)) & ((codes == PAVING) | (codes == TILES))
     shade = shade * (1.0 - 0.18 * joints.float())
-    light = painter.sunlight * float(painter.sun[2]) * sunny + painter.ambient      # nearly level
+    light = painter.sunlight * float(painter.sun[2]) * sunny + painter.ambient  # nearly level
     return painter.ground_colours.index_select(0, codes) * (shade * light)[:, None]
 
 
@@ -215,8 +237,9 @@ def _shapes(painter, rows, offset, hit, sunny):
     local, normal = _local_hit(numbers, kind, offset)
     colour = _materials(painter, material, local, normal, numbers)
     cos, sin = numbers[:, 3], numbers[:, 4]
-    normal = torch.stack([cos * normal[:, 0] - sin * normal[:, 1], sin * normal[:, 0] + cos * normal[:, 1],
-                          normal[:, 2]], dim=1)
+    normal = torch.stack(
+        [cos * normal[:, 0] - sin * normal[:, 1], sin * normal[:, 0] + cos * normal[:, 1], normal[:, 2]], dim=1
+    )
     return colour * _light(painter, normal, sunny)
 
 
@@ -224,8 +247,10 @@ def _local_hit(numbers, kind, offset):
     """Hit point and unit normal, both [P, 3], in the local frame of the shape that was hit."""
     relative = offset - numbers[:, :3]
     cos, sin = numbers[:, 3], numbers[:, 4]
-    local = torch.stack([cos * relative[:, 0] + sin * relative[:, 1],
-                         cos * relative[:, 1] - sin * relative[:, 0], relative[:, 2]], dim=1)
+    local = torch.stack(
+        [cos * relative[:, 0] + sin * relative[:, 1], cos * relative[:, 1] - sin * relative[:, 0], relative[:, 2]],
+        dim=1,
+    )
     normal = torch.empty_like(local)
     for code, find in _NORMALS.items():
         chosen = torch.nonzero(kind == code)[:, 0]
@@ -242,8 +267,14 @@ def _box_normal(local, half, slope):
     zero = torch.zeros_like(x)
     on_x = (over_x >= over_y) & (over_x >= over_z)
     on_y = ~on_x & (over_y >= over_z)
-    return torch.stack([torch.where(on_x, x.sign(), zero), torch.where(on_y, y.sign(), zero),
-                        torch.where(on_x, slope[:, 0], torch.where(on_y, slope[:, 1], z.sign()))], dim=1)
+    return torch.stack(
+        [
+            torch.where(on_x, x.sign(), zero),
+            torch.where(on_y, y.sign(), zero),
+            torch.where(on_x, slope[:, 0], torch.where(on_y, slope[:, 1], z.sign())),
+        ],
+        dim=1,
+    )
 
 
 def _ellipsoid_normal(local, half, slope):
@@ -265,13 +296,13 @@ def _wheel_normal(local, half, slope):
     return torch.stack([x * tread, y.sign() * (1 - tread), z * tread], dim=1)
 
 
-_NORMALS = {sh.BOX: _box_normal, sh.ELLIPSOID: _ellipsoid_normal, sh.CONE: _cone_normal,
-            sh.WHEEL: _wheel_normal}
+_NORMALS = {sh.BOX: _box_normal, sh.ELLIPSOID: _ellipsoid_normal, sh.CONE: _cone_normal, sh.WHEEL: _wheel_normal}
 
 
 class _Spots(NamedTuple):
     """Places on surfaces, all [P]: texture coordinates (along the wall, height; x, y on tops), height above
     the shape's foot, on a top, owner's index; normal [P, 3]."""
+
     u: torch.Tensor
     v: torch.Tensor
     height: torch.Tensor
@@ -285,8 +316,7 @@ def _materials(painter, material, local, normal, numbers):
     x, y, z = local.unbind(dim=1)
     top = normal[:, 2].abs() > 0.75
     along = torch.where(normal[:, 0].abs() > normal[:, 1].abs(), y, x)
-    spots = _Spots(torch.where(top, x, along), torch.where(top, y, z), z + numbers[:, 7], top, numbers[:, 14],
-                   normal)
+    spots = _Spots(torch.where(top, x, along), torch.where(top, y, z), z + numbers[:, 7], top, numbers[:, 14], normal)
     fine = _noise(painter, spots.u * 25 + spots.owner * 7, spots.v * 25 + spots.owner * 13, 2)
     colour = numbers[:, 11:14] * (1.0 + 0.06 * fine)[:, None]
     for code, texture in _TEXTURES.items():
@@ -301,8 +331,7 @@ def _wall(painter, colour, spots):
     column, floor = spots.u / 2.4, (spots.height - 1.0) / 3.0
     across, up = _wrap(column, 1.0), _wrap(floor, 1.0)
     window = (across > 0.25) & (across < 0.75) & (up > 0.32) & (up < 0.80) & ~spots.top
-    tone = 0.5 + 0.5 * _noise(painter, column.floor() * 31 + spots.owner * 17,
-                              floor.floor() * 57 + spots.owner * 5, 3)
+    tone = 0.5 + 0.5 * _noise(painter, column.floor() * 31 + spots.owner * 17, floor.floor() * 57 + spots.owner * 5, 3)
     glass = torch.stack([0.14 + 0.25 * tone, 0.18 + 0.26 * tone, 0.25 + 0.25 * tone], dim=1)
     plaster = colour * (1.0 + 0.10 * _noise(painter, spots.u * 8, spots.height * 8, 1))[:, None]
     return torch.where(window[:, None], glass, plaster)
@@ -350,5 +379,13 @@ def _bark(painter, colour, spots):
     return colour * (1.0 + 0.35 * _noise(painter, spots.u * 40, spots.v * 6, 3))[:, None]
 
 
-_TEXTURES = {sh.WALL: _wall, sh.FOLIAGE: _foliage, sh.STRIPES: _stripes, sh.GLASS: _glass,
-             sh.CONE_BANDS: _cone_bands, sh.RIBS: _ribs, sh.CHECKS: _checks, sh.BARK: _bark}
+_TEXTURES = {
+    sh.WALL: _wall,
+    sh.FOLIAGE: _foliage,
+    sh.STRIPES: _stripes,
+    sh.GLASS: _glass,
+    sh.CONE_BANDS: _cone_bands,
+    sh.RIBS: _ribs,
+    sh.CHECKS: _checks,
+    sh.BARK: _bark,
+}

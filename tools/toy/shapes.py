@@ -4,6 +4,7 @@ Four kinds, each in its own local frame (origin at the centre, z up, turned abou
 ``BOX`` with sides that lean inwards towards the top, ``ELLIPSOID``, ``CONE`` (upright, truncated; a cylinder
 when both radii are equal) and ``WHEEL`` (a cylinder lying along local y).
 """
+
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Sequence, Tuple
 
@@ -29,6 +30,7 @@ class Shape(NamedTuple):
             radius in taper[0].
         yaw: turn about z, radians.
     """
+
     kind: int
     centre: Tuple[float, float, float]
     half: Tuple[float, float, float]
@@ -50,6 +52,7 @@ class ShapeTable:
         slope: float64 [n, 2], inward lean per metre of height: (x, y) for BOX, (radius, 0) for CONE.
         colour: float64 [n, 3], RGB 0..1.
     """
+
     kind: np.ndarray
     material: np.ndarray
     owner: np.ndarray
@@ -75,8 +78,16 @@ class ShapeTable:
         """The table moved from an object's frame to a frame in which the object stands at (x, y, z), yaw."""
         c, s = np.cos(yaw), np.sin(yaw)
         rotation = np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
-        return ShapeTable(self.kind, self.material, self.owner, self.centre @ rotation.T + (x, y, z),
-                          self.turn @ rotation[:2, :2].T, self.half, self.slope, self.colour)
+        return ShapeTable(
+            self.kind,
+            self.material,
+            self.owner,
+            self.centre @ rotation.T + (x, y, z),
+            self.turn @ rotation[:2, :2].T,
+            self.half,
+            self.slope,
+            self.colour,
+        )
 
 
 def make_table(shapes: Sequence[Shape], owner: int) -> ShapeTable:
@@ -89,11 +100,15 @@ def make_table(shapes: Sequence[Shape], owner: int) -> ShapeTable:
     slope[kind == CONE, 1] = 0.0
     yaw = np.array([s.yaw for s in shapes])
     return ShapeTable(
-        kind=kind, material=np.array([s.material for s in shapes], dtype=np.int32),
+        kind=kind,
+        material=np.array([s.material for s in shapes], dtype=np.int32),
         owner=np.full(len(shapes), owner, dtype=np.int32),
         centre=np.array([s.centre for s in shapes], dtype=np.float64),
-        turn=np.stack([np.cos(yaw), np.sin(yaw)], axis=1), half=half, slope=slope,
-        colour=np.array([s.colour for s in shapes], dtype=np.float64))
+        turn=np.stack([np.cos(yaw), np.sin(yaw)], axis=1),
+        half=half,
+        slope=slope,
+        colour=np.array([s.colour for s in shapes], dtype=np.float64),
+    )
 
 
 def concat_tables(tables: Sequence[ShapeTable]) -> ShapeTable:
@@ -137,5 +152,4 @@ def inside(points: np.ndarray, table: ShapeTable, i: int, margin: float = 0.0) -
     lean_x, lean_y = table.slope[i]
     if kind == CONE:
         return in_height & (np.hypot(x, y) < hx - lean_x * (z + hz) - margin)
-    return (in_height & (np.abs(x) < hx - lean_x * (z + hz) - margin)
-            & (np.abs(y) < hy - lean_y * (z + hz) - margin))
+    return in_height & (np.abs(x) < hx - lean_x * (z + hz) - margin) & (np.abs(y) < hy - lean_y * (z + hz) - margin)

@@ -1,4 +1,5 @@
 """nuScenes' tables (version folder ``v1.0-*``) of a toy data set, from what its scenes report."""
+
 import hashlib
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence, Tuple
@@ -10,7 +11,7 @@ from lib.io import write_json
 from .objects import OBJECT_TYPES
 from .rig import LIDAR, Rig
 
-MODALITIES = {LIDAR: 'lidar'}   # every other channel is a camera
+MODALITIES = {LIDAR: 'lidar'}  # every other channel is a camera
 VISIBILITY_LEVELS = (('1', 'v0-40', 0.4), ('2', 'v40-60', 0.6), ('3', 'v60-80', 0.8), ('4', 'v80-100', 2.0))
 LOCATION, DATE, VEHICLE = 'toy-town', '2024-01-01', 'toy'
 
@@ -27,6 +28,7 @@ class SensorRecord(NamedTuple):
         ego_to_map: float64 [4, 4] at its timestamp.
         size: (width, height) of an image, (0, 0) of a scan.
     """
+
     channel: str
     timestamp: int
     filename: str
@@ -49,6 +51,7 @@ class BoxRecord(NamedTuple):
         visible: share of the box in view.
         moving: the object is under way.
     """
+
     keyframe: int
     item: int
     centre: np.ndarray
@@ -71,6 +74,7 @@ class SceneRecord(NamedTuple):
         sensors, boxes: in any order.
         map_file: relative to the data root.
     """
+
     name: str
     description: str
     timestamps: Sequence[int]
@@ -89,13 +93,22 @@ def token(*parts) -> str:
 def quaternion(rotation: np.ndarray) -> List[float]:
     """[w, x, y, z], w >= 0, of a rotation matrix float64 [3, 3]."""
     r = rotation
-    squares = np.array([1 + r[0, 0] + r[1, 1] + r[2, 2], 1 + r[0, 0] - r[1, 1] - r[2, 2],
-                        1 - r[0, 0] + r[1, 1] - r[2, 2], 1 - r[0, 0] - r[1, 1] + r[2, 2]])
-    columns = np.array([
-        [squares[0], r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]],
-        [r[2, 1] - r[1, 2], squares[1], r[1, 0] + r[0, 1], r[0, 2] + r[2, 0]],
-        [r[0, 2] - r[2, 0], r[1, 0] + r[0, 1], squares[2], r[2, 1] + r[1, 2]],
-        [r[1, 0] - r[0, 1], r[0, 2] + r[2, 0], r[2, 1] + r[1, 2], squares[3]]])
+    squares = np.array(
+        [
+            1 + r[0, 0] + r[1, 1] + r[2, 2],
+            1 + r[0, 0] - r[1, 1] - r[2, 2],
+            1 - r[0, 0] + r[1, 1] - r[2, 2],
+            1 - r[0, 0] - r[1, 1] + r[2, 2],
+        ]
+    )
+    columns = np.array(
+        [
+            [squares[0], r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]],
+            [r[2, 1] - r[1, 2], squares[1], r[1, 0] + r[0, 1], r[0, 2] + r[2, 0]],
+            [r[0, 2] - r[2, 0], r[1, 0] + r[0, 1], squares[2], r[2, 1] + r[1, 2]],
+            [r[1, 0] - r[0, 1], r[0, 2] + r[2, 0], r[2, 1] + r[1, 2], squares[3]],
+        ]
+    )
     q = columns[squares.argmax()]
     q = q / np.linalg.norm(q)
     return [float(v) for v in (q if q[0] >= 0 else -q)]
@@ -111,9 +124,24 @@ class TableWriter:
 
     def __init__(self, seed: int, annotations: bool = True):
         self._seed, self._annotations = seed, annotations
-        self._tables = {name: [] for name in (
-            'category', 'attribute', 'visibility', 'instance', 'sensor', 'calibrated_sensor', 'ego_pose',
-            'log', 'scene', 'sample', 'sample_data', 'sample_annotation', 'map')}
+        self._tables = {
+            name: []
+            for name in (
+                'category',
+                'attribute',
+                'visibility',
+                'instance',
+                'sensor',
+                'calibrated_sensor',
+                'ego_pose',
+                'log',
+                'scene',
+                'sample',
+                'sample_data',
+                'sample_annotation',
+                'map',
+            )
+        }
         self._channels = []
         self._fixed_tables()
 
@@ -127,8 +155,7 @@ class TableWriter:
         for attribute in sorted({a for t in types for a in t.attributes if a}):
             self._add('attribute', self.token('attribute', attribute), name=attribute, description='')
         for key, level, _ in VISIBILITY_LEVELS:
-            self._add('visibility', key, level=level,
-                      description='visibility of the object, %s percent' % level[1:])
+            self._add('visibility', key, level=level, description=f'visibility of the object, {level[1:]} percent')
 
     def _add(self, table, key, **fields):
         record = dict(token=key, **fields)
@@ -141,15 +168,27 @@ class TableWriter:
         self._add_channels(scene)
         log, count = self.token('log', name), len(scene.timestamps)
         self._add('log', log, logfile=log_name(name), vehicle=VEHICLE, date_captured=DATE, location=LOCATION)
-        self._add('map', self.token('map', name), category='semantic_prior', filename=scene.map_file,
-                  log_tokens=[log])
+        self._add('map', self.token('map', name), category='semantic_prior', filename=scene.map_file, log_tokens=[log])
         samples = [sample_token(self._seed, name, k) for k in range(count)]
-        self._add('scene', self.token('scene', name), log_token=log, nbr_samples=count,
-                  first_sample_token=samples[0], last_sample_token=samples[-1], name=name,
-                  description=scene.description)
+        self._add(
+            'scene',
+            self.token('scene', name),
+            log_token=log,
+            nbr_samples=count,
+            first_sample_token=samples[0],
+            last_sample_token=samples[-1],
+            name=name,
+            description=scene.description,
+        )
         for k, stamp in enumerate(scene.timestamps):
-            self._add('sample', samples[k], timestamp=int(stamp), scene_token=self.token('scene', name),
-                      prev=samples[k - 1] if k else '', next=samples[k + 1] if k + 1 < count else '')
+            self._add(
+                'sample',
+                samples[k],
+                timestamp=int(stamp),
+                scene_token=self.token('scene', name),
+                prev=samples[k - 1] if k else '',
+                next=samples[k + 1] if k + 1 < count else '',
+            )
         self._add_sensor_data(scene, samples)
         if self._annotations:
             self._add_boxes(scene, samples)
@@ -160,11 +199,17 @@ class TableWriter:
         for channel, to_ego, intrinsic in mounts:
             if channel not in self._channels:
                 self._channels.append(channel)
-                self._add('sensor', self.token('sensor', channel), channel=channel,
-                          modality=MODALITIES.get(channel, 'camera'))
-            self._add('calibrated_sensor', self.token('calibrated', scene.name, channel),
-                      sensor_token=self.token('sensor', channel), translation=to_ego[:3, 3].tolist(),
-                      rotation=quaternion(to_ego[:3, :3]), camera_intrinsic=intrinsic)
+                self._add(
+                    'sensor', self.token('sensor', channel), channel=channel, modality=MODALITIES.get(channel, 'camera')
+                )
+            self._add(
+                'calibrated_sensor',
+                self.token('calibrated', scene.name, channel),
+                sensor_token=self.token('sensor', channel),
+                translation=to_ego[:3, 3].tolist(),
+                rotation=quaternion(to_ego[:3, :3]),
+                camera_intrinsic=intrinsic,
+            )
 
     def _add_sensor_data(self, scene, samples):
         by_channel = {}
@@ -173,14 +218,28 @@ class TableWriter:
         for channel, records in by_channel.items():
             keys = [self.token('data', scene.name, channel, r.timestamp) for r in records]
             for k, r in enumerate(records):
-                self._add('ego_pose', keys[k], timestamp=int(r.timestamp),
-                          rotation=quaternion(r.ego_to_map[:3, :3]), translation=r.ego_to_map[:3, 3].tolist())
-                self._add('sample_data', keys[k], sample_token=samples[r.keyframe], ego_pose_token=keys[k],
-                          calibrated_sensor_token=self.token('calibrated', scene.name, channel),
-                          timestamp=int(r.timestamp), fileformat='pcd' if channel == LIDAR else 'jpg',
-                          is_key_frame=bool(r.is_key_frame), height=int(r.size[1]), width=int(r.size[0]),
-                          filename=r.filename, prev=keys[k - 1] if k else '',
-                          next=keys[k + 1] if k + 1 < len(keys) else '')
+                self._add(
+                    'ego_pose',
+                    keys[k],
+                    timestamp=int(r.timestamp),
+                    rotation=quaternion(r.ego_to_map[:3, :3]),
+                    translation=r.ego_to_map[:3, 3].tolist(),
+                )
+                self._add(
+                    'sample_data',
+                    keys[k],
+                    sample_token=samples[r.keyframe],
+                    ego_pose_token=keys[k],
+                    calibrated_sensor_token=self.token('calibrated', scene.name, channel),
+                    timestamp=int(r.timestamp),
+                    fileformat='pcd' if channel == LIDAR else 'jpg',
+                    is_key_frame=bool(r.is_key_frame),
+                    height=int(r.size[1]),
+                    width=int(r.size[0]),
+                    filename=r.filename,
+                    prev=keys[k - 1] if k else '',
+                    next=keys[k + 1] if k + 1 < len(keys) else '',
+                )
 
     def _add_boxes(self, scene, samples):
         by_item = {}
@@ -191,30 +250,43 @@ class TableWriter:
             instance = instance_token(self._seed, scene.name, item)
             keys = [self.token('annotation', scene.name, item, b.keyframe) for b in boxes]
             category = scene.categories[item]
-            self._add('instance', instance, category_token=self.token('category', category),
-                      nbr_annotations=len(boxes), first_annotation_token=keys[0],
-                      last_annotation_token=keys[-1])
+            self._add(
+                'instance',
+                instance,
+                category_token=self.token('category', category),
+                nbr_annotations=len(boxes),
+                first_annotation_token=keys[0],
+                last_annotation_token=keys[-1],
+            )
             for k, box in enumerate(boxes):
                 attribute = types[category].attributes[0 if box.moving else 1]
                 length, width, height = box.size
                 level = next(key for key, _, top in VISIBILITY_LEVELS if box.visible < top)
-                self._add('sample_annotation', keys[k], sample_token=samples[box.keyframe],
-                          instance_token=instance, visibility_token=level,
-                          attribute_tokens=[self.token('attribute', attribute)] if attribute else [],
-                          translation=box.centre.tolist(), size=[width, length, height],
-                          rotation=[float(np.cos(box.yaw / 2)), 0.0, 0.0, float(np.sin(box.yaw / 2))],
-                          prev=keys[k - 1] if k else '', next=keys[k + 1] if k + 1 < len(keys) else '',
-                          num_lidar_pts=int(box.lidar_points), num_radar_pts=0)
+                self._add(
+                    'sample_annotation',
+                    keys[k],
+                    sample_token=samples[box.keyframe],
+                    instance_token=instance,
+                    visibility_token=level,
+                    attribute_tokens=[self.token('attribute', attribute)] if attribute else [],
+                    translation=box.centre.tolist(),
+                    size=[width, length, height],
+                    rotation=[float(np.cos(box.yaw / 2)), 0.0, 0.0, float(np.sin(box.yaw / 2))],
+                    prev=keys[k - 1] if k else '',
+                    next=keys[k + 1] if k + 1 < len(keys) else '',
+                    num_lidar_pts=int(box.lidar_points),
+                    num_radar_pts=0,
+                )
 
     def write(self, folder: Path) -> None:
         """Write all tables to ``folder``."""
         for name, records in self._tables.items():
-            write_json(folder / ('%s.json' % name), records)
+            write_json(folder / (f'{name}.json'), records)
 
 
 def log_name(scene_name: str) -> str:
     """Name of the log that a scene is cut from; file names of images and scans begin with it."""
-    return 'toy-%s' % scene_name
+    return f'toy-{scene_name}'
 
 
 def sample_token(seed: int, scene_name: str, keyframe: int) -> str:

@@ -3,6 +3,7 @@
 Hits are reported as the index of the shape, or GROUND, or SKY. Distances are multiples of the ray's
 direction.
 """
+
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ class PackedScene(NamedTuple):
         waves: float32 [5, 3]: amplitude, kx, ky, phase at the viewpoint, and in [4, 0] the viewpoint's
             height, in [4, 1] the largest ground height, in [4, 2] its steepest slope.
     """
+
     kind: np.ndarray
     numbers: np.ndarray
     waves: np.ndarray

@@ -4,6 +4,7 @@
 columns of a scan that may meet it; ``trace_rays`` takes any bundle of rays from one point. All report a
 distance t (the hit is t * direction) and a hit index.
 """
+
 import math
 from typing import Tuple
 
@@ -141,8 +142,12 @@ def _bounds(s, rotation, fx, fy, cx, cy, width, height, near):
             left, right, top, bottom = min(left, u), max(right, u), min(top, v), max(bottom, v)
     if left > right:
         return 0, 0, 0, 0
-    return (int(max(left - 1.0, 0.0)), int(min(max(right + 1.0, 0.0), width)),
-            int(max(top - 1.0, 0.0)), int(min(max(bottom + 1.0, 0.0), height)))
+    return (
+        int(max(left - 1.0, 0.0)),
+        int(min(max(right + 1.0, 0.0), width)),
+        int(max(top - 1.0, 0.0)),
+        int(min(max(bottom + 1.0, 0.0), height)),
+    )
 
 
 @_jit
@@ -153,7 +158,7 @@ def _trace_image(kind, numbers, waves, rotation, fx, fy, cx, cy, ground, distanc
     nearest = -numbers[:, 10].astype(np.float64)
     for a in range(3):
         nearest = nearest + rotation[a, 2] * numbers[:, a]
-    for i in np.argsort(nearest):       # front to back, so that hidden shapes are skipped
+    for i in np.argsort(nearest):  # front to back, so that hidden shapes are skipped
         s = numbers[i]
         c0, c1, r0, r1 = _bounds(s, rotation, fx, fy, cx, cy, width, height, NEAR)
         for r in range(r0, r1):
@@ -162,9 +167,13 @@ def _trace_image(kind, numbers, waves, rotation, fx, fy, cx, cy, ground, distanc
                 if distance[r, c] < nearest[i]:
                     continue
                 u = (c + 0.5 - cx) / fx
-                t = _hit_shape(kind[i], s, rotation[0, 0] * u + rotation[0, 1] * v + rotation[0, 2],
-                               rotation[1, 0] * u + rotation[1, 1] * v + rotation[1, 2],
-                               rotation[2, 0] * u + rotation[2, 1] * v + rotation[2, 2])
+                t = _hit_shape(
+                    kind[i],
+                    s,
+                    rotation[0, 0] * u + rotation[0, 1] * v + rotation[0, 2],
+                    rotation[1, 0] * u + rotation[1, 1] * v + rotation[1, 2],
+                    rotation[2, 0] * u + rotation[2, 1] * v + rotation[2, 2],
+                )
                 if t < distance[r, c]:
                     distance[r, c] = t
                     hit[r, c] = i
@@ -174,16 +183,21 @@ def _trace_image(kind, numbers, waves, rotation, fx, fy, cx, cy, ground, distanc
         v = (r + 0.5 - cy) / fy
         for c in range(width):
             u = (c + 0.5 - cx) / fx
-            t = _hit_ground(waves, rotation[0, 0] * u + rotation[0, 1] * v + rotation[0, 2],
-                            rotation[1, 0] * u + rotation[1, 1] * v + rotation[1, 2],
-                            rotation[2, 0] * u + rotation[2, 1] * v + rotation[2, 2], distance[r, c])
+            t = _hit_ground(
+                waves,
+                rotation[0, 0] * u + rotation[0, 1] * v + rotation[0, 2],
+                rotation[1, 0] * u + rotation[1, 1] * v + rotation[1, 2],
+                rotation[2, 0] * u + rotation[2, 1] * v + rotation[2, 2],
+                distance[r, c],
+            )
             if t < distance[r, c]:
                 distance[r, c] = t
                 hit[r, c] = GROUND
 
 
-def trace_image(scene: PackedScene, rotation: np.ndarray, intrinsic: np.ndarray, size: Tuple[int, int],
-                ground: bool = True) -> Tuple[np.ndarray, np.ndarray]:
+def trace_image(
+    scene: PackedScene, rotation: np.ndarray, intrinsic: np.ndarray, size: Tuple[int, int], ground: bool = True
+) -> Tuple[np.ndarray, np.ndarray]:
     """What every pixel of a camera at the scene's viewpoint sees.
 
     Args:
@@ -239,8 +253,9 @@ def _trace_fan(kind, numbers, waves, axes, directions, limit, distance, hit):
                 distance[column, r], hit[column, r] = t, GROUND
 
 
-def trace_fan(scene: PackedScene, axes: np.ndarray, directions: np.ndarray,
-              limit: float) -> Tuple[np.ndarray, np.ndarray]:
+def trace_fan(
+    scene: PackedScene, axes: np.ndarray, directions: np.ndarray, limit: float
+) -> Tuple[np.ndarray, np.ndarray]:
     """What the rays of a turning scanner at the scene's viewpoint meet within ``limit`` metres.
 
     Args:
@@ -253,8 +268,16 @@ def trace_fan(scene: PackedScene, axes: np.ndarray, directions: np.ndarray,
         shape.
     """
     distance, hit = np.empty(directions.shape[:2]), np.empty(directions.shape[:2], dtype=np.int32)
-    _trace_fan(scene.kind, scene.numbers, scene.waves, np.ascontiguousarray(axes, dtype=np.float64),
-               np.ascontiguousarray(directions, dtype=np.float64), float(limit), distance, hit)
+    _trace_fan(
+        scene.kind,
+        scene.numbers,
+        scene.waves,
+        np.ascontiguousarray(axes, dtype=np.float64),
+        np.ascontiguousarray(directions, dtype=np.float64),
+        float(limit),
+        distance,
+        hit,
+    )
     return distance, hit
 
 
@@ -279,8 +302,7 @@ def _trace_rays(kind, numbers, waves, directions, limit, distance, hit):
         distance[r], hit[r] = best, index
 
 
-def trace_rays(scene: PackedScene, directions: np.ndarray,
-               limit: float = FAR) -> Tuple[np.ndarray, np.ndarray]:
+def trace_rays(scene: PackedScene, directions: np.ndarray, limit: float = FAR) -> Tuple[np.ndarray, np.ndarray]:
     """What rays from the scene's viewpoint meet within ``limit`` metres.
 
     Args:
@@ -290,6 +312,13 @@ def trace_rays(scene: PackedScene, directions: np.ndarray,
         distance float64 [n], metres (``limit`` where nothing is hit), and hit int32 [n].
     """
     distance, hit = np.empty(len(directions)), np.empty(len(directions), dtype=np.int32)
-    _trace_rays(scene.kind, scene.numbers, scene.waves, np.ascontiguousarray(directions, dtype=np.float64),
-                float(limit), distance, hit)
+    _trace_rays(
+        scene.kind,
+        scene.numbers,
+        scene.waves,
+        np.ascontiguousarray(directions, dtype=np.float64),
+        float(limit),
+        distance,
+        hit,
+    )
     return distance, hit

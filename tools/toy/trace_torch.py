@@ -4,6 +4,7 @@ All (shape, pixel) pairs that the shapes' image bounds allow are tested at once,
 because a GPU's time goes into starting kernels; each pixel keeps its nearest hit. C: cameras, n: shapes of
 all of them, Q: pairs, P: pixels of all cameras.
 """
+
 import itertools
 from typing import NamedTuple, Sequence, Tuple
 
@@ -15,11 +16,12 @@ from .trace import FAR, GROUND, NEAR, SKY, PackedScene
 
 PAIRS_AT_ONCE = 1 << 22
 _MISS = 1e30
-_SAFE_STEPS, _NEWTON_STEPS = 8, 4       # on the way to the ground
+_SAFE_STEPS, _NEWTON_STEPS = 8, 4  # on the way to the ground
 
 
 class _Lenses(NamedTuple):
     """The cameras, float32: turn [C, 3, 3] camera frame to map axes; focal, centre [C, 2] (x, y), pixels."""
+
     turn: torch.Tensor
     focal: torch.Tensor
     centre: torch.Tensor
@@ -27,6 +29,7 @@ class _Lenses(NamedTuple):
 
 class _Shapes(NamedTuple):
     """Shapes of all cameras: numbers float32 [n, 11] (see ``trace``), kind int32 [n], camera int64 [n]."""
+
     numbers: torch.Tensor
     kind: torch.Tensor
     camera: torch.Tensor
@@ -34,15 +37,21 @@ class _Shapes(NamedTuple):
 
 class _Bounds(NamedTuple):
     """Pixels that may see each shape, int64 [n]: first column and row, number of columns and rows."""
+
     column: torch.Tensor
     row: torch.Tensor
     columns: torch.Tensor
     rows: torch.Tensor
 
 
-def trace_images(scenes: Sequence[PackedScene], rotations: Sequence[np.ndarray],
-                 intrinsics: Sequence[np.ndarray], size: Tuple[int, int], device: torch.device,
-                 ground: bool = True) -> Tuple[torch.Tensor, torch.Tensor]:
+def trace_images(
+    scenes: Sequence[PackedScene],
+    rotations: Sequence[np.ndarray],
+    intrinsics: Sequence[np.ndarray],
+    size: Tuple[int, int],
+    device: torch.device,
+    ground: bool = True,
+) -> Tuple[torch.Tensor, torch.Tensor]:
     """What every pixel of C cameras sees.
 
     Args:
@@ -59,12 +68,15 @@ def trace_images(scenes: Sequence[PackedScene], rotations: Sequence[np.ndarray],
         ``device``.
     """
     tensor = lambda a: torch.as_tensor(np.asarray(a, dtype=np.float32), device=device)  # noqa: E731
-    lenses = _Lenses(tensor(rotations), tensor([[k[0, 0], k[1, 1]] for k in intrinsics]),
-                     tensor([k[:2, 2] for k in intrinsics]))
+    lenses = _Lenses(
+        tensor(rotations), tensor([[k[0, 0], k[1, 1]] for k in intrinsics]), tensor([k[:2, 2] for k in intrinsics])
+    )
     counts = [len(scene.kind) for scene in scenes]
-    shapes = _Shapes(tensor(np.concatenate([scene.numbers for scene in scenes])),
-                     torch.as_tensor(np.concatenate([scene.kind for scene in scenes]), device=device),
-                     torch.as_tensor(np.repeat(np.arange(len(scenes)), counts), device=device))
+    shapes = _Shapes(
+        tensor(np.concatenate([scene.numbers for scene in scenes])),
+        torch.as_tensor(np.concatenate([scene.kind for scene in scenes]), device=device),
+        torch.as_tensor(np.repeat(np.arange(len(scenes)), counts), device=device),
+    )
     rays = _rays(lenses, size)
     bounds = _bounds(shapes, lenses, size)
     nearest = torch.full((len(rays),), _key(FAR, SKY), dtype=torch.int64, device=device)
@@ -89,11 +101,11 @@ def _rays(lenses, size):
 
 def _key(depth, index):
     """A positive depth and an index as one integer that sorts by depth."""
-    return (int(np.float32(depth).view(np.int32)) << 32) | (index & 0xffffffff)
+    return (int(np.float32(depth).view(np.int32)) << 32) | (index & 0xFFFFFFFF)
 
 
 def _unpack(keys):
-    index = (keys & 0xffffffff).to(torch.int32)     # wraps: SKY comes back negative
+    index = (keys & 0xFFFFFFFF).to(torch.int32)  # wraps: SKY comes back negative
     return (keys >> 32).to(torch.int32).view(torch.float32), index
 
 
@@ -112,7 +124,7 @@ def _bounds(shapes, lenses, size) -> _Bounds:
     cos, sin = shapes.numbers[:, 3, None], shapes.numbers[:, 4, None]
     x, y, z = local.unbind(dim=-1)
     placed = torch.stack([cos * x - sin * y, sin * x + cos * y, z], dim=-1) + shapes.numbers[:, None, :3]
-    corner = torch.bmm(placed, lenses.turn[shapes.camera])               # [n, 8, 3], camera frame
+    corner = torch.bmm(placed, lenses.turn[shapes.camera])  # [n, 8, 3], camera frame
     ends = [(a, a ^ bit) for a in range(8) for bit in (1, 2, 4)]
     start, end = corner[:, [a for a, _ in ends]], corner[:, [b for _, b in ends]]
     depth, beyond = start[..., 2], end[..., 2]
@@ -154,7 +166,7 @@ def _keep_nearest(nearest, pixel, keys):
     if hasattr(nearest, 'scatter_reduce_'):
         nearest.scatter_reduce_(0, pixel, keys, 'amin')
         return
-    best = nearest.cpu().numpy().copy()     # PyTorch before 1.12
+    best = nearest.cpu().numpy().copy()  # PyTorch before 1.12
     np.minimum.at(best, pixel.cpu().numpy(), keys.cpu().numpy())
     nearest.copy_(torch.from_numpy(best))
 
@@ -182,7 +194,7 @@ def _hit_box(o, d, numbers, start):
     lean = torch.cat([slope, zero], dim=1)
     along, across = torch.stack(d, dim=1), torch.stack(o, dim=1)
     tilt, size = lean * d[2][:, None], half - lean * (half[:, 2:] + o[2][:, None])
-    speed = torch.cat([along + tilt, tilt - along], dim=1)               # [Q, 6], outward
+    speed = torch.cat([along + tilt, tilt - along], dim=1)  # [Q, 6], outward
     gap = torch.cat([size - across, size + across], dim=1)
     t = gap / torch.where(speed == 0, torch.full_like(speed, 1e-12), speed)
     entering = speed < 0
@@ -243,13 +255,13 @@ def _add_ground(waves, rays, depth, hit):
     fall = torch.where(falls, rays[:, 2], torch.full_like(depth, -1.0))
     t = ((highest - height) / fall).clamp(min=0.0)
     rate = steepest * rays[:, :2].norm(dim=1) - fall
-    speed = rays[:, :1] * kx + rays[:, 1:2] * ky                         # [P, 3], phase per unit of t
+    speed = rays[:, :1] * kx + rays[:, 1:2] * ky  # [P, 3], phase per unit of t
     for step in range(_SAFE_STEPS + _NEWTON_STEPS):
         angle = t[:, None] * speed + phase
         gap = height + t * fall - (torch.sin(angle) * amplitude).sum(dim=1)
         if step >= _SAFE_STEPS:
             exact = (torch.cos(angle) * amplitude * speed).sum(dim=1) - fall
-            rate = torch.where(exact > 0.3 * rate, exact, rate)         # not where the ray only grazes a hill
+            rate = torch.where(exact > 0.3 * rate, exact, rate)  # not where the ray only grazes a hill
         t = (t + gap / rate).clamp(min=0.0, max=2 * FAR)
     nearer = falls & (t < depth)
     return torch.where(nearer, t, depth), torch.where(nearer, torch.full_like(hit, GROUND), hit)

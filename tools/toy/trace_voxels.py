@@ -1,4 +1,5 @@
 """Which voxels rays pass until something stops them (numba, compiled on first use and cached)."""
+
 import math
 
 import numba
@@ -40,8 +41,7 @@ def _mark_seen(occupied, origin, rays, reach, seen):
                 next_z += stride_z
 
 
-def mark_seen(occupied: np.ndarray, origin: np.ndarray, rays: np.ndarray, reach: np.ndarray,
-              seen: np.ndarray) -> None:
+def mark_seen(occupied: np.ndarray, origin: np.ndarray, rays: np.ndarray, reach: np.ndarray, seen: np.ndarray) -> None:
     """Set ``seen`` to 1 in every voxel that a ray enters, up to and including its first occupied one.
 
     Args:
@@ -51,6 +51,10 @@ def mark_seen(occupied: np.ndarray, origin: np.ndarray, rays: np.ndarray, reach:
         reach: float64 [n], voxels that each ray goes at most.
         seen: uint8 [X, Y, Z], changed in place.
     """
-    _mark_seen(np.ascontiguousarray(occupied), np.asarray(origin, dtype=np.float64),
-               np.ascontiguousarray(rays, dtype=np.float64), np.ascontiguousarray(reach, dtype=np.float64),
-               seen)
+    _mark_seen(
+        np.ascontiguousarray(occupied),
+        np.asarray(origin, dtype=np.float64),
+        np.ascontiguousarray(rays, dtype=np.float64),
+        np.ascontiguousarray(reach, dtype=np.float64),
+        seen,
+    )

@@ -4,6 +4,7 @@ Places are laid out in road coordinates: s metres along the centre line from whe
 metres to its left. Traffic keeps to the right. Objects of one class keep well over 0.8 m apart, so that a
 voxel is never within reach of two boxes of its class.
 """
+
 from dataclasses import dataclass
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
@@ -12,20 +13,30 @@ import numpy as np
 from lib.classes import OCC3D
 
 from . import objects
-from .road import (CELL, CROSS_STREET_HALF, GROUND_CLASSES, LANE_WIDTH, NO_GROUND, PARKING_CENTRE, Road,
-                   SideZone, draw_waves, paint_map)
+from .road import (
+    CELL,
+    CROSS_STREET_HALF,
+    GROUND_CLASSES,
+    LANE_WIDTH,
+    NO_GROUND,
+    PARKING_CENTRE,
+    Road,
+    SideZone,
+    draw_waves,
+    paint_map,
+)
 from .shapes import ShapeTable, concat_tables, extent, make_table
 
 KEYFRAME_SECONDS = 0.5
-VIEW_DISTANCE = 140.0       # metres; shapes further from the ego car are left out
+VIEW_DISTANCE = 140.0  # metres; shapes further from the ego car are left out
 CLASS_IDS = {name: i for i, name in enumerate(OCC3D.class_names)}
-GROUND_CLASS_IDS = np.array([CLASS_IDS[GROUND_CLASSES[code]] for code in sorted(GROUND_CLASSES)],
-                            dtype=np.uint8)
-ITEM_LANE, WALKING_LANE = 7.9, 9.6      # d of what stands, and of who walks, on the sidewalks
+GROUND_CLASS_IDS = np.array([CLASS_IDS[GROUND_CLASSES[code]] for code in sorted(GROUND_CLASSES)], dtype=np.uint8)
+ITEM_LANE, WALKING_LANE = 7.9, 9.6  # d of what stands, and of who walks, on the sidewalks
 
 
 class Pose(NamedTuple):
     """Position (map frame, metres) and heading (radians) on the ground."""
+
     x: float
     y: float
     z: float
@@ -46,6 +57,7 @@ class ToyObject:
         pose: function of time (seconds from the first keyframe) to :class:`Pose`.
         moving: it changes place.
     """
+
     index: int
     occ_class: int
     type: Optional[objects.ObjectType]
@@ -58,6 +70,7 @@ class ToyObject:
 
 class Look(NamedTuple):
     """Light of a scene: direction to the sun [3], RGB 0..1 of zenith and horizon, strengths of the light."""
+
     sun: np.ndarray
     zenith: Tuple[float, float, float]
     horizon: Tuple[float, float, float]
@@ -164,9 +177,18 @@ class ToyWorld:
         table = make_table(shapes, owner=len(self.objects))
         low, high = extent(table)
         table.centre[:, :2] -= (low[:2] + high[:2]) / 2
-        self.objects.append(ToyObject(
-            len(self.objects), CLASS_IDS[occ_class], type_, table, tuple(float(v) for v in high - low),
-            float(low[2] + high[2]) / 2, pose, moving))
+        self.objects.append(
+            ToyObject(
+                len(self.objects),
+                CLASS_IDS[occ_class],
+                type_,
+                table,
+                tuple(float(v) for v in high - low),
+                float(low[2] + high[2]) / 2,
+                pose,
+                moving,
+            )
+        )
 
     def _stand(self, s, d, turn=0.0) -> Callable[[float], Pose]:
         """Pose of something that stays at road coordinates (s, d), turned against the road's heading."""
@@ -176,9 +198,11 @@ class ToyWorld:
 
     def _travel(self, s_of_t, d, turn=0.0) -> Callable[[float], Pose]:
         """Pose of something that keeps its distance d from the centre line."""
+
         def pose(t):
             x, y, heading = (float(v) for v in self.road.at(s_of_t(t), d))
             return Pose(x, y, float(self.waves.height(x, y)), heading + turn)
+
         return pose
 
     def _add_object(self, name, pose, moving=False, **options) -> None:
@@ -191,15 +215,17 @@ class ToyWorld:
 
     def _wanted(self, names, side) -> List[str]:
         """Rare things for this side of the road: each falls to one of the sides, in most scenes."""
-        return [name for k, name in enumerate(names)
-                if (self._scene_index + k) % 2 == (side + 1) // 2
-                and ((self._scene_index // 2 + k) % 3 != 2 or self._rng.random() < 0.7)]
+        return [
+            name
+            for k, name in enumerate(names)
+            if (self._scene_index + k) % 2 == (side + 1) // 2
+            and ((self._scene_index // 2 + k) % 3 != 2 or self._rng.random() < 0.7)
+        ]
 
     def _park_vehicles(self, side) -> None:
         rng, s = self._rng, -60.0
         rare = self._wanted(['work_zone', 'trailer', 'bus', 'truck', 'work_zone', 'trailer'], side)
-        room = {'car': 5.2, 'truck': 8.6, 'bus': 12.0, 'trailer': 11.0, 'work_zone': 21.0, 'motorcycle': 2.6,
-                '': 5.0}
+        room = {'car': 5.2, 'truck': 8.6, 'bus': 12.0, 'trailer': 11.0, 'work_zone': 21.0, 'motorcycle': 2.6, '': 5.0}
         while s < self.road.length + 70.0:
             if rare and s > -14.0:
                 name = rare.pop(0)
@@ -231,8 +257,7 @@ class ToyWorld:
     def _fill_sidewalk(self, side) -> None:
         rng, s = self._rng, -50.0
         rare = self._wanted(['bicycle', 'cart', 'motorcycle', 'debris', 'pedestrian', 'traffic_cone'], side)
-        common = ['lamp', 'sign', 'bicycle', 'motorcycle', 'cart', 'debris', 'pedestrian', 'bush',
-                  'traffic_cone']
+        common = ['lamp', 'sign', 'bicycle', 'motorcycle', 'cart', 'debris', 'pedestrian', 'bush', 'traffic_cone']
         while s < self.road.length + 60.0:
             name = rare.pop(0) if rare and s > -8.0 else str(rng.choice(common))
             if not self._near_crossing(s, 4.0):
@@ -259,8 +284,11 @@ class ToyWorld:
         s = -40.0 + rng.uniform(0, 4)
         while s < self.road.length + 50.0:
             start = s
-            self._add_object('pedestrian', self._travel(lambda t, start=start: start + pace * t,
-                                                        side * WALKING_LANE, turn), moving=True)
+            self._add_object(
+                'pedestrian',
+                self._travel(lambda t, start=start: start + pace * t, side * WALKING_LANE, turn),
+                moving=True,
+            )
             s += rng.uniform(4.0, 16.0)
 
     def _fill_zone(self, zone) -> None:

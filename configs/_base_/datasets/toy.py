@@ -2,6 +2,7 @@
 
 Hardly any augmentation: in the few hundred steps of a demo every sample is seen only a few times.
 """
+
 _base_ = './occ3d.py'
 
 task = dict(num_frames=1, image_size=(96, 256))
@@ -13,6 +14,8 @@ data = dict(
             dict(type='LoadMultiViewImageFromMultiSweeps'),
             dict(type='LoadOccGTFromFile'),
             dict(type='RandomTransformImage', resize_lim=(0.44, 0.45), rand_flip=False),
-        ]),
+        ],
+    ),
     val=dict(data_root='data/toy/'),
-    test=dict(data_root='data/toy/'))
+    test=dict(data_root='data/toy/'),
+)

@@ -1,18 +1,13 @@
 """Release 1.0: AdamW at 2e-4, cosine, 48 epochs, total batch 8."""
+
 optimizer = dict(
     type='AdamW',
     lr=2e-4,
     weight_decay=0.01,
-    paramwise_cfg=dict(custom_keys={
-        'img_backbone': dict(lr_mult=0.1),
-        'sampling_offset': dict(lr_mult=0.1)}))
+    paramwise_cfg=dict(custom_keys={'img_backbone': dict(lr_mult=0.1), 'sampling_offset': dict(lr_mult=0.1)}),
+)
 optimizer_config = dict(grad_clip=dict(max_norm=35, norm_type=2))
-lr_config = dict(
-    policy='CosineAnnealing',
-    warmup='linear',
-    warmup_iters=500,
-    warmup_ratio=1.0 / 3,
-    min_lr_ratio=1e-3)
+lr_config = dict(policy='CosineAnnealing', warmup='linear', warmup_iters=500, warmup_ratio=1.0 / 3, min_lr_ratio=1e-3)
 runner = dict(max_epochs=48)
 total_batch_size = 8  # over all GPUs and accumulation steps
 

@@ -1,4 +1,5 @@
 """Release 1.1: AdamW at 5e-4, steps at 22 and 24, 24 epochs, total batch 8."""
+
 _base_ = './cosine_48e.py'
 
 optimizer = dict(lr=5e-4)
@@ -10,5 +11,6 @@ lr_config = dict(
     warmup_ratio=1.0 / 3,
     by_epoch=True,
     step=[22, 24],
-    gamma=0.2)
+    gamma=0.2,
+)
 runner = dict(max_epochs=24)

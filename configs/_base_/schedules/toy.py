@@ -1,4 +1,5 @@
 """Toy: AdamW with one learning rate for all (nothing is pretrained), cosine, minutes on a CPU."""
+
 _base_ = './cosine_48e.py'
 
 optimizer = dict(lr=3e-3, paramwise_cfg=dict(_delete_=True, custom_keys={'sampling_offset': dict(lr_mult=0.1)}))

@@ -1,4 +1,5 @@
 """The two matrix products and normalisations of adaptive mixing (SPEC: "Adaptive mixing")."""
+
 from models.csrc.adaptive_mixing.ops import adaptive_mix
 
 __all__ = ['adaptive_mix']

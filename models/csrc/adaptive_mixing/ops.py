@@ -2,6 +2,7 @@
 
 Shapes: n any leading dimensions, G groups, W channels of a group, p_in sampled points, p_out mixed points.
 """
+
 from types import ModuleType
 from typing import Optional
 
@@ -40,26 +41,29 @@ def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
     if kernels is None:
         return adaptive_mix_reference(sampled, generated, out_points)
     in_points, width = sampled.shape[-2:]
-    result = kernels.adaptive_mix(sampled.reshape(-1, in_points, width).contiguous(),
-                                  generated.reshape(-1, width * width + out_points * in_points).contiguous(),
-                                  out_points)
+    result = kernels.adaptive_mix(
+        sampled.reshape(-1, in_points, width).contiguous(),
+        generated.reshape(-1, width * width + out_points * in_points).contiguous(),
+        out_points,
+    )
     return result.view(sampled.shape[:-2] + (out_points, width))
 
 
 def _check(sampled: Tensor, generated: Tensor, out_points: int) -> None:
     if sampled.dim() < 3:
-        raise ValueError('sampled must be [..., G, p_in, W] but is %s' % list(sampled.shape))
+        raise ValueError(f'sampled must be [..., G, p_in, W] but is {list(sampled.shape)}')
     groups, in_points, width = sampled.shape[-3:]
     expected = tuple(sampled.shape[:-3]) + (groups * (width * width + out_points * in_points),)
     if tuple(generated.shape) != expected:
-        raise ValueError('generated must be %s (for p_out = %d) but is %s'
-                         % (list(expected), out_points, list(generated.shape)))
+        raise ValueError(
+            'generated must be %s (for p_out = %d) but is %s' % (list(expected), out_points, list(generated.shape))
+        )
     if generated.dtype != sampled.dtype or not sampled.dtype.is_floating_point:
-        raise TypeError('sampled and generated must have one float dtype but are %s and %s'
-                        % (sampled.dtype, generated.dtype))
+        raise TypeError(
+            f'sampled and generated must have one float dtype but are {sampled.dtype} and {generated.dtype}'
+        )
     if generated.device != sampled.device:
-        raise ValueError('generated must be on the device of sampled, %s, but is on %s'
-                         % (sampled.device, generated.device))
+        raise ValueError(f'generated must be on the device of sampled, {sampled.device}, but is on {generated.device}')
 
 
 def _kernels_for(sampled: Tensor, generated: Tensor, out_points: int) -> Optional[ModuleType]:

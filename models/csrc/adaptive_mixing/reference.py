@@ -2,6 +2,7 @@
 
 Shapes: n any leading dimensions, G groups, W channels of a group, p_in sampled points, p_out mixed points.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

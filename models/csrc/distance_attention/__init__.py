@@ -1,4 +1,5 @@
 """Self-attention whose logits fall with distance (SPEC: "Attention between blocks")."""
+
 from models.csrc.distance_attention.ops import distance_attention
 
 __all__ = ['distance_attention']

@@ -2,6 +2,7 @@
 
 Shapes: B batch, Q queries, H heads, D channels of a head.
 """
+
 from types import ModuleType
 from typing import Optional
 
@@ -37,27 +38,30 @@ def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor) -> Tenso
     kernels = _kernels_for(parts, reach)
     if kernels is None:
         return distance_attention_reference(parts, reach, positions)
-    return kernels.distance_attention(parts.contiguous(), reach.contiguous(),
-                                      positions.detach().float().contiguous())
+    return kernels.distance_attention(parts.contiguous(), reach.contiguous(), positions.detach().float().contiguous())
 
 
 def _check(parts: Tensor, reach: Tensor, positions: Tensor) -> None:
     if parts.dim() != 5 or parts.shape[2] != 3:
-        raise ValueError('parts must be [B, Q, 3, H, D] but is %s' % list(parts.shape))
+        raise ValueError(f'parts must be [B, Q, 3, H, D] but is {list(parts.shape)}')
     batch, count, _, heads, _ = parts.shape
     if tuple(reach.shape) != (batch, count, heads):
-        raise ValueError('reach must be %s but is %s' % ([batch, count, heads], list(reach.shape)))
-    if (positions.dim() != 3 or positions.shape[0] not in (1, batch) or positions.shape[1] != count
-            or positions.shape[2] < 2):
-        raise ValueError('positions must be [%d or 1, %d, 2 or more] but is %s'
-                         % (batch, count, list(positions.shape)))
+        raise ValueError(f'reach must be {[batch, count, heads]} but is {list(reach.shape)}')
+    if (
+        positions.dim() != 3
+        or positions.shape[0] not in (1, batch)
+        or positions.shape[1] != count
+        or positions.shape[2] < 2
+    ):
+        raise ValueError('positions must be [%d or 1, %d, 2 or more] but is %s' % (batch, count, list(positions.shape)))
     if reach.dtype != parts.dtype or not (parts.dtype.is_floating_point and positions.dtype.is_floating_point):
-        raise TypeError('parts and reach must have one float dtype, and positions a float dtype, but they are %s, '
-                        '%s and %s' % (parts.dtype, reach.dtype, positions.dtype))
+        raise TypeError(
+            f'parts and reach must have one float dtype, and positions a float dtype, but they are {parts.dtype}, '
+            f'{reach.dtype} and {positions.dtype}'
+        )
     for name, tensor in (('reach', reach), ('positions', positions)):
         if tensor.device != parts.device:
-            raise ValueError('%s must be on the device of parts, %s, but is on %s'
-                             % (name, parts.device, tensor.device))
+            raise ValueError(f'{name} must be on the device of parts, {parts.device}, but is on {tensor.device}')
 
 
 def _kernels_for(parts: Tensor, reach: Tensor) -> Optional[ModuleType]:

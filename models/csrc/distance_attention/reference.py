@@ -2,6 +2,7 @@
 
 Shapes: B batch, Q queries, H heads, D channels of a head.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -4,6 +4,7 @@ All arguments arrive checked, contiguous where msmv_sampling.h asks for it, and 
 everything but the features. The kernels do nothing that autocast could change, so these Functions need no
 autocast decorators: they run in whatever types they are handed.
 """
+
 from types import ModuleType
 from typing import Tuple
 
@@ -18,14 +19,24 @@ class SampleMultiView(Function):
     With a frame_index that is not empty there is no backward pass."""
 
     @staticmethod
-    def forward(ctx, kernels: ModuleType, points: Tensor, ego2img: Tensor, level_logits: Tensor,
-                frame_index: Tensor, image_size: Tuple[int, int], num_cameras: int, published_weight_order: bool,
-                *features: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        kernels: ModuleType,
+        points: Tensor,
+        ego2img: Tensor,
+        level_logits: Tensor,
+        frame_index: Tensor,
+        image_size: Tuple[int, int],
+        num_cameras: int,
+        published_weight_order: bool,
+        *features: Tensor,
+    ) -> Tensor:
         ctx.kernels = kernels
         ctx.settings = (float(image_size[0]), float(image_size[1]), num_cameras, published_weight_order)
         ctx.save_for_backward(points, ego2img, level_logits, *features)
-        return kernels.sample_multi_view_forward(list(features), points, ego2img, level_logits, frame_index,
-                                                 *ctx.settings)
+        return kernels.sample_multi_view_forward(
+            list(features), points, ego2img, level_logits, frame_index, *ctx.settings
+        )
 
     @staticmethod
     @once_differentiable
@@ -33,8 +44,15 @@ class SampleMultiView(Function):
         points, ego2img, level_logits, *features = ctx.saved_tensors
         wants = ctx.needs_input_grad
         grads = ctx.kernels.sample_multi_view_backward(
-            grad_output.contiguous(), features, points, ego2img, level_logits, *ctx.settings,
-            wants[1] or wants[3], any(wants[8:]))
+            grad_output.contiguous(),
+            features,
+            points,
+            ego2img,
+            level_logits,
+            *ctx.settings,
+            wants[1] or wants[3],
+            any(wants[8:]),
+        )
         return (None, grads[0], None, grads[1], None, None, None, None) + _feature_grads(grads, len(features))
 
 
@@ -42,8 +60,9 @@ class SampleViews(Function):
     """Gradients for the positions, the weights and the features."""
 
     @staticmethod
-    def forward(ctx, kernels: ModuleType, uv: Tensor, views: Tensor, weights: Tensor, num_cameras: int,
-                *features: Tensor) -> Tensor:
+    def forward(
+        ctx, kernels: ModuleType, uv: Tensor, views: Tensor, weights: Tensor, num_cameras: int, *features: Tensor
+    ) -> Tensor:
         ctx.kernels = kernels
         ctx.num_cameras = num_cameras
         ctx.save_for_backward(uv, views, weights, *features)
@@ -54,8 +73,16 @@ class SampleViews(Function):
     def backward(ctx, grad_output: Tensor):
         uv, views, weights, *features = ctx.saved_tensors
         wants = ctx.needs_input_grad
-        grads = ctx.kernels.sample_views_backward(grad_output.contiguous(), features, uv, views, weights,
-                                                  ctx.num_cameras, wants[1] or wants[3], any(wants[5:]))
+        grads = ctx.kernels.sample_views_backward(
+            grad_output.contiguous(),
+            features,
+            uv,
+            views,
+            weights,
+            ctx.num_cameras,
+            wants[1] or wants[3],
+            any(wants[5:]),
+        )
         return (None, grads[0], None, grads[1], None) + _feature_grads(grads, len(features))
 
 

@@ -6,6 +6,7 @@ CUDA tensors take the compiled kernels when these are built, everything else the
 Positions, matrices and level weights are float32 whatever the features are (so half-precision features do
 not move a sample), or float64 if any floating argument is. Sums over corners and levels are in that type too.
 """
+
 from types import ModuleType
 from typing import List, Optional, Sequence, Tuple
 
@@ -25,9 +26,16 @@ def extension_available() -> bool:
     return torch.cuda.is_available() and find_kernels('_msmv_sampling', torch.device('cuda')) is not None
 
 
-def sample_multi_view(features: Sequence[Tensor], points: Tensor, ego2img: Tensor, level_logits: Tensor,
-                      image_size: Tuple[int, int], num_cameras: int, published_weight_order: bool = True,
-                      frame_index: Optional[Tensor] = None) -> Tensor:
+def sample_multi_view(
+    features: Sequence[Tensor],
+    points: Tensor,
+    ego2img: Tensor,
+    level_logits: Tensor,
+    image_size: Tuple[int, int],
+    num_cameras: int,
+    published_weight_order: bool = True,
+    frame_index: Optional[Tensor] = None,
+) -> Tensor:
     """Features of 3-D points in all frames: projection, choice of view, sampling, weighted sum over levels.
 
     A point is sampled in the first camera that sees it (depth over 1e-5 m, strictly inside the image), in
@@ -61,18 +69,25 @@ def sample_multi_view(features: Sequence[Tensor], points: Tensor, ego2img: Tenso
     if frame_index is not None and (kernels is None or torch.is_grad_enabled()):
         maps, frame_index = select_frames(maps, frame_index, num_cameras), None
     if kernels is None:
-        result = reference.sample_multi_view_reference(maps, points, ego2img, level_logits, image_size,
-                                                       num_cameras, published_weight_order)
+        result = reference.sample_multi_view_reference(
+            maps, points, ego2img, level_logits, image_size, num_cameras, published_weight_order
+        )
     else:
-        result = SampleMultiView.apply(kernels, points.contiguous(), ego2img.contiguous(),
-                                       level_logits.contiguous(), _index_or_empty(frame_index, points),
-                                       tuple(image_size), num_cameras, published_weight_order,
-                                       *_channels_last(maps))
+        result = SampleMultiView.apply(
+            kernels,
+            points.contiguous(),
+            ego2img.contiguous(),
+            level_logits.contiguous(),
+            _index_or_empty(frame_index, points),
+            tuple(image_size),
+            num_cameras,
+            published_weight_order,
+            *_channels_last(maps),
+        )
     return result.to(features[0].dtype)
 
 
-def sample_views(features: Sequence[Tensor], uv: Tensor, views: Tensor, weights: Tensor,
-                 num_cameras: int) -> Tensor:
+def sample_views(features: Sequence[Tensor], uv: Tensor, views: Tensor, weights: Tensor, num_cameras: int) -> Tensor:
     """Weighted samples at given positions of given views: the part of ``sample_multi_view`` after projection.
 
     Args:
@@ -93,8 +108,9 @@ def sample_views(features: Sequence[Tensor], uv: Tensor, views: Tensor, weights:
     if kernels is None:
         result = reference.sample_views_reference(maps, uv, views, weights, num_cameras)
     else:
-        result = SampleViews.apply(kernels, uv.contiguous(), views.contiguous(), weights.contiguous(),
-                                   num_cameras, *_channels_last(maps))
+        result = SampleViews.apply(
+            kernels, uv.contiguous(), views.contiguous(), weights.contiguous(), num_cameras, *_channels_last(maps)
+        )
     return result.to(features[0].dtype)
 
 
@@ -119,8 +135,9 @@ def _kernels_for(features: Sequence[Tensor]) -> Optional[ModuleType]:
 
 def _channels_last(features: Sequence[Tensor]) -> List[Tensor]:
     """Copies only maps whose channels are not contiguous."""
-    return [feature if feature.stride(4) == 1 or feature.shape[4] == 1 else feature.contiguous()
-            for feature in features]
+    return [
+        feature if feature.stride(4) == 1 or feature.shape[4] == 1 else feature.contiguous() for feature in features
+    ]
 
 
 def select_frames(features: Sequence[Tensor], frame_index: Tensor, num_cameras: int) -> List[Tensor]:

@@ -8,6 +8,7 @@ gradients of the bilinear weights (hence of points and level weights) and of the
 
 Positions, matrices and weights have one dtype, float32 or float64, which is also the type of all sums.
 """
+
 from typing import List, NamedTuple, Sequence, Tuple
 
 import torch
@@ -25,12 +26,12 @@ class ViewLocations(NamedTuple):
     uv     [B, Q, G, T, P, 2] pixel (u right, v down) over image size; 0..1 inside the image
     views  [B, Q, G, T, P] int64, the camera within the frame: the first that sees the point, 0 if none does
     """
+
     uv: Tensor
     views: Tensor
 
 
-def locate_points(points: Tensor, ego2img: Tensor, image_size: Tuple[int, int],
-                  num_cameras: int) -> ViewLocations:
+def locate_points(points: Tensor, ego2img: Tensor, image_size: Tuple[int, int], num_cameras: int) -> ViewLocations:
     """Project points into every frame and choose the first camera that sees each.
 
     Args:
@@ -50,8 +51,9 @@ def locate_points(points: Tensor, ego2img: Tensor, image_size: Tuple[int, int],
     chosen = matrices.gather(2, views.unsqueeze(-1).expand(-1, -1, -1, 12))
     uv, _ = _project(flat, chosen, image_size)
     shape = (batch, frames, queries, groups, per_group)
-    return ViewLocations(uv=uv.reshape(shape + (2,)).permute(0, 2, 3, 1, 4, 5),
-                         views=views.reshape(shape).permute(0, 2, 3, 1, 4))
+    return ViewLocations(
+        uv=uv.reshape(shape + (2,)).permute(0, 2, 3, 1, 4, 5), views=views.reshape(shape).permute(0, 2, 3, 1, 4)
+    )
 
 
 def _first_valid_view(points: Tensor, matrices: Tensor, image_size: Tuple[int, int]) -> Tensor:
@@ -107,8 +109,9 @@ def published_weight_groups(num_frames: int, num_groups: int, device=None) -> Te
     return torch.div(frame * num_groups + group, num_frames, rounding_mode='floor')
 
 
-def sample_views_reference(features: Sequence[Tensor], uv: Tensor, views: Tensor, weights: Tensor,
-                           num_cameras: int) -> Tensor:
+def sample_views_reference(
+    features: Sequence[Tensor], uv: Tensor, views: Tensor, weights: Tensor, num_cameras: int
+) -> Tensor:
     """Bilinear samples (align_corners, zero padding) of every level, summed with the given weights.
 
     Args:
@@ -148,8 +151,9 @@ def _corners(uv: Tensor, images: Tensor, height: int, width: int) -> Tuple[Tenso
     y0, y1, weight_y0, weight_y1 = _axis_corners(uv[..., 1], height)
     row0, row1 = (images * height + y0) * width, (images * height + y1) * width
     pixels = torch.stack([row0 + x0, row0 + x1, row1 + x0, row1 + x1], dim=-1)
-    weights = torch.stack([weight_y0 * weight_x0, weight_y0 * weight_x1,
-                           weight_y1 * weight_x0, weight_y1 * weight_x1], dim=-1)
+    weights = torch.stack(
+        [weight_y0 * weight_x0, weight_y0 * weight_x1, weight_y1 * weight_x0, weight_y1 * weight_x1], dim=-1
+    )
     return pixels, weights
 
 
@@ -196,15 +200,21 @@ class _WeightedRowsOnCpu(Function):
         grad_weights = torch.empty_like(weights) if ctx.needs_input_grad[2] else None
         for corner in range(index.shape[1]):
             if grad_rows is not None:
-                grad_rows.index_add_(0, index[:, corner], grad * weights[:, corner:corner + 1])
+                grad_rows.index_add_(0, index[:, corner], grad * weights[:, corner : corner + 1])
             if grad_weights is not None:
                 torch.sum(rows.index_select(0, index[:, corner]) * grad, dim=1, out=grad_weights[:, corner])
         return grad_rows, None, grad_weights
 
 
-def sample_multi_view_reference(features: Sequence[Tensor], points: Tensor, ego2img: Tensor,
-                                level_logits: Tensor, image_size: Tuple[int, int], num_cameras: int,
-                                published_weight_order: bool = True) -> Tensor:
+def sample_multi_view_reference(
+    features: Sequence[Tensor],
+    points: Tensor,
+    ego2img: Tensor,
+    level_logits: Tensor,
+    image_size: Tuple[int, int],
+    num_cameras: int,
+    published_weight_order: bool = True,
+) -> Tensor:
     """The fused operator as a chain of the steps above; see ``sample_multi_view``."""
     located = locate_points(points, ego2img, image_size, num_cameras)
     num_frames = ego2img.shape[1] // num_cameras

@@ -1,4 +1,5 @@
 """Compiles the CUDA kernels for the CPU (see emulation/cuda_emulation.h) and calls them on CPU tensors."""
+
 import ctypes
 import shutil
 import subprocess
@@ -22,8 +23,10 @@ def compile_harness(source: str, folder: Path) -> ctypes.CDLL:
     library = folder / (source + '.so')
     include = Path(torch.__file__).parent / 'include'
     options = ['-std=c++17', '-O1', '-ffp-contract=off', '-w', '-shared', '-fPIC']
-    subprocess.run([compiler, *options, '-I%s' % CSRC, '-I%s' % include, str(HERE / 'emulation' / source),
-                    '-o', str(library)], check=True)
+    subprocess.run(
+        [compiler, *options, f'-I{CSRC}', f'-I{include}', str(HERE / 'emulation' / source), '-o', str(library)],
+        check=True,
+    )
     loaded = ctypes.CDLL(str(library))
     loaded.last_error.restype = ctypes.c_char_p
     return loaded
@@ -31,18 +34,35 @@ def compile_harness(source: str, folder: Path) -> ctypes.CDLL:
 
 class SamplingCall(ctypes.Structure):
     """``struct Call`` of sampling_harness.cpp."""
+
     _fields_ = [
-        ('dtype', ctypes.c_int32), ('fused', ctypes.c_int32), ('vector', ctypes.c_int32),
-        ('descending', ctypes.c_int32), ('published_weight_order', ctypes.c_int32),
-        ('enough_warps', ctypes.c_int64), ('shape', ctypes.c_int32 * 8), ('stored_frames', ctypes.c_int32),
-        ('height', ctypes.c_double), ('width', ctypes.c_double),
-        ('points', Pointer), ('ego2img', Pointer), ('level_logits', Pointer),
-        ('uv', Pointer), ('views', Pointer), ('weights', Pointer), ('frame_index', Pointer),
-        ('features', Pointer * MAX_LEVELS), ('strides', ctypes.c_int64 * 4 * MAX_LEVELS),
+        ('dtype', ctypes.c_int32),
+        ('fused', ctypes.c_int32),
+        ('vector', ctypes.c_int32),
+        ('descending', ctypes.c_int32),
+        ('published_weight_order', ctypes.c_int32),
+        ('enough_warps', ctypes.c_int64),
+        ('shape', ctypes.c_int32 * 8),
+        ('stored_frames', ctypes.c_int32),
+        ('height', ctypes.c_double),
+        ('width', ctypes.c_double),
+        ('points', Pointer),
+        ('ego2img', Pointer),
+        ('level_logits', Pointer),
+        ('uv', Pointer),
+        ('views', Pointer),
+        ('weights', Pointer),
+        ('frame_index', Pointer),
+        ('features', Pointer * MAX_LEVELS),
+        ('strides', ctypes.c_int64 * 4 * MAX_LEVELS),
         ('sizes', ctypes.c_int32 * 2 * MAX_LEVELS),
-        ('output', Pointer), ('grad_output', Pointer), ('grad_features', Pointer * MAX_LEVELS),
-        ('grad_position', Pointer), ('grad_weights', Pointer),
-        ('grad_points', Pointer), ('grad_logits', Pointer),
+        ('output', Pointer),
+        ('grad_output', Pointer),
+        ('grad_features', Pointer * MAX_LEVELS),
+        ('grad_position', Pointer),
+        ('grad_weights', Pointer),
+        ('grad_points', Pointer),
+        ('grad_logits', Pointer),
     ]
 
 
@@ -53,23 +73,37 @@ class EmulatedSampling:
     descending order, ``vector`` chooses 16-byte accesses, ``enough_warps`` how many slots a warp gets.
     """
 
-    def __init__(self, library: ctypes.CDLL, vector: bool = True, descending: bool = False,
-                 enough_warps: int = 0):
+    def __init__(self, library: ctypes.CDLL, vector: bool = True, descending: bool = False, enough_warps: int = 0):
         self.library, self.vector = library, vector
         self.descending, self.enough_warps = descending, enough_warps
 
-    def sample_multi_view_forward(self, features, points, ego2img, level_logits, frame_index, height, width,
-                                  num_cameras, published_weight_order):
-        call, shape = self._fused_call(features, points, ego2img, level_logits, height, width, num_cameras,
-                                       published_weight_order)
+    def sample_multi_view_forward(
+        self, features, points, ego2img, level_logits, frame_index, height, width, num_cameras, published_weight_order
+    ):
+        call, shape = self._fused_call(
+            features, points, ego2img, level_logits, height, width, num_cameras, published_weight_order
+        )
         if frame_index.numel():
             call.frame_index = frame_index.data_ptr()
         return self._forward(call, shape, features)
 
-    def sample_multi_view_backward(self, grad_output, features, points, ego2img, level_logits, height, width,
-                                   num_cameras, published_weight_order, wants_geometry, wants_features):
-        call, shape = self._fused_call(features, points, ego2img, level_logits, height, width, num_cameras,
-                                       published_weight_order)
+    def sample_multi_view_backward(
+        self,
+        grad_output,
+        features,
+        points,
+        ego2img,
+        level_logits,
+        height,
+        width,
+        num_cameras,
+        published_weight_order,
+        wants_geometry,
+        wants_features,
+    ):
+        call, shape = self._fused_call(
+            features, points, ego2img, level_logits, height, width, num_cameras, published_weight_order
+        )
         batch, queries, groups, frames, per_group, _, levels, _ = shape
         slots = (batch, frames, groups, queries, per_group)
         grads = [torch.full_like(tensor, float('nan')) for tensor in (points, level_logits)]
@@ -84,8 +118,9 @@ class EmulatedSampling:
         call, shape = self._given_call(features, uv, views, weights, num_cameras)
         return self._forward(call, shape, features)
 
-    def sample_views_backward(self, grad_output, features, uv, views, weights, num_cameras, wants_geometry,
-                              wants_features):
+    def sample_views_backward(
+        self, grad_output, features, uv, views, weights, num_cameras, wants_geometry, wants_features
+    ):
         call, _ = self._given_call(features, uv, views, weights, num_cameras)
         if not wants_geometry:
             return self._backward(call, grad_output, features, [None, None], wants_features)
@@ -93,8 +128,7 @@ class EmulatedSampling:
         call.grad_position, call.grad_weights = grads[0].data_ptr(), grads[1].data_ptr()
         return self._backward(call, grad_output, features, grads, wants_features)
 
-    def _fused_call(self, features, points, ego2img, level_logits, height, width, num_cameras,
-                    published_weight_order):
+    def _fused_call(self, features, points, ego2img, level_logits, height, width, num_cameras, published_weight_order):
         batch, queries, groups, per_group, _ = points.shape
         frames = ego2img.shape[1] // num_cameras
         call, shape = self._call(features, (batch, queries, groups, frames, per_group), num_cameras, fused=True)
@@ -110,8 +144,13 @@ class EmulatedSampling:
 
     def _call(self, features, sizes, num_cameras, fused):
         shape = tuple(sizes) + (num_cameras, len(features), features[0].shape[4] // sizes[2])
-        call = SamplingCall(dtype=DTYPES.index(features[0].dtype), fused=fused, vector=1 + self.vector,
-                            descending=self.descending, enough_warps=self.enough_warps)
+        call = SamplingCall(
+            dtype=DTYPES.index(features[0].dtype),
+            fused=fused,
+            vector=1 + self.vector,
+            descending=self.descending,
+            enough_warps=self.enough_warps,
+        )
         call.shape[:] = shape
         call.stored_frames = features[0].shape[1] // num_cameras
         for level, feature in enumerate(features):

@@ -2,6 +2,7 @@
 
 Shapes: B batch, T frames, N cameras, L pyramid levels, Q queries, G groups, P points per group, C channels.
 """
+
 import math
 from typing import List, NamedTuple, Sequence, Tuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 class Case(NamedTuple):
     """Sizes of one test case."""
+
     batch: int = 2
     frames: int = 3
     cameras: int = 3
@@ -25,6 +27,7 @@ class Case(NamedTuple):
 
 class Inputs(NamedTuple):
     """Arguments of ``sample_multi_view``."""
+
     features: List[Tensor]
     points: Tensor
     ego2img: Tensor
@@ -35,14 +38,20 @@ class Inputs(NamedTuple):
     def to(self, device=None, features=None, geometry=None) -> 'Inputs':
         """Moved, with the given dtypes for the features and for everything else."""
         maps = [feature.to(device=device, dtype=features) for feature in self.features]
-        return self._replace(features=maps, points=self.points.to(device=device, dtype=geometry),
-                             ego2img=self.ego2img.to(device=device, dtype=geometry),
-                             level_logits=self.level_logits.to(device=device, dtype=geometry))
+        return self._replace(
+            features=maps,
+            points=self.points.to(device=device, dtype=geometry),
+            ego2img=self.ego2img.to(device=device, dtype=geometry),
+            level_logits=self.level_logits.to(device=device, dtype=geometry),
+        )
 
     def requiring_grad(self) -> 'Inputs':
         leaf = lambda tensor: tensor.detach().clone().requires_grad_()  # noqa: E731
-        return self._replace(features=[leaf(feature) for feature in self.features], points=leaf(self.points),
-                             level_logits=leaf(self.level_logits))
+        return self._replace(
+            features=[leaf(feature) for feature in self.features],
+            points=leaf(self.points),
+            level_logits=leaf(self.level_logits),
+        )
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -59,9 +68,14 @@ def make_inputs(case: Case) -> Inputs:
     shape = (case.batch, case.queries, case.groups, case.points)
     points = (rand(*shape, 3) - 0.5) * torch.tensor([30.0, 30.0, 24.0], dtype=torch.float64)
     logits = rand(*shape, case.levels) * 4 - 2
-    ego2img = torch.stack([torch.stack([
-        ring_camera(image % case.cameras, case.cameras, case.image, rand(4)) for image in range(images)])
-        for _ in range(case.batch)])
+    ego2img = torch.stack(
+        [
+            torch.stack(
+                [ring_camera(image % case.cameras, case.cameras, case.image, rand(4)) for image in range(images)]
+            )
+            for _ in range(case.batch)
+        ]
+    )
     return Inputs(features, points, ego2img, logits, case.image, case.cameras)
 
 
@@ -74,6 +88,7 @@ def store_frames(inputs: Inputs) -> Tuple[Inputs, Tensor]:
         frames = feature.view(feature.shape[0], 3, inputs.num_cameras, *feature.shape[2:])
         unused = torch.full_like(frames[:, :1], float('nan'))
         return torch.cat([frames[:, 2:], unused, frames[:, :1], unused, frames[:, 1:2]], dim=1).flatten(1, 2)
+
     index = torch.tensor([2, 4, 0], device=inputs.points.device)
     return inputs._replace(features=[store(feature) for feature in inputs.features]), index
 
@@ -93,9 +108,15 @@ def ring_camera(camera: int, cameras: int, image: Tuple[int, int], jitter: Tenso
     return matrix
 
 
-def sample_multi_view_slowly(features: Sequence[Tensor], points: Tensor, ego2img: Tensor,
-                             level_logits: Tensor, image_size: Tuple[int, int], num_cameras: int,
-                             published_weight_order: bool = True) -> Tensor:
+def sample_multi_view_slowly(
+    features: Sequence[Tensor],
+    points: Tensor,
+    ego2img: Tensor,
+    level_logits: Tensor,
+    image_size: Tuple[int, int],
+    num_cameras: int,
+    published_weight_order: bool = True,
+) -> Tensor:
     """The operator as nested loops over Python numbers. Returns float64 [B, Q, G, T*P, C/G]."""
     batch, queries, groups, per_group, _ = points.shape
     frames = ego2img.shape[1] // num_cameras
@@ -103,7 +124,7 @@ def sample_multi_view_slowly(features: Sequence[Tensor], points: Tensor, ego2img
     result = torch.zeros(batch, queries, groups, frames * per_group, channels, dtype=torch.float64)
     for b in range(batch):
         for t in range(frames):
-            matrices = ego2img[b, t * num_cameras:(t + 1) * num_cameras].tolist()
+            matrices = ego2img[b, t * num_cameras : (t + 1) * num_cameras].tolist()
             for g in range(groups):
                 source = (t * groups + g) // frames if published_weight_order else g
                 for q in range(queries):
@@ -112,13 +133,12 @@ def sample_multi_view_slowly(features: Sequence[Tensor], points: Tensor, ego2img
                         weights = softmax(level_logits[b, q, source, p].tolist())
                         for feature, weight in zip(features, weights):
                             image = feature[b, t * num_cameras + camera].double()
-                            value = bilinear(image[..., g * channels:(g + 1) * channels], u, v)
+                            value = bilinear(image[..., g * channels : (g + 1) * channels], u, v)
                             result[b, q, g, t * per_group + p] += weight * value
     return result
 
 
-def choose_view(point: Sequence[float], matrices: Sequence,
-                image_size: Tuple[int, int]) -> Tuple[int, float, float]:
+def choose_view(point: Sequence[float], matrices: Sequence, image_size: Tuple[int, int]) -> Tuple[int, float, float]:
     """(camera, u, v) of the first camera that sees the point, else of camera 0."""
     candidates = []
     for camera, matrix in enumerate(matrices):

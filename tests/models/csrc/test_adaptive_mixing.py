@@ -1,4 +1,5 @@
 """Adaptive mixing: the PyTorch reference against loops; the kernel, emulated and on a GPU, against it."""
+
 import ctypes
 import math
 
@@ -30,8 +31,8 @@ def mix_slowly(sampled, generated, out_points):
     """One query and group: sampled [p_in, W], generated [W*W + p_out*p_in], as nested loops."""
     x, numbers = sampled.tolist(), generated.tolist()
     in_points, width = len(x), len(x[0])
-    matrix = [numbers[row * width:(row + 1) * width] for row in range(width)]
-    points = [numbers[width * width + row * in_points:][:in_points] for row in range(out_points)]
+    matrix = [numbers[row * width : (row + 1) * width] for row in range(width)]
+    points = [numbers[width * width + row * in_points :][:in_points] for row in range(out_points)]
     return normalised_relu(product(points, normalised_relu(product(x, matrix))))
 
 
@@ -59,8 +60,9 @@ def test_reference_equals_nested_loops():
 
 def test_reference_gradients():
     sampled, generated = make_inputs(3, 4, items=(1, 2), width=2)
-    assert torch.autograd.gradcheck(lambda *inputs: adaptive_mix(*inputs, 4),
-                                    (sampled.requires_grad_(), generated.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda *inputs: adaptive_mix(*inputs, 4), (sampled.requires_grad_(), generated.requires_grad_())
+    )
 
 
 def test_autocast_is_off_inside():
@@ -98,8 +100,7 @@ def emulate(library, sampled, generated, out_points, size, descending=False, ten
     output = sampled.new_full(sampled.shape[:-2] + (out_points, 64), float('nan'))
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (sampled, generated, output)]
     kind = 4 if tensor_cores else DTYPES.index(sampled.dtype)
-    failed = library.run(kind, size, *pointers, sampled[..., 0, 0].numel(), in_points,
-                         out_points, int(descending))
+    failed = library.run(kind, size, *pointers, sampled[..., 0, 0].numel(), in_points, out_points, int(descending))
     assert not failed, library.last_error().decode()
     return output
 
@@ -141,7 +142,8 @@ def test_emulated_kernel_passes_on_what_is_not_a_number(library):
 
 needs_kernels = pytest.mark.skipif(
     not torch.cuda.is_available() or extension.find_kernels('_adaptive_mixing', torch.device('cuda')) is None,
-    reason='needs a CUDA device and the compiled operators')
+    reason='needs a CUDA device and the compiled operators',
+)
 
 
 @needs_kernels
@@ -165,8 +167,7 @@ def test_cuda_training_takes_the_reference():
 
 
 @needs_kernels
-@pytest.mark.parametrize('width, in_points, out_points', [
-    (32, 8, 32), (64, 40, 32), (64, 8, 130), (64, 3, 3)])
+@pytest.mark.parametrize('width, in_points, out_points', [(32, 8, 32), (64, 40, 32), (64, 8, 130), (64, 3, 3)])
 def test_cuda_other_sizes_take_the_reference(width, in_points, out_points):
     sampled, generated = make_inputs(in_points, out_points, width=width, dtype=torch.float32, device='cuda')
     result = adaptive_mix(sampled, generated, out_points)

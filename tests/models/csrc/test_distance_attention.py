@@ -1,4 +1,5 @@
 """Attention with distances: the PyTorch reference against loops; the kernel, emulated and on a GPU, against it."""
+
 import ctypes
 import math
 
@@ -52,8 +53,9 @@ def test_reference_equals_nested_loops(shared_positions):
 
 def test_reference_gradients():
     parts, reach, positions = make_inputs(1, 5, width=3)
-    assert torch.autograd.gradcheck(lambda *inputs: distance_attention(*inputs, positions),
-                                    (parts.requires_grad_(), reach.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda *inputs: distance_attention(*inputs, positions), (parts.requires_grad_(), reach.requires_grad_())
+    )
 
 
 def test_autocast_is_off_inside():
@@ -134,7 +136,8 @@ def test_emulated_kernel_passes_on_what_is_not_a_number(library):
 
 needs_kernels = pytest.mark.skipif(
     not torch.cuda.is_available() or extension.find_kernels('_distance_attention', torch.device('cuda')) is None,
-    reason='needs a CUDA device and the compiled operators')
+    reason='needs a CUDA device and the compiled operators',
+)
 
 
 @needs_kernels

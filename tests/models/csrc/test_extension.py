@@ -1,4 +1,5 @@
 """Finding and building the compiled operators, on a machine with or without a GPU."""
+
 import contextlib
 import importlib.util
 import subprocess
@@ -103,8 +104,9 @@ def test_every_source_is_listed_for_building():
     operators = load_setup()
     listed = {name for sources in operators.OPERATORS.values() for name in sources} | set(operators.HEADERS)
     folder = ROOT / 'models' / 'csrc'
-    present = {path.relative_to(folder).as_posix() for suffix in ('.h', '.cpp', '.cu')
-               for path in folder.rglob('*' + suffix)}
+    present = {
+        path.relative_to(folder).as_posix() for suffix in ('.h', '.cpp', '.cu') for path in folder.rglob('*' + suffix)
+    }
     assert listed == present
     assert set(operators.OPERATORS) == set(extension.INTERFACE_VERSIONS)
 
@@ -115,7 +117,8 @@ def test_without_nvcc_nothing_is_built_and_one_sentence_says_so(monkeypatch, cap
     assert operators.cuda_extensions() == []
     assert capsys.readouterr().err.strip() == (
         'CUDA operators are not built. No CUDA toolkit found: install nvcc, or set CUDA_HOME to the folder '
-        'that holds bin/nvcc.')
+        'that holds bin/nvcc.'
+    )
 
 
 def test_toolkit_named_by_the_environment_is_used(monkeypatch, tmp_path):
@@ -127,6 +130,7 @@ def test_toolkit_named_by_the_environment_is_used(monkeypatch, tmp_path):
 
 
 def test_importing_the_setup_module_imports_no_torch():
-    code = 'import runpy, sys; runpy.run_path(%r); assert "torch" not in sys.modules' % str(
-        ROOT / 'models' / 'csrc' / 'setup.py')
+    code = 'import runpy, sys; runpy.run_path({!r}); assert "torch" not in sys.modules'.format(
+        str(ROOT / 'models' / 'csrc' / 'setup.py')
+    )
     subprocess.run([sys.executable, '-c', code], check=True)

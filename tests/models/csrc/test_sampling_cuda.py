@@ -6,6 +6,7 @@ borders that can be overstepped:
         python -m pytest tests/models/csrc -k sanitize -q
 (and ``--tool racecheck``). Needs the operators built: cd models/csrc && python setup.py build_ext --inplace
 """
+
 import pytest
 import torch
 from sampling_cases import Case, make_inputs, store_frames
@@ -13,8 +14,12 @@ from torch.autograd import gradcheck
 
 from models.csrc import extension
 from models.csrc.msmv_sampling import extension_available, sample_multi_view, sample_views
-from models.csrc.msmv_sampling.reference import (locate_points, sample_multi_view_reference,
-                                                 sample_views_reference, spread_level_weights)
+from models.csrc.msmv_sampling.reference import (
+    locate_points,
+    sample_multi_view_reference,
+    sample_views_reference,
+    spread_level_weights,
+)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -30,8 +35,11 @@ def built_operators():
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 CHANNELS = [8, 20, 32, 64, 6]
-SANITIZE_CASES = [Case(channels=8, queries=5), Case(channels=6, queries=33, levels=1, batch=1),
-                  Case(channels=64, queries=9, batch=1, levels=4)]
+SANITIZE_CASES = [
+    Case(channels=8, queries=5),
+    Case(channels=6, queries=33, levels=1, batch=1),
+    Case(channels=64, queries=9, batch=1, levels=4),
+]
 
 
 def real_of(dtype):
@@ -46,7 +54,7 @@ def assert_near(result, expected, dtype, what):
     assert result.dtype == expected.dtype and result.shape == expected.shape, what
     scale = max(1.0, float(expected.detach().double().abs().max())) if expected.numel() else 1.0
     difference = (result.double() - expected.double()).abs().max() if expected.numel() else 0.0
-    assert difference <= TOLERANCES[dtype] * scale, '%s differs by %g of %g' % (what, difference, scale)
+    assert difference <= TOLERANCES[dtype] * scale, f'{what} differs by {difference:g} of {scale:g}'
 
 
 def compare(run, run_reference, inputs, dtype):
@@ -64,15 +72,22 @@ def compare(run, run_reference, inputs, dtype):
 
 
 def compare_fused(inputs, dtype, published=True):
-    compare(lambda i: sample_multi_view(*i, published_weight_order=published),
-            lambda i: sample_multi_view_reference(*i, published_weight_order=published), inputs, dtype)
+    compare(
+        lambda i: sample_multi_view(*i, published_weight_order=published),
+        lambda i: sample_multi_view_reference(*i, published_weight_order=published),
+        inputs,
+        dtype,
+    )
 
 
 def compare_given(inputs, views, dtype):
     """The unfused operators; positions stand in for the points, weights for the logits."""
-    compare(lambda i: sample_views(i.features, i.points, views, i.level_logits, i.num_cameras),
-            lambda i: sample_views_reference(i.features, i.points, views, i.level_logits, i.num_cameras),
-            inputs, dtype)
+    compare(
+        lambda i: sample_views(i.features, i.points, views, i.level_logits, i.num_cameras),
+        lambda i: sample_views_reference(i.features, i.points, views, i.level_logits, i.num_cameras),
+        inputs,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize('dtype', list(TOLERANCES), ids=str)
@@ -109,8 +124,12 @@ def test_cuda_one_camera():
 
 def test_cuda_many_queries():
     """More slots than fit one wave of blocks, and a last tile that is not full."""
-    compare_fused(on_gpu(Case(batch=1, frames=8, cameras=6, groups=4, points=4, channels=64, levels=4,
-                              queries=1251, image=(64, 176))), torch.float32)
+    compare_fused(
+        on_gpu(
+            Case(batch=1, frames=8, cameras=6, groups=4, points=4, channels=64, levels=4, queries=1251, image=(64, 176))
+        ),
+        torch.float32,
+    )
 
 
 def test_cuda_no_queries():
@@ -165,14 +184,17 @@ def test_cuda_channels_first_and_non_contiguous_arguments():
 
 def test_cuda_non_contiguous_output_gradient():
     inputs = on_gpu(Case(channels=8, queries=50, seed=5))
-    compare(lambda i: sample_multi_view(*i).transpose(1, 2),
-            lambda i: sample_multi_view_reference(*i).transpose(1, 2), inputs, torch.float32)
+    compare(
+        lambda i: sample_multi_view(*i).transpose(1, 2),
+        lambda i: sample_multi_view_reference(*i).transpose(1, 2),
+        inputs,
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize('channels', [3, 2])
 def test_cuda_gradcheck(channels):
-    case = Case(batch=1, frames=2, cameras=2, queries=3, levels=2, points=1, channels=channels,
-                image=(12, 16))
+    case = Case(batch=1, frames=2, cameras=2, queries=3, levels=2, points=1, channels=channels, image=(12, 16))
     inputs = on_gpu(case, torch.float64).requiring_grad()
 
     def sample(points, logits, *features):
@@ -193,8 +215,12 @@ def test_cuda_mixed_with_double_points():
     inputs = inputs._replace(points=inputs.points.double())
     result = sample_multi_view(*inputs)
     assert result.dtype == torch.float32
-    assert_near(result, sample_multi_view(*inputs.to(features=torch.float64, geometry=torch.float64)).float(),
-                torch.float32, 'result')
+    assert_near(
+        result,
+        sample_multi_view(*inputs.to(features=torch.float64, geometry=torch.float64)).float(),
+        torch.float32,
+        'result',
+    )
 
 
 def test_cuda_forward_repeats_bit_for_bit():

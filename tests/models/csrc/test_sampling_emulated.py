@@ -3,6 +3,7 @@
 This is the kernels' own source; only CUDA's built-ins are replaced. What it cannot show is how the code
 behaves in parallel on a GPU and how fast it is: see test_sampling_cuda.py and models/csrc/benchmark.py.
 """
+
 import pytest
 import torch
 from kernel_emulation import EmulatedSampling, compile_harness
@@ -10,8 +11,12 @@ from sampling_cases import Case, Inputs, make_inputs, store_frames
 from torch.autograd import gradcheck
 
 from models.csrc.msmv_sampling.autograd import SampleMultiView, SampleViews
-from models.csrc.msmv_sampling.reference import (locate_points, sample_multi_view_reference,
-                                                 sample_views_reference, spread_level_weights)
+from models.csrc.msmv_sampling.reference import (
+    locate_points,
+    sample_multi_view_reference,
+    sample_views_reference,
+    spread_level_weights,
+)
 
 # Of results of size 1 to 10. Both sides sum the same products in float32 (in another order) and round once.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -37,8 +42,17 @@ IN_ORDER = torch.empty(0, dtype=torch.int64)
 
 
 def fused(kernels, inputs, published=True, frame_index=IN_ORDER):
-    return SampleMultiView.apply(kernels, inputs.points, inputs.ego2img, inputs.level_logits, frame_index,
-                                 inputs.image_size, inputs.num_cameras, published, *inputs.features)
+    return SampleMultiView.apply(
+        kernels,
+        inputs.points,
+        inputs.ego2img,
+        inputs.level_logits,
+        frame_index,
+        inputs.image_size,
+        inputs.num_cameras,
+        published,
+        *inputs.features,
+    )
 
 
 def compare_with_gradients(run, expected_run, inputs, tolerance):
@@ -49,8 +63,9 @@ def compare_with_gradients(run, expected_run, inputs, tolerance):
     grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     result.backward(grad.to(result.dtype))
     expected.backward(grad.to(result.dtype))
-    for a, b in zip([ours.points, ours.level_logits, *ours.features],
-                    [theirs.points, theirs.level_logits, *theirs.features]):
+    for a, b in zip(
+        [ours.points, ours.level_logits, *ours.features], [theirs.points, theirs.level_logits, *theirs.features]
+    ):
         scale = max(1.0, float(b.grad.abs().max()))
         assert (a.grad.double() - b.grad.double()).abs().max() <= tolerance * scale
 
@@ -62,8 +77,9 @@ def test_fused_kernels(library, case, dtype):
     kernels = EmulatedSampling(library, vector=case.channels % vector == 0)
     geometry = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = make_inputs(case).to(features=dtype, geometry=geometry)
-    compare_with_gradients(lambda i: fused(kernels, i), lambda i: sample_multi_view_reference(*i), inputs,
-                           TOLERANCES[dtype])
+    compare_with_gradients(
+        lambda i: fused(kernels, i), lambda i: sample_multi_view_reference(*i), inputs, TOLERANCES[dtype]
+    )
 
 
 def test_stored_frames_in_another_order(library):
@@ -75,16 +91,19 @@ def test_stored_frames_in_another_order(library):
         fused(EmulatedSampling(library), stored, frame_index=index + 1)
 
 
-@pytest.mark.parametrize('options', [
-    dict(vector=False), dict(descending=True), dict(enough_warps=10 ** 9)], ids=str)
+@pytest.mark.parametrize('options', [dict(vector=False), dict(descending=True), dict(enough_warps=10**9)], ids=str)
 @pytest.mark.parametrize('published', [True, False])
 def test_other_schedules_and_weight_order(library, options, published):
     kernels = EmulatedSampling(library, **options)
-    inputs = make_inputs(Case(channels=8, queries=25, frames=4, seed=6)).to(features=torch.float32,
-                                                                           geometry=torch.float32)
+    inputs = make_inputs(Case(channels=8, queries=25, frames=4, seed=6)).to(
+        features=torch.float32, geometry=torch.float32
+    )
     compare_with_gradients(
         lambda i: fused(kernels, i, published),
-        lambda i: sample_multi_view_reference(*i, published_weight_order=published), inputs, 2e-5)
+        lambda i: sample_multi_view_reference(*i, published_weight_order=published),
+        inputs,
+        2e-5,
+    )
 
 
 def test_float32_views_are_chosen_as_in_the_reference(library):
@@ -115,8 +134,12 @@ def test_no_gradient_through_the_clamped_depth(library):
     inputs = make_inputs(TINY)
     inputs.ego2img[..., :3, :] = torch.tensor([[16e-5, 0, 0, 8e-5], [0, 12e-5, 0, 6e-5], [1, 1, 1, -99]])
     inputs = inputs._replace(points=torch.rand_like(inputs.points) - 0.5)
-    compare_with_gradients(lambda i: fused(EmulatedSampling(library, vector=False), i),
-                           lambda i: sample_multi_view_reference(*i), inputs, 1e-12)
+    compare_with_gradients(
+        lambda i: fused(EmulatedSampling(library, vector=False), i),
+        lambda i: sample_multi_view_reference(*i),
+        inputs,
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16], ids=str)
@@ -129,8 +152,10 @@ def test_unfused_kernels(library, dtype):
     views, kernels = located.views.contiguous(), EmulatedSampling(library)
     compare_with_gradients(
         lambda i: SampleViews.apply(kernels, i.points, views, i.level_logits, i.num_cameras, *i.features),
-        lambda i: sample_views_reference(i.features, i.points, views, i.level_logits, i.num_cameras), given,
-        TOLERANCES[dtype])
+        lambda i: sample_views_reference(i.features, i.points, views, i.level_logits, i.num_cameras),
+        given,
+        TOLERANCES[dtype],
+    )
 
 
 def test_gradcheck(library):
@@ -176,5 +201,5 @@ def test_a_view_that_does_not_exist_is_an_error(library):
     views = torch.full((1, 1, 1, 3, 1), 3)
     with pytest.raises(RuntimeError, match='kernel assertion'):
         EmulatedSampling(library, vector=False).sample_views_forward(
-            inputs.features, torch.rand(1, 1, 1, 3, 1, 2).double(), views,
-            torch.rand(1, 1, 1, 3, 1, 1).double(), 3)
+            inputs.features, torch.rand(1, 1, 1, 3, 1, 2).double(), views, torch.rand(1, 1, 1, 3, 1, 1).double(), 3
+        )

@@ -1,4 +1,5 @@
 """The PyTorch reference of the sampling operators against nested loops; gradients; bad arguments."""
+
 import pytest
 import torch
 from sampling_cases import Case, choose_view, make_inputs, sample_multi_view_slowly, store_frames
@@ -34,8 +35,10 @@ def test_cases_cover_seen_unseen_and_several_views():
     assert 0.2 < inside.double().mean() < 0.95
     assert len(located.views.unique()) == inputs.num_cameras
     matrices = inputs.ego2img[0, :3].tolist()
-    seen = [sum(is_seen(point, matrix, inputs.image_size) for matrix in matrices)
-            for point in inputs.points[0].reshape(-1, 3).tolist()]
+    seen = [
+        sum(is_seen(point, matrix, inputs.image_size) for matrix in matrices)
+        for point in inputs.points[0].reshape(-1, 3).tolist()
+    ]
     assert {0, 1, 2} <= set(seen)
 
 
@@ -93,8 +96,7 @@ def test_only_points_want_a_gradient():
     assert points.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize('dtype, tolerance', [
-    (torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_narrow_features_do_not_move_the_samples(dtype, tolerance):
     """Positions and sums stay in float32: what is left is the rounding of the maps' type (values below 1)."""
     inputs = make_inputs(Case(seed=8)).to(features=dtype, geometry=torch.float32)
@@ -199,11 +201,17 @@ def test_stored_frames_in_another_order():
     assert (grad > 0).tolist() == [True, False, True, False, True]
 
 
-@pytest.mark.parametrize('index, error, sentence', [
-    ([0, 1, 5], ValueError, r'frame_index must lie in 0\.\.4, the stored frames, but spans 0\.\.5'),
-    ([0, -1, 2], ValueError, r'spans -1\.\.2'), ([0, 1], ValueError, r'ego2img must be \[2, 6, 4, 4\]'),
-    ([0.0, 1.0, 2.0], TypeError, r'int64 tensor \[T\] .* but is torch.float32 \[3\]'),
-    ([[0, 1, 2]], TypeError, r'is torch.int64 \[1, 3\]'), ([], TypeError, 'T at least 1')])
+@pytest.mark.parametrize(
+    'index, error, sentence',
+    [
+        ([0, 1, 5], ValueError, r'frame_index must lie in 0\.\.4, the stored frames, but spans 0\.\.5'),
+        ([0, -1, 2], ValueError, r'spans -1\.\.2'),
+        ([0, 1], ValueError, r'ego2img must be \[2, 6, 4, 4\]'),
+        ([0.0, 1.0, 2.0], TypeError, r'int64 tensor \[T\] .* but is torch.float32 \[3\]'),
+        ([[0, 1, 2]], TypeError, r'is torch.int64 \[1, 3\]'),
+        ([], TypeError, 'T at least 1'),
+    ],
+)
 def test_bad_frame_index_raises_one_sentence(index, error, sentence):
     stored, _ = store_frames(make_inputs(Case()))
     with pytest.raises(error, match=sentence):

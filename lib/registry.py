@@ -1,0 +1,71 @@
+"""Building registered classes from configs: ``dict(type=..., ...)`` to an object, wrong keys told by name."""
+
+import inspect
+from collections.abc import Mapping
+from typing import List, Optional, Tuple
+
+from .errors import ConfigError
+from .names import check_keys, did_you_mean
+
+
+def build_checked(cfg: Mapping, registry, default_args: Optional[Mapping] = None, where: str = ''):
+    """Build a registered class from ``dict(type=..., ...)``; wrong keys become a ConfigError.
+
+    Args:
+        cfg: config of the component.
+        registry: mmcv Registry.
+        default_args: arguments the builder adds (e.g. ``task``); the config must not repeat them.
+        where: where in the config the component stands, for the message.
+
+    Raises:
+        ConfigError: no or unknown ``type``, an unknown key, or a required key that is missing.
+    """
+    where = f'{where}: ' if where else ''
+    if not isinstance(cfg, Mapping) or 'type' not in cfg:
+        raise ConfigError(f"{where}a {registry.name} needs a dict with key 'type', got {cfg!r}")
+    args = {key: value for key, value in cfg.items() if key != 'type'}
+    added = dict(default_args or {})
+    cls = _registered(cfg['type'], registry, where)
+    _check_arguments(cls, args, added, where)
+    args.update(added)
+    return cls(**args)  # what goes wrong inside is told as it is
+
+
+def _registered(name, registry, where):
+    if inspect.isclass(name) or inspect.isfunction(name):
+        return name
+    cls = registry.get(name)
+    if cls is None:
+        raise ConfigError(
+            f'{where}unknown type {name!r}{did_you_mean(name, registry.module_dict)} (not registered as a {registry.name})'
+        )
+    return cls
+
+
+def _check_arguments(cls, args, added, where):
+    names, required, open_ended = _parameters(cls)
+    repeated = sorted(set(args) & set(added))
+    if repeated:
+        raise ConfigError(
+            f'{where}{cls.__name__}: key {repeated[0]!r} is filled in by the program; remove it from the config'
+        )
+    if not open_ended:
+        check_keys(args, [n for n in names if n not in added], where + cls.__name__)
+    missing = [n for n in required if n not in args and n not in added]
+    if missing:
+        raise ConfigError(
+            '{}{}: key {!r} is missing; its keys are {}'.format(where, cls.__name__, missing[0], ', '.join(names))
+        )
+
+
+def _parameters(cls) -> Tuple[List[str], List[str], bool]:
+    """(all, required, takes any keyword) of a class's constructor or a function."""
+    function = cls.__init__ if inspect.isclass(cls) else cls
+    parameters = list(inspect.signature(function).parameters.values())
+    parameters = parameters[1:] if inspect.isclass(cls) else parameters
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return (
+        [p.name for p in named],
+        [p.name for p in named if p.default is p.empty],
+        any(p.kind == p.VAR_KEYWORD for p in parameters),
+    )
