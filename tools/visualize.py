@@ -41,7 +41,7 @@ def parse_args(argv=None):
 def truth_volume(labels, task, visible_only):
     """Volume of a label file's arrays."""
     from lib.errors import DataError
-    from lib.occ_figure import Volume
+    from tools.drawing.figure import Volume
 
     semantics = labels['semantics']
     if visible_only:
@@ -54,8 +54,8 @@ def truth_volume(labels, task, visible_only):
 
 def prediction_volume(path, task):
     """Volume of a prediction file."""
-    from lib.occ_figure import Volume
     from lib.prediction import load_prediction, to_dense
+    from tools.drawing.figure import Volume
 
     dense = to_dense(load_prediction(path), task)
     return Volume('prediction', dense['semantics'], dense.get('instances'))
@@ -79,7 +79,7 @@ def camera_images(info, dataset, task):
 def draw_sample(dataset, index, task, predictions=None, visible_only=False):
     """Picture of one sample of a data set, uint8 [height, width, 3] RGB."""
     from lib.errors import DataError
-    from lib.occ_figure import draw_figure
+    from tools.drawing.figure import draw_figure
 
     info = dataset.info(index)
     volumes = []
@@ -120,9 +120,9 @@ def find_samples(dataset, sample, scene):
 
 def draw_label_file(args):
     """Picture of a label file alone."""
-    from lib.occ_figure import draw_figure
     from lib.task import Task
     from loaders.labels import read_labels
+    from tools.drawing.figure import draw_figure
 
     task = Task(label_set=args.label_set)
     labels = read_labels(Path(args.labels), task)

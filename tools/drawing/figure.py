@@ -10,9 +10,10 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .classes import IGNORE_LABEL
-from .occ_render import class_colours, instance_colours, render_bird_eye, render_oblique, with_ego
-from .task import Task
+from lib.classes import IGNORE_LABEL
+from lib.task import Task
+
+from .render import class_colours, instance_colours, render_bird_eye, render_oblique, with_ego
 
 WIDTH = 1600
 _GAP = 12

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from lib.occ_figure import Volume, draw_figure
-from lib.occ_render import BACKGROUND, Camera, class_colours, instance_colours, render_bird_eye, render_oblique
 from lib.task import Task
+from tools.drawing.figure import Volume, draw_figure
+from tools.drawing.render import BACKGROUND, Camera, class_colours, instance_colours, render_bird_eye, render_oblique
 
 RANGE_MIN, VOXEL = (-8.0, -8.0, 0.0), 1.0
 RED, GREEN = (250, 10, 10), (10, 250, 10)

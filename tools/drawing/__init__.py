@@ -1,0 +1,1 @@
+"""Pictures of samples: camera images, occupancy and legends."""
