@@ -1,12 +1,14 @@
-"""Moving a batch of tensors to the device."""
+"""Moving a batch to the device."""
 
 from typing import Dict
 
 import torch
 
+from .targets import OccupancyTargets
+
 
 def to_device(batch: Dict, device, non_blocking: bool = True) -> Dict:
-    """A copy of the batch with every tensor (also inside lists) on ``device``; other values stay as they are.
+    """A copy of the batch with its tensors, also inside lists and targets, on ``device``; other values stay as they are.
 
     Args:
         batch: what ``loaders.collate`` returns.
@@ -17,7 +19,7 @@ def to_device(batch: Dict, device, non_blocking: bool = True) -> Dict:
 
 
 def _move(value, device, non_blocking):
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, OccupancyTargets)):
         return value.to(device, non_blocking=non_blocking)
     if isinstance(value, list) and any(isinstance(item, torch.Tensor) for item in value):
         return [_move(item, device, non_blocking) for item in value]

@@ -10,6 +10,7 @@ from typing import Dict
 import numpy as np
 import torch
 
+from .targets import OccupancyTargets, stack_targets
 from .task import Task
 
 _CAMERA_YAWS = {
@@ -63,8 +64,8 @@ def synthetic_calibration(task: Task, metres_per_frame: float = 2.0):
     return lidar2img.astype(np.float32), ego2lidar
 
 
-def _labels(task: Task, generator: torch.Generator):
-    """One label volume: a floor of stuff and boxes of every class; instances as the pipeline gives them."""
+def _labels(task: Task, generator: torch.Generator) -> OccupancyTargets:
+    """One sample's labels: a floor of stuff and boxes of every class; instances as the pipeline gives them."""
     shape, labels = task.grid_shape, task.label_set
     semantics = torch.full(shape, labels.free_id, dtype=torch.uint8)
     instances = torch.full(shape, 255, dtype=torch.uint8)
@@ -80,7 +81,8 @@ def _labels(task: Task, generator: torch.Generator):
         if where.any():
             instances[where] = len(class_ids)
             class_ids.append(class_id)
-    return semantics, instances, torch.tensor(class_ids, dtype=torch.int64)
+    mask = np.ones(shape, dtype=bool)
+    return OccupancyTargets(semantics.numpy(), instances.numpy(), np.array(class_ids, dtype=np.int64), mask)
 
 
 def synthetic_meta(task: Task, index: int, seed: int = 0) -> Dict:
@@ -95,12 +97,12 @@ def synthetic_batch(
     """A batch as ``loaders.collate`` returns it, of random images.
 
     Args:
-        with_labels: add ``voxel_semantics``, ``voxel_instances``, ``instance_class_ids``, ``mask_camera``.
+        with_labels: add ``targets``, with every voxel in ``mask_camera``.
         first_index: position of the first sample in the imaginary drive; consecutive indices share the
             images of earlier frames, as consecutive keyframes do (for the feature cache).
     Returns:
         dict with img uint8 [B, T*N, 3, H, W], lidar2img float32 and ego2lidar float64 [B, T*N, 4, 4],
-        img_metas, and the labels if asked for. CPU tensors.
+        img_metas, and ``targets`` if asked for. CPU tensors.
     """
     frames, cameras = task.num_frames, task.cameras
     lidar2img, ego2lidar = synthetic_calibration(task)
@@ -119,11 +121,6 @@ def synthetic_batch(
         img_metas=metas,
     )
     if with_labels:
-        volumes = [_labels(task, torch.Generator().manual_seed(seed + 7919 * b)) for b in range(batch_size)]
-        batch.update(
-            voxel_semantics=torch.stack([v[0] for v in volumes]),
-            voxel_instances=torch.stack([v[1] for v in volumes]),
-            instance_class_ids=[v[2] for v in volumes],
-            mask_camera=torch.ones((batch_size,) + task.grid_shape, dtype=torch.bool),
-        )
+        samples = [_labels(task, torch.Generator().manual_seed(seed + 7919 * b)) for b in range(batch_size)]
+        batch['targets'] = stack_targets(samples)
     return batch

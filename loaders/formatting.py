@@ -1,13 +1,15 @@
 """From a pipeline's arrays to the tensors of a batch. B samples, T frames, N cameras, index = t*N + n."""
 
-from typing import Dict, List, Sequence
+from dataclasses import fields
+from typing import Dict, Sequence
 
 import numpy as np
 import torch
 
 from lib.errors import ConfigError
+from lib.targets import OccupancyTargets, stack_targets
 
-_STACKED = ('img', 'lidar2img', 'ego2lidar', 'voxel_semantics', 'voxel_instances', 'mask_camera')
+_STACKED = ('img', 'lidar2img', 'ego2lidar')
 
 
 def format_sample(sample: Dict) -> Dict:
@@ -15,8 +17,7 @@ def format_sample(sample: Dict) -> Dict:
 
     Returns:
         img uint8 [T*N, 3, H, W] (BGR), lidar2img float32 [T*N, 4, 4], ego2lidar float64 [T*N, 4, 4],
-        img_metas (dict), and where labels were loaded voxel_semantics and voxel_instances uint8 [X, Y, Z],
-        instance_class_ids int64 [n], mask_camera bool [X, Y, Z].
+        img_metas (dict), and where labels were loaded targets (``OccupancyTargets`` of NumPy arrays).
     """
     info = sample['info']
     formatted = dict(
@@ -31,9 +32,9 @@ def format_sample(sample: Dict) -> Dict:
             frame_keys=sample['frame_keys'],
         ),
     )
-    for key in ('voxel_semantics', 'voxel_instances', 'mask_camera', 'instance_class_ids'):
-        if key in sample:
-            formatted[key] = torch.from_numpy(np.ascontiguousarray(sample[key]))
+    labels = {item.name: sample[item.name] for item in fields(OccupancyTargets) if item.name in sample}
+    if labels:
+        formatted['targets'] = OccupancyTargets(**labels)
     return formatted
 
 
@@ -59,16 +60,11 @@ def collate(samples: Sequence[Dict]) -> Dict:
     """Batch of B samples.
 
     Returns:
-        The samples' tensors stacked to [B, ...]; ``img_metas`` and ``instance_class_ids`` as lists of B. A
-        key that only some of the samples have (``mask_camera``) is left out.
+        The samples' tensors stacked to [B, ...], ``img_metas`` as a list of B, and, where all samples have
+        labels, ``targets``; a field that only some of the samples have (``mask_camera``) is left out.
     """
-    batch = {
-        key: torch.stack([sample[key] for sample in samples])
-        for key in _STACKED
-        if all(key in sample for sample in samples)
-    }
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in _STACKED}
     batch['img_metas'] = [sample['img_metas'] for sample in samples]
-    if all('instance_class_ids' in sample for sample in samples):
-        class_ids: List[torch.Tensor] = [sample['instance_class_ids'] for sample in samples]
-        batch['instance_class_ids'] = class_ids
+    if all('targets' in sample for sample in samples):
+        batch['targets'] = stack_targets([sample['targets'] for sample in samples])
     return batch

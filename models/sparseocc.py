@@ -4,7 +4,7 @@ Shapes: B batch, T frames newest first, N cameras, image index t*N + n; X, Y, Z 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -14,6 +14,7 @@ from mmdet.models.builder import DETECTORS, build_backbone, build_head, build_ne
 from torch import Tensor
 
 from lib.errors import ConfigError, DataError
+from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.autocast_state import autocast_dtype
 from models.csrc.extension import compiled_operators
@@ -24,7 +25,6 @@ from models.heads.sparseocc_head import MergedPrediction
 from models.image_input import ImageInput
 from models.layers.fused_fpn import can_fuse_neck, run_neck
 from models.layers.fused_resnet import FusedResNet, can_fuse
-from models.losses import OccupancyTargets
 from models.sampling import ImageFeatures
 from models.transformer import TransformerOutput
 
@@ -111,10 +111,7 @@ class SparseOcc(BaseModule):
         lidar2img: Tensor,
         ego2lidar: Tensor,
         img_metas: Optional[Sequence[Mapping]] = None,
-        voxel_semantics: Optional[Tensor] = None,
-        voxel_instances: Optional[Tensor] = None,
-        instance_class_ids: Optional[Sequence[Tensor]] = None,
-        mask_camera: Optional[Tensor] = None,
+        targets: Optional[OccupancyTargets] = None,
         return_loss: bool = True,
     ):
         """Losses, or predictions.
@@ -124,10 +121,8 @@ class SparseOcc(BaseModule):
             lidar2img: [B, T*N, 4, 4], LIDAR_TOP (metres) to pixels of that image.
             ego2lidar: [B, T*N, 4, 4], ego to LIDAR_TOP, both of the current keyframe, metres.
             img_metas: per sample a dict; ``frame_keys`` (T*N image names) is what the cache goes by.
-            voxel_semantics: uint8 [B, X, Y, Z], 255 = ignore. Not needed for predictions.
-            voxel_instances: uint8 or int16 [B, X, Y, Z], 255 = none.
-            instance_class_ids: B tensors int64 [n_i], class of each instance.
-            mask_camera: bool [B, X, Y, Z], needed with ``use_mask_camera``.
+            targets: labels of the batch on the device of ``img``; not needed for predictions. ``mask_camera`` is
+                needed with ``use_mask_camera`` and otherwise not looked at.
             return_loss: losses if True, predictions if False.
 
         Returns:
@@ -137,8 +132,7 @@ class SparseOcc(BaseModule):
         """
         self._check_images(img)
         if return_loss:
-            targets = self._targets(voxel_semantics, voxel_instances, instance_class_ids, mask_camera)
-            return self.loss(img, lidar2img, ego2lidar, targets)
+            return self.loss(img, lidar2img, ego2lidar, self._checked_targets(targets))
         with torch.no_grad():
             return self.predict(img, lidar2img, ego2lidar, img_metas)
 
@@ -290,24 +284,28 @@ class SparseOcc(BaseModule):
                 'cameras) of the task' % (tuple(img.shape), expected, self.task.num_frames, self.task.num_cameras)
             )
 
-    def _targets(self, voxel_semantics, voxel_instances, instance_class_ids, mask_camera) -> OccupancyTargets:
-        if voxel_semantics is None or voxel_instances is None or instance_class_ids is None:
+    def _checked_targets(self, targets: Optional[OccupancyTargets]) -> OccupancyTargets:
+        """The labels as the losses want them: complete, of the task's grid, with a mask only if it is to be used."""
+        if targets is None or any(
+            value is None for value in (targets.voxel_semantics, targets.voxel_instances, targets.instance_class_ids)
+        ):
             raise DataError(
                 'the batch has no labels, which training needs; put LoadOccGTFromFile into the pipeline of data.train'
             )
-        if tuple(voxel_semantics.shape[1:]) != self.task.grid_shape:
+        shape = tuple(targets.voxel_semantics.shape[1:])
+        if shape != self.task.grid_shape:
             raise DataError(
-                f'the labels have {tuple(voxel_semantics.shape[1:])} voxels, the task has {self.task.grid_shape}; give labels made for '
+                f'the labels have {shape} voxels, the task has {self.task.grid_shape}; give labels made for '
                 'task.point_cloud_range and task.voxel_size'
             )
-        if self.use_mask_camera and mask_camera is None:
+        if not self.use_mask_camera:
+            return replace(targets, mask_camera=None)
+        if targets.mask_camera is None:
             raise DataError(
                 'model.use_mask_camera is set, but the label files have no mask_camera; use '
                 'labels that have it or set model.use_mask_camera=False'
             )
-        return OccupancyTargets(
-            voxel_semantics, voxel_instances, tuple(instance_class_ids), mask_camera if self.use_mask_camera else None
-        )
+        return targets
 
     def _to_numpy(self, merged: MergedPrediction) -> Dict[str, np.ndarray]:
         index_type = torch.uint8 if max(self.task.grid_shape) <= 256 else torch.int16

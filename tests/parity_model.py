@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from lib.config import load_config
+from lib.targets import OccupancyTargets
 from lib.task import Task
 from models import build_model
 from models.heads.merging import merge_panoptic, merge_semantic
@@ -128,14 +129,14 @@ class ModelCase:
             for name in ('img', 'lidar2img', 'ego2lidar')
         }
 
-    def labels(self, b: int) -> Dict:
+    def targets(self, b: int) -> OccupancyTargets:
         """Labels of sample b."""
-        labels = {
+        volumes = {
             name: torch.from_numpy(self.arrays[name][b : b + 1]).to(self.device)
             for name in ('voxel_semantics', 'voxel_instances')
         }
         class_ids = torch.from_numpy(self.arrays['instance_class_ids_%d' % b]).to(self.device)
-        return dict(labels, instance_class_ids=[class_ids])
+        return OccupancyTargets(**volumes, instance_class_ids=[class_ids])
 
 
 def check_inference(case: ModelCase) -> List[Deviation]:
@@ -156,7 +157,7 @@ def check_training(case: ModelCase, b: int) -> List[Deviation]:
     """Training mode, sample b alone: every loss, every gradient norm."""
     case.model.train()
     case.model.zero_grad()
-    losses = case.model(**case.inputs(b), **case.labels(b))
+    losses = case.model(**case.inputs(b), targets=case.targets(b))
     total = sum(losses.values())
     total.backward()
     return [*_loss_deviations(case, b, losses, total), *_gradient_deviations(case, b)]

@@ -13,9 +13,10 @@ from mmdet.models.utils.builder import TRANSFORMER
 from torch import Tensor
 
 from lib.errors import ConfigError
+from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.heads.merging import merge_panoptic, merge_semantic
-from models.losses import OccupancyTargets, VoxelLosses
+from models.losses import VoxelLosses
 from models.sampling import ImageFeatures
 from models.transformer import TransformerOutput
 
@@ -88,7 +89,7 @@ class SparseOccHead(BaseModule):
 
     def loss(self, output: TransformerOutput, targets: OccupancyTargets) -> Dict[str, Tensor]:
         """Every loss term by name; names end in the stage or layer number."""
-        with torch.autocast(targets.semantics.device.type, enabled=False):
+        with torch.autocast(targets.voxel_semantics.device.type, enabled=False):
             losses = {}
             for i, stage in enumerate(output.stages):
                 for name, value in self.voxel_losses(stage, targets).items():

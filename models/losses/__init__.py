@@ -2,7 +2,6 @@
 
 from .mask2former import Mask2FormerLoss
 from .scene_affinity import GeoScalLoss, SemScalLoss
-from .targets import OccupancyTargets
 from .voxel import VoxelLosses
 
-__all__ = ['GeoScalLoss', 'Mask2FormerLoss', 'OccupancyTargets', 'SemScalLoss', 'VoxelLosses']
+__all__ = ['GeoScalLoss', 'Mask2FormerLoss', 'SemScalLoss', 'VoxelLosses']

@@ -12,8 +12,9 @@ from mmdet.models.builder import LOSSES
 from torch import Tensor
 
 from lib.dist import reduce_mean
+from lib.targets import OccupancyTargets
 from models.decoders import MaskPrediction, VoxelStage
-from models.losses.targets import OccupancyTargets, take_blocks
+from models.losses.targets import take_blocks
 from models.matcher import Matching, match
 
 _ALPHA, _GAMMA = 0.25, 2.0
@@ -59,7 +60,7 @@ class Mask2FormerLoss(BaseModule):
         self, layers: Sequence[MaskPrediction], stage: VoxelStage, targets: OccupancyTargets
     ) -> Dict[str, Tensor]:
         """Terms of every prediction; names end in its number."""
-        samples = [instances_among_kept(targets, stage, b) for b in range(len(targets.class_ids))]
+        samples = [instances_among_kept(targets, stage, b) for b in range(len(targets.instance_class_ids))]
         instances = torch.tensor(float(sum(len(s.class_ids) for s in samples)), device=stage.seg_logits.device)
         normalizer = reduce_mean(instances).clamp(min=1)
         matchings = self._match(layers, samples)
@@ -119,13 +120,13 @@ class Mask2FormerLoss(BaseModule):
 
 def instances_among_kept(targets: OccupancyTargets, stage: VoxelStage, b: int) -> MaskTargets:
     """Instances of sample b that have kept (and counted) voxels, with ids compacted, in id order."""
-    coords, class_ids = stage.coords[b : b + 1], targets.class_ids[b]
-    voxels = take_blocks(targets.instances[b : b + 1], coords, stage.scale)[0, :, 0]
+    coords, class_ids = stage.coords[b : b + 1], targets.instance_class_ids[b]
+    voxels = take_blocks(targets.voxel_instances[b : b + 1], coords, stage.scale)[0, :, 0]
     ids = torch.arange(len(class_ids), device=voxels.device)
     masks = voxels.unsqueeze(0).long() == ids.unsqueeze(1)
     counted = None
-    if targets.visible is not None:
-        visible = take_blocks(targets.visible[b : b + 1], coords, stage.scale)[0, :, 0]
+    if targets.mask_camera is not None:
+        visible = take_blocks(targets.mask_camera[b : b + 1], coords, stage.scale)[0, :, 0]
         masks, counted = masks & visible, visible.float()
     kept = masks.any(1)
     return MaskTargets(masks[kept].float(), class_ids.to(voxels.device)[kept], counted)

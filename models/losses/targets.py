@@ -1,27 +1,13 @@
-"""Labels of a batch, and how many voxels of each class a kept block stands for.
+"""How many voxels of each class a kept block stands for.
 
 Shapes: B batch, K kept blocks, C classes, X Y Z the grid; s edge of a block in voxels.
 """
 
-from typing import NamedTuple, Optional, Sequence
-
 import torch
 from torch import Tensor
 
-
-class OccupancyTargets(NamedTuple):
-    """Ground truth of a batch. Nothing here is ever changed in place.
-
-    semantics  uint8 [B, X, Y, Z], class ids, 255 = ignore
-    instances  integer [B, X, Y, Z], ids 0.. within the sample, 255 = none
-    class_ids  B tensors int64 [n_i], class of each instance
-    visible    bool [B, X, Y, Z], voxels that count, or None if all do
-    """
-
-    semantics: Tensor
-    instances: Tensor
-    class_ids: Sequence[Tensor]
-    visible: Optional[Tensor] = None
+from lib.classes import IGNORE_LABEL
+from lib.targets import OccupancyTargets
 
 
 def take_blocks(volume: Tensor, coords: Tensor, scale: int) -> Tensor:
@@ -47,16 +33,17 @@ def count_labels(targets: OccupancyTargets, coords: Tensor, scale: int, num_clas
     """How many voxels of each class each kept block covers; nearest upsampling without making the voxels.
 
     A loss summed over the upsampled voxels of a block equals its value per class times these counts.
-    Voxels labelled 255, and voxels that are not visible, are not counted.
+    Voxels labelled 255, and voxels outside ``mask_camera`` where there is one, are not counted.
 
     Args:
+        targets: labels of the batch.
         coords: int64 [B, K, 3] in blocks of edge ``scale`` voxels.
 
     Returns:
         float32 [B, K, C], sums to at most s**3.
     """
-    labels = targets.semantics
-    if targets.visible is not None:
-        labels = labels.masked_fill(~targets.visible, 255)
+    labels = targets.voxel_semantics
+    if targets.mask_camera is not None:
+        labels = labels.masked_fill(~targets.mask_camera, IGNORE_LABEL)
     labels = take_blocks(labels, coords, scale)
     return torch.stack([(labels == c).sum(-1) for c in range(num_classes)], dim=-1).float()

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lib.classes import LabelSet
 from lib.errors import ConfigError
+from lib.targets import OccupancyTargets
 from models.decoders import VoxelStage
 from models.losses.lovasz import lovasz_softmax
-from models.losses.targets import OccupancyTargets, count_labels
+from models.losses.targets import count_labels
 
 _AFFINITY = ('loss_geo_scal', 'loss_sem_scal')
 

@@ -74,16 +74,20 @@ def test_a_batch_has_the_agreed_form(source):
         img=((2, 18, 3, 32, 64), torch.uint8),
         lidar2img=((2, 18, 4, 4), torch.float32),
         ego2lidar=((2, 18, 4, 4), torch.float64),
-        voxel_semantics=(grid, torch.uint8),
-        voxel_instances=(grid, torch.uint8),
-        mask_camera=(grid, torch.bool),
     )
-    assert [ids.dtype for ids in batch['instance_class_ids']] == [torch.int64] * 2
+    targets = batch['targets']
+    for volume, dtype in (
+        (targets.voxel_semantics, torch.uint8),
+        (targets.voxel_instances, torch.uint8),
+        (targets.mask_camera, torch.bool),
+    ):
+        assert (tuple(volume.shape), volume.dtype) == (grid, dtype)
+    assert [ids.dtype for ids in targets.instance_class_ids] == [torch.int64] * 2
     meta = batch['img_metas'][1]
     assert set(meta) == {'sample_token', 'scene_token', 'scene_name', 'index', 'frame_keys'}
     assert meta['index'] == 4 and meta['sample_token'] == 'sample-4' and meta['scene_name'] == 'scene-0553'
     assert len(meta['frame_keys']) == 18 and len(set(meta['frame_keys'])) == 6  # first keyframe: no history
-    assert set(batch) == set(shapes) | {'instance_class_ids', 'img_metas'}
+    assert set(batch) == set(shapes) | {'targets', 'img_metas'}
 
 
 def test_images_are_frame_major_newest_first_in_camera_order(source):
@@ -128,8 +132,8 @@ def test_projections_take_lidar_points_into_every_image_through_global(source):
 def test_labels_in_a_batch_are_those_of_the_file(source):
     dataset = _train(source, pipeline=[s for s in TRAIN if s['type'] != 'BEVAug'])
     sample, truth = dataset[3], dataset.ground_truth(3)
-    np.testing.assert_array_equal(sample['voxel_semantics'], truth['semantics'])
-    np.testing.assert_array_equal(sample['mask_camera'], truth['mask_camera'])
+    np.testing.assert_array_equal(sample['targets'].voxel_semantics, truth['semantics'])
+    np.testing.assert_array_equal(sample['targets'].mask_camera, truth['mask_camera'])
     assert truth['mask_camera'].any() and not truth['mask_camera'].all()
 
 
@@ -138,7 +142,7 @@ def test_label_files_without_masks_give_batches_without(root):
     for index in range(len(dataset)):
         path = dataset.label_path(index)
         np.savez_compressed(str(path), semantics=np.load(str(path))['semantics'])
-    assert 'mask_camera' not in collate([dataset[0], dataset[1]])
+    assert collate([dataset[0], dataset[1]])['targets'].mask_camera is None
 
 
 @pytest.mark.parametrize('cameras, frames', [(('CAM_FRONT', 'CAM_BACK'), 1), (('CAM_BACK_LEFT',), 5)])
@@ -164,7 +168,9 @@ def test_ray_origins_start_at_the_scene_and_belong_to_the_keyframe(source):
 
 
 def _same(a, b):
-    return all(torch.equal(a[key], b[key]) for key in ('img', 'lidar2img', 'ego2lidar', 'voxel_semantics'))
+    semantics = [np.asarray(sample['targets'].voxel_semantics) for sample in (a, b)]
+    matrices = all(torch.equal(a[key], b[key]) for key in ('img', 'lidar2img', 'ego2lidar'))
+    return matrices and np.array_equal(*semantics)
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone(source):
@@ -234,7 +240,7 @@ def test_pickles_without_scenes_give_the_same_histories(root):
     after = _train(root)
     for index in range(8):
         assert before[index]['img_metas']['frame_keys'] == after[index]['img_metas']['frame_keys']
-        np.testing.assert_array_equal(before[index]['voxel_semantics'], after[index]['voxel_semantics'])
+        np.testing.assert_array_equal(before[index]['targets'].voxel_semantics, after[index]['targets'].voxel_semantics)
 
 
 def test_the_real_mini_pickle_opens_as_it_is(real_dir, tmp_path):
@@ -284,7 +290,7 @@ def test_info_and_label_folders_may_be_elsewhere(root, tmp_path):
     shutil.move(str(root / 'occ3d'), str(tmp_path / 'labels'))
     shutil.move(str(root / 'nuscenes_infos_train_sweep.pkl'), str(tmp_path / 'infos.pkl'))
     dataset = _train(root, ann_file=str(tmp_path / 'infos.pkl'), occ_gt_root=str(tmp_path / 'labels'))
-    assert 'voxel_semantics' in dataset[0]
+    assert dataset[0]['targets'].voxel_semantics is not None
 
 
 def test_evaluation_needs_no_labels(root):
@@ -474,12 +480,13 @@ def test_real_openocc_labels_become_batches_of_17_classes(source, real_dir, pano
     shutil.copy(str(real_dir / 'openocc_unknown_sample_labels.npz'), str(path))
     batch = collate([dataset[1]])
     raw = np.load(str(path))
-    np.testing.assert_array_equal(batch['voxel_semantics'][0], raw['semantics'])
-    assert 'mask_camera' not in batch
-    (class_ids,) = batch['instance_class_ids']
-    assert class_ids.max() < 16 and (batch['voxel_instances'][0][raw['semantics'] == 16] == 255).all()
+    targets = batch['targets']
+    np.testing.assert_array_equal(targets.voxel_semantics[0], raw['semantics'])
+    assert targets.mask_camera is None
+    (class_ids,) = targets.instance_class_ids
+    assert class_ids.max() < 16 and (targets.voxel_instances[0][raw['semantics'] == 16] == 255).all()
     for target, class_id in enumerate(class_ids.tolist()):
-        where = (batch['voxel_instances'][0] == target).numpy()
+        where = (targets.voxel_instances[0] == target).numpy()
         assert (raw['semantics'][where] == class_id).all() and where.any()
     cars = len(np.unique(raw['instances'][raw['semantics'] == 0]))
     assert (class_ids == 0).sum() == (cars if panoptic else 1) and cars > 1

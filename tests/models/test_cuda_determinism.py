@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_model import small_batch, small_model, small_task
 
+from lib.batch import to_device
 from lib.run.determinism import set_deterministic
 
 
@@ -26,8 +27,7 @@ def deterministic(monkeypatch):
 def test_cuda_training_repeats_to_the_bit(deterministic):
     """Every gradient of two steps of a small panoptic model, twice; nothing raises for want of an algorithm."""
     task = small_task(panoptic=True)
-    batch = {key: value.cuda() if torch.is_tensor(value) else value for key, value in small_batch(task, 2).items()}
-    batch['instance_class_ids'] = [ids.cuda() for ids in batch['instance_class_ids']]
+    batch = to_device(small_batch(task, 2), 'cuda')
 
     def train():
         torch.manual_seed(0)

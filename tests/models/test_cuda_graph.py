@@ -5,6 +5,7 @@ import pytest
 import torch
 from small_model import small_model, small_task
 
+from lib.batch import to_device
 from lib.synthetic import synthetic_batch, synthetic_meta
 from models.cuda_graph import GraphedFunction
 
@@ -52,10 +53,7 @@ def test_predictions_are_equal_with_and_without_graphs(precision):
         model.reset_history()
         results[graphed] = []
         for index in range(3):
-            data = {
-                name: value.cuda() if torch.is_tensor(value) else value
-                for name, value in synthetic_batch(task, first_index=index).items()
-            }
+            data = to_device(synthetic_batch(task, first_index=index), 'cuda')
             data['img_metas'] = [synthetic_meta(task, index)]
             with torch.autocast('cuda', dtype=precision or torch.float16, enabled=precision is not None):
                 results[graphed].append(model(return_loss=False, **data)[0])

@@ -1,5 +1,7 @@
 """The whole detector: batches, determinism, history, masks, other tasks, and errors a user can mend."""
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,8 @@ from small_model import CLASSES, sample_of, small_batch, small_config, small_mod
 from lib.errors import ConfigError, DataError
 from lib.synthetic import synthetic_meta
 from models import build_model
-from models.losses import OccupancyTargets
 
 IMAGES = ('img', 'lidar2img', 'ego2lidar', 'img_metas')
-LABELS = ('voxel_semantics', 'voxel_instances', 'instance_class_ids')
 BOTH = pytest.mark.parametrize('scoring', ['semantic', 'occupancy'])
 
 
@@ -76,19 +76,26 @@ def slice_output(output, b):
     return type(output)([part(stage) for stage in output.stages], [part(layer) for layer in output.layers])
 
 
+def slice_targets(targets, b):
+    """Labels of sample b as a batch of one."""
+    values = {item.name: getattr(targets, item.name) for item in fields(targets)}
+    return replace(targets, **{name: None if value is None else value[b : b + 1] for name, value in values.items()})
+
+
 @BOTH
 def test_losses_of_a_batch_are_those_of_its_samples(scoring):
     """Voxel losses are means over the batch; mask losses are sums over instances by their number."""
     model = small_model(scoring=scoring, topk_testing=[10**6] * 3).eval()  # all voxels are kept
     batch = small_batch(model.task, 2)
-    batch['voxel_instances'][1][batch['voxel_instances'][1] == 3] = 255
-    counts = [sum(int((batch['voxel_instances'][b] == i).any()) for i in range(4)) for b in range(2)]
+    targets = replace(batch['targets'], mask_camera=None)
+    targets.voxel_instances[1][targets.voxel_instances[1] == 3] = 255
+    counts = [sum(int((targets.voxel_instances[b] == i).any()) for i in range(4)) for b in range(2)]
     assert counts == [4, 3]
-    head, targets = model.pts_bbox_head, [batch[name] for name in LABELS]
+    head = model.pts_bbox_head
     with torch.no_grad():
         output = model.predict_raw(**{name: batch[name] for name in IMAGES}).output
-    together = head.loss(output, OccupancyTargets(*targets))
-    alone = [head.loss(slice_output(output, b), OccupancyTargets(*[t[b : b + 1] for t in targets])) for b in range(2)]
+    together = head.loss(output, targets)
+    alone = [head.loss(slice_output(output, b), slice_targets(targets, b)) for b in range(2)]
     for name, value in together.items():
         masks = any(part in name for part in ('loss_mask', 'loss_dice', 'loss_class'))
         weights = [n / sum(counts) for n in counts] if masks else [0.5, 0.5]
@@ -214,10 +221,10 @@ def test_repeated_frames_are_encoded_once_and_new_weights_forget_them():
 def test_camera_mask_decides_which_labels_count():
     task = small_task()
     batch = small_batch(task, 2)
-    batch['mask_camera'][:, :, :12] = False
-    hidden = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-    hidden['voxel_semantics'][:, :, :12] = 2  # labels that must not matter
-    hidden['voxel_instances'][:, :, :12] = 2
+    batch['targets'].mask_camera[:, :, :12] = False
+    hidden = dict(batch, targets=batch['targets'].map_volumes(lambda volume, _: volume.clone()))
+    hidden['targets'].voxel_semantics[:, :, :12] = 2  # labels that must not matter
+    hidden['targets'].voxel_instances[:, :, :12] = 2
     for scoring in ('semantic', 'occupancy'):
         model = build_model(dict(small_config(scoring), use_mask_camera=True), task)
         model.pts_bbox_head.transformer.training_draws = model.pts_bbox_head.transformer.testing_draws
@@ -230,7 +237,7 @@ def test_camera_mask_decides_which_labels_count():
 def test_camera_mask_wanted_but_missing_is_a_sentence():
     model = build_model(dict(small_config(), use_mask_camera=True), small_task())
     batch = small_batch(model.task)
-    del batch['mask_camera']
+    batch['targets'] = replace(batch['targets'], mask_camera=None)
     with pytest.raises(DataError, match='no mask_camera'):
         model(**batch)
 
@@ -238,12 +245,20 @@ def test_camera_mask_wanted_but_missing_is_a_sentence():
 def test_training_leaves_the_batch_as_it_was():
     model = small_model()
     batch = small_batch(model.task, 2)
-    class_ids = list(batch['instance_class_ids'])
-    before = [value.clone() for value in batch.values() if isinstance(value, torch.Tensor)]
+    before = [value.clone() for value in tensors_of(batch)]
     model(**batch)
-    after = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    after = tensors_of(batch)
+    assert len(before) == 3 + 3 + 2  # images and matrices, volumes, class ids of both samples
     assert all(torch.equal(a, b) for a, b in zip(before, after))
-    assert all(a is b for a, b in zip(class_ids, batch['instance_class_ids']))
+
+
+def tensors_of(batch):
+    targets = batch['targets']
+    return [
+        *(batch[name] for name in ('img', 'lidar2img', 'ego2lidar')),
+        *(targets.voxel_semantics, targets.voxel_instances, targets.mask_camera),
+        *targets.instance_class_ids,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -323,4 +338,4 @@ def test_images_and_labels_that_do_not_fit_the_task_are_a_sentence():
     with pytest.raises(DataError, match='2 frames x 3 cameras'):
         model(**dict(batch, img=batch['img'][:, :5]))
     with pytest.raises(DataError, match=r'have \(16, 24, 4\) voxels, the task has \(16, 24, 8\)'):
-        model(**dict(batch, voxel_semantics=batch['voxel_semantics'][..., :4]))
+        model(**dict(batch, targets=batch['targets'].map_volumes(lambda volume, _: volume[..., :4])))

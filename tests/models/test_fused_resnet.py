@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from small_model import small_batch, small_model, small_task
 from torch import nn
 
+from lib.batch import to_device
 from models.layers.fused_resnet import FusedResNet, can_fuse  # before mmdet: makes it importable
 
 from mmdet.models.builder import build_backbone  # isort: skip
@@ -276,11 +277,7 @@ def test_cuda_losses_are_those_of_the_model_with_its_modules():
     torch.backends.cudnn.allow_tf32 = False
     try:
         model = small_model(small_task()).cuda().eval()
-        batch = {
-            name: value.cuda() if torch.is_tensor(value) else value
-            for name, value in small_batch(model.task, 2).items()
-        }
-        batch['instance_class_ids'] = [ids.cuda() for ids in batch['instance_class_ids']]
+        batch = to_device(small_batch(model.task, 2), 'cuda')
         ours = model(**batch)
         model._fused_backbone = None
         for name, theirs in model(**batch).items():

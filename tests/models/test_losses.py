@@ -4,6 +4,7 @@ Tolerances: both sides are float32 sums in different orders, so 1e-5 relative wh
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from small_model import small_task
 
 from lib.errors import ConfigError
+from lib.targets import OccupancyTargets
 from models.decoders import MaskPrediction, VoxelStage
-from models.losses import GeoScalLoss, Mask2FormerLoss, OccupancyTargets, SemScalLoss, VoxelLosses
+from models.losses import GeoScalLoss, Mask2FormerLoss, SemScalLoss, VoxelLosses
 from models.losses.lovasz import lovasz_softmax
 from models.losses.mask2former import focal_loss, instances_among_kept
 from models.losses.scene_affinity import negative_log
@@ -47,8 +49,8 @@ def upsampled(values, coords, scale, targets, b):
         for offset in range(scale**3):
             offsets = (offset // scale**2, offset // scale % scale, offset % scale)
             x, y, z = (c + o for c, o in zip(corner, offsets))
-            label = int(targets.semantics[b, x, y, z])
-            if label != 255 and (targets.visible is None or targets.visible[b, x, y, z]):
+            label = int(targets.voxel_semantics[b, x, y, z])
+            if label != 255 and (targets.mask_camera is None or targets.mask_camera[b, x, y, z]):
                 rows.append(value)
                 labels.append(label)
     return torch.stack(rows), torch.tensor(labels)
@@ -145,7 +147,7 @@ def test_gradients_equal_those_of_the_upsampled_voxels(scale):
 
 def test_nothing_to_compare_gives_zero_and_finite_gradients():
     targets = random_targets()
-    targets = targets._replace(semantics=torch.full_like(targets.semantics, 255))
+    targets = replace(targets, voxel_semantics=torch.full_like(targets.voxel_semantics, 255))
     logits = torch.randn(2, 12, CLASSES, requires_grad=True)
     counts = count_labels(targets, random_coords(2), 2, CLASSES)
     p = logits.softmax(-1)
@@ -192,8 +194,8 @@ def test_mask_losses_equal_the_formulas_at_the_cheapest_matching(visible):
     totals, instances = dict(mask=0, dice=0, cls=0), 0
     for b in range(2):
         x, y, z = stage.coords[b].t()
-        ids = targets.instances[b, x, y, z]
-        keep = targets.visible[b, x, y, z] if visible else torch.ones_like(ids, dtype=torch.bool)
+        ids = targets.voxel_instances[b, x, y, z]
+        keep = targets.mask_camera[b, x, y, z] if visible else torch.ones_like(ids, dtype=torch.bool)
         logits, scores = layer.mask_logits[b][:, keep], layer.class_logits[b]
         present = [i for i in range(4) if (ids[keep] == i).any()]
         masks = torch.stack([(ids[keep] == i).float() for i in present])
@@ -234,10 +236,10 @@ def test_focal_loss_equals_its_definition():
 
 def test_instances_without_kept_voxels_are_dropped_and_ids_compacted():
     targets, stage, _ = mask_setup()
-    volume = torch.full_like(targets.instances, 255)
+    volume = torch.full_like(targets.voxel_instances, 255)
     x, y, z = stage.coords[0].t()
     volume[0, x[0], y[0], z[0]], volume[0, x[1], y[1], z[1]] = 1, 3
-    targets = targets._replace(instances=volume, class_ids=[torch.tensor([7, 8, 9, 2])] * 2)
+    targets = replace(targets, voxel_instances=volume, instance_class_ids=[torch.tensor([7, 8, 9, 2])] * 2)
     sample = instances_among_kept(targets, stage, 0)
     assert sample.class_ids.tolist() == [8, 2] and sample.masks.shape == (2, 40)
     assert sample.masks[0, 0] == 1 and sample.masks[1, 1] == 1
@@ -245,8 +247,10 @@ def test_instances_without_kept_voxels_are_dropped_and_ids_compacted():
 
 def test_sample_without_any_instance_trains_the_background_only():
     targets, stage, layer = mask_setup()
-    targets = targets._replace(
-        instances=torch.full_like(targets.instances, 255), class_ids=[torch.zeros(0, dtype=torch.int64)] * 2
+    targets = replace(
+        targets,
+        voxel_instances=torch.full_like(targets.voxel_instances, 255),
+        instance_class_ids=[torch.zeros(0, dtype=torch.int64)] * 2,
     )
     layer.class_logits.requires_grad_()
     layer.mask_logits.requires_grad_()
@@ -273,10 +277,10 @@ def test_instances_are_averaged_over_the_processes(monkeypatch):
 def test_ground_truth_is_left_as_it_was():
     targets, stage, layer = mask_setup(visible=True)
     class_ids = [torch.arange(4), torch.arange(4)]
-    targets = targets._replace(class_ids=class_ids)
-    before = [t.clone() for t in (targets.semantics, targets.instances, targets.visible)]
+    targets = replace(targets, instance_class_ids=class_ids)
+    before = [t.clone() for t in (targets.voxel_semantics, targets.voxel_instances, targets.mask_camera)]
     Mask2FormerLoss()([layer], stage, targets)
     count_labels(targets, stage.coords, 1, CLASSES)
-    after = (targets.semantics, targets.instances, targets.visible)
+    after = (targets.voxel_semantics, targets.voxel_instances, targets.mask_camera)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
-    assert targets.class_ids is class_ids and all(ids.tolist() == [0, 1, 2, 3] for ids in class_ids)
+    assert targets.instance_class_ids is class_ids and all(ids.tolist() == [0, 1, 2, 3] for ids in class_ids)

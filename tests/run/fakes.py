@@ -30,6 +30,7 @@ from lib.dist import reduce_mean  # noqa: E402
 from lib.errors import ConfigError, DataError, UserError  # noqa: E402
 from lib.run.components import Components  # noqa: E402
 from lib.run.processes import start_processes  # noqa: E402
+from lib.targets import OccupancyTargets  # noqa: E402
 
 CONFIG = """
 task = dict(label_set='occ3d', point_cloud_range=[0, 0, 0, 1.6, 1.6, 0.8], voxel_size=0.4)
@@ -57,12 +58,12 @@ class FakeModel(nn.Module):
         self.dropout, self.nan_at = nn.Dropout(dropout), set(nan_at)
         self.history, self.normed = 'full', normed
 
-    def forward(self, img, lidar2img, ego2lidar, img_metas=None, voxel_semantics=None, return_loss=True):
+    def forward(self, img, lidar2img, ego2lidar, img_metas=None, targets=None, return_loss=True):
         out = self.last(self.dropout(torch.relu(self.slow(torch.relu(self.first(img))))))
         if not return_loss:
             label = int(abs(float(out.sum())) * 1000) % 17
             return [dict(sem_pred=np.full((1, 2), label, np.uint8), occ_loc=np.zeros((1, 2, 3), np.uint8)) for _ in img]
-        counts = voxel_semantics.float()  # as the number of instances, it differs from sample to sample
+        counts = targets.voxel_semantics.float()  # as the number of instances, it differs from sample to sample
         errors = (out - img[:, :3]).pow(2).sum(1)
         if any(meta['index'] in self.nan_at for meta in img_metas):
             errors = errors * float('nan')
@@ -110,7 +111,7 @@ class FakeDataset:
             img=torch.from_numpy(draws),
             lidar2img=torch.eye(4),
             ego2lidar=torch.eye(4),
-            voxel_semantics=torch.tensor(index % 5),
+            targets=OccupancyTargets(voxel_semantics=torch.tensor(index % 5)),
             img_metas=dict(sample_token='token%d' % index, index=index),
         )
 
@@ -141,10 +142,9 @@ class FakeDataset:
 
 def collate(samples):
     """As the project's own, of the keys there are here."""
-    batch = {
-        key: torch.stack([s[key] for s in samples]) for key in ('img', 'lidar2img', 'ego2lidar', 'voxel_semantics')
-    }
-    return dict(batch, img_metas=[s['img_metas'] for s in samples])
+    batch = {key: torch.stack([s[key] for s in samples]) for key in ('img', 'lidar2img', 'ego2lidar')}
+    targets = OccupancyTargets(voxel_semantics=torch.stack([s['targets'].voxel_semantics for s in samples]))
+    return dict(batch, img_metas=[s['img_metas'] for s in samples], targets=targets)
 
 
 class FakeResult:
