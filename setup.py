@@ -16,6 +16,10 @@ import sys
 from setuptools import find_packages, setup
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, ROOT)
+
+from lib.extension import reason_not_to_build  # noqa: E402
+
 BUILDING = {'build_ext', 'build', 'develop', 'install', 'bdist_wheel', 'editable_wheel'}
 
 
@@ -38,28 +42,28 @@ def pins(name):
     return [line for line in lines if line]
 
 
-def load_setup_of(folder):
-    """The ``setup.py`` of an extension's own folder, as a module."""
-    spec = importlib.util.spec_from_file_location(
-        'setup_of_' + folder.replace('/', '_'), os.path.join(ROOT, folder, 'setup.py')
-    )
+def extensions_of(folder):
+    """The extensions that the ``setup.py`` of a folder describes."""
+    package = folder.replace('/', '.')
+    spec = importlib.util.spec_from_file_location(f'{package}.setup', os.path.join(ROOT, folder, 'setup.py'))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return module.cuda_extensions(package, folder)
 
 
-def cuda_build(operators):
+def cuda_build():
     """Arguments of ``setup`` for the extensions; none where they cannot or need not be built."""
     explicit = 'build_ext' in sys.argv
-    reason = operators.reason_not_to_build() or ('' if explicit else why_not_by_the_way())
+    reason = reason_not_to_build() or ('' if explicit else why_not_by_the_way())
     if reason and explicit:
         sys.exit('error: the CUDA extensions cannot be built. ' + reason)
     if reason:
         print('CUDA extensions are not built. ' + reason, file=sys.stderr)
         return {}
-    modules = operators.cuda_extensions('models.csrc', 'models/csrc')
-    modules.append(load_setup_of('lib/raycast').ray_cast_extension('lib.raycast.raycast_cuda', 'lib/raycast'))
-    return dict(ext_modules=modules, cmdclass={'build_ext': operators.build_extension_class()})
+    from torch.utils.cpp_extension import BuildExtension
+
+    modules = extensions_of('models/csrc') + extensions_of('lib/raycast')
+    return dict(ext_modules=modules, cmdclass=dict(build_ext=BuildExtension))
 
 
 def why_not_by_the_way():
@@ -85,7 +89,7 @@ def main():
         packages=find_packages(include=['lib', 'lib.*', 'loaders', 'loaders.*', 'models', 'models.*']),
         # No install_requires: OpenMMLab 1.x must come without its dependencies, which metadata cannot say.
         extras_require={'accel': pins('accel.txt'), 'test': pins('test.txt')},
-        **(cuda_build(load_setup_of('models/csrc')) if building else {}),
+        **(cuda_build() if building else {}),
     )
 
 

@@ -171,9 +171,8 @@ def _flush_to_disk(path):
 
 def save_pickle(path: PathLike, value) -> None:
     """Write ``value`` as a pickle (protocol 4: Python 3.8 reads it), atomically."""
-    with atomic_write(path) as temporary:
-        with open(str(temporary), 'wb') as stream:
-            pickle.dump(value, stream, protocol=4)
+    with atomic_write(path) as temporary, open(str(temporary), 'wb') as stream:
+        pickle.dump(value, stream, protocol=4)
 
 
 def save_npz(path: PathLike, arrays: Dict[str, np.ndarray]) -> None:
@@ -184,10 +183,9 @@ def save_npz(path: PathLike, arrays: Dict[str, np.ndarray]) -> None:
 
 def write_json(path: PathLike, value) -> None:
     """Write ``value`` as indented JSON, atomically. NumPy numbers and arrays become plain ones."""
-    with atomic_write(path) as temporary:
-        with open(str(temporary), 'w', encoding='utf-8') as stream:
-            json.dump(value, stream, indent=2, default=_to_plain)
-            stream.write('\n')
+    with atomic_write(path) as temporary, open(str(temporary), 'w', encoding='utf-8') as stream:
+        json.dump(value, stream, indent=2, default=_to_plain)
+        stream.write('\n')
 
 
 def _to_plain(value):

@@ -17,11 +17,10 @@ def save_checkpoint(path: str, checkpoint: Mapping) -> None:
         UserError: it cannot be written (disk full, no permission); an older file of that name is untouched.
     """
     try:
-        with atomic_write(path) as temporary:
-            with open(str(temporary), 'wb') as stream:
-                patient = _PatientStream(stream)
-                torch.save(checkpoint, patient)
-                patient.raise_error()
+        with atomic_write(path) as temporary, open(str(temporary), 'wb') as stream:
+            patient = _PatientStream(stream)
+            torch.save(checkpoint, patient)
+            patient.raise_error()
     except OSError as error:
         raise UserError(
             f'cannot write {path}: {error.strerror or error}; free some space or choose another folder (earlier checkpoints '

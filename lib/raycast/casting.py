@@ -102,9 +102,8 @@ def cast_rays_through(
 
 def choose_device(device) -> str:
     """``device`` as text, or ``'cpu'`` (said once) where it is CUDA but the extension is not built."""
-    if _device_type(device) == 'cpu' or gpu.extension_available():
+    if _device_type(device) == 'cpu' or gpu.extension_available(device):
         return str(device)
-    gpu.warn_not_built()
     return 'cpu'
 
 

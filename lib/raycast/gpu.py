@@ -1,39 +1,18 @@
 """Ray casting on CUDA: loads the compiled extension on first use and launches it."""
 
-import importlib
-import warnings
+from lib.extension import Extension
 
-EXTENSION = 'lib.raycast.raycast_cuda'
-_NOT_BUILT = (
-    'the CUDA ray caster is not built, rays are cast on the CPU; build it with '
-    '"cd lib/raycast && python setup.py build_ext --inplace"'
+EXTENSION = Extension(
+    'lib.raycast.raycast_cuda',
+    interface_version=1,
+    build_command='cd lib/raycast && python setup.py build_ext --inplace',
+    otherwise='rays are cast on the CPU',
 )
-_state = {}
 
 
-def _extension():
-    """The compiled module, or None if it is not there or does not load."""
-    if 'module' not in _state:
-        import torch  # noqa: F401 (its libraries must be loaded before the extension's)
-
-        try:
-            _state['module'] = importlib.import_module(EXTENSION)
-        except ImportError as error:
-            _state['module'], _state['reason'] = None, str(error)
-    return _state['module']
-
-
-def extension_available() -> bool:
-    """The CUDA extension is built and loads."""
-    return _extension() is not None
-
-
-def warn_not_built() -> None:
-    """Say once per process that the CPU is used, and why."""
-    if not _state.get('warned'):
-        _state['warned'] = True
-        reason = _state.get('reason', 'unknown reason')
-        warnings.warn(f'{_NOT_BUILT} ({reason})', RuntimeWarning, stacklevel=3)
+def extension_available(device='cuda') -> bool:
+    """The CUDA extension is built and runs on the device; if not, a warning has said why, once."""
+    return EXTENSION.find(device) is not None
 
 
 def trace(semantics, free_id, origins, directions, range_min, voxel_size, rays):
@@ -49,7 +28,7 @@ def trace(semantics, free_id, origins, directions, range_min, voxel_size, rays):
         label uint8, voxel int32, distance float32, each [V, M].
     """
     _check(semantics, origins, directions, rays)
-    return _extension().cast_rays(
+    return EXTENSION.find(semantics.device).cast_rays(
         semantics, int(free_id), origins, directions, [float(v) for v in range_min], float(voxel_size), rays
     )
 
@@ -69,6 +48,5 @@ def _check(semantics, origins, directions, rays):
             raise ValueError(f'{name} is on {tensor.device}; all tensors must be on one CUDA device')
         if tensor.dtype != dtype or tensor.dim() != dims or not tensor.is_contiguous():
             raise ValueError(
-                '%s must be contiguous %s with %d dimensions, got %s %s'
-                % (name, dtype, dims, tensor.dtype, tuple(tensor.shape))
+                f'{name} must be contiguous {dtype} with {dims} dimensions, got {tensor.dtype} {tuple(tensor.shape)}'
             )

@@ -110,10 +110,9 @@ def test_a_missing_pickle_is_named_with_the_remedy(tmp_path):
 def test_a_write_that_fails_leaves_the_earlier_file_and_nothing_else(tmp_path):
     path = tmp_path / 'out' / 'a.json'
     io.write_json(path, dict(a=1))
-    with pytest.raises(RuntimeError):
-        with io.atomic_write(path) as temporary:
-            temporary.write_text('half')
-            raise RuntimeError('killed')
+    with pytest.raises(RuntimeError), io.atomic_write(path) as temporary:
+        temporary.write_text('half')
+        raise RuntimeError('killed')
     assert json.loads(path.read_text()) == dict(a=1)
     assert os.listdir(str(path.parent)) == ['a.json']
 
@@ -130,11 +129,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_file(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
 def test_a_really_full_device_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match='No space left'):
-        with io.atomic_write(tmp_path / 'a.bin') as temporary:
-            os.symlink('/dev/full', str(temporary))
-            with open(str(temporary), 'wb') as stream:
-                stream.write(b'x')
+    with pytest.raises(UserError, match='No space left'), io.atomic_write(tmp_path / 'a.bin') as temporary:
+        os.symlink('/dev/full', str(temporary))
+        with open(str(temporary), 'wb') as stream:
+            stream.write(b'x')
 
 
 def test_a_folder_in_the_way_is_one_sentence(tmp_path):

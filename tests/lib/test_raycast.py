@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from slow_caster import cast_all
 
 from lib import raycast
+from lib.extension import Extension
 from lib.raycast import cast_rays, cast_rays_through, casting, cpu, gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,13 +221,19 @@ def test_wrong_arguments_are_named(change, words):
 
 
 def test_without_extension_the_cpu_is_used_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(gpu, '_state', {'module': None, 'reason': 'no such file'})
+    nowhere = Extension('lib.raycast.nowhere', 1, gpu.EXTENSION.build_command + ' # here', 'rays go elsewhere')
+    monkeypatch.setattr(gpu, 'EXTENSION', nowhere)
     with pytest.warns(RuntimeWarning, match='build_ext'):
         assert raycast.choose_device('cuda:0') == 'cpu'
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert raycast.choose_device('cuda:0') == 'cpu'
         assert raycast.choose_device('cpu') == 'cpu'
+
+
+def test_interface_version_is_that_of_the_header():
+    header = (ROOT / 'lib' / 'raycast' / 'csrc' / 'ray_cast.h').read_text()
+    assert f'kInterfaceVersion = {gpu.EXTENSION.interface_version};' in header
 
 
 def test_import_compiles_nothing():

@@ -73,6 +73,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_rays(
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("interface_version") = raycast::kInterfaceVersion;
+  m.def("runs_on_current_device", &raycast::runs_on_current_device);
   m.def("cast_rays", &cast_rays, "Cast rays through voxel volumes on CUDA", pybind11::arg("semantics"),
         pybind11::arg("free_id"), pybind11::arg("origins"), pybind11::arg("directions"),
         pybind11::arg("lower_corner"), pybind11::arg("voxel_size"), pybind11::arg("rays"));

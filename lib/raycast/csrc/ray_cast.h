@@ -9,6 +9,12 @@
 
 namespace raycast {
 
+// Raised by one whenever a signature or a layout below changes; lib/raycast/gpu.py checks it.
+constexpr int kInterfaceVersion = 1;
+
+// Whether this build holds code for the current device's architecture.
+bool runs_on_current_device();
+
 // Device pointers to row-major arrays.
 struct RayArrays {
   const uint8_t* semantics;  // [V, X, Y, Z]

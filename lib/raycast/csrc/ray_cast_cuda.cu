@@ -44,6 +44,13 @@ __global__ void __launch_bounds__(kThreads) cast_rays_kernel(Grid grid, RayArray
 
 }  // namespace
 
+bool runs_on_current_device() {
+  cudaFuncAttributes attributes;
+  const bool found = cudaFuncGetAttributes(&attributes, cast_rays_kernel) == cudaSuccess;
+  if (!found) cudaGetLastError();  // clears the error, so that the next check of it does not find this one
+  return found;
+}
+
 cudaError_t launch_cast_rays(const Grid& grid, const RayArrays& arrays, cudaStream_t stream) {
   if (arrays.num_rays == 0) return cudaSuccess;
   const int blocks = (arrays.num_rays + kThreads - 1) / kThreads;
