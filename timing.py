@@ -40,9 +40,9 @@ def parse_args(argv=None):
 
 def components():
     """SparseOcc's parts for timing."""
+    from lib.metrics import OccEvaluator
     from lib.run.components import Components
     from loaders import build_dataset, collate
-    from loaders.metrics import OccEvaluator
     from models import build_model
 
     return Components(build_model, build_dataset, collate, OccEvaluator)

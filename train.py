@@ -46,9 +46,9 @@ def parse_args(argv=None):
 
 def components():
     """SparseOcc's parts for the training run."""
+    from lib.metrics import OccEvaluator
     from lib.run.components import Components
     from loaders import allow_many_open_files, build_dataset, collate
-    from loaders.metrics import OccEvaluator
     from loaders.preflight import preflight
     from models import build_model
 

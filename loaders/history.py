@@ -8,7 +8,8 @@ from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
-from .ego_poses import split_scenes
+from lib.infos import split_scenes
+
 from .infos import is_camera_sweep
 
 SWEEPS_PER_KEYFRAME = 5

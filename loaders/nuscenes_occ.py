@@ -9,12 +9,13 @@ import torch
 from mmdet.datasets.builder import DATASETS
 
 from lib.errors import ConfigError, DataError
+from lib.infos import load_infos, split_scenes
+from lib.metrics.origins import scene_ray_origins
 from lib.task import Task
 
-from .ego_poses import scene_ray_origins, split_scenes
 from .formatting import format_sample
 from .history import History, history_limit
-from .infos import check_cameras, load_infos
+from .infos import check_cameras
 from .labels import LabelFolder, read_labels
 from .pipeline import build_pipeline
 from .skipping import SkipCounter

@@ -7,12 +7,12 @@ import sys
 from typing import List, Optional
 
 from lib.errors import DataError
+from lib.infos import split_scenes
 
 from .checks.calibration import check_calibration
 from .checks.findings import ERROR, OK, WARNING, Finding, Look, spread
 from .checks.images import check_images, image_paths
 from .checks.labels import check_labels
-from .ego_poses import split_scenes
 from .history import STEPS_PER_KEYFRAME
 from .infos import is_camera_sweep
 

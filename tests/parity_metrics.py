@@ -8,11 +8,11 @@ import re
 
 import numpy as np
 
+from lib.infos import load_infos, split_scenes
+from lib.metrics import OccEvaluator, lidar_rays
+from lib.metrics.origins import scene_ray_origins
 from lib.raycast import cast_rays
 from lib.task import Task
-from loaders.ego_poses import scene_ray_origins, split_scenes
-from loaders.infos import load_infos
-from loaders.metrics import OccEvaluator, lidar_rays
 
 LABEL_SETS = {17: 'occ3d', 16: 'openocc_v2'}  # by number of classes without free
 DEPTH_TOLERANCE = 1e-4  # metres; about 10 float32 units at 80 m. Equal bits were seen on every ray

@@ -49,7 +49,7 @@ def score(volume, dataset, task, metrics, max_samples=None):
     """EvalResult of predicting ``volume`` for every sample of ``dataset``."""
     import numpy as np
 
-    from loaders.metrics import OccEvaluator
+    from lib.metrics import OccEvaluator
 
     evaluator = OccEvaluator(task, metrics=metrics)
     prediction = dict(semantics=volume, instances=np.zeros(volume.shape, np.int16))

@@ -139,10 +139,10 @@ def main():
 
     cfg = load_config(args.config, args.override)
     from lib.io import write_json
+    from lib.metrics import OccEvaluator
     from lib.raycast.cpu import num_threads
     from lib.run.components import default_metrics, read_task
     from loaders import build_dataset
-    from loaders.metrics import OccEvaluator
 
     task = read_task(cfg)
     changes = {} if args.max_samples is None else dict(max_samples=args.max_samples)

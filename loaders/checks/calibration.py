@@ -4,15 +4,10 @@ from typing import Callable, Dict, List
 
 import numpy as np
 
+from lib.infos import ego_from_lidar, global_from_ego
+
 from ..history import SWEEPS_PER_KEYFRAME
-from ..infos import (
-    current_lidar2img,
-    ego_from_lidar,
-    global_from_camera,
-    global_from_ego,
-    is_camera_sweep,
-    past_lidar2img,
-)
+from ..infos import current_lidar2img, global_from_camera, is_camera_sweep, past_lidar2img
 from .findings import OK, WARNING, Finding, Look, name_some
 
 MAX_PIXEL_DISAGREEMENT = 3.0  # between the two ways into a keyframe's own image

@@ -8,11 +8,12 @@ from mmdet.datasets.builder import PIPELINES
 
 from lib.errors import ConfigError
 from lib.geometry import invert_rigid
+from lib.infos import ego_from_lidar
 from lib.task import Task
 
 from ..decode import check_decoder, read_image
 from ..history import choose_test_frames, choose_train_frames
-from ..infos import current_lidar2img, ego_from_lidar, frame_key, past_lidar2img, relocate
+from ..infos import current_lidar2img, frame_key, past_lidar2img, relocate
 
 
 @PIPELINES.register_module()

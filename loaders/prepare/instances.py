@@ -9,9 +9,8 @@ import numpy as np
 
 from lib.classes import LabelSet
 from lib.geometry import rotation_z, transform_points, voxel_centers
+from lib.infos import ego_from_lidar
 from lib.task import Task
-
-from ..infos import ego_from_lidar
 
 # Classes that nuScenes annotates with boxes; all others are stuff here, whatever a model counts as things.
 BOX_CLASSES = (

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from lib.errors import DataError
+from lib.infos import load_infos
 from lib.io import load_npz_checked, save_npz
 from lib.task import Task
 
-from ..infos import load_infos
 from ..labels import LABEL_FILE, LabelFolder, check_labels
 from .box_convention import with_length_first
 from .instances import ego_boxes, make_instances

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
 from lib.errors import DataError
+from lib.infos import load_infos
 from lib.io import save_pickle
 
-from ..infos import load_infos
 from .box_convention import with_length_first
 from .camera_sweeps import add_camera_sweeps
 from .keyframe_infos import keyframe_info

@@ -157,7 +157,7 @@ def test_other_cameras_and_frame_counts(source, cameras, frames):
 
 def test_ray_origins_start_at_the_scene_and_belong_to_the_keyframe(source):
     dataset = _test(source, load_interval=2)
-    from loaders.ego_poses import scene_ray_origins
+    from lib.metrics.origins import scene_ray_origins
 
     everything = scene_ray_origins(dataset.infos, TASK.point_cloud_range)
     for index in range(len(dataset)):
@@ -456,7 +456,7 @@ def test_a_data_set_of_trainval_size_opens_in_three_seconds(source, tmp_path, mo
         )
         for n in range(28_130)
     ]
-    from loaders import infos as infos_module
+    from lib import infos as infos_module
 
     monkeypatch.setattr(infos_module, 'load_pickle_safe', lambda *_, **__: dict(infos=infos[::-1], metadata={}))
     start = time.process_time()

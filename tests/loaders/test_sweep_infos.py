@@ -11,10 +11,11 @@ from pyquaternion import Quaternion
 
 from lib.cli import run_main
 from lib.errors import DataError, UserError
+from lib.infos import load_infos
 from lib.io import load_pickle_safe, save_pickle
 from lib.task import NUSCENES_CAMERAS
 from loaders.history import History
-from loaders.infos import global_from_camera, load_infos
+from loaders.infos import global_from_camera
 from loaders.prepare import camera_sweeps
 from loaders.prepare.parallel import parallel_map
 from loaders.prepare.sweep_infos import write_sweep_infos

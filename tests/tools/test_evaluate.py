@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from lib.errors import DataError
+from lib.metrics import OccEvaluator
 from lib.prediction import save_prediction
 from lib.task import Task
-from loaders.metrics import OccEvaluator
 from tools.evaluate import choose_samples, find_predictions, score
 
 

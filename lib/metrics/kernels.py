@@ -1,6 +1,6 @@
 """Counting loops on the CPU, compiled by Numba on first call. M rays; N voxels; C classes, free last."""
 
-from lib.jit import jit
+from ..jit import jit
 
 
 @jit

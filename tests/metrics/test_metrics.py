@@ -3,6 +3,9 @@
 import json
 import multiprocessing
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +15,14 @@ from hypothesis import strategies as st
 
 from lib import raycast
 from lib.errors import ConfigError, DataError
+from lib.metrics import OccEvaluator, lidar_rays
+from lib.metrics.comparison import RayEnds, group_segments
+from lib.metrics.ray_iou import count_ray_iou, ray_iou
+from lib.metrics.ray_pq import count_ray_pq, ray_pq
+from lib.metrics.voxel_iou import count_voxel_iou, voxel_iou
 from lib.task import Task
-from loaders.metrics import OccEvaluator, lidar_rays
-from loaders.metrics.comparison import RayEnds, group_segments
-from loaders.metrics.ray_iou import count_ray_iou, ray_iou
-from loaders.metrics.ray_pq import count_ray_pq, ray_pq
-from loaders.metrics.voxel_iou import count_voxel_iou, voxel_iou
 
+ROOT = Path(__file__).resolve().parents[2]
 CAR, ROAD, TREE, FREE = 0, 1, 2, 3
 CLASSES, THINGS, THRESHOLDS = 4, (CAR,), (1.0, 2.0, 4.0)
 SMALL_LABELS = dict(name='small', class_names=('car', 'road', 'tree', 'free'), things=('car',))
@@ -479,3 +483,36 @@ def test_golden_rays_on_cuda(golden_dir):
 
     for path in sorted(golden_dir.glob('rayeval*.npz')):
         check_rayeval(path, device='cuda')
+
+
+# What the evaluation needs
+
+ALLOWED = ('numpy', 'numba', 'llvmlite', 'tqdm', 'scipy', 'yaml')  # numba loads the last two where they are installed
+EVALUATION = """
+import sys
+import numpy as np
+from lib.infos import load_infos, split_scenes
+from lib.metrics import OccEvaluator
+from lib.metrics.origins import scene_ray_origins
+from lib.prediction import load_prediction, to_dense
+from lib.task import Task
+evaluator = OccEvaluator(Task(label_set='occ3d', point_cloud_range=(-2, -2, -1, 2, 2, 1)), ('ray_iou', 'ray_pq', 'miou'))
+volumes = dict(semantics=np.full((10, 10, 5), 4, np.uint8), instances=np.ones((10, 10, 5), np.int16))
+assert evaluator.summarize([evaluator.process(volumes, volumes, np.zeros((1, 3)))]).as_dict()['RayIoU'] == 1.0
+standard = set(sys.stdlib_module_names) | set(sys.builtin_module_names)
+print(*{name.split('.')[0] for name, module in sys.modules.items() if getattr(module, '__file__', None)} - standard)
+"""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason='needs the list of standard modules')
+def test_an_evaluation_loads_numpy_and_numba_alone():
+    done = subprocess.run(
+        [sys.executable, '-c', EVALUATION], cwd=str(ROOT), stdout=subprocess.PIPE, text=True, check=True
+    )
+    loaded = {name for name in done.stdout.split() if not name.startswith(('_', 'sitecustomize', 'usercustomize'))}
+    assert 'numba' in loaded and loaded - set(ALLOWED) <= {'lib'}
+
+
+def test_importing_the_metrics_loads_numpy_alone():
+    code = 'import sys, lib.metrics.origins; assert not {"numba", "torch", "mmcv", "loaders"} & set(sys.modules)'
+    subprocess.run([sys.executable, '-c', code], cwd=str(ROOT), check=True)

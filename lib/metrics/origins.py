@@ -1,55 +1,19 @@
-"""Scenes of a list of keyframes, and where the LiDAR stands in each frame of a scene: the origins of the
-evaluation's rays (paper section 4.1, RayIoU; SPEC section 6).
+"""Where the LiDAR stands in each frame of a scene: the origins of the evaluation's rays (paper section 4.1,
+RayIoU; SPEC section 6).
 
 Frames: LIDAR_TOP and ego of one keyframe, global. Metres, quaternions wxyz, timestamps in microseconds.
 """
 
-from typing import Dict, List, Sequence
+from typing import Dict, Sequence
 
 import numpy as np
 
-from lib.geometry import invert_rigid, transform_points
-
-from .infos import ego_from_lidar, global_from_ego
+from ..geometry import invert_rigid, transform_points
+from ..infos import ego_from_lidar, global_from_ego, split_scenes
 
 MAX_ORIGINS = 8
 ORIGIN_MARGIN = 1.0  # metres between an origin and the sides of the volume
-MAX_KEYFRAME_GAP = 5_000_000  # microseconds; keyframes of one scene are 0.5 s apart
 OCC3D_RANGE = (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4)
-
-
-def split_scenes(infos: Sequence[Dict]) -> List[List[int]]:
-    """Group keyframes by scene.
-
-    A scene is known by ``scene_token`` or ``scene_name`` where an info has one. Infos without (as
-    MMDetection3D 1.0 makes them) are taken in time order, and a scene ends where the next keyframe is more
-    than 5 s later or is a first keyframe: one without sweeps, in a list where others have some. Thin a list
-    out after splitting it, not before: gaps of over 5 s would look like ends of scenes.
-
-    Args:
-        infos: keyframes in any order.
-
-    Returns:
-        Per scene the indices of its keyframes in time order; scenes in the order they begin.
-    """
-    order = sorted(range(len(infos)), key=lambda index: infos[index]['timestamp'])
-    scenes, last_unnamed = {}, None
-    marked = any(len(info.get('sweeps', ())) for info in infos)
-    for index in order:
-        info = infos[index]
-        name = info.get('scene_token') or info.get('scene_name')
-        if name:
-            scenes.setdefault(('named', name), []).append(index)
-            continue
-        if last_unnamed is None or _begins_scene(infos[last_unnamed[-1]], info, marked):
-            last_unnamed = scenes.setdefault(('unnamed', index), [])
-        last_unnamed.append(index)
-    return list(scenes.values())
-
-
-def _begins_scene(previous, info, marked):
-    late = info['timestamp'] - previous['timestamp'] > MAX_KEYFRAME_GAP
-    return late or (marked and not len(info.get('sweeps', ())))
 
 
 def scene_ray_origins(

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from loaders.ego_poses import scene_ray_origins, split_scenes
-from loaders.infos import load_infos
+from lib.infos import load_infos, split_scenes
+from lib.metrics.origins import scene_ray_origins
 
 LIDAR = np.array([0.9, 0.1, 1.8])
 

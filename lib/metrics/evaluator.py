@@ -9,10 +9,9 @@ from typing import Any, Mapping, Optional, Sequence
 
 import numpy as np
 
-from lib.errors import ConfigError, DataError
-from lib.raycast import cast_rays_through, choose_device
-from lib.task import Task
-
+from ..errors import ConfigError, DataError
+from ..raycast import cast_rays_through, choose_device
+from ..task import Task
 from .comparison import MAX_INSTANCE_ID, RayEnds, group_segments
 from .ray_iou import RayIoUCounts, count_ray_iou, ray_iou
 from .ray_pq import RayPQCounts, count_ray_pq, ray_pq
@@ -87,7 +86,7 @@ class OccEvaluator:
             prediction: ``semantics`` integer [X, Y, Z]; with ``ray_pq`` also ``instances`` integer [X, Y, Z].
             ground_truth: the same, and ``mask_camera`` [X, Y, Z] for ``miou`` where the labels have it.
                 Voxels labelled 255 count nowhere.
-            origins: float64 [O, 3] metres, ego frame, as ``loaders.ego_poses.scene_ray_origins`` gives them.
+            origins: float64 [O, 3] metres, ego frame, as ``lib.metrics.origins.scene_ray_origins`` gives them.
             key: the sample's token. With it the true ray ends are kept for later evaluations: the same key
                 must mean the same labels.
 
