@@ -48,11 +48,10 @@ def components():
     """SparseOcc's parts for the training run."""
     from lib.metrics import OccEvaluator
     from lib.run.components import Components
-    from loaders import allow_many_open_files, build_dataset, collate
+    from loaders import build_dataset, collate
     from loaders.preflight import preflight
     from models import build_model
 
-    allow_many_open_files()
     return Components(build_model, build_dataset, collate, OccEvaluator, preflight)
 
 

@@ -1,15 +1,12 @@
 """From a pipeline's arrays to the tensors of a batch. B samples, T frames, N cameras, index = t*N + n."""
 
-from dataclasses import fields
 from typing import Dict, Sequence
 
 import numpy as np
 import torch
 
 from lib.errors import ConfigError
-from lib.targets import OccupancyTargets, stack_targets
-
-_STACKED = ('img', 'lidar2img', 'ego2lidar')
+from lib.targets import stack_targets
 
 
 def format_sample(sample: Dict) -> Dict:
@@ -17,7 +14,7 @@ def format_sample(sample: Dict) -> Dict:
 
     Returns:
         img uint8 [T*N, 3, H, W] (BGR), lidar2img float32 [T*N, 4, 4], ego2lidar float64 [T*N, 4, 4],
-        img_metas (dict), and where labels were loaded targets (``OccupancyTargets`` of NumPy arrays).
+        img_metas (dict), and where labels were loaded ``targets`` (OccupancyTargets of NumPy arrays).
     """
     info = sample['info']
     formatted = dict(
@@ -32,9 +29,8 @@ def format_sample(sample: Dict) -> Dict:
             frame_keys=sample['frame_keys'],
         ),
     )
-    labels = {item.name: sample[item.name] for item in fields(OccupancyTargets) if item.name in sample}
-    if labels:
-        formatted['targets'] = OccupancyTargets(**labels)
+    if 'targets' in sample:
+        formatted['targets'] = sample['targets']
     return formatted
 
 
@@ -47,8 +43,8 @@ def _channels_first(images: Sequence[np.ndarray]) -> np.ndarray:
     sizes = sorted({image.shape[:2] for image in images})
     if len(sizes) > 1:
         raise ConfigError(
-            'the images of a sample have different sizes, e.g. %dx%d and %dx%d; bring them to '
-            'one with RandomTransformImage' % (sizes[0][::-1] + sizes[1][::-1])
+            f'the images of a sample have different sizes, e.g. {sizes[0][1]}x{sizes[0][0]} and '
+            f'{sizes[1][1]}x{sizes[1][0]}; bring them to one with RandomTransformImage'
         )
     stacked = np.empty((len(images), 3) + sizes[0], dtype=np.uint8)
     for target, image in zip(stacked, images):
@@ -60,10 +56,10 @@ def collate(samples: Sequence[Dict]) -> Dict:
     """Batch of B samples.
 
     Returns:
-        The samples' tensors stacked to [B, ...], ``img_metas`` as a list of B, and, where all samples have
-        labels, ``targets``; a field that only some of the samples have (``mask_camera``) is left out.
+        The samples' tensors stacked to [B, ...]; ``img_metas`` as a list of B; ``targets`` (OccupancyTargets of
+        tensors) where all samples have them.
     """
-    batch = {key: torch.stack([sample[key] for sample in samples]) for key in _STACKED}
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in ('img', 'lidar2img', 'ego2lidar')}
     batch['img_metas'] = [sample['img_metas'] for sample in samples]
     if all('targets' in sample for sample in samples):
         batch['targets'] = stack_targets([sample['targets'] for sample in samples])

@@ -85,26 +85,18 @@ def read_labels(path, task: Task) -> Dict[str, np.ndarray]:
     Raises:
         DataError: missing or damaged file, wrong shape, or ids that the task's label set does not have.
     """
-    required = ('semantics', 'instances') if task.panoptic else ('semantics',)
-    arrays = _load(path, required, task)
+    arrays = load_npz_checked(path, required=('semantics',), optional=('instances',) + _MASKS)
+    if task.panoptic and 'instances' not in arrays:
+        raise DataError(
+            f'{path} has no instances, which task.panoptic needs; make labels that have them with '
+            'gen_instance_info.py and point occ_gt_root at its output'
+        )
     check_labels(path, arrays, task)
     labels = {'semantics': arrays['semantics'].astype(np.uint8)}
     if 'instances' in arrays:
         labels['instances'] = arrays['instances'].astype(np.int32)
     labels.update((key, arrays[key].astype(bool)) for key in _MASKS if key in arrays)
     return labels
-
-
-def _load(path, required, task):
-    try:
-        return load_npz_checked(path, required, optional=('instances',) + _MASKS)
-    except DataError as error:
-        if 'instances' in str(error) and task.panoptic:
-            raise DataError(
-                f'{path} has no instances, which task.panoptic needs; make labels that have them with '
-                'gen_instance_info.py and point occ_gt_root at its output'
-            ) from error
-        raise
 
 
 def check_labels(path, arrays: Dict[str, np.ndarray], task: Task) -> None:
@@ -117,8 +109,8 @@ def check_labels(path, arrays: Dict[str, np.ndarray], task: Task) -> None:
 def _check_shape(path, key, array, task):
     if array.shape != task.grid_shape:
         raise DataError(
-            f'{path}: {key!r} has shape {list(array.shape)}, but the task grid is {list(task.grid_shape)}; use labels of that grid, or change '
-            'task.point_cloud_range and task.voxel_size'
+            f'{path}: {key!r} has shape {list(array.shape)}, but the task grid is {list(task.grid_shape)}; use '
+            'labels of that grid, or change task.point_cloud_range and task.voxel_size'
         )
     if not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
         raise DataError(f'{path}: {key!r} holds {array.dtype}, integers are needed; the file is of another kind')

@@ -1,8 +1,9 @@
 """NuSceneOcc: keyframes of nuScenes with occupancy labels, as samples of the network's input."""
 
 import os
+import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -11,14 +12,26 @@ from mmdet.datasets.builder import DATASETS
 from lib.errors import ConfigError, DataError
 from lib.infos import load_infos, split_scenes
 from lib.metrics.origins import scene_ray_origins
+from lib.registry import build_checked
 from lib.task import Task
 
 from .formatting import format_sample
 from .history import History, history_limit
 from .infos import check_cameras
 from .labels import LabelFolder, read_labels
-from .pipeline import build_pipeline
-from .skipping import SkipCounter
+from .pipelines import build_pipeline
+
+_MAX_WORKERS = 1024
+
+
+def build_dataset(cfg: Mapping, task: Task):
+    """Data set from one of ``data.train``, ``data.val``, ``data.test`` of a config.
+
+    Raises:
+        ConfigError: unknown type or argument.
+        DataError: the info file cannot be used.
+    """
+    return build_checked(cfg, DATASETS, dict(task=task), 'data')
 
 
 @DATASETS.register_module()
@@ -96,7 +109,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Dict:
         """Sample ``index``: what ``collate`` makes a batch of (see ``format_sample``)."""
         if not -len(self) <= index < len(self):
-            raise IndexError('sample %d of %d' % (index, len(self)))
+            raise IndexError(f'sample {index} of {len(self)}')
         index %= len(self)
         if self._skips is None:
             return self._load(index, index)
@@ -105,7 +118,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
                 return self._load((index + step) % len(self), index)
             except DataError as error:
                 self._skips.count(error)
-        raise DataError('not one of %d samples could be read; check data_root (%s)' % (len(self), self.data_root))
+        raise DataError(f'not one of {len(self)} samples could be read; check data_root ({self.data_root})')
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the draws of this epoch. Call before the epoch's first batch is fetched."""
@@ -197,5 +210,38 @@ class NuSceneOcc(torch.utils.data.Dataset):
             for step in self._pipeline:
                 sample = step(sample)
         except DataError as error:
-            raise DataError('keyframe {}: {}'.format(info['token'], error)) from error
+            raise DataError(f'keyframe {info["token"]}: {error}') from error
         return format_sample(sample)
+
+
+class SkipCounter:
+    """Replaced samples of one process and its workers, with a limit.
+
+    Each worker counts in a slot of its own in shared memory, so no count is lost.
+
+    Args:
+        limit: how many samples may be replaced.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._slots = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
+
+    @property
+    def total(self) -> int:
+        return int(self._slots.sum())
+
+    def count(self, error: DataError) -> None:
+        """Count one more and say so.
+
+        Raises:
+            DataError: that was one too many.
+        """
+        worker = torch.utils.data.get_worker_info()
+        self._slots[0 if worker is None else 1 + worker.id % (_MAX_WORKERS - 1)] += 1
+        print(f'warning: sample replaced by the next one ({self.total} so far): {error}', file=sys.stderr)
+        if self.total > self.limit:
+            raise DataError(
+                f'{self.total} samples could not be read, more than max_skipped={self.limit} allows; the last '
+                f'one: {error}'
+            ) from error

@@ -5,7 +5,7 @@
         --infos nuscenes_infos_test_sweep.pkl                                    # another info file
     python tools/infer.py --config C --weights W --out DIR --own my_data.json --pictures
 
-Own data are images, their calibration and the vehicle's poses in one JSON file; lib/own_data.py and
+Own data are images, their calibration and the vehicle's poses in one JSON file; loaders/own_data.py and
 docs/own_data.md describe it. Cameras may be any number, named as you like.
 
 Writes DIR/predictions/<sample-token>.npz (arrays sem_pred, occ_loc; panoptic models also pano_inst, pano_sem),
@@ -50,8 +50,8 @@ def parse_args(argv=None):
 def own_dataset(path, data_cfg, task, out):
     """(dataset, task) of a JSON file; its infos are kept in the output folder."""
     from lib.io import save_pickle
-    from lib.own_data import read_own_data
     from loaders import build_dataset
+    from loaders.own_data import read_own_data
 
     own = read_own_data(path)
     infos_path = os.path.abspath(os.path.join(out, 'own_infos.pkl'))
@@ -91,11 +91,13 @@ def predict_all(model, dataset, device, amp, out, workers):
     from lib.batch import to_device
     from lib.io import path_inside
     from lib.prediction import save_prediction
+    from lib.run.loading import make_loader, read_batches
     from lib.run.precision import autocast
-    from loaders import build_dataloader
+    from loaders import collate
 
     start = time.time()
-    for index, batch in enumerate(build_dataloader(dataset, 1, workers)):
+    loader = make_loader(dataset, [[index] for index in range(len(dataset))], collate, workers, device)
+    for index, batch in enumerate(read_batches(loader)):
         batch = to_device(batch, device)
         with autocast(amp, device):
             (prediction,) = model(

@@ -1,6 +1,8 @@
 """Loading batches: worker processes whose failures reach the user as one sentence."""
 
+import contextlib
 import errno
+import resource
 import signal
 import sys
 import threading
@@ -16,8 +18,8 @@ _TOO_MANY_FILES = (
     'too many open files in the data-loading workers; lower data.workers_per_gpu, or raise '
     'the limit with "ulimit -n 65536"'
 )
-
-
+_WANTED_OPEN_FILES = 65536
+_ENOUGH_OPEN_FILES = 4096
 _NO_EPOCH = -1
 
 
@@ -89,6 +91,7 @@ def make_loader(
         device: where batches go; memory is pinned for a GPU.
         persistent: keep the workers from one pass over the loader to the next.
     """
+    _allow_many_open_files()
     options = dict(persistent_workers=persistent, worker_init_fn=_prepare_worker) if workers else {}
     return DataLoader(
         _Guarded(dataset),
@@ -106,37 +109,68 @@ def read_batches(loader: DataLoader) -> Iterator[Any]:
     Raises:
         DataError: a sample cannot be read, a worker was killed, or there are too many open files.
     """
-    iterator = _translated(lambda: iter(loader))
-    _find_dead_workers_here_only(loader)
-    while True:
-        try:
-            batch = _translated(lambda: next(iterator))
-        except StopIteration:
-            return
-        if isinstance(batch, Failure):
-            raise DataError(batch.message)
-        yield batch
+    iterator = _translated(loader, lambda: _start(loader))
+    whole = False
+    try:
+        while True:
+            try:
+                batch = _translated(loader, lambda: next(iterator))
+            except StopIteration:
+                whole = True
+                return
+            if isinstance(batch, Failure):
+                raise DataError(batch.message)
+            yield batch
+    finally:
+        if not whole or not loader.persistent_workers:
+            _stop_workers(loader, iterator)
 
 
-def _find_dead_workers_here_only(loader) -> None:
-    """Take away PyTorch's handler that raises the death of a worker wherever the program happens to be, in
-    the middle of an optimizer's step too. The loader finds it within seconds of being asked for a batch."""
+def _stop_workers(loader, iterator) -> None:
+    """End the workers now. Left to the garbage collector each takes 5 s where batches are still on their way."""
+    shut_down = getattr(iterator, '_shutdown_workers', None)
+    if shut_down is not None:
+        with contextlib.suppress(RuntimeError):  # a dead one is told once, not again and again
+            shut_down()
+        loader._iterator = None  # persistent workers are started anew
+
+
+def _allow_many_open_files() -> None:
+    """Avoid "too many open files": every tensor that a worker sends holds a file open in both processes.
+
+    Raises the limit of open files as far as the system lets a user; where that is little, tensors are
+    shared through named files instead, which do not stay open.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _WANTED_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _WANTED_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    if soft != resource.RLIM_INFINITY and soft < _ENOUGH_OPEN_FILES:
+        torch.multiprocessing.set_sharing_strategy('file_system')
+
+
+def _start(loader) -> Iterator[Any]:
+    """``iter(loader)`` without PyTorch's handler that raises the death of a worker wherever the program happens to
+    be, in the middle of an optimizer's step too. The loader finds it within seconds of being asked for a batch."""
+    iterator = iter(loader)
     if loader.num_workers and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return iterator
 
 
-def _translated(action):
+def _translated(loader, action):
     """Run ``action``; what PyTorch says about dead workers and open files becomes a DataError."""
     try:
         return action()
-    except (RuntimeError, OSError) as error:
-        message = _explain(error)
+    except (RuntimeError, OSError, EOFError) as error:
+        message = _explain(error, loader.num_workers > 0)
         if message is None:
             raise
         raise DataError(message) from error
 
 
-def _explain(error) -> Optional[str]:
+def _explain(error, has_workers: bool) -> Optional[str]:
     text = str(error)
     if (
         getattr(error, 'errno', None) in (errno.EMFILE, errno.ENFILE)
@@ -144,18 +178,19 @@ def _explain(error) -> Optional[str]:
         or 'received 0 items of ancdata' in text
     ):
         return _TOO_MANY_FILES
-    if 'DataLoader worker' in text and ('exited unexpectedly' in text or 'killed by signal' in text):
+    broken = isinstance(error, (OSError, EOFError)) and has_workers and not text.startswith('Caught ')
+    if broken or text.startswith('DataLoader worker'):  # what a worker itself raised starts with 'Caught'
+        reason = (text.strip().splitlines() or [type(error).__name__])[0].rstrip('. ')
         return (
-            'a data-loading worker was killed ({}); usually memory or shared memory ran out: lower '
-            'data.workers_per_gpu, or give the container more (docker: --shm-size)'.format(
-                text.strip().splitlines()[0].rstrip('. ')
-            )
+            f'a data-loading worker was killed ({reason}); usually memory or shared memory ran out: lower '
+            'data.workers_per_gpu, or give the container more (docker: --shm-size)'
         )
     return None
 
 
 def _prepare_worker(worker_id):
     ignore_in_worker()
+    _allow_many_open_files()
     torch.set_num_threads(1)
     if 'cv2' in sys.modules:
         sys.modules['cv2'].setNumThreads(0)

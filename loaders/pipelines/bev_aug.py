@@ -5,12 +5,9 @@ from typing import Dict, NamedTuple, Sequence, Tuple
 import numpy as np
 from mmdet.datasets.builder import PIPELINES
 
-from lib.classes import IGNORE_LABEL
 from lib.errors import ConfigError
 from lib.geometry import rotation_z
 from lib.task import Task
-
-from ..targets import NO_INSTANCE
 
 
 class BEVTransform(NamedTuple):
@@ -39,8 +36,8 @@ class BEVAug:
     """Rotate the volume about z and flip it along x and y at random; training only.
 
     ``ego2lidar`` becomes ``ego2lidar · inv(bda)``, so that a point of the augmented volume still lands on
-    its pixels. Labels take the nearest voxel; voxels rotated in from outside get 255 (ignored, no instance),
-    and ``mask_camera`` False.
+    its pixels. Labels take the nearest voxel; voxels rotated in from outside get the value that
+    ``lib.targets`` states for each field.
 
     Args:
         task: range and grid.
@@ -73,14 +70,11 @@ class BEVAug:
     def apply(self, sample: Dict, transform: BEVTransform) -> Dict:
         """The sample under one given transform."""
         sample['ego2lidar'] = sample['ego2lidar'] @ np.linalg.inv(transform.matrix())
-        columns, inside = source_columns(self.task, transform)
-        for key, outside in (
-            ('voxel_semantics', IGNORE_LABEL),
-            ('voxel_instances', NO_INSTANCE),
-            ('mask_camera', False),
-        ):
-            if key in sample:
-                sample[key] = _take_columns(sample[key], columns, inside, outside)
+        if 'targets' in sample:
+            columns, inside = source_columns(self.task, transform)
+            sample['targets'] = sample['targets'].map_volumes(
+                lambda volume, outside: _take_columns(volume, columns, inside, outside)
+            )
         return sample
 
 

@@ -1,10 +1,13 @@
 """BEVAug: labels and matrices turn together, shown on a labelled object that is projected twice."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
 from lib.errors import ConfigError
 from lib.geometry import project_points, rotation_z, voxel_centers
+from lib.targets import OccupancyTargets
 from lib.task import Task
 from loaders.pipelines import BEVAug
 from loaders.pipelines import bev_aug as module
@@ -32,9 +35,7 @@ def _sample():
     ego2lidar[:3, :3] = rotation_z(1.5)
     ego2lidar[:3, 3] = [0.0, 0.9, -1.8]
     return dict(
-        voxel_semantics=semantics,
-        voxel_instances=instances,
-        mask_camera=np.ones(TASK.grid_shape, bool),
+        targets=OccupancyTargets(semantics, instances, np.array([CAR]), np.ones(TASK.grid_shape, bool)),
         ego2lidar=ego2lidar[None],
         lidar2img=(intrinsics @ camera @ np.linalg.inv(ego2lidar))[None],
     )
@@ -42,7 +43,7 @@ def _sample():
 
 def _object_pixel(sample):
     """Where the labelled object's centre lands in the image through the sample's matrices."""
-    voxels = np.argwhere(sample['voxel_semantics'] == CAR)
+    voxels = np.argwhere(sample['targets'].voxel_semantics == CAR)
     centre = voxel_centers(TASK.point_cloud_range, TASK.voxel_size, TASK.grid_shape, voxels).mean(axis=0)
     return project_points(sample['lidar2img'][0] @ sample['ego2lidar'][0], centre)[0]
 
@@ -87,29 +88,33 @@ def test_a_quarter_turn_and_flips_move_every_voxel_exactly():
     for flip_x in (False, True):
         for flip_y in (False, True):
             sample = BEVAug(TASK).apply(
-                dict(_sample(), voxel_semantics=semantics.copy()), BEVTransform(np.pi / 2, flip_x, flip_y)
+                dict(_sample(), targets=OccupancyTargets(semantics.copy())), BEVTransform(np.pi / 2, flip_x, flip_y)
             )
             expected = semantics.transpose(1, 0, 2)[::-1]  # x' = -y, y' = x
             expected = expected[::-1] if flip_x else expected
             expected = expected[:, ::-1] if flip_y else expected
-            np.testing.assert_array_equal(sample['voxel_semantics'], expected)
+            np.testing.assert_array_equal(sample['targets'].voxel_semantics, expected)
 
 
 def test_no_turn_changes_nothing():
     sample = BEVAug(TASK).apply(_sample(), BEVTransform(0.0, False, False))
-    for key, value in _sample().items():
-        np.testing.assert_array_equal(sample[key], value)
+    before = _sample()
+    for item in fields(OccupancyTargets):
+        np.testing.assert_array_equal(getattr(sample['targets'], item.name), getattr(before['targets'], item.name))
+    for key in ('ego2lidar', 'lidar2img'):
+        np.testing.assert_array_equal(sample[key], before[key])
 
 
 def test_voxels_from_outside_are_ignored():
     sample = BEVAug(TASK).apply(_sample(), BEVTransform(np.deg2rad(20), False, True))
-    outside = sample['voxel_semantics'] == IGNORE
+    targets = sample['targets']
+    outside = targets.voxel_semantics == IGNORE
     # Four triangles: 2 sin cos / (1 + sin + cos)^2 = 0.1235 of a square turned by 20 degrees; a voxel at the
     # rim is 1/200 of the side.
     assert outside.mean() == pytest.approx(0.1235, abs=0.003)
     assert outside[0, 0].all() and not outside[100].any()
-    assert (sample['voxel_instances'][outside] == 255).all() and not sample['mask_camera'][outside].any()
-    assert sample['mask_camera'][~outside].all()
+    assert (targets.voxel_instances[outside] == 255).all() and not targets.mask_camera[outside].any()
+    assert targets.mask_camera[~outside].all() and targets.instance_class_ids.tolist() == [CAR]
 
 
 def test_the_matrix_is_the_inverse_on_the_right_and_once_only():
@@ -126,8 +131,8 @@ def test_a_grid_that_is_not_centred_on_the_car_turns_about_the_car():
     index = (np.array([20.2, 0.2]) - [-10, -20]) / 0.4
     semantics[int(index[0]), int(index[1]), 3] = CAR
     transform = BEVTransform(np.deg2rad(20), False, False)
-    sample = dict(voxel_semantics=semantics, ego2lidar=np.eye(4)[None])
-    found = np.argwhere(BEVAug(task).apply(sample, transform)['voxel_semantics'] == CAR)
+    sample = dict(targets=OccupancyTargets(semantics), ego2lidar=np.eye(4)[None])
+    found = np.argwhere(BEVAug(task).apply(sample, transform)['targets'].voxel_semantics == CAR)
     centre = voxel_centers(task.point_cloud_range, 0.4, task.grid_shape, found).mean(axis=0)
     expected = transform.matrix() @ [20.2, 0.2, 0, 1]
     np.testing.assert_allclose(centre[:2], expected[:2], atol=0.4)  # one voxel

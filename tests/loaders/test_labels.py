@@ -10,7 +10,7 @@ from lib.io import save_npz
 from lib.task import Task
 from loaders import labels as module
 from loaders.labels import LabelFolder, read_labels
-from loaders.targets import make_instance_targets
+from loaders.pipelines.load_occ import make_targets
 
 OCC3D_TASK, PANOPTIC, OPENOCC = Task('occ3d'), Task('occ3d', panoptic=True), Task('openocc_v2', panoptic=True)
 GRID = OCC3D_TASK.grid_shape
@@ -77,7 +77,7 @@ def test_real_openocc_labels(real_dir):
     assert set(labels) == {'semantics', 'instances'} and labels['semantics'].dtype == np.uint8
     np.testing.assert_array_equal(labels['semantics'], raw['semantics'])
     np.testing.assert_array_equal(labels['instances'], raw['instances'])
-    targets = make_instance_targets(labels['semantics'], labels['instances'], OPENOCC)
+    targets = make_targets(labels['semantics'], labels['instances'], OPENOCC)
     _check_targets(labels['semantics'], labels['instances'], targets, OPENOCC)
 
 
@@ -131,11 +131,11 @@ def test_panoptic_tasks_say_where_instances_come_from(tmp_path):
 
 def _check_targets(semantics, instances, targets, task):
     """SPEC's rules on any volume."""
-    assert targets.voxel_instances.dtype == np.uint8 and targets.class_ids.dtype == np.int64
+    assert targets.voxel_instances.dtype == np.uint8 and targets.instance_class_ids.dtype == np.int64
     free = semantics == task.label_set.free_id
     assert (targets.voxel_instances[free] == 255).all() and (targets.voxel_instances[~free] < 255).all()
-    assert targets.class_ids.tolist() == sorted(targets.class_ids.tolist())
-    for target, class_id in enumerate(targets.class_ids):
+    assert targets.instance_class_ids.tolist() == sorted(targets.instance_class_ids.tolist())
+    for target, class_id in enumerate(targets.instance_class_ids):
         where = targets.voxel_instances == target
         assert np.unique(semantics[where]).tolist() == [class_id]
         if task.panoptic and class_id in task.label_set.thing_ids:
@@ -153,17 +153,17 @@ def test_targets_are_the_published_ones(golden_dir, name):
     with np.load(str(path)) as golden:
         task = PANOPTIC if name.endswith('panoptic') else OCC3D_TASK
         for sample in range(2):
-            targets = make_instance_targets(golden['voxel_semantics'][sample], golden['instances'][sample], task)
+            targets = make_targets(golden['voxel_semantics'][sample], golden['instances'][sample], task)
             np.testing.assert_array_equal(targets.voxel_instances, golden['voxel_instances'][sample])
-            np.testing.assert_array_equal(targets.class_ids, golden['instance_class_ids_%d' % sample])
+            np.testing.assert_array_equal(targets.instance_class_ids, golden['instance_class_ids_%d' % sample])
 
 
 def test_an_id_that_spans_classes_is_split():
     semantics, instances = _free(), np.zeros(GRID, np.int32)
     semantics[0, 0, :4], instances[0, 0, :4] = [4, 4, 10, 10], [5, 6, 5, 0]  # cars 5 and 6, trucks 5 and none
     semantics[1, 0, :2], instances[1, 0, :2] = [11, 11], [1, 2]  # road: one target whatever its ids
-    targets = make_instance_targets(semantics, instances, PANOPTIC)
-    assert targets.class_ids.tolist() == [4, 4, 10, 10, 11]
+    targets = make_targets(semantics, instances, PANOPTIC)
+    assert targets.instance_class_ids.tolist() == [4, 4, 10, 10, 11]
     assert targets.voxel_instances[0, 0, :5].tolist() == [0, 1, 3, 2, 255]
     assert targets.voxel_instances[1, 0, :2].tolist() == [4, 4]
     _check_targets(semantics, instances, targets, PANOPTIC)
@@ -172,21 +172,21 @@ def test_an_id_that_spans_classes_is_split():
 def test_semantic_tasks_have_one_target_per_class():
     semantics = _free()
     semantics[0, 0, :4] = [4, 4, 10, 0]
-    targets = make_instance_targets(semantics, None, OCC3D_TASK)
-    assert targets.class_ids.tolist() == [0, 4, 10]
+    targets = make_targets(semantics, None, OCC3D_TASK)
+    assert targets.instance_class_ids.tolist() == [0, 4, 10]
     assert targets.voxel_instances[0, 0, :4].tolist() == [1, 1, 2, 0]
 
 
 def test_ignored_and_free_voxels_belong_to_no_target():
     semantics = _free()
     semantics[0, 0, :2] = [255, 4]
-    targets = make_instance_targets(semantics, np.zeros(GRID, np.int32), PANOPTIC)
-    assert targets.voxel_instances[0, 0, :2].tolist() == [255, 0] and targets.class_ids.tolist() == [4]
+    targets = make_targets(semantics, np.zeros(GRID, np.int32), PANOPTIC)
+    assert targets.voxel_instances[0, 0, :2].tolist() == [255, 0] and targets.instance_class_ids.tolist() == [4]
 
 
 def test_an_empty_volume_has_no_targets():
-    targets = make_instance_targets(_free(), np.zeros(GRID, np.int32), PANOPTIC)
-    assert len(targets.class_ids) == 0 and (targets.voxel_instances == 255).all()
+    targets = make_targets(_free(), np.zeros(GRID, np.int32), PANOPTIC)
+    assert len(targets.instance_class_ids) == 0 and (targets.voxel_instances == 255).all()
 
 
 def test_of_more_than_255_the_smallest_are_left_out():
@@ -196,7 +196,18 @@ def test_of_more_than_255_the_smallest_are_left_out():
     semantics[100:155, 0, 1] = 4  # a second voxel for 55 cars
     instances[100:155, 0, 1] = np.arange(100, 155) + 1
     semantics[:100, 1, 1], instances[:100, 1, 1] = 10, np.arange(100) + 1  # and for all trucks
-    targets = make_instance_targets(semantics, instances, PANOPTIC)
-    assert len(targets.class_ids) == 255 and targets.voxel_instances.max() == 255
-    assert (targets.voxel_instances[:100, 1] < 255)[:, :2].all() and (targets.class_ids == 10).sum() == 100
+    targets = make_targets(semantics, instances, PANOPTIC)
+    assert len(targets.instance_class_ids) == 255 and targets.voxel_instances.max() == 255
+    assert (targets.voxel_instances[:100, 1] < 255)[:, :2].all() and (targets.instance_class_ids == 10).sum() == 100
     assert (targets.voxel_instances[:, 0, 0] == 255).sum() == 45
+
+
+@pytest.mark.parametrize('damage, message', [(None, 'does not exist'), (b'no archive', 'is damaged')])
+def test_a_file_under_a_folder_named_instances_is_told_as_what_it_is(tmp_path, damage, message):
+    path = tmp_path / 'occ3d_instances' / 'labels.npz'
+    if damage:
+        path.parent.mkdir()
+        path.write_bytes(damage)
+    with pytest.raises(DataError, match=message) as caught:
+        read_labels(path, PANOPTIC)
+    assert 'gen_instance_info' not in str(caught.value)

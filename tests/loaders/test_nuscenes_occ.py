@@ -13,8 +13,11 @@ from PIL import Image
 from lib.errors import ConfigError, DataError
 from lib.geometry import project_points
 from lib.io import load_pickle_safe, save_pickle
+from lib.run.loading import make_loader, read_batches
 from lib.task import NUSCENES_CAMERAS, Task
-from loaders import build_dataloader, build_dataset, collate
+from loaders import build_dataset, collate
+from loaders import nuscenes_occ as module
+from loaders.pipelines import load_images
 from loaders.prepare.sweep_infos import write_sweep_infos
 
 TASK = Task('occ3d', point_cloud_range=(-8, -8, -1, 8, 8, 5.4), image_size=(32, 64), num_frames=3)
@@ -61,6 +64,11 @@ def _test(root, task=TASK, **options):
 
 def _image_path(root, key):
     return os.path.join(str(root), key)
+
+
+def _loader(dataset, size, workers, persistent=False):
+    batches = [list(range(start, start + size)) for start in range(0, len(dataset), size)]
+    return make_loader(dataset, batches, collate, workers, torch.device('cpu'), persistent)
 
 
 # ---- form ------------------------------------------------------------------------------------------------
@@ -187,10 +195,11 @@ def test_draws_depend_on_seed_epoch_and_index_alone(source):
 @pytest.mark.parametrize('workers, persistent', [(0, False), (1, False), (2, True)])
 def test_workers_do_not_change_the_draws(source, workers, persistent):
     dataset = _train(source)
-    loader = build_dataloader(dataset, 1, workers, persistent_workers=persistent)
+    loader = _loader(dataset, 1, workers, persistent)
     for epoch in (0, 1):
+        loader.dataset.set_epoch(epoch)
+        batches = list(read_batches(loader))
         dataset.set_epoch(epoch)
-        batches = list(loader)
         for index in (1, 6):
             assert _same(collate([dataset[index]]), batches[index])
 
@@ -332,7 +341,7 @@ def test_a_damaged_file_is_named_with_its_keyframe(root, kind):
 def test_damage_found_by_a_worker_is_the_same_error(root, workers):
     _spoil(root)
     with pytest.raises(DataError, match='keyframe sample-2'):
-        list(build_dataloader(_train(root), 2, workers))
+        list(read_batches(_loader(_train(root), 2, workers)))
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -342,7 +351,7 @@ def test_skipping_takes_the_next_readable_sample_and_counts(root, kind, workers,
     _spoil(root, 4, kind)
     one_frame = Task('occ3d', point_cloud_range=TASK.point_cloud_range, image_size=(32, 64), num_frames=1)
     dataset = _train(root, one_frame, on_error='skip', max_skipped=10)
-    tokens = [batch['img_metas'][0]['sample_token'] for batch in build_dataloader(dataset, 1, workers)]
+    tokens = [batch['img_metas'][0]['sample_token'] for batch in read_batches(_loader(dataset, 1, workers))]
     assert tokens == ['sample-%d' % n for n in (0, 1, 2, 5, 5, 5, 6, 7)]
     assert dataset.num_skipped == 3  # 3, 4 in its place, and 4 itself
     assert 'sample-3' in capfd.readouterr().err
@@ -353,7 +362,7 @@ def test_too_many_skipped_samples_stop(root, workers):
     _spoil(root, 3, 'label')
     _spoil(root, 4, 'label')
     with pytest.raises(DataError, match='more than max_skipped=2 allows; the last one: keyframe sample-4'):
-        list(build_dataloader(_train(root, on_error='skip', max_skipped=2), 1, workers))
+        list(read_batches(_loader(_train(root, on_error='skip', max_skipped=2), 1, workers)))
 
 
 def test_a_data_set_without_one_readable_sample_stops(root):
@@ -373,7 +382,7 @@ def test_evaluation_never_skips(source):
         (dict(on_error='ignore'), "on_error must be 'stop' or 'skip'"),
         (dict(load_interval=0), 'load_interval and max_samples must be at least 1'),
         (dict(max_samples=0), 'load_interval and max_samples must be at least 1'),
-        (dict(type='NuScenesOcc'), "unknown data set type 'NuScenesOcc'; did you mean 'NuSceneOcc'"),
+        (dict(type='NuScenesOcc'), "unknown type 'NuScenesOcc'; did you mean 'NuSceneOcc'"),
         (dict(pipelin=[]), 'pipelin'),
         (dict(pipeline=[dict(type='LoadOccGtFromFile')]), "'LoadOccGtFromFile'; did you mean 'LoadOccGTFromFile'"),
         (dict(pipeline=[dict(type='BEVAug', rot_limit=1)]), "BEVAug: unknown key 'rot_limit'; did you mean 'rot_lim'"),
@@ -383,6 +392,21 @@ def test_evaluation_never_skips(source):
 def test_wrong_options_are_named(source, options, message):
     with pytest.raises(ConfigError, match=message):
         _train(source, **options)
+
+
+def test_a_mistake_inside_a_constructor_stays_what_it_is(source, monkeypatch):
+    """It is no wrong argument, and its traceback is needed."""
+
+    def broken(*_):
+        raise TypeError("unsupported operand type(s) for +: 'int' and 'str'")
+
+    monkeypatch.setattr(module, 'load_infos', broken)
+    with pytest.raises(TypeError, match='unsupported operand'):
+        _train(source)
+    monkeypatch.undo()
+    monkeypatch.setattr(load_images, 'check_decoder', broken)
+    with pytest.raises(TypeError, match='unsupported operand'):
+        _train(source)
 
 
 def test_training_without_labels_says_what_to_set(source):

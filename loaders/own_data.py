@@ -33,11 +33,12 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from .errors import DataError
-from .geometry import invert_rigid, pose_to_matrix
-from .io import read_json
+from lib.errors import DataError
+from lib.geometry import invert_rigid, pose_to_matrix
+from lib.io import read_json
 
-SWEEPS_PER_KEYFRAME = 5
+from .history import SWEEPS_PER_KEYFRAME
+
 _IDENTITY = dict(rotation=[1.0, 0.0, 0.0, 0.0], translation=[0.0, 0.0, 0.0])
 
 
@@ -71,7 +72,7 @@ def read_own_data(path: str) -> OwnData:
         raise DataError(f'{path}: "cameras" is empty; list at least one camera with its calibration')
     infos, names = [], set()
     for s, sequence in enumerate(_get(content, 'sequences', list, path)):
-        where = '%s: sequences[%d]' % (path, s)
+        where = f'{path}: sequences[{s}]'
         name = _get(sequence, 'name', str, where)
         if name in names or not name or not all(c.isalnum() or c in '._-' for c in name):
             raise DataError(
@@ -107,7 +108,7 @@ def _data_root(infos, folder, path) -> str:
 
 def _get(mapping, key, kind, where):
     if not isinstance(mapping, Mapping) or key not in mapping:
-        raise DataError(f'{where}: "{key}" is missing; see the format in lib/own_data.py')
+        raise DataError(f'{where}: "{key}" is missing; see the format in loaders/own_data.py')
     value = mapping[key]
     if not isinstance(value, kind) or isinstance(value, bool):
         names = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
@@ -145,7 +146,7 @@ def _camera(camera, where) -> Dict:
 def _sequence_infos(name: str, frames: Sequence, cameras: Mapping, folder: str, where: str) -> List[Dict]:
     infos, last_time = [], -np.inf
     for f, frame in enumerate(frames):
-        here = '%s.frames[%d]' % (where, f)
+        here = f'{where}.frames[{f}]'
         seconds = float(_get(frame, 'timestamp', (int, float), here))
         if not seconds > last_time:
             raise DataError(f'{here}: timestamp {seconds!r} does not follow the one before; give frames in time order')
@@ -160,7 +161,7 @@ def _sequence_infos(name: str, frames: Sequence, cameras: Mapping, folder: str, 
         sweeps = [infos[-1]['cams']] * SWEEPS_PER_KEYFRAME if infos else []
         infos.append(
             dict(
-                token='%s_%05d' % (name, f),
+                token=f'{name}_{f:05d}',
                 timestamp=int(round(seconds * 1e6)),
                 scene_token=name,
                 scene_name=name,

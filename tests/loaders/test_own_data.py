@@ -9,10 +9,10 @@ import pytest
 from lib.errors import DataError
 from lib.geometry import project_points, quaternion_to_matrix
 from lib.io import save_pickle
-from lib.own_data import read_own_data
 from lib.task import Task
 from loaders import build_dataset
 from loaders.infos import current_lidar2img, past_lidar2img
+from loaders.own_data import read_own_data
 
 FORWARD = [0.5, -0.5, 0.5, -0.5]  # camera (x right, y down, z forward) to ego (x forward, y left, z up)
 

@@ -1,17 +1,19 @@
-"""build_dataloader: errors of workers in one sentence, a worker that is killed, many open files."""
+"""Loading batches: errors of workers in one sentence, a worker that is killed, many open files."""
 
 import os
 import resource
 import signal
 import sys
 import time
+import traceback
 
 import pytest
 import torch
 
 from lib.cli import run_main
-from lib.errors import ConfigError, DataError
-from loaders import build_dataloader
+from lib.errors import DataError
+from lib.run import loading
+from lib.run.loading import make_loader, read_batches
 
 
 class _Items(torch.utils.data.Dataset):
@@ -29,6 +31,11 @@ class _Items(torch.utils.data.Dataset):
         return dict(img=torch.full((2,), index), img_metas=dict(index=index))
 
 
+def _batches(items, workers, order=None, persistent=False):
+    batch_sampler = [[index] for index in (range(len(items)) if order is None else order)]
+    return make_loader(items, batch_sampler, lambda samples: samples[0], workers, torch.device('cpu'), persistent)
+
+
 def _fail(index):
     if index == 3:
         raise DataError('keyframe x: image y.jpg is truncated; fetch it again: now')
@@ -37,17 +44,17 @@ def _fail(index):
 @pytest.mark.parametrize('workers', [0, 1, 2])
 def test_a_worker_s_error_is_its_sentence_and_nothing_more(workers):
     with pytest.raises(DataError) as caught:
-        list(build_dataloader(_Items(_fail), 1, workers))
+        list(read_batches(_batches(_Items(_fail), workers)))
     assert str(caught.value) == 'keyframe x: image y.jpg is truncated; fetch it again: now'
 
 
 def test_leaving_early_is_quick_and_a_new_start_is_whole():
     for persistent in (False, True):
-        loader = build_dataloader(_Items(), 1, 2, persistent_workers=persistent)
+        loader = _batches(_Items(), 2, persistent=persistent)
         start = time.time()
-        for _ in loader:
+        for _ in read_batches(loader):
             break
-        assert len(list(loader)) == 8
+        assert len(list(read_batches(loader))) == 8
         assert time.time() - start < 5  # PyTorch takes 5 s per worker when left to the garbage collector
 
 
@@ -64,28 +71,31 @@ def _in_a_fork(function, output):
     child = os.fork()
     if child == 0:
         status = 1
-        try:
-            with open(str(output), 'w') as stream:
-                os.dup2(stream.fileno(), 2)
-                sys.stderr = stream
+        with open(str(output), 'w') as stream:
+            os.dup2(stream.fileno(), 2)
+            sys.stderr = stream
+            try:
                 function()
                 status = 0
-        except SystemExit as stop:
-            status = stop.code
-        finally:
-            os._exit(status)
+            except SystemExit as stop:
+                status = stop.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                stream.flush()
+                os._exit(status)
     return os.waitpid(child, 0)[1] >> 8
 
 
 def _lose_a_worker():
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # else PyTorch takes 10 s
-    run_main(lambda: list(build_dataloader(_Items(_kill), 1, 1)))
+    run_main(lambda: list(read_batches(_batches(_Items(_kill), 1))))
 
 
 def test_a_killed_worker_is_one_sentence_and_no_hang(tmp_path):
     assert _in_a_fork(_lose_a_worker, tmp_path / 'stderr') == 2
     text = (tmp_path / 'stderr').read_text()
-    assert text.startswith('error: a data loading worker died (')
+    assert text.startswith('error: a data-loading worker was killed (')
     assert 'workers_per_gpu' in text and 'Traceback' not in text
 
 
@@ -97,39 +107,25 @@ def _bug(index):
 @pytest.mark.parametrize('index, kind', [(0, RuntimeError), (1, OSError)])
 def test_other_errors_stay_as_they_are(workers, index, kind):
     with pytest.raises(kind, match='a mistake in the code'):
-        list(build_dataloader(_Items(_bug), 1, workers, sampler=[index]))
+        list(read_batches(_batches(_Items(_bug), workers, [index])))
 
 
-def test_batches_come_in_the_sampler_s_order():
-    loader = build_dataloader(_Items(), 2, 2, sampler=[5, 1, 2, 7, 0], drop_last=False)
-    assert len(loader) == 3
-    assert [[meta['index'] for meta in batch['img_metas']] for batch in loader] == [[5, 1], [2, 7], [0]]
-    assert len(list(build_dataloader(_Items(), 3, 0, drop_last=True))) == 2
+def test_batches_come_in_the_sampler_s_order_with_every_start():
+    loader = _batches(_Items(), 2, [5, 1, 2, 7, 0], persistent=True)
+    for _ in range(2):
+        assert [batch['img_metas']['index'] for batch in read_batches(loader)] == [5, 1, 2, 7, 0]
 
 
-def test_persistent_workers_survive_an_epoch():
-    loader = build_dataloader(_Items(), 4, 1, persistent_workers=True, prefetch_factor=3)
-    assert [len(list(loader)) for _ in range(2)] == [2, 2]
-
-
-def test_an_unknown_type_is_named():
-    from lib.task import Task
-    from loaders import build_dataset
-
-    with pytest.raises(ConfigError, match='unknown data set type None'):
-        build_dataset(dict(), Task('occ3d'))
-
-
-def _keep_many_batches(make_loader):
+def _keep_many_batches(read):
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-    assert len(list(make_loader(_Items(count=400)))) == 400
+    assert len(list(read(_Items(count=400)))) == 400
 
 
 def test_many_batches_can_be_kept_where_few_files_may_be_open(tmp_path):
     """400 tensors held at once with 256 open files allowed, and no right to more."""
 
     def ours():
-        _keep_many_batches(lambda items: build_dataloader(items, 1, 1))
+        _keep_many_batches(lambda items: read_batches(_batches(items, 1)))
 
     def plain():
         _keep_many_batches(lambda items: torch.utils.data.DataLoader(items, num_workers=1))
@@ -139,11 +135,9 @@ def test_many_batches_can_be_kept_where_few_files_may_be_open(tmp_path):
 
 
 def test_the_limit_is_raised_where_that_is_allowed(monkeypatch):
-    from loaders import allow_many_open_files
-
     calls = []
     monkeypatch.setattr(resource, 'getrlimit', lambda _: (256, 100_000))
     monkeypatch.setattr(resource, 'setrlimit', lambda _, limits: calls.append(limits))
     monkeypatch.setattr(torch.multiprocessing, 'set_sharing_strategy', lambda name: calls.append(name))
-    allow_many_open_files()
+    loading._allow_many_open_files()
     assert calls == [(65536, 100_000)]
