@@ -33,7 +33,7 @@ def read(name):
 
 
 def version():
-    return re.search(r"__version__ = '([^']+)'", read('lib/version.py')).group(1)
+    return re.search(r"__version__ = '([^']+)'", read('lib/__init__.py')).group(1)
 
 
 def pins(name):

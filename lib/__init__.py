@@ -1,1 +1,3 @@
-"""What is not SparseOcc's own: geometry, class tables, ray casting, run set-up. Imports neither models nor loaders."""
+"""What knows nothing of the detector: task, labels, files, configs, checkpoints, runs, metrics."""
+
+__version__ = '1.0.0'

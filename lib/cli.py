@@ -1,10 +1,63 @@
-"""What every command-line script shares: errors a user can mend end in one sentence."""
+"""What the command-line scripts share: their arguments, early checks of files, errors in one sentence.
 
+Importing this is quick: ``--help`` and a wrong file name are answered before anything heavy is loaded.
+"""
+
+import argparse
 import os
 import sys
-from typing import Callable
+from typing import Callable, Optional
 
-from .errors import UserError
+from .config import check_config_file
+from .errors import CheckpointError, UserError
+
+_PRECISION = 'TF32 in convolutions and matrix products (default: in convolutions; in training train.tf32 of the config)'
+
+SHARED_ARGUMENTS = {
+    'config': dict(required=True, help='config file, e.g. one of configs/'),
+    'override': dict(nargs='+', default=[], metavar='KEY=VALUE', help='change values of the config'),
+    'split': dict(default='val', choices=('train', 'val', 'test'), help='section of data (default: val)'),
+    'max-samples': dict(type=int, help='at most so many samples (the first)'),
+    'amp': dict(
+        choices=('fp16', 'bf16'), help='mixed precision (default: float32; in training train.amp of the config)'
+    ),
+    'tf32': dict(choices=('on', 'off'), help=_PRECISION),
+    'device': dict(choices=('cpu', 'cuda'), help='default: cuda if there is one'),
+    'workers': dict(type=int, help='data-loading processes (default: data.workers_per_gpu)'),
+    'no-preflight': dict(action='store_true', help='do not look for missing data files first'),
+    'trust-weights': dict(action='store_true', help='let checkpoint files run code; for known sources only'),
+    'debug': dict(action='store_true', help='show the traceback of an error'),
+}
+
+
+def make_parser(description: str, *shared: str) -> argparse.ArgumentParser:
+    """Parser of a script, with the named ones of ``SHARED_ARGUMENTS`` and ``--debug``.
+
+    Args:
+        description: the script's docstring, printed as it is.
+        shared: names without their dashes.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in (*shared, 'debug'):
+        parser.add_argument(f'--{name}', **SHARED_ARGUMENTS[name])
+    return parser
+
+
+def check_files(config: str, resume: Optional[str] = None, *weights: Optional[str]) -> None:
+    """Raise the sentence for the first of the files named on the command line that is not there.
+
+    Args:
+        config: config file.
+        resume: 'auto', or a checkpoint file or run folder, or None.
+        weights: checkpoint files, or None.
+    """
+    check_config_file(config)
+    if resume and resume != 'auto' and not os.path.exists(resume):
+        raise CheckpointError(f'checkpoint {resume} (--resume) does not exist; give a .pth file, a folder or auto')
+    for path in filter(None, weights):
+        from .checkpoint import check_checkpoint_file
+
+        check_checkpoint_file(path)
 
 
 def run_main(main: Callable[[], object]) -> None:

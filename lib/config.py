@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Any, Sequence
 
 from .errors import ConfigError
-from .names import check_keys, did_you_mean, section
-from .run.settings import EvaluationSettings, TrainSettings, setting_names
+from .registry import check_keys, did_you_mean, section
+from .settings import EvaluationSettings, TrainSettings, setting_names
 
 TOP_LEVEL_KEYS = (
     'task',
@@ -107,7 +107,7 @@ def check_config_file(path: str) -> None:
 
 def _read(path) -> dict:
     """The file's top-level dict with ``_base_`` merged, as mmcv reads it."""
-    from .compat import prepare_openmmlab
+    from .openmmlab import prepare_openmmlab
 
     prepare_openmmlab()
     from mmcv import Config

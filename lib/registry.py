@@ -1,11 +1,48 @@
-"""Building registered classes from configs: ``dict(type=..., ...)`` to an object, wrong keys told by name."""
+"""Names and classes in configs: wrong ones are told, with the nearest known; ``dict(type=..., ...)`` becomes an object."""
 
+import difflib
 import inspect
-from collections.abc import Mapping
-from typing import List, Optional, Tuple
+from collections.abc import Mapping as AnyMapping
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 from .errors import ConfigError
-from .names import check_keys, did_you_mean
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` with the known name nearest to ``name``, or an empty string if none is near."""
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
+    return f'; did you mean {near[0]!r}?' if near else ''
+
+
+def section(value: Any, where: str) -> Dict:
+    """A copy of a config's mapping; empty for None.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, AnyMapping):
+        raise ConfigError(f'{where} must be a dict, got {value!r}')
+    return dict(value)
+
+
+def check_keys(given: Mapping, allowed: Iterable[str], where: str) -> None:
+    """Raise ConfigError naming the first key of ``given`` that is not ``allowed``.
+
+    Args:
+        given: mapping from a config.
+        allowed: keys it may have.
+        where: how the user knows the mapping, e.g. ``train`` or ``configs/a.py``.
+    """
+    allowed = sorted(allowed)
+    for key in given:
+        if key not in allowed:
+            raise ConfigError(
+                '{}: unknown key {!r}{} (the keys are {})'.format(
+                    where, key, did_you_mean(key, allowed), ', '.join(allowed)
+                )
+            )
 
 
 def build_checked(cfg: Mapping, registry, default_args: Optional[Mapping] = None, where: str = ''):
@@ -21,7 +58,7 @@ def build_checked(cfg: Mapping, registry, default_args: Optional[Mapping] = None
         ConfigError: no or unknown ``type``, an unknown key, or a required key that is missing.
     """
     where = f'{where}: ' if where else ''
-    if not isinstance(cfg, Mapping) or 'type' not in cfg:
+    if not isinstance(cfg, AnyMapping) or 'type' not in cfg:
         raise ConfigError(f"{where}a {registry.name} needs a dict with key 'type', got {cfg!r}")
     args = {key: value for key, value in cfg.items() if key != 'type'}
     added = dict(default_args or {})

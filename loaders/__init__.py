@@ -1,6 +1,6 @@
 """From files to batches: the data set and its pipeline. Importing it registers them with mmdet."""
 
-from lib.compat import prepare_openmmlab
+from lib.openmmlab import prepare_openmmlab
 
 prepare_openmmlab()
 

@@ -1,6 +1,6 @@
 """The SparseOcc network. Importing this package registers its parts with mmdet's registries."""
 
-from lib.compat import prepare_openmmlab
+from lib.openmmlab import prepare_openmmlab
 
 prepare_openmmlab()
 

@@ -99,7 +99,7 @@ class SparseOcc(BaseModule):
         self._cache = FeatureCache(capacity=self.task.num_frames)
         fuses = fuse_backbone and can_fuse(self.img_backbone)
         self._fused_backbone = FusedResNet(self.img_backbone) if fuses else None
-        self.img_backbone.keeps_float32 = True  # folded in float32, see lib.run.precision.convert_weights
+        self.img_backbone.keeps_float32 = True  # folded in float32, see lib.run.numerics.convert_weights
         self._fuses_neck = fuse_backbone
         self._graphed_encoder = GraphedFunction(self._encode, state=self._backbone_version)
         self._graphed_head = GraphedFunction(self._predict_from_tensors, max_graphs=2)

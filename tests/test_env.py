@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.version import __version__
+from lib import __version__
 from tools import check_env
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -56,7 +56,7 @@ class Bench:
         import torch
 
         from lib.config import load_config
-        from lib.run.precision import set_tf32
+        from lib.run.numerics import set_tf32
         from lib.task import Task
         from models import build_model
 
@@ -95,7 +95,7 @@ class Bench:
                 yield
 
     def model_for_inference(self):
-        from lib.run.precision import convert_weights
+        from lib.run.numerics import convert_weights
 
         model = convert_weights(self.model.eval(), self.args.amp)
         model.cuda_graph = self.args.cuda_graph
@@ -192,7 +192,7 @@ class Bench:
 
     def training(self):
         """Forward, backward and AdamW step."""
-        from lib.run.precision import make_scaler
+        from lib.run.numerics import make_scaler
 
         torch = self.torch
         if self.args.amp:  # inference has converted the weights

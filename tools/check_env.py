@@ -148,7 +148,7 @@ def libraries_row() -> Row:
     name = 'import mmdet, nuscenes'
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            from lib.compat import prepare_openmmlab
+            from lib.openmmlab import prepare_openmmlab
 
             prepare_openmmlab()
             for module in ('mmdet.models', 'mmdet.datasets', 'nuscenes.nuscenes'):
@@ -218,7 +218,7 @@ def compiled_rows() -> List[Row]:
 def mmcv_ops_row() -> Row:
     name, remedy = 'mmcv compiled ops', 'not needed; make install MMCV_OPS=1 compiles them'
     try:
-        from lib.compat import has_compiled_ops
+        from lib.openmmlab import has_compiled_ops
 
         compiled = has_compiled_ops()
     except Exception as error:  # as above
@@ -252,11 +252,11 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def project_version() -> str:
-    with open(os.path.join(ROOT, 'lib', 'version.py')) as file:
+    with open(os.path.join(ROOT, 'lib', '__init__.py')) as file:
         for statement in ast.parse(file.read()).body:
             if isinstance(statement, ast.Assign) and statement.targets[0].id == '__version__':
                 return ast.literal_eval(statement.value)
-    raise ValueError('lib/version.py does not set __version__')
+    raise ValueError('lib/__init__.py does not set __version__')
 
 
 if __name__ == '__main__':

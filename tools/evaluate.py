@@ -141,7 +141,7 @@ def main():
     from lib.io import write_json
     from lib.metrics import OccEvaluator
     from lib.raycast.cpu import num_threads
-    from lib.run.components import default_metrics, read_task
+    from lib.run import default_metrics, read_task
     from loaders import build_dataset
 
     task = read_task(cfg)

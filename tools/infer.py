@@ -78,7 +78,7 @@ def make_dataset(args, cfg, task):
 
 def load_model(args, cfg, task, device):
     from lib.checkpoint import load_model_weights
-    from lib.run.precision import convert_weights
+    from lib.run.numerics import convert_weights
     from models import build_model
 
     model = build_model(cfg.model, task)
@@ -92,7 +92,7 @@ def predict_all(model, dataset, device, amp, out, workers):
     from lib.io import path_inside
     from lib.prediction import save_prediction
     from lib.run.loading import make_loader, read_batches
-    from lib.run.precision import autocast
+    from lib.run.numerics import autocast
     from loaders import collate
 
     start = time.time()
@@ -128,12 +128,12 @@ def index_entry(dataset, index, prediction, free_id):
 
 def main():
     args = parse_args()
-    from lib.run.arguments import check_files
+    from lib.cli import check_files
 
     check_files(args.config, None, args.weights)
     from lib.config import load_config
     from lib.io import write_json
-    from lib.run.precision import check_precision, set_tf32
+    from lib.run.numerics import check_precision, set_tf32
     from lib.run.processes import pick_device
     from lib.task import Task
     from tools.visualize import draw_sample, save_image

@@ -26,10 +26,10 @@ STACKS = {
     'py38-torch1.10.2': ('requirements/py38', 'torch-1.10.2.txt', ((3, 8),)),
 }
 IMPORT_CHECK = (
-    'from lib.compat import prepare_openmmlab; prepare_openmmlab(); '
+    'from lib.openmmlab import prepare_openmmlab; prepare_openmmlab(); '
     'import mmdet.models, mmdet.datasets, mmseg, mmdet3d, nuscenes'
 )
-OPS_CHECK = 'from lib.compat import has_compiled_ops; raise SystemExit(not has_compiled_ops())'
+OPS_CHECK = 'from lib.openmmlab import has_compiled_ops; raise SystemExit(not has_compiled_ops())'
 
 
 class InstallError(Exception):

@@ -10,7 +10,7 @@ from typing import Iterator, List, Tuple, Union
 import torch
 
 from ..errors import ConfigError
-from .seeding import mix
+from .numerics import mix
 
 
 @dataclass(frozen=True)

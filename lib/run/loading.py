@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError, UserError
-from .signals import ignore_in_worker
+from .stopping import ignore_in_worker
 
 _TOO_MANY_FILES = (
     'too many open files in the data-loading workers; lower data.workers_per_gpu, or raise '

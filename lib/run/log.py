@@ -1,9 +1,16 @@
-"""The run's log: console, ``log.txt``, machine-readable ``metrics.jsonl``, and TensorBoard if installed."""
+"""What a run writes down: console, ``log.txt``, ``metrics.jsonl``, TensorBoard; averages, pace, environment."""
 
 import json
+import math
+import platform
+import resource
+import subprocess
 import sys
 import time
-from typing import Dict, Optional
+from pathlib import Path
+from typing import Dict, List, Mapping, Optional, Tuple
+
+import torch
 
 
 class RunLog:
@@ -75,3 +82,185 @@ class RunLog:
         except ImportError:
             return None
         return SummaryWriter(self.folder + '/tensorboard')
+
+
+# -- averages and pace
+
+
+_RECENT = 200  # steps over which the speed is averaged for the remaining time
+
+
+class WindowAverage:
+    """Averages of named values since the last report. Its state travels with checkpoints."""
+
+    def __init__(self):
+        self._sums: Dict[str, Tuple[float, int]] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Values that are not finite (the gradient norm of a step that fp16 skipped) are left out."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                total, count = self._sums.get(name, (0.0, 0))
+                self._sums[name] = (total + value, count + 1)
+
+    def take(self) -> Dict[str, float]:
+        """The averages, in order of first appearance; begins anew."""
+        averages = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return averages
+
+    def state_dict(self) -> Dict:
+        return dict(self._sums)
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self._sums = {name: tuple(pair) for name, pair in state.items()}
+
+
+class Countdown:
+    """Remaining time from the recent pace.
+
+    Args:
+        total: steps to do.
+        done: steps already done when it is made.
+        clock: seconds; replaceable in tests.
+    """
+
+    def __init__(self, total: int, done: int = 0, clock=time.monotonic):
+        self.total, self._clock = total, clock
+        self._marks: List[Tuple[float, int]] = [(clock(), done)]
+        self._steps = 0
+
+    @property
+    def done(self) -> int:
+        return self._marks[-1][1]
+
+    def step(self, count: int = 1) -> None:
+        """``count`` more steps are done."""
+        self._marks.append((self._clock(), self.done + count))
+        self._steps += 1
+        if self._steps == 2 or len(self._marks) > _RECENT:
+            self._marks.pop(0)  # the first step, which also warms things up, is forgotten first
+
+    def pause(self, seconds: float) -> None:
+        """Time spent on something else (an evaluation) does not count."""
+        self._marks = [(mark + seconds, done) for mark, done in self._marks]
+
+    def seconds_left(self) -> Optional[float]:
+        """None before the first step."""
+        (begin, first), (end, last) = self._marks[0], self._marks[-1]
+        return None if last == first else (end - begin) / (last - first) * (self.total - last)
+
+    def text(self) -> str:
+        """``h:mm:ss`` or ``?``."""
+        left = self.seconds_left()
+        return '?' if left is None else duration(left)
+
+
+def duration(seconds: float) -> str:
+    """``h:mm:ss``, with days in front where there are any."""
+    minutes, second = divmod(int(round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return ('%dd ' % days if days else '') + '%d:%02d:%02d' % (hour, minute, second)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory used so far, MiB: PyTorch's on the GPU, or this process's resident set on the CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+# -- what a run ran on
+
+
+_PACKAGES = (
+    'torch',
+    'torchvision',
+    'numpy',
+    'mmcv',
+    'mmcv-full',
+    'mmdet',
+    'mmsegmentation',
+    'mmdet3d',
+    'numba',
+    'opencv-python-headless',
+    'opencv-python',
+    'Pillow',
+    'Pillow-SIMD',
+    'PyTurboJPEG',
+)
+_ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def describe_environment(device: torch.device, world_size: int) -> List[str]:
+    """Lines ``name: value`` about Python, packages, devices and the source tree."""
+    facts = dict(
+        command=' '.join(sys.argv),
+        python=sys.version.split()[0],
+        system=platform.platform(),
+        processes=str(world_size),
+        device=device_name(device),
+        git=describe_commit(),
+    )
+    for package in _PACKAGES:
+        version = _version(package)
+        if version:
+            facts[package] = version
+    if torch.version.cuda:
+        facts['cuda of torch'] = torch.version.cuda
+        facts['cudnn'] = str(torch.backends.cudnn.version()) if torch.cuda.is_available() else 'no GPU'
+    return ['{}: {}'.format(*fact) for fact in facts.items()]
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU or of the processor."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return 'CPU (%s, %d threads)' % (_cpu_model(), torch.get_num_threads())
+
+
+def describe_commit() -> str:
+    """Commit of the source tree and whether it was changed since, or 'no git repository'."""
+    commit = _git('rev-parse', 'HEAD')
+    if commit is None:
+        return 'no git repository'
+    changed = _git('status', '--porcelain', '--untracked-files=no') or ''
+    names = [line[3:] for line in changed.splitlines()]
+    more = ', ...' if len(names) > 5 else ''
+    return commit + (' with changes in {}{}'.format(', '.join(names[:5]), more) if names else '')
+
+
+def versions() -> Dict[str, str]:
+    """For a checkpoint's meta."""
+    return dict(python=sys.version.split()[0], torch=str(torch.__version__), git=describe_commit())
+
+
+def _version(package) -> Optional[str]:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments) -> Optional[str]:
+    try:
+        done = subprocess.run(
+            ('git',) + arguments, cwd=str(_ROOT), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode('utf-8', 'replace').rstrip('\n') if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as f:
+            for line in f:
+                if line.startswith('model name'):
+                    return line.split(':', 1)[1].strip()
+    except OSError:
+        return platform.machine()
+    return platform.machine()

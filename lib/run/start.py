@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
 from ..config import dump_config
-from .environment import describe_environment
-from .folder import create_run_folder, find_checkpoint_to_resume
-from .log import RunLog
+from .folder import config_differences, create_run_folder, find_checkpoint_to_resume, read_training_state
+from .log import RunLog, describe_environment
+from .numerics import pick_seed
 from .processes import Processes
-from .seeding import pick_seed
-from .state import config_differences, read_training_state
 
 _FACTS_TO_SAY = ('device', 'git', 'torch')
 

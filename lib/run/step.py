@@ -9,13 +9,10 @@ from torch import Tensor, nn
 
 from ..batch import to_device
 from ..dist import all_reduce_sum, share_of_batch, shared_draws
-from ..errors import ConfigError
-from ..names import check_keys, section
 from .batch_plan import BatchPlan
-from .faults import NonFinite
-from .precision import autocast
+from .numerics import autocast, mix, seed_step
 from .processes import Processes
-from .seeding import mix, seed_step
+from .stopping import NonFinite
 
 _MOST_SKIPPED_STEPS = 50  # in a row, by the fp16 loss scaler
 
@@ -29,23 +26,6 @@ class StepResult(NamedTuple):
 
     losses: Dict[str, float]
     grad_norm: float
-
-
-def clip_norm(optimizer_config) -> float:
-    """``optimizer_config.grad_clip.max_norm``; infinite without clipping.
-
-    Raises:
-        ConfigError: a norm other than the Euclidean, or none.
-    """
-    cfg = section(optimizer_config, 'optimizer_config').get('grad_clip')
-    cfg = section(cfg, 'optimizer_config.grad_clip')
-    if not cfg:
-        return math.inf
-    check_keys(cfg, ('max_norm', 'norm_type'), 'optimizer_config.grad_clip')
-    norm = cfg.get('max_norm', 0)
-    if cfg.get('norm_type', 2) != 2 or not isinstance(norm, (int, float)) or not norm > 0:
-        raise ConfigError(f'optimizer_config.grad_clip needs a positive max_norm (and norm_type=2), got {cfg!r}')
-    return float(norm)
 
 
 class Stepper:

@@ -10,11 +10,10 @@ from ..checkpoint import load_model_weights
 from ..config import load_config
 from ..errors import ConfigError
 from ..io import write_json
-from .components import Components, open_dataset, read_task
-from .environment import device_name
+from . import Components, open_dataset, read_task
 from .evaluation import without_labels
-from .meters import peak_memory_mib
-from .precision import autocast, check_precision, convert_weights, describe_precision, set_tf32
+from .log import device_name, peak_memory_mib
+from .numerics import autocast, check_precision, convert_weights, describe_precision, set_tf32
 from .processes import pick_device
 
 

@@ -7,22 +7,17 @@ import torch
 from ..checkpoint import check_pretrained_file, load_pretrained
 from ..config import load_config, require_keys
 from ..errors import ConfigError
+from ..settings import EvaluationSettings, TrainSettings
 from ..task import Task
+from . import Components, open_dataset, read_task
 from .batch_plan import BatchPlan, EpochOrder, plan_batch
-from .components import Components, open_dataset, read_task
-from .determinism import set_deterministic
-from .evaluation_hook import EvaluationHook
-from .faults import RunStopped
+from .evaluation import EvaluationHook
 from .log import RunLog
-from .optimizer import build_optimizer
-from .precision import check_precision, describe_precision, set_tf32
+from .numerics import check_precision, describe_precision, seed_everything, set_deterministic, set_tf32
+from .optimizer import Schedule, build_optimizer, clip_norm
 from .processes import Processes, start_processes
-from .schedule import Schedule
-from .seeding import seed_everything
-from .settings import EvaluationSettings, TrainSettings
-from .signals import Interrupted
 from .start import Start, choose_seed, config_lines, find_start, make_folder, tell_start, write_facts
-from .step import clip_norm
+from .stopping import Interrupted, RunStopped
 from .training import Trainer, TrainingJob
 
 _REQUIRED = ('task', 'model', 'data.train', 'optimizer', 'runner', 'total_batch_size')

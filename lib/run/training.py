@@ -10,20 +10,16 @@ import torch
 from torch import nn
 
 from ..errors import DataError, UserError
+from ..settings import TrainSettings
 from .batch_plan import BatchPlan, EpochOrder, RankBatches
-from .faults import NonFinite, RunStopped, report_non_finite
-from .folder import CheckpointKeeper
+from .folder import CheckpointKeeper, capture, restore
 from .loading import make_loader, read_batches
-from .log import RunLog
-from .meters import Countdown, WindowAverage, duration, peak_memory_mib
-from .optimizer import highest_learning_rate, set_learning_rate
-from .precision import make_scaler
+from .log import Countdown, RunLog, WindowAverage, duration, peak_memory_mib
+from .numerics import make_scaler
+from .optimizer import Schedule, highest_learning_rate, set_learning_rate
 from .processes import Processes
-from .schedule import Schedule
-from .settings import TrainSettings
-from .signals import Interrupted, StopRequest
-from .state import capture, restore
 from .step import Stepper
+from .stopping import Interrupted, NonFinite, RunStopped, StopRequest, report_non_finite
 
 _LINE = (
     'epoch %(epoch)d iteration %(iteration)d/%(of)d  loss %(loss).4f  lr %(lr).3g  '

@@ -8,13 +8,12 @@ from ..checkpoint import load_model_weights
 from ..config import load_config
 from ..errors import UserError
 from ..io import write_json
-from .components import Components, default_metrics, open_dataset, read_task
+from ..settings import EvaluationSettings
+from . import Components, default_metrics, open_dataset, read_task
 from .evaluation import EvaluationJob, evaluate, make_predictions_folder
-from .log import RunLog
-from .meters import duration
-from .precision import check_precision, convert_weights, describe_precision, set_tf32
+from .log import RunLog, duration
+from .numerics import check_precision, convert_weights, describe_precision, set_tf32
 from .processes import Processes, start_processes
-from .settings import EvaluationSettings
 
 
 def run_validation(args, components: Callable[[], Components]) -> int:

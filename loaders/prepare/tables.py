@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Dict, List
 
-from lib.compat import prepare_openmmlab
 from lib.errors import DataError, UserError
 from lib.io import read_json
+from lib.openmmlab import prepare_openmmlab
 
 _NEEDED = ('scene', 'sample', 'sample_data', 'ego_pose', 'calibrated_sensor', 'sensor')
 

@@ -24,7 +24,7 @@ class DistanceAttention(BaseModule):
             backward pass.
     """
 
-    keeps_float32 = True  # for lib.run.precision.convert_weights
+    keeps_float32 = True  # for lib.run.numerics.convert_weights
 
     def __init__(self, embed_dims: int, num_heads: int = 8, dropout: float = 0.1, save_memory: bool = False):
         super().__init__()

@@ -251,7 +251,9 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, room):
     path = tmp_path / 'a.pth'
     ckpt.save_checkpoint(str(path), dict(state_dict=dict(a=torch.zeros(5))))
     before = path.read_bytes()
-    monkeypatch.setattr('lib.checkpoint.writing.open', lambda p, mode: FullDisk(p, room), raising=False)
+    monkeypatch.setattr(
+        'lib.checkpoint.files.open', lambda p, mode: FullDisk(p, room) if 'w' in mode else open(p, mode), raising=False
+    )
     with pytest.raises(UserError, match='a.pth.*free some space'):
         ckpt.save_checkpoint(str(path), dict(state_dict=dict(a=torch.zeros(5000))))
     assert path.read_bytes() == before and ckpt.is_complete(str(path))

@@ -5,7 +5,7 @@ import torch
 from small_model import small_batch, small_model, small_task
 from torch import nn
 
-from lib.run.precision import autocast, convert_weights
+from lib.run.numerics import autocast, convert_weights
 
 
 @pytest.fixture

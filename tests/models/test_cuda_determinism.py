@@ -5,7 +5,7 @@ import torch
 from small_model import small_batch, small_model, small_task
 
 from lib.batch import to_device
-from lib.run.determinism import set_deterministic
+from lib.run.numerics import set_deterministic
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
 from lib.cli import run_main  # noqa: E402
 from lib.dist import reduce_mean  # noqa: E402
 from lib.errors import ConfigError, DataError, UserError  # noqa: E402
-from lib.run.components import Components  # noqa: E402
+from lib.run import Components  # noqa: E402
 from lib.run.processes import start_processes  # noqa: E402
 from lib.targets import OccupancyTargets  # noqa: E402
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lib.errors import ConfigError
-from lib.run.determinism import set_deterministic
-from lib.run.settings import TrainSettings
+from lib.run.numerics import set_deterministic
+from lib.settings import TrainSettings
 
 
 @pytest.fixture(autouse=True)

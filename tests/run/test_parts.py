@@ -11,11 +11,10 @@ import torch
 from lib.errors import CheckpointError, ConfigError, UserError
 from lib.run.folder import CheckpointKeeper, checkpoints, create_run_folder, find_checkpoint_to_resume
 from lib.run.loading import make_loader, read_batches
-from lib.run.log import RunLog
-from lib.run.meters import Countdown, WindowAverage, duration
-from lib.run.seeding import mix, seed_step
-from lib.run.settings import EvaluationSettings, TrainSettings
+from lib.run.log import Countdown, RunLog, WindowAverage, duration
+from lib.run.numerics import mix, seed_step
 from lib.run.timing_script import quantile
+from lib.settings import EvaluationSettings, TrainSettings
 
 
 def test_window_average_and_its_state():

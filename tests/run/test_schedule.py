@@ -7,8 +7,7 @@ from mmcv.runner.hooks import lr_updater
 from torch import nn
 
 from lib.errors import ConfigError
-from lib.run.optimizer import build_optimizer, set_learning_rate
-from lib.run.schedule import Schedule
+from lib.run.optimizer import Schedule, build_optimizer, set_learning_rate
 
 STEPS, EPOCHS = 7, 6
 

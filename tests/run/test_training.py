@@ -10,7 +10,7 @@ import torch
 
 import train
 from lib.errors import CheckpointError, ConfigError, DataError
-from lib.run.faults import RunStopped
+from lib.run.stopping import RunStopped
 from lib.run.train_script import run_training
 
 NOT_RESUMED = ('time', 'data_time', 'memory_mib')

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from lib.classes import OCC3D, OPENOCC_V2
-from lib.compat import prepare_openmmlab
 from lib.errors import UserError
+from lib.openmmlab import prepare_openmmlab
 from tools.toy import shapes as sh
 from tools.toy.generate import Options, generate
 from tools.toy.labels import GRID_LOW, GRID_SHAPE, VOXEL, Labeller

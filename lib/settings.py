@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Mapping, Optional, Tuple, Union
 
-from ..errors import ConfigError
-from ..names import check_keys, section
+from .errors import ConfigError
+from .registry import check_keys, section
 
 
 def _choice(where, value, choices):

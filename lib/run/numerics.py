@@ -1,8 +1,15 @@
-"""Mixed precision and TF32, on PyTorch 1.10 and later."""
+"""How a run computes: mixed precision and TF32 (on PyTorch 1.10 and later), repeatability, random numbers.
+
+Everything drawn is a function of the seed and of where in the run it is drawn. So no generator state has to be
+stored: a run that continues at step n draws what it would have drawn.
+"""
 
 import contextlib
+import os
+import random
 from typing import Optional
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -83,3 +90,70 @@ def describe_precision(amp: Optional[str], device: torch.device, training: bool 
 
 def _on_off(flag):
     return 'on' if flag else 'off'
+
+
+# -- repeatability
+
+
+_WORKSPACE = 'CUBLAS_WORKSPACE_CONFIG'
+_REPEATABLE_WORKSPACES = (':4096:8', ':16:8')  # with others cuBLAS may sum in another order from run to run
+
+
+def set_deterministic(on: bool) -> None:
+    """Let PyTorch take repeatable algorithms only; ``on=False`` leaves its settings alone.
+
+    An operation that has no repeatable algorithm raises RuntimeError when it is reached; on GPUs this was tried
+    with PyTorch 2.11, and older releases lack more of them. To be called before the first matrix product on a
+    GPU, because cuBLAS reads its setting once.
+
+    Raises:
+        ConfigError: the environment asks for a cuBLAS workspace that does not repeat.
+    """
+    if not on:
+        return
+    workspace = os.environ.setdefault(_WORKSPACE, _REPEATABLE_WORKSPACES[0])
+    if torch.cuda.is_available() and workspace not in _REPEATABLE_WORKSPACES:
+        raise ConfigError(
+            'train.deterministic needs the environment variable {} to be {}, but it is {!r}; unset it'.format(
+                _WORKSPACE, ' or '.join(_REPEATABLE_WORKSPACES), workspace
+            )
+        )
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    if hasattr(torch.backends.cuda, 'enable_mem_efficient_sdp'):  # fused attention adds up in no fixed order
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        if hasattr(torch.backends.cuda, 'enable_cudnn_sdp'):
+            torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+# -- random numbers
+
+
+_MODULUS = 2**63 - 25  # a prime; torch takes seeds below 2**63
+_MULTIPLIER = 6364136223846793005
+
+
+def pick_seed(seed: Optional[int]) -> int:
+    """The given seed, or one from the operating system."""
+    return random.SystemRandom().randrange(2**31) if seed is None else int(seed)
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers; the same on every machine."""
+    value = 1
+    for number in numbers:
+        value = (value * _MULTIPLIER + int(number) + 1442695040888963407) % _MODULUS
+    return value
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seed_step(seed: int, iteration: int, rank: int, micro_step: int) -> None:
+    """Seed the draws of one forward pass: dropout, colour jitter, sampled mask voxels."""
+    seed_everything(mix(seed, iteration, rank, micro_step))

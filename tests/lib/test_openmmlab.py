@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.compat import has_compiled_ops, mmcv_ext, numpy_aliases, prepare_openmmlab
+from lib import openmmlab
+from lib.openmmlab import MMCV_EXT, has_compiled_ops, prepare_openmmlab
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE_PACKAGES = {
@@ -43,7 +44,7 @@ def test_compiled_ops_are_used_where_they_can_be_imported(tmp_path):
     out, err = run_with_fakes(
         tmp_path,
         """
-        from lib.compat import has_compiled_ops
+        from lib.openmmlab import has_compiled_ops
         print(has_compiled_ops())
         import mmcv._ext
         print(mmcv._ext.nms())
@@ -57,7 +58,7 @@ def test_ops_of_another_torch_give_way_to_the_stand_in_with_a_note(tmp_path):
     out, _ = run_with_fakes(
         tmp_path,
         """
-        from lib.compat import has_compiled_ops
+        from lib.openmmlab import has_compiled_ops
         print(has_compiled_ops())
     """,
         mmcv___ext='raise ImportError("undefined symbol: _ZN3c10")',
@@ -71,7 +72,7 @@ def test_mmdet3d_accepts_newer_mmcv_whose_version_stays(tmp_path):
     out, err = run_with_fakes(
         tmp_path,
         """
-        from lib.compat import prepare_openmmlab
+        from lib.openmmlab import prepare_openmmlab
         prepare_openmmlab()
         import mmcv, mmdet3d
         print(mmcv.__version__)
@@ -84,7 +85,7 @@ def test_config_text_needs_no_old_yapf(tmp_path):
     out, _ = run_with_fakes(
         tmp_path,
         """
-        from lib.compat import prepare_openmmlab
+        from lib.openmmlab import prepare_openmmlab
         prepare_openmmlab()
         from mmcv.utils.config import FormatCode
         print(FormatCode('a = 1', style_config='pep8', verify=True))
@@ -98,7 +99,7 @@ def test_missing_mmcv_is_one_sentence(tmp_path):
         tmp_path,
         """
         sys.modules['mmcv'] = None
-        from lib.compat import prepare_openmmlab
+        from lib.openmmlab import prepare_openmmlab
         from lib.errors import UserError
         try:
             prepare_openmmlab()
@@ -110,19 +111,19 @@ def test_missing_mmcv_is_one_sentence(tmp_path):
 
 
 def test_stand_in_has_every_op_and_says_what_to_do_when_one_is_called():
-    ext = mmcv_ext.StandInExt()
+    ext = openmmlab.StandInExt()
     assert hasattr(ext, 'sigmoid_focal_loss_forward') and not hasattr(ext, '__path__')
-    with pytest.raises(mmcv_ext.MissingOpError, match="op 'nms'.*MMCV_OPS=1"):
+    with pytest.raises(openmmlab.MissingOpError, match="op 'nms'.*MMCV_OPS=1"):
         ext.nms(1, threshold=0.5)
     assert ext.get_compiling_cuda_version() == 'not compiled'
 
 
 def test_real_libraries_are_prepared_once_and_mmcv_ops_import():
     prepare_openmmlab()
-    first = sys.modules[mmcv_ext.NAME]
+    first = sys.modules[MMCV_EXT]
     prepare_openmmlab()
-    assert sys.modules[mmcv_ext.NAME] is first
-    assert has_compiled_ops() == (not isinstance(first, mmcv_ext.StandInExt))
+    assert sys.modules[MMCV_EXT] is first
+    assert has_compiled_ops() == (not isinstance(first, openmmlab.StandInExt))
     from mmcv.ops import sigmoid_focal_loss
 
     assert callable(sigmoid_focal_loss)
@@ -141,7 +142,7 @@ def test_compiled_ops_compute_where_they_are_installed():
 
 def test_importing_the_libraries_shows_nothing():
     code = (
-        'from lib.compat import prepare_openmmlab; prepare_openmmlab(); '
+        'from lib.openmmlab import prepare_openmmlab; prepare_openmmlab(); '
         'import mmdet.models, mmdet.datasets, nuscenes.nuscenes'
     )
     for _ in range(2):  # in a first import Python remarks on the libraries' syntax while it compiles them
@@ -160,7 +161,7 @@ def test_importing_the_libraries_shows_nothing():
 
 def test_numpy_aliases_come_back_and_present_names_keep_their_meaning():
     new = types.SimpleNamespace(bool='its own', intp=np.intp, isin=np.isin)
-    numpy_aliases.restore(new)
+    openmmlab.restore_numpy_names(new)
     assert new.bool == 'its own'
     assert (new.int, new.float, new.object) == (int, float, object)
     assert (new.int0, new.in1d) == (np.intp, np.isin)

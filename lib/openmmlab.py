@@ -1,17 +1,31 @@
-"""Make OpenMMLab 1.x importable, with compiled mmcv ops where they exist and without where not."""
+"""OpenMMLab 1.x and nuscenes-devkit on current Python, NumPy and PyTorch.
+
+Call :func:`prepare_openmmlab` before the first ``import mmdet`` / ``mmdet3d``:
+
+    from lib.openmmlab import prepare_openmmlab
+    prepare_openmmlab()
+"""
 
 import contextlib
 import importlib
+import importlib.machinery
 import inspect
 import io
 import logging
+import sys
+import types
 import warnings
 
-from ..errors import UserError
-from . import mmcv_ext, numpy_aliases
+from .errors import UserError
 
 # Newest mmcv that mmdet3d 1.0.0rc6 accepts; its code works with the later 1.7.x.
 _NEWEST_MMCV_FOR_MMDET3D = '1.7.0'
+MMCV_EXT = 'mmcv._ext'  # the module of mmcv's compiled ops
+
+# NumPy's removed names, and what they meant; mmdet, mmdet3d and nuscenes-devkit still use them.
+_SCALARS = {'bool': bool, 'int': int, 'float': float, 'object': object, 'long': int}
+_RENAMED = {'int0': 'intp', 'in1d': 'isin'}
+
 _prepared = False
 
 
@@ -29,7 +43,7 @@ def prepare_openmmlab() -> None:
     global _prepared
     if _prepared:
         return
-    numpy_aliases.restore(_import_required('numpy'))
+    restore_numpy_names(_import_required('numpy'))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         _import_mmcv()
@@ -42,7 +56,7 @@ def prepare_openmmlab() -> None:
 def has_compiled_ops() -> bool:
     """mmcv's compiled ops are installed and can be imported."""
     prepare_openmmlab()
-    return not mmcv_ext.is_registered()
+    return not isinstance(sys.modules.get(MMCV_EXT), StandInExt)
 
 
 def _import_mmcv():
@@ -76,11 +90,11 @@ def _without_note_on_missing_gpu():
 
 def _use_compiled_ops_or_stand_in():
     try:
-        importlib.import_module(mmcv_ext.NAME)
+        importlib.import_module(MMCV_EXT)
     except ModuleNotFoundError:
-        mmcv_ext.register()
+        _put_stand_in()
     except (ImportError, OSError) as error:  # built for another torch or CUDA
-        mmcv_ext.register()
+        _put_stand_in()
         print(
             f'note: the compiled ops of mmcv cannot be loaded and are not used ({str(error).splitlines()[0]}); '
             '"make install MMCV_OPS=1" compiles them for the torch present'
@@ -115,3 +129,64 @@ def _let_config_use_any_yapf():
         return format_code(text, style_config=style_config)
 
     config.FormatCode = format_without_verify
+
+
+# -- a stand-in for mmcv's compiled ops
+#
+# mmdet and mmdet3d import ``mmcv.ops`` when they are imported, and ``mmcv.ops`` wants ``mmcv._ext``. None of those
+# ops is called here, so a module whose functions fail with a clear sentence when called is enough.
+
+
+class MissingOpError(RuntimeError):
+    """One of mmcv's compiled ops was called, and they are not installed."""
+
+
+class StandInExt(types.ModuleType):
+    """Has every public name, as mmcv asks at import; calling one raises :class:`MissingOpError`."""
+
+    def __init__(self):
+        super().__init__(MMCV_EXT, 'Stand-in: mmcv was installed without its compiled ops.')
+        self.__spec__ = importlib.machinery.ModuleSpec(MMCV_EXT, loader=None)
+
+    def __getattr__(self, name):
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return _missing_op(name)
+
+    @staticmethod
+    def get_compiler_version():
+        """For mmcv's report of the environment."""
+        return 'not compiled'
+
+    @staticmethod
+    def get_compiling_cuda_version():
+        """For mmcv's report of the environment."""
+        return 'not compiled'
+
+
+def _missing_op(name):
+    def missing_op(*args, **kwargs):
+        raise MissingOpError(
+            f'mmcv.ops needs the compiled op {name!r}, and this mmcv has no compiled '
+            'ops; run "make install MMCV_OPS=1" to compile them (about 20 minutes)'
+        )
+
+    missing_op.__name__ = name
+    return missing_op
+
+
+def _put_stand_in() -> None:
+    """Put the stand-in where ``import mmcv._ext`` finds it."""
+    sys.modules[MMCV_EXT] = StandInExt()
+
+
+def restore_numpy_names(numpy) -> None:
+    """Add each missing alias to the module ``numpy``; names that exist keep their meaning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # old NumPy warns when a deprecated alias is looked at
+        for name, scalar in _SCALARS.items():
+            if not hasattr(numpy, name):
+                setattr(numpy, name, scalar)
+        for name, current in _RENAMED.items():
+            if not hasattr(numpy, name):
+                setattr(numpy, name, getattr(numpy, current))
