@@ -69,7 +69,7 @@ class LabelSet:
         class_names: all names in id order, ``free`` last.
         things: names of the countable classes (paper section 3.4, panoptic occupancy).
         colours: RGB 0..255 per class name.
-        voxel_counts: training-set voxels per class name; empty if unknown (all weights 1).
+        voxel_counts: training-set voxels of every class by its name; empty if unknown (all weights 1).
     """
 
     name: str
@@ -83,7 +83,8 @@ class LabelSet:
         object.__setattr__(self, 'things', tuple(self.things))
         if len(self.class_names) < 2 or self.class_names[-1] != FREE:
             raise ConfigError(
-                f'label set {self.name!r}: class_names must hold at least two names and end in {FREE!r}; got {self.class_names!r}'
+                f'label set {self.name!r}: class_names must hold at least two names and end in {FREE!r}; '
+                f'got {self.class_names!r}'
             )
         if len(set(self.class_names)) != len(self.class_names):
             raise ConfigError(f'label set {self.name!r}: a class name occurs twice in {self.class_names!r}')
@@ -91,6 +92,11 @@ class LabelSet:
         if unknown:
             raise ConfigError(
                 f'label set {self.name!r}: things {sorted(unknown)} are not among class_names; remove or rename them'
+            )
+        uncounted = [name for name in self.class_names if name not in self.voxel_counts]
+        if self.voxel_counts and uncounted:
+            raise ConfigError(
+                f'label set {self.name!r}: voxel_counts lacks {uncounted}; give a count for every class, or none at all'
             )
 
     @property
@@ -117,11 +123,10 @@ class LabelSet:
         return tuple(i for i, name in enumerate(self.class_names) if name in self.things)
 
     def class_weights(self) -> Tuple[float, ...]:
-        """1 / log(count + 0.001) per class in id order, free included; 1.0 where no count is known."""
-        return tuple(
-            1.0 / math.log(self.voxel_counts[name] + 0.001) if name in self.voxel_counts else 1.0
-            for name in self.class_names
-        )
+        """1 / log(count + 0.001) per class in id order, free included; all 1.0 where no counts are known."""
+        if not self.voxel_counts:
+            return (1.0,) * self.num_classes
+        return tuple(1.0 / math.log(self.voxel_counts[name] + 0.001) for name in self.class_names)
 
     def palette(self) -> Tuple[Tuple[int, int, int], ...]:
         """RGB 0..255 per class in id order; grey for a class without a colour."""
@@ -195,14 +200,16 @@ def get_label_set(spec: Union[str, Mapping, LabelSet]) -> LabelSet:
     if isinstance(spec, str):
         if spec not in LABEL_SETS:
             raise ConfigError(
-                f'unknown label set {spec!r}; use one of {sorted(LABEL_SETS)}, or a dict with name, class_names and things'
+                f'unknown label set {spec!r}; use one of {sorted(LABEL_SETS)}, or a dict with name, class_names '
+                'and things'
             )
         return LABEL_SETS[spec]
     fields = {'name', 'class_names', 'things', 'colours', 'voxel_counts'}
     unknown, missing = set(spec) - fields, {'name', 'class_names', 'things'} - set(spec)
     if unknown or missing:
         raise ConfigError(
-            f'label_set: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}; the fields are {sorted(fields)}'
+            f'label_set: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}; '
+            f'the fields are {sorted(fields)}'
         )
     return LabelSet(
         name=spec['name'],

@@ -34,7 +34,6 @@ TOP_LEVEL_KEYS = (
     'seed',
     'custom_imports',
     'published',
-    'debug',
 )
 
 # Sections whose keys are known here. Every other mapping is checked by the class that takes it.

@@ -60,23 +60,6 @@ def transform_points(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
-def project_points(matrix: np.ndarray, points: np.ndarray):
-    """Pixels [..., 2] and depths [...] (metres) of points [..., 3] under a 4x4 projection matrix.
-
-    A point with depth <= 0 is behind the camera; its pixel means nothing.
-    """
-    projected = transform_points(matrix, points)
-    depth = projected[..., 2]
-    safe = np.where(np.abs(depth) < 1e-9, 1e-9, depth)
-    return projected[..., :2] / safe[..., None], depth
-
-
-def box_corners(box: Sequence[float]) -> np.ndarray:
-    """Corners float64 [8, 3] of a box (x, y, z, l, w, h, yaw): centre, sizes along its axes, yaw about +z."""
-    signs = np.array([[i, j, k] for i in (-0.5, 0.5) for j in (-0.5, 0.5) for k in (-0.5, 0.5)])
-    return (signs * np.asarray(box[3:6])) @ rotation_z(box[6]).T + np.asarray(box[:3])
-
-
 def voxel_centers(
     point_cloud_range: Sequence[float], voxel_size: float, grid_shape: Sequence[int], indices: np.ndarray = None
 ) -> np.ndarray:

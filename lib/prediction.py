@@ -4,16 +4,14 @@ A prediction is the dict the model returns per sample: sem_pred uint8 [1, K], oc
 [1, K, 3] (voxel indices x, y, z) and, for panoptic tasks, pano_inst int16 [1, K] and pano_sem uint8 [1, K].
 """
 
-import os
-import tempfile
 import zipfile
-from pathlib import Path
-from typing import Dict, Mapping, Union
+from typing import Dict, Mapping
 
 import numpy as np
 
-from lib.errors import DataError
-from lib.task import Task
+from .errors import DataError
+from .io import PathLike, save_npz
+from .task import Task
 
 _REQUIRED = ('sem_pred', 'occ_loc')
 _OPTIONAL = ('pano_inst', 'pano_sem')
@@ -37,20 +35,16 @@ def to_dense(prediction: Mapping[str, np.ndarray], task: Task) -> Dict[str, np.n
     return dense
 
 
-def save_prediction(path: Union[str, Path], prediction: Mapping[str, np.ndarray]) -> None:
-    """Write a prediction as compressed npz; a reader never sees half a file."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=str(path.parent), prefix=path.name, suffix='.tmp')
-    try:
-        with os.fdopen(descriptor, 'wb') as file:
-            np.savez_compressed(file, **{name: prediction[name] for name in sorted(prediction)})
-        os.replace(temporary, str(path))
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def save_prediction(path: PathLike, prediction: Mapping[str, np.ndarray]) -> None:
+    """Write a prediction as compressed npz; a reader never sees half a file.
+
+    Raises:
+        UserError: it cannot be written (disk full, no permission).
+    """
+    save_npz(path, {name: prediction[name] for name in sorted(prediction)})
 
 
-def load_prediction(path: Union[str, Path]) -> Dict[str, np.ndarray]:
+def load_prediction(path: PathLike) -> Dict[str, np.ndarray]:
     """A prediction from a file of :func:`save_prediction`.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Mapping, Tuple
 from .classes import LabelSet, get_label_set
 from .errors import ConfigError
 
+OCC3D_RANGE = (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4)  # metres, ego frame
 NUSCENES_CAMERAS = ('CAM_FRONT', 'CAM_FRONT_RIGHT', 'CAM_FRONT_LEFT', 'CAM_BACK', 'CAM_BACK_LEFT', 'CAM_BACK_RIGHT')
 
 
@@ -29,7 +30,7 @@ class Task:
 
     label_set: LabelSet
     panoptic: bool = False
-    point_cloud_range: Tuple[float, ...] = (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4)
+    point_cloud_range: Tuple[float, ...] = OCC3D_RANGE
     voxel_size: float = 0.4
     num_frames: int = 8
     cameras: Tuple[str, ...] = NUSCENES_CAMERAS
@@ -44,9 +45,8 @@ class Task:
         set_('cameras', tuple(self.cameras))
         set_('image_size', tuple(int(v) for v in self.image_size))
         if len(self.point_cloud_range) != 6:
-            raise ConfigError(
-                'task.point_cloud_range needs 6 numbers (x0 y0 z0 x1 y1 z1), got %d' % len(self.point_cloud_range)
-            )
+            given = len(self.point_cloud_range)
+            raise ConfigError(f'task.point_cloud_range needs 6 numbers (x0 y0 z0 x1 y1 z1), got {given}')
         if self.voxel_size <= 0:
             raise ConfigError(f'task.voxel_size must be positive, got {self.voxel_size:g}')
         if int(self.num_frames) != self.num_frames or self.num_frames < 1:

@@ -13,6 +13,7 @@ from lib.errors import ConfigError, DataError
 from lib.infos import load_infos, split_scenes
 from lib.metrics.origins import scene_ray_origins
 from lib.registry import build_checked
+from lib.settings import TrainSettings
 from lib.task import Task
 
 from .formatting import format_sample
@@ -72,7 +73,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
         max_samples: Optional[int] = None,
         seed: int = 0,
         on_error: str = 'stop',
-        max_skipped: int = 100,
+        max_skipped: int = TrainSettings.max_skipped,
         allow_any_pickle: bool = False,
     ):
         if on_error not in ('stop', 'skip'):

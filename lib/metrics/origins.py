@@ -10,10 +10,10 @@ import numpy as np
 
 from ..geometry import invert_rigid, transform_points
 from ..infos import ego_from_lidar, global_from_ego, split_scenes
+from ..task import OCC3D_RANGE
 
 MAX_ORIGINS = 8
 ORIGIN_MARGIN = 1.0  # metres between an origin and the sides of the volume
-OCC3D_RANGE = (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4)
 
 
 def scene_ray_origins(

@@ -119,8 +119,3 @@ def pick_device(device: Optional[str] = None) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device('cuda', local_rank)
-
-
-def rank_from_environment() -> int:
-    """Rank before any process group exists."""
-    return int(os.environ.get('RANK', 0))

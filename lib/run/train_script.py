@@ -120,9 +120,8 @@ class Launch:
         return self.processes.is_main and not self.args.no_preflight
 
     def _training_set(self):
-        changes = dict(seed=self.seed, on_error=self.settings.on_data_error)
-        if self.settings.on_data_error == 'skip':
-            changes['max_skipped'] = self.settings.max_skipped
+        settings = self.settings
+        changes = dict(seed=self.seed, on_error=settings.on_data_error, max_skipped=settings.max_skipped)
         return open_dataset(self.components, self.cfg, 'train', self.task, changes, self._checks_files)
 
     def _validation_set(self):

@@ -31,22 +31,6 @@ def test_a_rigid_inverse_undoes_the_transform():
     assert not np.allclose(there, points)
 
 
-def test_projection_of_a_point_in_front_of_a_camera():
-    camera = geometry.intrinsics_to_matrix([[100, 0, 50], [0, 200, 30], [0, 0, 1]])
-    pixels, depth = geometry.project_points(camera, np.array([[1.0, -0.5, 2.0], [0, 0, -1.0], [0, 0, 0.0]]))
-    np.testing.assert_allclose(pixels[0], [100, -20], **EXACT)
-    assert depth.tolist() == [2, -1, 0] and np.isfinite(pixels).all()
-
-
-def test_corners_of_a_turned_box():
-    corners = geometry.box_corners([10, 20, 30, 4, 2, 1, math.pi / 2])
-    np.testing.assert_allclose(corners.min(axis=0), [9, 18, 29.5], **EXACT)
-    np.testing.assert_allclose(corners.max(axis=0), [11, 22, 30.5], **EXACT)
-    turned = geometry.box_corners([0, 0, 0, 4, 2, 1, math.pi / 6])
-    front = turned[turned @ [math.cos(math.pi / 6), math.sin(math.pi / 6), 0] > 0]
-    assert len(front) == 4  # the length lies along the yaw
-
-
 def test_voxel_centers():
     centres = geometry.voxel_centers((-40, -40, -1, 40, 40, 5.4), 0.4, (200, 200, 16))
     assert centres.shape == (200, 200, 16, 3)

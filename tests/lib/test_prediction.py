@@ -1,9 +1,11 @@
 """Predictions: dense volumes and files."""
 
+import errno
+
 import numpy as np
 import pytest
 
-from lib.errors import DataError
+from lib.errors import DataError, UserError
 from lib.prediction import load_prediction, save_prediction, to_dense
 from lib.task import Task
 
@@ -53,3 +55,18 @@ def test_bad_files_are_a_sentence(tmp_path):
     np.savez(str(tmp_path / 'other.npz'), x=np.zeros(3))
     with pytest.raises(DataError, match=r"no array \['sem_pred', 'occ_loc'\]"):
         load_prediction(tmp_path / 'other.npz')
+
+
+def test_a_file_has_the_mode_of_any_new_file_and_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    prediction = dict(sem_pred=np.zeros((1, 2), np.uint8), occ_loc=np.zeros((1, 2, 3), np.uint8))
+    (tmp_path / 'other').touch()
+    save_prediction(tmp_path / 'a.npz', prediction)
+    assert (tmp_path / 'a.npz').stat().st_mode == (tmp_path / 'other').stat().st_mode
+
+    def fill_disk(path, **arrays):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(np, 'savez_compressed', fill_disk)
+    with pytest.raises(UserError, match='cannot write .*b.npz: No space left on device; free some space'):
+        save_prediction(tmp_path / 'b.npz', prediction)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.npz', 'other']

@@ -4,9 +4,10 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+from projection import project_points
 
 from lib.errors import ConfigError
-from lib.geometry import project_points, rotation_z, voxel_centers
+from lib.geometry import rotation_z, voxel_centers
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from loaders.pipelines import BEVAug

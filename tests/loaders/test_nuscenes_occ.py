@@ -9,9 +9,9 @@ import pytest
 import torch
 from fake_nuscenes import FakeNuScenes
 from PIL import Image
+from projection import project_points
 
 from lib.errors import ConfigError, DataError
-from lib.geometry import project_points
 from lib.io import load_pickle_safe, save_pickle
 from lib.run.loading import make_loader, read_batches
 from lib.task import NUSCENES_CAMERAS, Task

@@ -5,9 +5,10 @@ import json
 import cv2
 import numpy as np
 import pytest
+from projection import project_points
 
 from lib.errors import DataError
-from lib.geometry import project_points, quaternion_to_matrix
+from lib.geometry import quaternion_to_matrix
 from lib.io import save_pickle
 from lib.task import Task
 from loaders import build_dataset

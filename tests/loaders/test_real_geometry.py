@@ -4,9 +4,10 @@ import pickle
 
 import numpy as np
 import pytest
+from projection import project_points
 from pyquaternion import Quaternion
 
-from lib.geometry import invert_rigid, project_points
+from lib.geometry import invert_rigid
 from lib.io import save_pickle
 from lib.task import NUSCENES_CAMERAS, Task
 from loaders import build_dataset

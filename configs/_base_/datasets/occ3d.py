@@ -1,14 +1,13 @@
 """Occ3D-nuScenes, release 1.0's pipelines: images resized and cropped at random, the volume as it is."""
 
-task = dict(
+task = dict(  # over Occ3D's volume, the default of lib/task.py
     label_set='occ3d',
     panoptic=False,
-    point_cloud_range=[-40.0, -40.0, -1.0, 40.0, 40.0, 5.4],  # metres, ego frame
     voxel_size=0.4,
     num_frames=8,
     cameras=['CAM_FRONT', 'CAM_FRONT_RIGHT', 'CAM_FRONT_LEFT', 'CAM_BACK', 'CAM_BACK_LEFT', 'CAM_BACK_RIGHT'],
-    image_size=(256, 704),
-)  # height, width of what the network sees
+    image_size=(256, 704),  # height, width of what the network sees
+)
 
 _test_pipeline = [dict(type='LoadMultiViewImageFromMultiSweeps'), dict(type='RandomTransformImage')]
 
