@@ -1,32 +1,56 @@
 """Write a toy nuScenes: a procedural world in the schema and layout of the real data set.
 
-    python tools/make_toy_nuscenes.py --out data/toy --scenes 10 --keyframes 10 --image-size 800x450
-    python gen_sweep_info.py --data-root data/toy --version v1.0-mini
-    python gen_instance_info.py --data-root data/toy --version v1.0-mini
+    python tools/make_toy_nuscenes.py --out data/toy --scenes 10 --keyframes 10 --image-size 800x450 --prepare
+    python tools/make_toy_nuscenes.py --preset toybench-v1 --out data/toybench
 
 nuscenes-devkit and this project read the result with the code they read the real one with. Scenes carry
 nuScenes' own scene names, so that its split lists apply: up to ten scenes are written as v1.0-mini, more as
 v1.0-trainval. Besides what nuScenes has, ``occ3d/`` and ``openocc_v2/`` hold occupancy labels and
-``toy_truth/`` the true object of every voxel. The same arguments give the same files, byte for byte, on the
-same kind of device.
+``toy_truth/`` the true object of every voxel; ``--prepare`` adds what gen_sweep_info.py and
+gen_instance_info.py make. The same arguments give the same files, byte for byte, on the same kind of device.
+A run that was stopped goes on when it is started again with the same arguments.
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
 
+# Each process computes on one core; threads of linear algebra would fight over them.
+for _name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'):
+    os.environ[_name] = '1'
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli import run_main  # noqa: E402
-from lib.errors import UserError  # noqa: E402
-from tools.toy.generate import LABEL_SETS, Options, default_workers, generate  # noqa: E402
+from lib.errors import DataError, UserError  # noqa: E402
+from tools.toy.generate import LABEL_SETS, generate  # noqa: E402
+from tools.toy.jobs import Options  # noqa: E402
 from tools.toy.names import SPLITS, VERSIONS, plan_scenes  # noqa: E402
+from tools.toy.pool import plan_crew  # noqa: E402
+from tools.toy.work import FOLDER  # noqa: E402
+
+# Frozen data sets. A preset never changes; another one gets another name.
+PRESETS = {
+    'toybench-v1': dict(
+        scenes=60,
+        held_out=10,
+        keyframes=20,
+        image_size='800x450',
+        no_sweeps=False,
+        seed=1701,
+        split='both',
+        version='v1.0-trainval',
+        label_sets='occ3d,openocc_v2',
+        prepare=True,
+    )
+}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, required=True, help='data root to write; new or empty')
+    parser.add_argument('--preset', choices=sorted(PRESETS), help='a frozen data set: decides everything below it')
     parser.add_argument('--scenes', type=int, default=10, help='number of scenes (default 10)')
     parser.add_argument('--keyframes', type=int, default=10, help='keyframes per scene, 2 a second (default 10)')
     parser.add_argument(
@@ -43,6 +67,7 @@ def parse_args():
         default='both',
         help='splits that the scenes belong to (default both: about one in five is val)',
     )
+    parser.add_argument('--held-out', type=int, help='scenes of --split both that are val (default: one in five)')
     parser.add_argument('--version', choices=VERSIONS, help='default: v1.0-mini if its scenes suffice')
     parser.add_argument(
         '--label-sets',
@@ -50,20 +75,24 @@ def parse_args():
         metavar='A,B',
         help='occupancy labels to write (default occ3d,openocc_v2)',
     )
+    parser.add_argument('--prepare', action='store_true', help='make info files and panoptic labels too')
     parser.add_argument(
         '--device',
         choices=('auto', 'cpu', 'cuda'),
         default='auto',
-        help='where images are traced (default: a GPU if there is one)',
+        help='where images are traced (default: all GPUs, if there are any)',
     )
-    parser.add_argument('--workers', type=int, help='processes (default: all cores)')
+    parser.add_argument('--workers', type=int, help='processes, at most (default: as cores and memory allow)')
     parser.add_argument(
         '--overwrite',
         action='store_true',
         help='write into a folder that is not empty: replaces files of the same names only',
     )
     parser.add_argument('--debug', action='store_true', help='show tracebacks')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.preset:
+        vars(args).update(PRESETS[args.preset])
+    return args
 
 
 def parse_size(text):
@@ -86,7 +115,7 @@ def parse_label_sets(text):
     names = tuple(name.strip() for name in text.split(',') if name.strip())
     unknown = [name for name in names if name not in LABEL_SETS]
     if unknown:
-        raise UserError('--label-sets: {!r} is unknown; choose from {}'.format(unknown[0], ', '.join(LABEL_SETS)))
+        raise UserError(f'--label-sets: {unknown[0]!r} is unknown; choose from {", ".join(LABEL_SETS)}')
     return names
 
 
@@ -104,10 +133,10 @@ def choose_device(name):
 
 
 def check_out(out, overwrite):
-    """The data root must be a folder that is new or empty, unless the user says otherwise."""
+    """The data root must be new, empty, or of a run that was stopped, unless the user says otherwise."""
     if out.exists() and not out.is_dir():
         raise UserError(f'--out {out} is a file; give a folder')
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if out.is_dir() and any(out.iterdir()) and not overwrite and not (out / FOLDER).is_dir():
         raise UserError(
             f'--out {out} is not empty; give a new folder, or --overwrite to replace files of the '
             'same names in it (nothing is deleted)'
@@ -118,7 +147,7 @@ def check_at_least_one(**numbers):
     """Counts must be positive."""
     for name, value in numbers.items():
         if value is not None and value < 1:
-            raise UserError('--%s must be at least 1, got %d' % (name, value))
+            raise UserError(f'--{name} must be at least 1, got {value}')
 
 
 def show_progress(results, total):
@@ -128,40 +157,42 @@ def show_progress(results, total):
     return tqdm(results, total=total, desc='toy nuScenes', unit='keyframe', mininterval=1.0)
 
 
+def prepare(out, version, processes):
+    """Make info files, and panoptic labels where there are labels to make them from."""
+    from lib.task import Task
+    from loaders.prepare.panoptic_labels import write_panoptic_labels
+    from loaders.prepare.sweep_infos import write_sweep_infos
+
+    write_sweep_infos(str(out), version, str(out), None, processes)
+    if (out / 'occ3d').is_dir():
+        task = Task('occ3d')
+        made = write_panoptic_labels(str(out), version, 'occ3d', 'occ3d_panoptic', task, None, False, processes)
+        if made.failed:
+            raise DataError(f'{len(made.failed)} keyframes got no panoptic label; the first: {made.failed[0]}')
+
+
 def main():
     args = parse_args()
     check_at_least_one(scenes=args.scenes, keyframes=args.keyframes, workers=args.workers)
     if args.seed < 0:
-        raise UserError('--seed must not be negative, got %d' % args.seed)
-    plan = plan_scenes(args.scenes, args.split, args.version)
+        raise UserError(f'--seed must not be negative, got {args.seed}')
+    if args.held_out is not None and not 0 <= args.held_out <= args.scenes:
+        raise UserError(f'--held-out must lie between 0 and --scenes {args.scenes}, got {args.held_out}')
+    plan = plan_scenes(args.scenes, args.split, args.version, args.held_out)
     size, label_sets = parse_size(args.image_size), parse_label_sets(args.label_sets)
     check_out(args.out, args.overwrite)
-    device = choose_device(args.device)
-    generate(
-        Options(
-            out=args.out,
-            plan=plan,
-            keyframes=args.keyframes,
-            size=size,
-            sweeps=not args.no_sweeps,
-            seed=args.seed,
-            workers=args.workers or default_workers(device),
-            device=device,
-            label_sets=label_sets,
-        ),
-        show_progress,
-    )
+    crew = plan_crew(choose_device(args.device), args.workers)
+    gpus = len({name for name in crew.devices if name != 'cpu'})
+    print(f'{crew.workers} processes, {gpus} GPUs')
+    if args.workers and args.workers > crew.workers:
+        print(f'(of the {args.workers} asked for, no more fit into free memory)')
+    options = Options(args.out, plan, args.keyframes, size, not args.no_sweeps, args.seed, label_sets)
+    last = (lambda: prepare(args.out, plan.version, crew.workers)) if args.prepare else (lambda: None)
+    generate(options, crew, show_progress, last)
+    splits = f'train: {len(plan.train)}, val: {len(plan.val)}, test: {len(plan.test)}'
     print(
-        '%s: %d scenes (train: %d, val: %d, test: %d) of %d keyframes, tables in %s'
-        % (
-            args.out,
-            len(plan.names),
-            len(plan.train),
-            len(plan.val),
-            len(plan.test),
-            args.keyframes,
-            args.out / plan.version,
-        )
+        f'{args.out}: {len(plan.names)} scenes ({splits}) of {args.keyframes} keyframes, '
+        f'tables in {args.out / plan.version}'
     )
 
 

@@ -14,11 +14,13 @@ from lib.classes import OCC3D, OPENOCC_V2
 from lib.errors import UserError
 from lib.openmmlab import prepare_openmmlab
 from tools.toy import shapes as sh
-from tools.toy.generate import Options, generate
-from tools.toy.labels import GRID_LOW, GRID_SHAPE, VOXEL, Labeller
-from tools.toy.lidar import scan
+from tools.toy.generate import generate
+from tools.toy.jobs import Options
+from tools.toy.labels import GRID_LOW, GRID_SHAPE, VOXEL, Labeller, RangeImage
+from tools.toy.lidar import gather, scan
 from tools.toy.names import MINI_TRAIN, MINI_VAL, plan_scenes
 from tools.toy.objects import OBJECT_TYPES
+from tools.toy.pool import Crew, plan_crew
 from tools.toy.render import Renderer
 from tools.toy.rig import make_rig
 from tools.toy.road import Waves
@@ -43,11 +45,9 @@ def make(out, scenes=2, keyframes=KEYFRAMES, size=SIZE, seed=SEED, workers=2):
         size=size,
         sweeps=True,
         seed=seed,
-        workers=workers,
-        device='cpu',
         label_sets=('occ3d', 'openocc_v2'),
     )
-    generate(options, progress=lambda results, total: results)
+    generate(options, Crew(('cpu',), workers), progress=lambda results, total: results)
     return out
 
 
@@ -295,7 +295,8 @@ def test_labels_agree_with_boxes(nusc, root):
             # A surface sample in the box is at most half a voxel from its voxel's centre along each axis.
             assert within(centres[mine], centre, rotation, annotation, margin=0.8).all()
             assert mine[same & within(centres, centre, rotation, annotation)].all()
-            if np.abs(centre[:2]).max() < 38 and abs(centre[2]) < 3:
+            # What no scan of the scene reached has no voxels.
+            if np.abs(centre[:2]).max() < 38 and abs(centre[2]) < 3 and annotation['num_lidar_pts'] >= 5:
                 assert mine.sum() >= 2, annotation['category_name']
                 seen.add(CLASS_OF[annotation['category_name']])
     assert len(seen) >= 9
@@ -401,13 +402,19 @@ def test_openocc_labels_are_the_same_world(nusc, root, worlds):
     assert moved > 5
 
 
+def labels_at(world, rig, times, every=0.5):
+    """Labels at some times of a scene scanned a few times a second from 4 s before it to 4 s after it."""
+    moments = np.arange(-4.0, world.duration + 4.0, every)
+    labeller = Labeller(world, rig, gather([scan(world, rig, t).surface for t in moments]))
+    return [labeller.labels(t, [RangeImage(t, scan(world, rig, t).distance)]) for t in times]
+
+
 def test_all_classes_occur_in_ten_scenes():
     found = set()
     for scene in range(10):
         world = ToyWorld(0, scene, 4)
-        labeller = Labeller(world, make_rig(0, scene, SIZE))
-        for t in (0.0, world.duration):
-            found |= set(np.unique(labeller.labels(t).semantics))
+        for labels in labels_at(world, make_rig(0, scene, SIZE), (0.0, world.duration)):
+            found |= set(np.unique(labels.semantics))
         if len(found) == OCC3D.num_classes:
             return
     assert found == set(range(OCC3D.num_classes))
@@ -416,12 +423,13 @@ def test_all_classes_occur_in_ten_scenes():
 def test_ground_stays_within_the_grid():
     for scene in range(2):
         world = ToyWorld(5, scene, 6)
-        semantics = Labeller(world, make_rig(5, scene, SIZE)).labels(1.0).semantics
+        (labels,) = labels_at(world, make_rig(5, scene, SIZE), (1.0,), every=0.1)
+        semantics = labels.semantics
         ground = np.isin(
             semantics, [OCC3D.class_names.index(n) for n in ('driveable_surface', 'other_flat', 'sidewalk', 'terrain')]
         )
         occupied = semantics != OCC3D.free_id
-        assert ground.any(axis=2).mean() > 0.6 and occupied.any(axis=2).mean() > 0.9
+        assert ground.any(axis=2).mean() > 0.4 and occupied.any(axis=2).mean() > 0.5
         assert ground.sum(axis=2).max() <= 2  # one voxel thick, two where it climbs across a border
         heading = world.road.at(world.road.s, 0.0)[2]
         bends = np.abs(np.diff(heading)).sum()
@@ -479,11 +487,9 @@ def test_test_split_has_no_boxes_and_no_labels(tmp_path):
         size=(64, 36),
         sweeps=False,
         seed=0,
-        workers=1,
-        device='cpu',
         label_sets=('occ3d',),
     )
-    generate(options, progress=lambda results, total: results)
+    generate(options, Crew(('cpu',), 1), progress=lambda results, total: results)
     assert (tmp_path / 'v1.0-test' / 'sample_annotation.json').read_text().strip() == '[]'
     assert not (tmp_path / 'occ3d').exists() and not (tmp_path / 'sweeps').exists()
     assert len(list((tmp_path / 'samples').rglob('*.jpg'))) == 12

@@ -1,9 +1,10 @@
 """Writing the toy data set's many small files: each appears whole or not at all, with bytes that repeat."""
 
 import io
+import json
 import os
 from pathlib import Path
-from typing import Dict
+from typing import Dict, List
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name('.%s.%d.tmp' % (path.name, os.getpid()))
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
@@ -49,3 +50,9 @@ def write_npz(path: Path, arrays: Dict[str, np.ndarray]) -> None:
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)
     write_bytes(path, stream.getvalue())
+
+
+def json_bytes(records: List) -> bytes:
+    """JSON of a list, one record a line; NumPy numbers and arrays become plain ones."""
+    lines = (json.dumps(record, default=lambda value: value.tolist()) for record in records)
+    return '[\n{}\n]\n'.format(',\n'.join(lines)).encode() if records else b'[]\n'

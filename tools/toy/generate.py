@@ -1,362 +1,120 @@
-"""Makes a toy data set: one job per keyframe, spread over processes; tables last.
+"""Makes a toy data set: keyframes spread over processes, a scene's labels once its scans are there, tables last.
 
-The tables are written when everything else is, so a new folder that has them is complete.
+A run that was stopped goes on where it stopped. The tables are written when everything else is, so a new
+folder that has them is complete.
 """
 
-import contextlib
-import functools
-import multiprocessing
-import os
-import signal
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
-
-import numpy as np
-
-from lib.errors import UserError
+from typing import Callable, Dict, List
 
 from . import tables
-from .files import write_bytes, write_jpeg, write_npz, write_png
-from .names import ScenePlan
-from .rig import CAMERA_PERIOD_US, CAMERA_SWEEPS, KEYFRAME_US, LIDAR, LIDAR_PERIOD_US, LIDAR_SWEEPS, Rig, make_rig
-from .road import GROUND_CLASSES
-from .world import ToyWorld
+from .jobs import Job, Options, run_job, scene_record
+from .pool import Crew, run_tasks
+from .work import WorkFolder
 
 LABEL_SETS = ('occ3d', 'openocc_v2')
-TRUTH_FOLDER = 'toy_truth'
-ANNOTATION_RANGE = 75.0  # metres from the ego car
-GPU_BYTES_PER_WORKER = 5 << 29  # its context and the tensors of six images, about
-_FIRST_TIMESTAMP, _SCENE_SPACING = 1700000000000000, 3600 * 1000000
+_LABELS_AT_ONCE = 5  # keyframes of a scene that one process labels in a row
 
 
-class Options(NamedTuple):
-    """What to make.
+def generate(options: Options, crew: Crew, progress: Callable, prepare: Callable[[], None] = lambda: None) -> None:
+    """Make the data set.
 
-    Attributes:
-        out: data root.
-        plan: the scenes.
-        keyframes: per scene.
-        size: (width, height) of the images.
-        sweeps: make the images and scans between keyframes.
-        seed: of everything.
-        workers: processes.
-        device: 'cpu' or 'cuda', where images are traced.
-        label_sets: names out of LABEL_SETS.
-    """
-
-    out: Path
-    plan: ScenePlan
-    keyframes: int
-    size: Tuple[int, int]
-    sweeps: bool
-    seed: int
-    workers: int
-    device: str
-    label_sets: Tuple[str, ...]
-
-
-class Job(NamedTuple):
-    """One keyframe of one scene, and the sweeps up to the next."""
-
-    options: Options
-    scene: int
-    keyframe: int
-
-
-class JobResult(NamedTuple):
-    """What the tables need to know of a job; ``categories`` by object index."""
-
-    scene: int
-    sensors: List[tables.SensorRecord]
-    boxes: List[tables.BoxRecord]
-    categories: Dict[int, str]
-
-
-class _Moment(NamedTuple):
-    """When a sensor fires: microseconds after the scene's first keyframe, the keyframe that it belongs to (a
-    sweep to the one it leads up to, as in nuScenes), is it a keyframe."""
-
-    offset_us: int
-    keyframe: int
-    is_key_frame: bool
-
-
-def generate(options: Options, progress) -> None:
-    """Make the data set. ``progress(iterable, total)`` wraps the jobs' results to show how far they are.
+    Args:
+        options: what to make.
+        crew: the processes that make it.
+        progress: ``progress(iterable, total)`` wraps the finished keyframes to show how far they are.
+        prepare: what else belongs to it and needs the tables; called last.
 
     Raises:
-        UserError: a file cannot be written, or a worker was killed.
+        UserError: a file cannot be written, a GPU is full, a process was killed, or the folder holds an
+            unfinished run with other arguments.
     """
-    jobs = [Job(options, s, k) for s in range(len(options.plan.names)) for k in range(options.keyframes)]
-    results: Dict[int, List[JobResult]] = {}
-    for result in progress(_run_jobs(jobs, options), len(jobs)):
-        results.setdefault(result.scene, []).append(result)
-    writer = tables.TableWriter(options.seed, annotations=options.plan.version != 'v1.0-test')
-    for scene in sorted(results):
-        writer.add_scene(_scene_record(options, scene, results[scene]))
+    work = WorkFolder(options.out)
+    work.begin(_arguments(options))
+    flow = _Flow(options, work)
+    total = len(options.plan.names) * options.keyframes
+    for _ in progress(flow.run(crew), total):
+        pass
+    writer = tables.TableWriter(options.seed, annotations=options.labelled)
+    for scene in range(len(options.plan.names)):
+        writer.add_scene(scene_record(options, scene))
     writer.write(options.out / options.plan.version)
+    prepare()
+    work.finish()
 
 
-def _run_jobs(jobs, options):
-    workers = min(options.workers, len(jobs))
-    if workers == 1:
-        for job in jobs:
-            yield run_job(job)
-        return
-    _compile_tracers()  # once here, not once in every worker
-    fork = options.device == 'cpu' and 'fork' in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context('fork' if fork else 'spawn')
-    stop = context.Event()
-    try:
-        with ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool, _set_at_end(stop):
-            for result in pool.map(run_job, jobs, chunksize=_run_length(len(jobs), workers)):
-                yield result
-    except BrokenProcessPool as error:
-        raise UserError('a worker process was killed (out of memory?); run again with fewer --workers') from error
+def _arguments(options) -> Dict:
+    """What decides the content of the files."""
+    return dict(
+        version=options.plan.version,
+        scenes=options.plan.names,
+        keyframes=options.keyframes,
+        size=list(options.size),
+        sweeps=options.sweeps,
+        seed=options.seed,
+        label_sets=list(options.label_sets),
+    )
 
 
-@contextlib.contextmanager
-def _set_at_end(event):
-    """Set the event when the block ends, in whatever way: workers that are still busy then give up."""
-    try:
-        yield
-    finally:
-        event.set()
+class _Flow:
+    """Which jobs are left, and which may begin when others end."""
+
+    def __init__(self, options: Options, work: WorkFolder):
+        self._options, self._work = options, work
+        every = range(options.keyframes)
+        self._unmade = {
+            scene: {k for k in every if not work.has_keyframe(scene, k)} for scene in range(len(options.plan.names))
+        }
+
+    def run(self, crew: Crew):
+        """Do what is left; yield once per finished keyframe, those of earlier runs first."""
+        scenes, per_scene, labelled = self._unmade, self._options.keyframes, self._options.labelled
+        jobs = [Job(self._options, scene, k, k + 1, False) for scene in scenes for k in sorted(scenes[scene])]
+        jobs += [job for scene, unmade in scenes.items() if not unmade for job in self._label_jobs(scene)]
+        if labelled:
+            left = sum(not self._work.has_labels(scene, k) for scene in scenes for k in range(per_scene))
+        else:
+            left = len(jobs)
+        for _ in range(per_scene * len(scenes) - left):
+            yield
+        for job in run_tasks(jobs, run_job, self._following, crew, compile_tracers):
+            if job.labels or not labelled:
+                for _ in range(job.first, job.last):
+                    yield
+
+    def _following(self, job: Job) -> List[Job]:
+        if job.labels:
+            return []
+        self._unmade[job.scene].discard(job.first)
+        return [] if self._unmade[job.scene] else self._label_jobs(job.scene)
+
+    def _label_jobs(self, scene) -> List[Job]:
+        """Runs of keyframes that have no labels yet."""
+        if not self._options.labelled:
+            return []
+        jobs = []
+        for k in range(self._options.keyframes):
+            if self._work.has_labels(scene, k):
+                continue
+            if jobs and jobs[-1].last == k and k - jobs[-1].first < _LABELS_AT_ONCE:
+                jobs[-1] = jobs[-1]._replace(last=k + 1)
+            else:
+                jobs.append(Job(self._options, scene, k, k + 1, True))
+        return jobs
 
 
-class _Stopped(Exception):
-    """Nobody waits for this job any more."""
-
-
-_stop_event = None  # of the pool that this process works for
-
-
-def _start_worker(stop):
-    """Leave Ctrl-C to the parent, which sets ``stop``."""
-    global _stop_event
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _stop_event = stop
-
-
-def _check_wanted():
-    if _stop_event is not None and _stop_event.is_set():
-        raise _Stopped
-
-
-def _run_length(jobs, workers):
-    """Neighbouring jobs that one worker does in a row: opening a scene costs as much as a few label files."""
-    return max(1, jobs // (6 * workers))
-
-
-def _compile_tracers():
+def compile_tracers() -> None:
     """Run every compiled function once on next to nothing."""
+    import numpy as np
+
     from .trace import PackedScene
     from .trace_cpu import trace_fan, trace_image, trace_rays
-    from .trace_voxels import mark_seen
+    from .trace_voxels import first_of_each, mark_in_view, mark_passed, vote
 
     scene = PackedScene(np.zeros(1, np.int32), np.ones((1, 11), np.float32), np.zeros((5, 3), np.float32))
     trace_image(scene, np.eye(3), np.eye(3), (2, 2))
     trace_rays(scene, np.eye(3))
     trace_fan(scene, np.eye(3), np.ones((1, 1, 3)), 10.0)
-    mark_seen(np.zeros((2, 2, 2), bool), np.ones(3), np.eye(3), np.ones(3), np.zeros((2, 2, 2), np.uint8))
-
-
-class _Scene:
-    """A scene in the hands of a worker."""
-
-    def __init__(self, seed, index, keyframes, size, device):
-        import torch
-
-        from .labels import Labeller
-        from .render import Renderer
-
-        torch.set_num_threads(1)
-        self.world: ToyWorld = ToyWorld(seed, index, keyframes)
-        self.rig: Rig = make_rig(seed, index, size)
-        self.labeller = Labeller(self.world, self.rig)
-        self.renderer = Renderer(self.world, torch.device(device))
-
-
-@functools.lru_cache(maxsize=2)
-def _open_scene(seed, index, keyframes, size, device):
-    return _Scene(seed, index, keyframes, size, device)
-
-
-def run_job(job: Job) -> JobResult:
-    """Make all files of one keyframe, and of the sweeps up to the next keyframe."""
-    o = job.options
-    _check_wanted()
-    scene = _open_scene(o.seed, job.scene, o.keyframes, o.size, o.device)
-    sensors = _camera_records(job, scene) + _lidar_records(job, scene)
-    if job.keyframe == 0:
-        _write_map(job, scene.world)
-    boxes = []
-    if o.plan.version != 'v1.0-test':
-        _write_labels(job, scene)
-        boxes = _boxes(job, scene)
-    return JobResult(job.scene, sensors, boxes, {o.index: o.type.category for o in scene.world.annotated})
-
-
-def _moments(job, delay_us, period_us, sweeps) -> List[_Moment]:
-    """The keyframe's moment, then those of its sweeps."""
-    start = job.keyframe * KEYFRAME_US + delay_us
-    moments = [_Moment(start, job.keyframe, True)]
-    if job.options.sweeps and job.keyframe + 1 < job.options.keyframes:
-        moments += [_Moment(start + j * period_us, job.keyframe + 1, False) for j in range(1, sweeps + 1)]
-    return moments
-
-
-def _timestamp(scene_index, offset_us):
-    return _FIRST_TIMESTAMP + scene_index * _SCENE_SPACING + offset_us
-
-
-def _filename(job, channel, moment, suffix):
-    name = '%s__%s__%d.%s' % (
-        tables.log_name(job.options.plan.names[job.scene]),
-        channel,
-        _timestamp(job.scene, moment.offset_us),
-        suffix,
-    )
-    return '/'.join(['samples' if moment.is_key_frame else 'sweeps', channel, name])
-
-
-def _record(job, scene, channel, moment, filename, size):
-    return tables.SensorRecord(
-        channel,
-        _timestamp(job.scene, moment.offset_us),
-        filename,
-        moment.keyframe,
-        moment.is_key_frame,
-        scene.world.ego_to_map(moment.offset_us * 1e-6),
-        size,
-    )
-
-
-def _camera_records(job, scene):
-    records = []
-    cameras = list(scene.rig.cameras.values())
-    moments = [_moments(job, camera.delay_us, CAMERA_PERIOD_US, CAMERA_SWEEPS) for camera in cameras]
-    for round_ in zip(*moments):
-        _check_wanted()
-        # All cameras fire within 50 ms and share one shadow map.
-        shadows = scene.renderer.shadows(round_[0].offset_us * 1e-6)
-        views = scene.renderer.views(cameras, [moment.offset_us * 1e-6 for moment in round_], shadows)
-        for camera, moment, view in zip(cameras, round_, views):
-            filename = _filename(job, camera.name, moment, 'jpg')
-            write_jpeg(job.options.out / filename, view.image)
-            records.append(_record(job, scene, camera.name, moment, filename, camera.size))
-    return records
-
-
-def _lidar_records(job, scene):
-    from .lidar import scan
-
-    records = []
-    for moment in _moments(job, 0, LIDAR_PERIOD_US, LIDAR_SWEEPS):
-        rng = np.random.default_rng([job.options.seed, job.scene, 3, moment.offset_us])
-        points = scan(scene.world, scene.rig, moment.offset_us * 1e-6, rng).points
-        filename = _filename(job, LIDAR, moment, 'pcd.bin')
-        write_bytes(job.options.out / filename, points.tobytes())
-        records.append(_record(job, scene, LIDAR, moment, filename, (0, 0)))
-    return records
-
-
-def _map_file(job_or_name):
-    return 'maps/{}.png'.format(tables.token('map', job_or_name))
-
-
-def _write_map(job, world):
-    """Map mask, north up: 255 where one can drive or walk along the road."""
-    codes = [c for c, name in GROUND_CLASSES.items() if name in ('driveable_surface', 'sidewalk')]
-    mask = np.where(np.isin(world.ground, codes), 255, 0).astype(np.uint8)
-    write_png(job.options.out / _map_file(job.options.plan.names[job.scene]), mask[::-1])
-
-
-def _write_labels(job, scene):
-    from .labels import openocc_labels
-
-    o, name = job.options, job.options.plan.names[job.scene]
-    sample = tables.sample_token(o.seed, name, job.keyframe)
-    t = job.keyframe * KEYFRAME_US * 1e-6
-    labels = scene.labeller.labels(t)
-    if 'occ3d' in o.label_sets:
-        write_npz(
-            o.out / 'occ3d' / name / sample / 'labels.npz',
-            dict(semantics=labels.semantics, mask_lidar=labels.mask_lidar, mask_camera=labels.mask_camera),
-        )
-    if 'openocc_v2' in o.label_sets:
-        arrays = openocc_labels(labels, _velocities(scene.world, t))
-        write_npz(o.out / 'openocc_v2' / name / sample / 'labels.npz', arrays)
-    items = [tables.instance_token(o.seed, name, item.index) for item in scene.world.annotated]
-    write_npz(
-        o.out / TRUTH_FOLDER / name / (f'{sample}.npz'),
-        dict(instances=labels.instances, instance_tokens=np.array(items)),
-    )
-
-
-def _velocities(world, t):
-    """float64 [n, 2]: metres per second along ego x and y of the annotated objects."""
-    step = 0.05
-    rotation = world.ego_to_map(t)[:3, :3]
-    moved = []
-    for item in world.annotated:
-        before, after = item.pose(t - step), item.pose(t + step)
-        moved.append([(b - a) / (2 * step) for a, b in zip(before[:3], after[:3])])
-    return (np.array(moved) @ rotation)[:, :2]
-
-
-def _boxes(job, scene):
-    from .lidar import scan, visible_share
-
-    world, t = scene.world, job.keyframe * KEYFRAME_US * 1e-6
-    rng = np.random.default_rng([job.options.seed, job.scene, 3, job.keyframe * KEYFRAME_US])
-    owner = scan(world, scene.rig, t, rng).owner
-    points = np.bincount(owner[owner >= 0], minlength=len(world.objects))
-    ego = world.ego_to_map(t)
-    items = [
-        o for o in world.annotated if np.hypot(o.pose(t).x - ego[0, 3], o.pose(t).y - ego[1, 3]) < ANNOTATION_RANGE
-    ]
-    visible = visible_share(world, t, (ego @ scene.rig.lidar_to_ego)[:3, 3], items)
-    boxes = []
-    for item, share in zip(items, visible):
-        pose = item.pose(t)
-        boxes.append(
-            tables.BoxRecord(
-                job.keyframe,
-                item.index,
-                np.array([pose.x, pose.y, pose.z + item.box_centre_z]),
-                float(np.arctan2(np.sin(pose.yaw), np.cos(pose.yaw))),
-                item.size,
-                int(points[item.index]),
-                float(share),
-                item.moving,
-            )
-        )
-    return boxes
-
-
-def _scene_record(options, scene, results):
-    name = options.plan.names[scene]
-    return tables.SceneRecord(
-        name=name,
-        description='Toy scene %d: a winding street with a crossing' % scene,
-        timestamps=[_timestamp(scene, k * KEYFRAME_US) for k in range(options.keyframes)],
-        rig=make_rig(options.seed, scene, options.size),
-        categories=results[0].categories,
-        sensors=[r for result in results for r in result.sensors],
-        boxes=[b for result in results for b in result.boxes],
-        map_file=_map_file(name),
-    )
-
-
-def default_workers(device: str) -> int:
-    """Cores this process may use; with a GPU no more than fit into its free memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    if device != 'cuda':
-        return cores
-    import torch
-
-    free = torch.cuda.mem_get_info()[0] if hasattr(torch.cuda, 'mem_get_info') else 4 * GPU_BYTES_PER_WORKER
-    return max(1, min(cores, free // GPU_BYTES_PER_WORKER))
+    first_of_each(np.zeros(1, np.int64))
+    mark_passed(np.ones(3), np.eye(3), np.ones(3), np.zeros((2, 2, 2), np.uint8))
+    votes = vote(np.ones((1, 3), np.float32), np.array([0, 1]), np.eye(4)[None, :3], np.zeros(1, np.int64), (2, 2, 2))
+    mark_in_view(votes, np.eye(4)[None, :3], np.ones((1, 2, 2), np.float32), (0.1, 0.1))

@@ -48,10 +48,13 @@ class ScenePlan(NamedTuple):
         return names + rest
 
 
-def plan_scenes(count: int, split: str = 'both', version: Optional[str] = None) -> ScenePlan:
+def plan_scenes(
+    count: int, split: str = 'both', version: Optional[str] = None, held_out: Optional[int] = None
+) -> ScenePlan:
     """Choose the names of ``count`` scenes.
 
-    With ``split='both'`` about a fifth of the scenes, and at least one of two or more, are validation scenes.
+    With ``split='both'``, ``held_out`` of the scenes are validation scenes; by default about a fifth, and at least
+    one of two or more.
     Without ``version``, v1.0-mini is used while its ten scenes suffice, else v1.0-trainval (v1.0-test for
     ``split='test'``).
 
@@ -61,7 +64,8 @@ def plan_scenes(count: int, split: str = 'both', version: Optional[str] = None) 
     version = version or _smallest_version(count, split)
     train, val, test = _split_names(version)
     if split == 'both':
-        held_out = 0 if count == 1 else max(1, round(count / 5))
+        if held_out is None:
+            held_out = 0 if count == 1 else max(1, round(count / 5))
         wanted = dict(test=count) if version == 'v1.0-test' else dict(train=count - held_out, val=held_out)
     else:
         wanted = {split: count}
@@ -70,8 +74,8 @@ def plan_scenes(count: int, split: str = 'both', version: Optional[str] = None) 
         number = wanted.get(name, 0)
         if number > len(known):
             raise UserError(
-                '--scenes %d needs %d %s scenes, but %s has %d of them; ask for fewer, or for '
-                'another --version or --split' % (count, number, name, version, len(known))
+                f'--scenes {count} needs {number} {name} scenes, but {version} has {len(known)} of them; ask for '
+                'fewer, or for another --version or --split'
             )
         chosen[name] = list(known[:number])
     return ScenePlan(version, **chosen)

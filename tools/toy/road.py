@@ -45,8 +45,8 @@ class Waves(NamedTuple):
 
 
 def draw_waves(rng) -> Waves:
-    """Gentle hills: within 40 m the ground stays less than a metre off the plane below the car."""
-    amplitude, wavelength = np.array([0.30, 0.15, 0.10]), np.array([220.0, 140.0, 90.0])
+    """Gentle hills: within 40 m the ground stays less than 0.7 m off the plane below the car."""
+    amplitude, wavelength = np.array([0.20, 0.10, 0.05]), np.array([220.0, 140.0, 90.0])
     angle = rng.uniform(0, 2 * np.pi, 3)
     k = 2 * np.pi / wavelength
     return Waves(

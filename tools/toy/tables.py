@@ -6,8 +6,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from lib.io import write_json
-
+from .files import json_bytes, write_bytes
 from .objects import OBJECT_TYPES
 from .rig import LIDAR, Rig
 
@@ -281,7 +280,7 @@ class TableWriter:
     def write(self, folder: Path) -> None:
         """Write all tables to ``folder``."""
         for name, records in self._tables.items():
-            write_json(folder / (f'{name}.json'), records)
+            write_bytes(folder / f'{name}.json', json_bytes(records))
 
 
 def log_name(scene_name: str) -> str:

@@ -68,6 +68,25 @@ class ToyObject:
     moving: bool
 
 
+class Track(NamedTuple):
+    """Pose over time of something that keeps its distance d (metres, left) from the road's centre line.
+
+    Attributes:
+        world: where it moves.
+        s_of_t: metres along the road over seconds.
+        d, turn: distance from the line; radians against the road's heading.
+    """
+
+    world: 'ToyWorld'
+    s_of_t: Callable[[float], float]
+    d: float
+    turn: float
+
+    def __call__(self, t: float) -> Pose:
+        x, y, heading = (float(v) for v in self.world.road.at(self.s_of_t(t), self.d))
+        return Pose(x, y, float(self.world.waves.height(x, y)), heading + self.turn)
+
+
 class Look(NamedTuple):
     """Light of a scene: direction to the sun [3], RGB 0..1 of zenith and horizon, strengths of the light."""
 
@@ -88,6 +107,7 @@ class ToyWorld:
 
     Attributes:
         objects: list of :class:`ToyObject`, by index.
+        moving: those of them that change place; their poses are :class:`Track` objects.
         ground: painted map, uint8 [rows, columns] (see ``road.paint_map``).
         waves: ground height.
         look: light.
@@ -130,10 +150,17 @@ class ToyWorld:
 
     def shapes_at(self, t: float, about: np.ndarray, reach: float = VIEW_DISTANCE) -> ShapeTable:
         """All shapes within ``reach`` metres of the point ``about`` at time t; both in the map frame."""
-        moving = [o.shapes.placed(*o.pose(t)) for o in self._moving]
-        table = concat_tables([self._static] + moving)
-        near = np.linalg.norm(table.centre[:, :2] - np.asarray(about)[:2], axis=1) < reach + table.radius
-        return table.select(near)
+        poses = self.moving_poses(t)[self._moving_part]
+        table = concat_tables([self._static, self._moving_shapes.placed_each(poses)])
+        offset = table.centre[:, :2] - np.asarray(about)[:2]
+        near = reach + self._radius
+        return table.select((offset * offset).sum(axis=1) < near * near)
+
+    def moving_poses(self, t: float) -> np.ndarray:
+        """float64 [m, 4]: x, y, z, yaw at time t of the objects that move, in the order of ``moving``."""
+        s = np.array([o.pose.s_of_t(t) for o in self.moving])
+        x, y, heading = self.road.at(s, self._moving_d)
+        return np.stack([x, y, self.waves.height(x, y), heading + self._moving_turn], axis=1)
 
     @property
     def annotated(self) -> List[ToyObject]:
@@ -154,9 +181,9 @@ class ToyWorld:
     def _draw_zones(self) -> List[SideZone]:
         rng, zones = self._rng, []
         for side in (-1, 1):
-            s, turn = -80.0, int(rng.integers(4))
+            s, turn = -80.0, int(rng.integers(6))
             while s < self.road.length + 80.0:
-                kind = ('building', 'park', 'plaza', 'dirt')[turn % 4]
+                kind = ('building', 'park', 'building', 'plaza', 'park', 'dirt')[turn % 6]
                 turn += 1 if rng.random() < 0.8 else 2
                 end = s + rng.uniform(16.0, 26.0)
                 zones.append(SideZone(s, end, side, kind))
@@ -196,15 +223,6 @@ class ToyWorld:
         pose = Pose(x, y, float(self.waves.height(x, y)), heading + turn)
         return lambda t: pose
 
-    def _travel(self, s_of_t, d, turn=0.0) -> Callable[[float], Pose]:
-        """Pose of something that keeps its distance d from the centre line."""
-
-        def pose(t):
-            x, y, heading = (float(v) for v in self.road.at(s_of_t(t), d))
-            return Pose(x, y, float(self.waves.height(x, y)), heading + turn)
-
-        return pose
-
     def _add_object(self, name, pose, moving=False, **options) -> None:
         type_ = objects.OBJECT_TYPES[name]
         shapes = objects.OBJECT_BUILDERS[name](self._rng, **options)
@@ -224,13 +242,13 @@ class ToyWorld:
 
     def _park_vehicles(self, side) -> None:
         rng, s = self._rng, -60.0
-        rare = self._wanted(['work_zone', 'trailer', 'bus', 'truck', 'work_zone', 'trailer'], side)
+        rare = self._wanted(['work_zone', 'trailer', 'bus', 'truck', 'work_zone'], side)
         room = {'car': 5.2, 'truck': 8.6, 'bus': 12.0, 'trailer': 11.0, 'work_zone': 21.0, 'motorcycle': 2.6, '': 5.0}
         while s < self.road.length + 70.0:
             if rare and s > -14.0:
                 name = rare.pop(0)
             else:
-                name = str(rng.choice(['car', 'truck', 'motorcycle', ''], p=[0.55, 0.10, 0.08, 0.27]))
+                name = str(rng.choice(['car', 'truck', 'motorcycle', ''], p=[0.34, 0.03, 0.05, 0.58]))
             middle = s + room[name] / 2
             if name and not self._near_crossing(middle, 3.0 + room[name] / 2):
                 self._place_parked(name, middle, side)
@@ -262,7 +280,7 @@ class ToyWorld:
             name = rare.pop(0) if rare and s > -8.0 else str(rng.choice(common))
             if not self._near_crossing(s, 4.0):
                 self._place_item(name, s, side)
-            s += rng.uniform(4.0, 7.5)
+            s += rng.uniform(6.0, 11.0)
         self._walk(side)
 
     def _place_item(self, name, s, side) -> None:
@@ -286,18 +304,18 @@ class ToyWorld:
             start = s
             self._add_object(
                 'pedestrian',
-                self._travel(lambda t, start=start: start + pace * t, side * WALKING_LANE, turn),
+                Track(self, lambda t, start=start: start + pace * t, side * WALKING_LANE, turn),
                 moving=True,
             )
-            s += rng.uniform(4.0, 16.0)
+            s += rng.uniform(8.0, 24.0)
 
     def _fill_zone(self, zone) -> None:
         rng = self._rng
         middle, length = (zone.start + zone.end) / 2, zone.end - zone.start
         if zone.kind == 'building':
-            depth, front = rng.uniform(8.0, 12.0), rng.uniform(12.5, 14.5)
+            depth, front = rng.uniform(8.0, 12.0), rng.uniform(14.0, 18.0)
             if not self._near_crossing(middle, length / 2 + 1.0):
-                shapes = objects.building(rng, 0.75 * length, depth, rng.uniform(4.5, 11.0))
+                shapes = objects.building(rng, 0.85 * length, depth, rng.uniform(4.5, 11.0))
                 self._add(shapes, 'manmade', self._stand(middle, zone.side * (front + depth / 2)))
         else:
             self._plant(zone)
@@ -307,17 +325,17 @@ class ToyWorld:
     def _plant(self, zone) -> None:
         """Trees and bushes in a loose grid."""
         rng = self._rng
-        rows = {'park': (12.5, 19.0, 26.0), 'dirt': (13.5, 24.0), 'plaza': (12.5,)}[zone.kind]
+        rows = {'park': (13.0, 18.0, 24.0, 31.0), 'dirt': (13.5, 24.0, 30.0), 'plaza': (12.5,)}[zone.kind]
         for d in rows:
             s = zone.start + rng.uniform(1.0, 4.0)
             while s < zone.end - 2.0:
                 place = self._stand(s, zone.side * (d + rng.uniform(-1.0, 1.0)), rng.uniform(0, 2 * np.pi))
-                kind = int(rng.choice(3, p=[0.45, 0.25, 0.30]))
+                kind = int(rng.choice(3, p=[0.70, 0.15, 0.15]))
                 builder = (objects.tree, objects.conifer, objects.bush)[kind]
                 shapes = builder(rng)
                 if not self._near_crossing(s, 4.0):
                     self._add(shapes, 'vegetation', place)
-                s += rng.uniform(5.0, 9.0)
+                s += rng.uniform(4.5, 8.0)
 
     def _far_buildings(self) -> None:
         rng = self._rng
@@ -334,7 +352,7 @@ class ToyWorld:
         rng = self._rng
         gaps = [rng.uniform(17, 24), rng.uniform(40, 48), -rng.uniform(17, 24), -rng.uniform(40, 50)]
         for gap in gaps:
-            name = str(rng.choice(['car', 'motorcycle', 'truck', 'bus'], p=[0.5, 0.2, 0.2, 0.1]))
+            name = str(rng.choice(['car', 'motorcycle', 'truck', 'bus'], p=[0.66, 0.16, 0.12, 0.06]))
             wobble = rng.uniform(0, 6)
             self._drive(name, self._follow(gap, wobble), -LANE_WIDTH / 2, 0.0)
         pace, start = rng.uniform(3.5, 5.0), rng.uniform(5.0, 12.0)
@@ -350,17 +368,22 @@ class ToyWorld:
         pace = rng.uniform(5.0, 8.0)
         s = -50.0 + rng.uniform(0, 10)
         while s < min(self.road.length + pace * self.duration + 70.0, 600.0):
-            name = str(rng.choice(['car', 'truck', 'bus', 'motorcycle'], p=[0.55, 0.18, 0.12, 0.15]))
+            name = str(rng.choice(['car', 'truck', 'bus', 'motorcycle'], p=[0.65, 0.12, 0.08, 0.15]))
             self._drive(name, lambda t, start=s: start - pace * t, LANE_WIDTH / 2, np.pi)
-            s += rng.uniform(17.0, 32.0)
+            s += rng.uniform(24.0, 46.0)
 
     def _drive(self, name, s_of_t, d, turn) -> None:
         options = dict(rider=True) if name in ('motorcycle', 'bicycle') else {}
-        self._add_object(name, self._travel(s_of_t, d, turn), moving=True, **options)
+        self._add_object(name, Track(self, s_of_t, d, turn), moving=True, **options)
 
     def _split_static(self) -> None:
-        self._moving = [o for o in self.objects if o.moving]
+        self.moving = [o for o in self.objects if o.moving]
         self._static = concat_tables([o.shapes.placed(*o.pose(0.0)) for o in self.objects if not o.moving])
+        self._moving_shapes = concat_tables([o.shapes for o in self.moving])
+        self._moving_part = np.repeat(np.arange(len(self.moving)), [len(o.shapes) for o in self.moving])
+        self._moving_d = np.array([o.pose.d for o in self.moving])
+        self._moving_turn = np.array([o.pose.turn for o in self.moving])
+        self._radius = np.concatenate([self._static.radius, self._moving_shapes.radius])
         for o in self.objects:
             if o.type is None and o.size[0] > 5.0 and o.size[1] > 5.0:
                 self._clear_floor(o)

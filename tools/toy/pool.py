@@ -1,0 +1,154 @@
+"""The processes that make a toy data set: how many fit, which device each renders on, and how they end."""
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Tuple
+
+from lib.errors import UserError
+
+GPU_BYTES_PER_WORKER = 5 << 29  # its context and the tensors of six images, about
+CPU_BYTES_PER_WORKER = 3 << 28
+
+_stop_event, _device = None, None  # of the pool that this process works for, and what it was dealt
+
+
+class Crew(NamedTuple):
+    """The processes: ``workers`` of them, dealt ``devices`` ('cpu', 'cuda:0', ...) in turn."""
+
+    devices: Tuple[str, ...]
+    workers: int
+
+
+class Stopped(Exception):
+    """Nobody waits for this task any more."""
+
+
+def plan_crew(device: str, wanted: Optional[int] = None) -> Crew:
+    """As many processes as cores and memory allow, at most ``wanted``; with 'cuda' on all GPUs with room.
+
+    Raises:
+        UserError: 'cuda', and no GPU has room for a process.
+    """
+    room = max(_free_memory() // CPU_BYTES_PER_WORKER, 1)
+    most = min(wanted or _cores(), room)
+    if device == 'cpu':
+        return Crew(('cpu',), most)
+    free = _free_gpu_memory()
+    slots = [bytes_ // GPU_BYTES_PER_WORKER for bytes_ in free]
+    turns = [f'cuda:{k}' for turn in range(max(slots)) for k in range(len(slots)) if turn < slots[k]]
+    if not turns:
+        raise UserError(
+            f'no GPU has room: at most {max(free) / 2**30:.1f} GiB are free and one process takes '
+            f'{GPU_BYTES_PER_WORKER / 2**30:.1f} GiB; end what runs there, or use --device cpu'
+        )
+    return Crew(tuple(turns[:most]), min(most, len(turns)))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _free_memory() -> int:
+    """Bytes of memory that are free, about; plenty where the machine does not say."""
+    try:
+        with open('/proc/meminfo') as file:
+            rows = dict(line.split(':', 1) for line in file)
+        return int(rows['MemAvailable'].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return 1 << 50
+
+
+def _free_gpu_memory():
+    """Free bytes of every GPU; room for four processes each where PyTorch cannot tell (before 1.11)."""
+    import torch
+
+    if not hasattr(torch.cuda, 'mem_get_info'):
+        return [4 * GPU_BYTES_PER_WORKER] * torch.cuda.device_count()
+    return [torch.cuda.mem_get_info(k)[0] for k in range(torch.cuda.device_count())]
+
+
+def run_tasks(
+    tasks: Iterable, work: Callable, following: Callable, crew: Crew, prepare: Callable[[], None]
+) -> Iterator:
+    """Do ``work(task)`` in the crew's processes for all tasks, and yield the tasks as they are done.
+
+    Args:
+        following: called with every finished task; returns the tasks that may begin now. They come first.
+        prepare: called once before processes start, for what they would otherwise all do.
+
+    Raises:
+        UserError: a task raised it, or a process was killed.
+    """
+    waiting = deque(tasks)
+    workers = min(crew.workers, len(waiting))
+    if workers <= 1:
+        _start_worker(None, crew.devices, None)
+        while waiting:
+            task = waiting.popleft()
+            _do(work, task)
+            waiting.extendleft(reversed(following(task)))
+            yield task
+        return
+    prepare()
+    fork = crew.devices == ('cpu',) and 'fork' in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context('fork' if fork else 'spawn')
+    stop, turn = context.Event(), context.Value('i', 0)
+    try:
+        with ProcessPoolExecutor(workers, context, _start_worker, (stop, crew.devices, turn)) as pool:
+            try:
+                for task in _keep_busy(pool, work, following, waiting, 2 * workers):
+                    yield task
+            finally:
+                stop.set()
+    except BrokenProcessPool as error:
+        raise UserError(
+            'a worker process was killed (out of memory?); run again with fewer --workers: finished keyframes stay'
+        ) from error
+
+
+def _keep_busy(pool, work, following, waiting, most):
+    running = {}
+    while waiting or running:
+        while waiting and len(running) < most:
+            task = waiting.popleft()
+            running[pool.submit(_do, work, task)] = task
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            task = running.pop(future)
+            future.result()
+            waiting.extendleft(reversed(following(task)))
+            yield task
+
+
+def _do(work, task):
+    try:
+        work(task)
+    except RuntimeError as error:
+        if 'out of memory' not in str(error):
+            raise
+        raise UserError(f'{_device} is full; run again with fewer --workers: finished keyframes stay') from error
+
+
+def _start_worker(stop, devices, turn):
+    """Take a device, and leave Ctrl-C to the parent, which sets ``stop``."""
+    global _stop_event, _device
+    number = 0
+    if turn is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with turn.get_lock():
+            number, turn.value = turn.value, turn.value + 1
+    _stop_event, _device = stop, devices[number % len(devices)]
+
+
+def device() -> str:
+    """The device that this process renders on."""
+    return _device
+
+
+def check_wanted() -> None:
+    """Raise :class:`Stopped` if the parent has ended."""
+    if _stop_event is not None and _stop_event.is_set():
+        raise Stopped
