@@ -20,7 +20,7 @@ from tools.toy.labels import GRID_LOW, GRID_SHAPE, VOXEL, Labeller, RangeImage
 from tools.toy.lidar import gather, scan
 from tools.toy.names import MINI_TRAIN, MINI_VAL, plan_scenes
 from tools.toy.objects import OBJECT_TYPES
-from tools.toy.pool import Crew, plan_crew
+from tools.toy.pool import Crew
 from tools.toy.render import Renderer
 from tools.toy.rig import make_rig
 from tools.toy.road import Waves
