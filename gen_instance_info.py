@@ -60,11 +60,9 @@ def main():
     result = write_panoptic_labels(
         args.data_root, args.version, args.occ_gt_root, args.out, task, args.infos, args.overwrite, args.processes
     )
-    print(
-        '%d label files written, %d were there already, %d failed' % (result.written, result.kept, len(result.failed))
-    )
+    print(f'{result.written} label files written, {result.kept} were there already, {len(result.failed)} failed')
     if result.failed:
-        raise DataError('%d keyframes have no usable label; the first: %s' % (len(result.failed), result.failed[0]))
+        raise DataError(f'{len(result.failed)} keyframes have no usable label; the first: {result.failed[0]}')
 
 
 if __name__ == '__main__':

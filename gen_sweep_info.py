@@ -37,7 +37,7 @@ def main():
         args.data_root, args.version, args.out or args.data_root, args.from_infos, args.processes
     )
     for item in written:
-        print('%s: %d scenes, %d keyframes' % (item.path, item.scenes, item.keyframes))
+        print(f'{item.path}: {item.scenes} scenes, {item.keyframes} keyframes')
 
 
 if __name__ == '__main__':

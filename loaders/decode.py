@@ -55,7 +55,7 @@ def read_image(path, decoder: str = 'cv2', half_covers: Optional[Tuple[int, int]
         reason = ' '.join(str(error).split())
         raise DataError(f'image {path} cannot be decoded ({reason}); fetch it again') from error
     if pixels is None:
-        raise DataError('image %s cannot be decoded (%d bytes, no known format); fetch it again' % (path, len(content)))
+        raise DataError(f'image {path} cannot be decoded ({len(content)} bytes, no known format); fetch it again')
     return DecodedImage(pixels, 0.5 if half else 1.0)
 
 
@@ -86,7 +86,7 @@ def _is_whole_jpeg(path, start, end, size) -> bool:
     """Whether it is a JPEG; raises DataError if one that was cut off."""
     is_jpeg = start == _JPEG_START
     if is_jpeg and _JPEG_END not in end:
-        raise DataError('image %s is truncated (no end mark after %d bytes); fetch it again' % (path, size))
+        raise DataError(f'image {path} is truncated (no end mark after {size} bytes); fetch it again')
     return is_jpeg
 
 
@@ -130,9 +130,10 @@ def _turbojpeg():
 
             _turbojpeg_decoder.append(TurboJPEG())
         except (ImportError, RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0].rstrip('.')
             raise ConfigError(
-                "decoder='turbojpeg' needs the package PyTurboJPEG and the library libturbojpeg ({}); "
-                "install them, or use decoder='cv2'".format(str(error).splitlines()[0].rstrip('.'))
+                f"decoder='turbojpeg' needs the package PyTurboJPEG and the library libturbojpeg ({reason}); install "
+                "them, or use decoder='cv2'"
             ) from error
     return _turbojpeg_decoder[0]
 

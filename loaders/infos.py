@@ -15,10 +15,9 @@ def check_cameras(info: Dict, cameras, source) -> None:
     """Raise DataError if the info lacks one of the cameras."""
     for name in cameras:
         if name not in info['cams']:
+            there = ', '.join(sorted(info['cams']))
             raise DataError(
-                '{}: keyframe {} has no camera {!r} (it has {}); correct task.cameras'.format(
-                    source, info['token'], name, ', '.join(sorted(info['cams']))
-                )
+                f'{source}: keyframe {info["token"]} has no camera {name!r} (it has {there}); correct task.cameras'
             )
 
 

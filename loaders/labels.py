@@ -44,10 +44,9 @@ class LabelFolder:
             self._scene_names = _scenes_from_tables(self._data_root, self._version) or _scenes_from_folder(self.root)
         if token not in self._scene_names:
             raise DataError(
-                'no label of keyframe {} in {}, and neither the info file nor {} names its scene; '
-                'check occ_gt_root, or make the info file again with gen_sweep_info.py'.format(
-                    token, self.root, self._data_root / (self._version or 'v1.0-*')
-                )
+                f'no label of keyframe {token} in {self.root}, and neither the info file nor '
+                f'{self._data_root / (self._version or "v1.0-*")} names its scene; check occ_gt_root, or make the info '
+                'file again with gen_sweep_info.py'
             )
         return self._scene_names[token]
 
@@ -123,13 +122,13 @@ def _check_ids(path, semantics, task):
         highest = int(semantics[semantics != IGNORE_LABEL].max())
     if lowest < 0 or highest > labels.free_id:
         raise DataError(
-            "%s: 'semantics' holds id %d, but label set %r has ids 0..%d (free); these are labels of "
-            'another set: set task.label_set, or point occ_gt_root at the right folder'
-            % (path, lowest if lowest < 0 else highest, labels.name, labels.free_id)
+            f"{path}: 'semantics' holds id {lowest if lowest < 0 else highest}, but label set {labels.name!r} has ids "
+            f'0..{labels.free_id} (free); these are labels of another set: set task.label_set, or point occ_gt_root at '
+            'the right folder'
         )
     if highest < labels.free_id:
         raise DataError(
-            "%s: 'semantics' holds no free voxel (id %d of label set %r), its highest id is %d; these "
-            'are labels of another set: set task.label_set, or point occ_gt_root at the right folder'
-            % (path, labels.free_id, labels.name, highest)
+            f"{path}: 'semantics' holds no free voxel (id {labels.free_id} of label set {labels.name!r}), its highest "
+            f'id is {highest}; these are labels of another set: set task.label_set, or point occ_gt_root at the right '
+            'folder'
         )

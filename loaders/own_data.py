@@ -100,8 +100,8 @@ def _data_root(infos, folder, path) -> str:
                 roots.add(os.sep.join(parts[: marks[-1]]) or os.sep)
     if len(roots) > 1:
         raise DataError(
-            '{}: images lie in "samples" or "sweeps" folders of different places ({}); rename these '
-            'folders, or put them side by side'.format(path, ', '.join(sorted(roots)))
+            f'{path}: images lie in "samples" or "sweeps" folders of different places '
+            f'({", ".join(sorted(roots))}); rename these folders, or put them side by side'
         )
     return roots.pop() if roots else folder
 
@@ -111,8 +111,8 @@ def _get(mapping, key, kind, where):
         raise DataError(f'{where}: "{key}" is missing; see the format in loaders/own_data.py')
     value = mapping[key]
     if not isinstance(value, kind) or isinstance(value, bool):
-        names = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
-        raise DataError('{}: "{}" must be a {}, got {!r}'.format(where, key, ' or '.join(names), value))
+        names = ' or '.join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise DataError(f'{where}: "{key}" must be a {names}, got {value!r}')
     return value
 
 
@@ -122,7 +122,7 @@ def _numbers(mapping, key, shape, where) -> np.ndarray:
     except (ValueError, TypeError):
         value = np.empty(0)
     if value.shape != shape or not np.isfinite(value).all():
-        raise DataError('{}: "{}" must be {} finite numbers'.format(where, key, ' x '.join(map(str, shape))))
+        raise DataError(f'{where}: "{key}" must be {" x ".join(map(str, shape))} finite numbers')
     return value
 
 

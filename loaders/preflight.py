@@ -9,8 +9,8 @@ from typing import List, Optional
 from lib.errors import DataError
 from lib.infos import split_scenes
 
+from .checks import ERROR, OK, WARNING, Finding, Look, spread
 from .checks.calibration import check_calibration
-from .checks.findings import ERROR, OK, WARNING, Finding, Look, spread
 from .checks.images import check_images, image_paths
 from .checks.labels import check_labels
 from .history import STEPS_PER_KEYFRAME
@@ -60,30 +60,22 @@ def preflight(dataset, name: str) -> None:
             print(f'data.{name}: {finding.line()}', file=sys.stderr)
     errors = [finding.text for finding in findings if finding.level == ERROR]
     if errors:
-        others = ' (and %d more; list them with tools/check_data.py)' % (len(errors) - 1)
-        raise DataError('data.{}: {}{}'.format(name, errors[0], others if len(errors) > 1 else ''))
+        others = f' (and {len(errors) - 1} more; list them with tools/check_data.py)' if len(errors) > 1 else ''
+        raise DataError(f'data.{name}: {errors[0]}{others}')
 
 
 def _counts(dataset) -> List[Finding]:
     scenes = split_scenes(dataset.infos)
     with_sweeps = sum(any(is_camera_sweep(sweep) for sweep in info.get('sweeps', ())) for info in dataset.infos)
-    findings = [
-        Finding(
-            OK,
-            '%s: %d samples of %d keyframes in %d scenes, %d with camera sweeps%s'
-            % (
-                dataset.ann_file,
-                len(dataset),
-                len(dataset.infos),
-                len(scenes),
-                with_sweeps,
-                ', ' + dataset.version if dataset.version else '',
-            ),
-        )
-    ]
+    version = f', {dataset.version}' if dataset.version else ''
+    text = (
+        f'{dataset.ann_file}: {len(dataset)} samples of {len(dataset.infos)} keyframes in {len(scenes)} scenes, '
+        f'{with_sweeps} with camera sweeps{version}'
+    )
+    findings = [Finding(OK, text)]
     if not with_sweeps and len(dataset.infos) > len(scenes) and dataset.task.num_frames > 1:
-        text = '%s has no camera sweeps: training sees earlier keyframes only; make it with gen_sweep_info.py'
-        findings.append(Finding(WARNING, text % dataset.ann_file))
+        remedy = 'training sees earlier keyframes only; make it with gen_sweep_info.py'
+        findings.append(Finding(WARNING, f'{dataset.ann_file} has no camera sweeps: {remedy}'))
     return findings
 
 

@@ -52,7 +52,7 @@ def make_images(folder):
         for cells in (4, 16, 64, 256):  # detail at several scales compresses about as a photograph does
             noise = rng.uniform(0, 255, (cells * 9 // 16 + 1, cells, 3))
             image += cv2.resize(noise, (1600, 900), interpolation=cv2.INTER_CUBIC) / 4
-        path = os.path.join(folder, '%d.jpg' % number)
+        path = os.path.join(folder, f'{number}.jpg')
         cv2.imwrite(path, image.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 75])
         paths.append(path)
     return paths
@@ -139,25 +139,18 @@ def run(paths, args):
     step = RandomTransformImage(Task('occ3d', image_size=args.network))
     exact, rows = None, []
     print(
-        '%-22s %-6s %10s %12s %10s   %s'
-        % ('decoder', 'fast', 'decode ms', 'transform ms', 'sum ms', 'grey levels from cv2 exact: mean, max')
+        f'{"decoder":22} {"fast":6} {"decode ms":>10} {"transform ms":>12} {"sum ms":>10}   '
+        'grey levels from cv2 exact: mean, max'
     )
     for decoder, name in installed_decoders():
         for fast in (False, True):
             figures, images = measure(paths, decoder, fast, step, args.repeats)
             exact = images if exact is None else exact
             figures.update(difference(images, exact), name=name)
+            decode, transform = figures['decode_ms'], figures['transform_ms']
             print(
-                '%-22s %-6s %10.1f %12.1f %10.1f   %.2f, %d'
-                % (
-                    name,
-                    'yes' if fast else 'no',
-                    figures['decode_ms'],
-                    figures['transform_ms'],
-                    figures['decode_ms'] + figures['transform_ms'],
-                    figures['mean_difference'],
-                    figures['max_difference'],
-                ),
+                f'{name:22} {"yes" if fast else "no":6} {decode:10.1f} {transform:12.1f} {decode + transform:10.1f}   '
+                f'{figures["mean_difference"]:.2f}, {figures["max_difference"]}',
                 flush=True,
             )
             rows.append(figures)
@@ -169,7 +162,7 @@ def main():
 
     args = parse_args()
     args.network = tuple(args.network)
-    print('CPU time per keyframe of %d images, one thread, median of %d' % (IMAGES_PER_KEYFRAME, args.repeats))
+    print(f'CPU time per keyframe of {IMAGES_PER_KEYFRAME} images, one thread, median of {args.repeats}')
     with tempfile.TemporaryDirectory() as folder:
         rows = run(find_images(args.images) if args.images else make_images(folder), args)
     if args.json:

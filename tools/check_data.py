@@ -41,7 +41,7 @@ def parse_args():
 def check_split(cfg, split, task, args) -> int:
     """Print the findings on one data set; number of errors."""
     from loaders import build_dataset
-    from loaders.checks.findings import ERROR, Finding
+    from loaders.checks import ERROR, Finding
     from loaders.preflight import inspect_dataset
 
     try:
@@ -64,7 +64,7 @@ def main():
     task = Task.from_config(cfg.task)
     errors = sum(check_split(cfg, split, task, args) for split in args.splits)
     if errors:
-        raise DataError('%d errors, listed above' % errors)
+        raise DataError(f'{errors} errors, listed above')
 
 
 if __name__ == '__main__':

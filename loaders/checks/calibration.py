@@ -8,7 +8,7 @@ from lib.infos import ego_from_lidar, global_from_ego
 
 from ..history import SWEEPS_PER_KEYFRAME
 from ..infos import current_lidar2img, global_from_camera, is_camera_sweep, past_lidar2img
-from .findings import OK, WARNING, Finding, Look, name_some
+from . import OK, WARNING, Finding, Look, name_some
 
 MAX_PIXEL_DISAGREEMENT = 3.0  # between the two ways into a keyframe's own image
 MAX_CAMERA_DISTANCE = 10.0  # metres between a camera and the ego frame's origin
@@ -22,11 +22,11 @@ def check_calibration(dataset, positions: List[int], look: Look) -> List[Finding
     for position in positions:
         info = dataset.infos[position]
         for check in (_rotations, _cameras, _two_ways, _sweep_times):
-            messages.extend('keyframe {}: {}'.format(info['token'], m) for m in check(info, dataset.task.cameras))
+            messages.extend(f'keyframe {info["token"]}: {m}' for m in check(info, dataset.task.cameras))
         messages.extend(_speed(dataset, position))
     if messages:
         return name_some(messages, 'doubts about calibration', WARNING, look.shown)
-    return [Finding(OK, 'calibration, poses and times of %d keyframes make sense' % len(positions))]
+    return [Finding(OK, f'calibration, poses and times of {len(positions)} keyframes make sense')]
 
 
 def _rotations(info: Dict, cameras) -> List[str]:
@@ -62,11 +62,8 @@ def _cameras(info: Dict, cameras) -> List[str]:
         if np.linalg.norm(centre[:3]) > MAX_CAMERA_DISTANCE:
             problems.append(f'{name} stands {np.linalg.norm(centre[:3]):.1f} m from the car')
         if abs(entry.get('timestamp', info['timestamp']) - info['timestamp']) > MAX_CAMERA_DELAY:
-            problems.append(
-                '{}: image taken {:.2f} s from the keyframe'.format(
-                    name, (entry['timestamp'] - info['timestamp']) / 1e6
-                )
-            )
+            seconds = (entry['timestamp'] - info['timestamp']) / 1e6
+            problems.append(f'{name}: image taken {seconds:.2f} s from the keyframe')
     return problems
 
 
@@ -90,7 +87,7 @@ def _two_ways(info: Dict, cameras) -> List[str]:
 def _sweep_times(info: Dict, cameras) -> List[str]:
     sweeps = [sweep for sweep in info.get('sweeps', ()) if is_camera_sweep(sweep)]
     if sweeps and len(sweeps) != SWEEPS_PER_KEYFRAME:
-        return ['%d sweeps, %d are expected' % (len(sweeps), SWEEPS_PER_KEYFRAME)]
+        return [f'{len(sweeps)} sweeps, {SWEEPS_PER_KEYFRAME} are expected']
     for name in cameras:
         times = [cams[name]['timestamp'] for cams in [info['cams']] + sweeps if name in cams]
         if any(later > earlier for earlier, later in zip(times, times[1:])):
@@ -106,5 +103,5 @@ def _speed(dataset, position) -> List[str]:
     metres = np.linalg.norm(np.subtract(info['ego2global_translation'], earlier['ego2global_translation']))
     seconds = (info['timestamp'] - earlier['timestamp']) / 1e6
     if metres > MAX_SPEED * max(seconds, 1e-3):
-        return ['keyframe {}: the car moved {:.1f} m in {:.2f} s'.format(info['token'], metres, seconds)]
+        return [f'keyframe {info["token"]}: the car moved {metres:.1f} m in {seconds:.2f} s']
     return []

@@ -7,7 +7,7 @@ from lib.errors import DataError
 from ..decode import check_whole, read_image
 from ..infos import is_camera_sweep, relocate
 from ..prepare.parallel import parallel_map
-from .findings import OK, Finding, Look, name_some
+from . import OK, Finding, Look, name_some
 
 
 def image_paths(dataset, positions: Iterable[int]) -> List[str]:
@@ -28,13 +28,8 @@ def check_images(paths: List[str], total: int, look: Look) -> List[Finding]:
     problems = [problem for problem in results if problem]
     if problems:
         return name_some(problems, 'images are missing or damaged', look.level, look.shown)
-    return [
-        Finding(
-            OK,
-            '%d of %d images looked at (%s): all there and whole'
-            % (len(paths), total, 'decoded' if look.decode else 'both ends of each file'),
-        )
-    ]
+    how = 'decoded' if look.decode else 'both ends of each file'
+    return [Finding(OK, f'{len(paths)} of {total} images looked at ({how}): all there and whole')]
 
 
 def _problem_of_image(look, path) -> str:

@@ -10,7 +10,7 @@ from lib.task import Task
 
 from ..labels import read_labels
 from ..prepare.parallel import parallel_map
-from .findings import ERROR, OK, WARNING, Finding, Look, name_some
+from . import ERROR, OK, WARNING, Finding, Look, name_some
 
 
 class LabelFacts(NamedTuple):
@@ -44,10 +44,8 @@ def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
     if not usable:
         return [finding._replace(level=ERROR) for finding in findings]
     arrays = set.intersection(*[set(fact.keys) for fact in usable])
-    text = '%d of %d label files read; grid %s, arrays: %s'
-    findings.append(
-        Finding(OK, text % (len(usable), len(dataset), list(dataset.task.grid_shape), ', '.join(sorted(arrays))))
-    )
+    grid, names = list(dataset.task.grid_shape), ', '.join(sorted(arrays))
+    findings.append(Finding(OK, f'{len(usable)} of {len(dataset)} label files read; grid {grid}, arrays: {names}'))
     findings.extend(_histogram(sum(fact.counts for fact in usable), dataset.task))
     if dataset.task.panoptic:
         findings.append(_instances(usable))
@@ -75,20 +73,15 @@ def _histogram(counts, task: Task) -> List[Finding]:
     if not occupied:
         return [Finding(ERROR, 'the labels hold free voxels only; check occ_gt_root and task.label_set')]
     shares = [f'{name} {100.0 * count / occupied:.2f}%' for name, count in zip(names, counts)]
-    findings = [
-        Finding(
-            OK, 'occupied voxels: {:.2f}% of all; of them {}'.format(100.0 * occupied / counts.sum(), ', '.join(shares))
-        )
-    ]
+    of_all = 100.0 * occupied / counts.sum()
+    findings = [Finding(OK, f'occupied voxels: {of_all:.2f}% of all; of them {", ".join(shares)}')]
     absent = [name for name, count in zip(names, counts) if not count]
     if absent:
-        findings.append(
-            Finding(WARNING, 'classes that do not occur in the labels looked at: {}'.format(', '.join(absent)))
-        )
+        findings.append(Finding(WARNING, f'classes that do not occur in the labels looked at: {", ".join(absent)}'))
     return findings
 
 
 def _instances(usable) -> Finding:
     things, without = (sum(getattr(fact, key) for fact in usable) for key in ('things', 'things_without_id'))
-    text = '%d of %d voxels of things have no instance id' % (without, things)
+    text = f'{without} of {things} voxels of things have no instance id'
     return Finding(WARNING if without > 0.2 * things else OK, text)

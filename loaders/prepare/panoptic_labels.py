@@ -9,8 +9,7 @@ from lib.io import load_npz_checked, save_npz
 from lib.task import Task
 
 from ..labels import LABEL_FILE, LabelFolder, check_labels
-from .box_convention import with_length_first
-from .instances import ego_boxes, make_instances
+from .instances import ego_boxes, make_instances, with_length_first
 from .parallel import parallel_map
 from .sweep_infos import SWEEP_FILE
 
@@ -81,25 +80,25 @@ def write_panoptic_labels(
     results = list(parallel_map(_write_one, range(len(infos)), job, 'labels', processes))
     failed = [result for result in results if result not in ('written', 'kept')]
     if len(failed) == len(infos):
-        raise DataError('not one label of %d keyframes could be read; the first: %s' % (len(infos), failed[0]))
+        raise DataError(f'not one label of {len(infos)} keyframes could be read; the first: {failed[0]}')
     return PanopticResult(results.count('written'), results.count('kept'), failed)
 
 
 def _gather_infos(data_root, version, info_files):
-    usual = [data_root / (SWEEP_FILE % split) for split in ('train', 'val')]
+    usual = [data_root / SWEEP_FILE.format(split) for split in ('train', 'val')]
     paths = [data_root / name for name in info_files] if info_files else [p for p in usual if p.is_file()]
     if not paths:
         raise DataError(
-            '{} holds no info files ({}); make them with gen_sweep_info.py, or name others with --infos'.format(
-                data_root, SWEEP_FILE % 'train'
-            )
+            f'{data_root} holds no info files ({SWEEP_FILE.format("train")}); make them with gen_sweep_info.py, or '
+            'name others with --infos'
         )
     infos = []
     for path in paths:
         content = load_infos(path)
         if content.version and content.version != version:
             raise DataError(
-                f'{path} is of version {content.version}, not {version}; give --version {content.version}, or make it again with gen_sweep_info.py'
+                f'{path} is of version {content.version}, not {version}; give --version {content.version}, or make it '
+                'again with gen_sweep_info.py'
             )
         infos.extend(with_length_first(content.infos))
     return infos

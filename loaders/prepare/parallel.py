@@ -44,8 +44,8 @@ def parallel_map(
             yield from tqdm(results, total=len(items), desc=label, disable=not progress)
         except BrokenProcessPool as error:
             raise UserError(
-                '%s: a worker process was killed, most likely for want of memory; run the command '
-                'again with fewer --processes (now %d)' % (label, processes)
+                f'{label}: a worker process was killed, most likely for want of memory; run the command '
+                f'again with fewer --processes (now {processes})'
             ) from error
 
 

@@ -7,14 +7,13 @@ from lib.errors import DataError
 from lib.infos import load_infos
 from lib.io import save_pickle
 
-from .box_convention import with_length_first
-from .camera_sweeps import add_camera_sweeps
-from .keyframe_infos import keyframe_info
+from .instances import with_length_first
+from .keyframe_infos import add_camera_sweeps, keyframe_info
 from .parallel import parallel_map
 from .tables import open_tables, split_of_scenes
 
-SWEEP_FILE = 'nuscenes_infos_%s_sweep.pkl'
-MMDET3D_FILE = 'nuscenes_infos_%s.pkl'
+SWEEP_FILE = 'nuscenes_infos_{}_sweep.pkl'
+MMDET3D_FILE = 'nuscenes_infos_{}.pkl'
 
 
 class WrittenInfos(NamedTuple):
@@ -50,9 +49,9 @@ def write_sweep_infos(
         if from_infos is None:
             infos = _from_tables(nusc, scenes, split, processes)
         else:
-            infos = _extended(nusc, Path(from_infos, MMDET3D_FILE % split), split, processes)
+            infos = _extended(nusc, Path(from_infos, MMDET3D_FILE.format(split)), split, processes)
         infos.sort(key=lambda info: info['timestamp'])
-        path = Path(out_dir, SWEEP_FILE % split)
+        path = Path(out_dir, SWEEP_FILE.format(split))
         save_pickle(path, dict(infos=infos, metadata=dict(version=version)))
         written.append(WrittenInfos(path, len({info['scene_token'] for info in infos}), len(infos)))
     return written
@@ -78,8 +77,8 @@ def _extended(nusc, path, split, processes):
     foreign = [info['token'] for info in infos if info['token'] not in known]
     if foreign:
         raise DataError(
-            f'{path} holds keyframe {foreign[0]}, which is not in the tables of {nusc.version}; give the --version that the file '
-            'was made from'
+            f'{path} holds keyframe {foreign[0]}, which is not in the tables of {nusc.version}; give '
+            'the --version that the file was made from'
         )
     label = f'{split}: keyframes'
     return list(parallel_map(_extend_one, range(len(infos)), (nusc, infos), label, processes))

@@ -22,9 +22,8 @@ def open_tables(data_root, version: str):
     if missing:
         present = sorted(p.name for p in Path(data_root).glob('v1.0-*') if p.is_dir())
         raise DataError(
-            '{} does not exist; check --data-root and --version (versions there: {})'.format(
-                tables / (missing[0] + '.json'), ', '.join(present) or 'none'
-            )
+            f'{tables / missing[0]}.json does not exist; check --data-root and --version (versions there: '
+            f'{", ".join(present) or "none"})'
         )
     prepare_openmmlab()
     try:
@@ -35,7 +34,8 @@ def open_tables(data_root, version: str):
         return NuScenes(version=version, dataroot=str(data_root), verbose=False)
     except (AssertionError, KeyError, OSError, ValueError) as error:
         raise DataError(
-            f'the tables in {tables} cannot be used ({type(error).__name__}: {error}); unpack the metadata of nuScenes again'
+            f'the tables in {tables} cannot be used ({type(error).__name__}: {error}); unpack the metadata of '
+            'nuScenes again'
         ) from error
 
 
@@ -51,12 +51,13 @@ def split_of_scenes(nusc) -> Dict[str, List[Dict]]:
     split_of = _invert(read_json(own)) if own.is_file() else _official_splits(nusc.version)
     scenes: Dict[str, List[Dict]] = {}
     for scene in nusc.scene:
-        if scene['name'] not in split_of:
+        name = scene['name']
+        if name not in split_of:
             raise DataError(
-                'scene {} belongs to no split of nuScenes; name its split in {}, e.g. '
-                '{{"train": ["{}"], "val": []}}'.format(scene['name'], own, scene['name'])
+                f'scene {name} belongs to no split of nuScenes; name its split in {own}, e.g. '
+                f'{{"train": ["{name}"], "val": []}}'
             )
-        scenes.setdefault(split_of[scene['name']], []).append(scene)
+        scenes.setdefault(split_of[name], []).append(scene)
     return scenes
 
 

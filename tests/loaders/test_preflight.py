@@ -13,7 +13,7 @@ from lib.errors import DataError
 from lib.io import load_pickle_safe, save_pickle
 from lib.task import Task
 from loaders import build_dataset
-from loaders.checks.findings import spread
+from loaders.checks import spread
 from loaders.preflight import inspect_dataset, preflight
 from loaders.prepare.sweep_infos import write_sweep_infos
 
