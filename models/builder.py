@@ -1,11 +1,13 @@
-"""The detector from its config."""
+"""The detector and its parts from their configs."""
 
+import inspect
 import logging
-from typing import Mapping
+from typing import Mapping, Optional
 
 from mmdet.models.builder import DETECTORS
 
 from lib.errors import ConfigError
+from lib.registry import build_checked
 from lib.task import Task
 
 
@@ -22,15 +24,47 @@ def build_model(cfg: Mapping, task: Task):
     Raises:
         ConfigError: an unknown or missing key, or a value that does not fit the task.
     """
-    cfg = dict(cfg)
     if 'task' in cfg:
         raise ConfigError('model.task must not be given: the task comes from the top-level task dict')
-    try:
-        model = DETECTORS.build(dict(cfg, task=task))
-    except (TypeError, KeyError) as error:
-        raise ConfigError('model: {}'.format(' '.join(str(a) for a in error.args))) from error
+    model = build_checked(cfg, DETECTORS, dict(task=task), 'model')
     _init_quietly(model)
     return model.train()  # a ResNet fixes its running statistics (norm_eval) only when told to train
+
+
+def build_part(cfg: Mapping, registry, where: str, task: Optional[Task] = None):
+    """A registered part of the model.
+
+    Args:
+        cfg: dict with ``type`` and the arguments of its constructor.
+        registry: mmcv Registry.
+        where: key of ``cfg`` in the config, for messages.
+        task: handed over if the constructor has an argument of that name.
+    """
+    kind = cfg.get('type') if isinstance(cfg, Mapping) else None
+    cls = kind if inspect.isclass(kind) else registry.get(kind) if isinstance(kind, str) else None
+    takes_task = cls is not None and 'task' in inspect.signature(cls.__init__).parameters
+    return build_checked(cfg, registry, dict(task=task) if takes_task else {}, where)
+
+
+def hand_down(cfg: Mapping, where: str, values: Mapping, source: str) -> Mapping:
+    """The config of an inner part with the values that an outer one gives it; None is not given.
+
+    Args:
+        cfg: of the inner part.
+        where: its key in the config.
+        values: by key.
+        source: where in the config they come from.
+
+    Raises:
+        ConfigError: the inner config has the value, too; it names both places.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    for key in given:
+        if key in cfg:
+            raise ConfigError(
+                f'{key} is given twice, by {where} ({cfg[key]!r}) and by {source} ({given[key]!r}); remove one of them'
+            )
+    return dict(cfg, **given)
 
 
 def _init_quietly(model):

@@ -9,56 +9,61 @@ from typing import Callable, Dict, Hashable, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from models.autocast_state import autocast_dtype
+from models.torch_compat import autocast_dtype
 
 _WARM_UP_RUNS = 3  # lets libraries pick algorithms and allocate workspaces before the capture
 
+MaybeTensors = Sequence[Optional[Tensor]]
+
 
 class _Captured:
-    """One graph with the tensors it reads and writes."""
+    """One graph with the tensors it reads and writes.
 
-    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], in_place: Sequence[Tensor]):
-        self.in_place = list(in_place)  # kept, so that their memory is not given to other tensors
+    Args:
+        run: the work, given the inputs.
+        inputs: copied into memory of the graph's own.
+    """
+
+    def __init__(self, run: Callable[..., MaybeTensors], inputs: MaybeTensors):
         with torch.inference_mode(False):  # later calls may write to them outside that mode
-            self.inputs = [tensor.clone(memory_format=torch.preserve_format) for tensor in inputs]
-        stream = torch.cuda.Stream(self.inputs[0].device)
-        stream.wait_stream(torch.cuda.current_stream(self.inputs[0].device))
+            self.inputs = [None if t is None else t.clone(memory_format=torch.preserve_format) for t in inputs]
+        device = self.inputs[0].device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_RUNS):
-                function(*self.inputs, *self.in_place)
-        torch.cuda.current_stream(self.inputs[0].device).wait_stream(stream)
+                run(*self.inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.outputs = list(function(*self.inputs, *self.in_place))
+            self.outputs = list(run(*self.inputs))
 
-    def replay(self, inputs: Sequence[Tensor]) -> List[Tensor]:
+    def replay(self, inputs: MaybeTensors) -> List[Optional[Tensor]]:
         for static, tensor in zip(self.inputs, inputs):
-            static.copy_(tensor)
+            if static is not None:
+                static.copy_(tensor)
         self.graph.replay()
-        return [tensor.clone() for tensor in self.outputs]
+        return [None if tensor is None else tensor.clone() for tensor in self.outputs]
 
 
 class GraphedFunction:
-    """A function of CUDA tensors, captured once per combination of shapes, dtypes and autocast state.
+    """A function of CUDA tensors, captured once for everything that a call says its result depends on.
 
     Args:
-        function: takes and returns tensors only; no gradients, no synchronisation with the host, shapes
-            that depend on the inputs' shapes alone. Module weights may change in place between calls, but
-            their storage may not: call :meth:`clear` after ``module.to(...)``.
+        function: takes plain values, then tensors (or None), and gives tensors (or None); no gradients, no
+            synchronisation with the host, shapes that depend on the inputs' shapes alone. Module weights may
+            change in place between calls, but their storage may not: call :meth:`clear` after ``module.to(...)``.
         max_graphs: graphs kept; the oldest is dropped.
         state: tells what else the result depends on, such as a version of weights that the function prepares
             outside the graph. Graphs are dropped where it gives another value than before.
     """
 
     def __init__(
-        self,
-        function: Callable[..., Sequence[Tensor]],
-        max_graphs: int = 4,
-        state: Optional[Callable[[], Hashable]] = None,
+        self, function: Callable[..., MaybeTensors], max_graphs: int = 4, state: Optional[Callable[[], Hashable]] = None
     ):
         self.function, self.max_graphs, self.state = function, max_graphs, state
         self._captured_in: Hashable = None
-        self._graphs: Dict[Hashable, _Captured] = {}
+        self._graphs: Dict[Hashable, Tuple[_Captured, Sequence[Tensor]]] = {}
 
     def clear(self):
         """Drop every graph."""
@@ -67,35 +72,44 @@ class GraphedFunction:
     def __getstate__(self):
         return dict(self.__dict__, _graphs={})  # graphs cannot be copied or stored
 
-    def __call__(self, *inputs: Tensor, in_place: Sequence[Tensor] = ()) -> List[Tensor]:
-        """The function's result, in fresh tensors.
+    def __call__(
+        self, *inputs: Optional[Tensor], fixed: Tuple[Hashable, ...] = (), in_place: Sequence[Tensor] = ()
+    ) -> List[Optional[Tensor]]:
+        """``function(*fixed, *inputs, *in_place)``, in fresh tensors. The key of its graph holds all three.
 
         Args:
-            inputs: copied into the graph's own memory.
-            in_place: further arguments, after the inputs, that the graph reads where they are: for tensors that
-                stay at one address. At another address the function is captured anew.
+            inputs: copied into the graph's own memory; the first is a tensor, others may be None.
+            fixed: plain values.
+            in_place: tensors that stay at one address, read where they are. At another address the function is
+                captured anew.
         """
         if not inputs[0].is_cuda:
-            return list(self.function(*inputs, *in_place))
+            return list(self.function(*fixed, *inputs, *in_place))
         state = None if self.state is None else self.state()
         if state != self._captured_in:
             self.clear()
             self._captured_in = state
-        key = self._signature(list(inputs) + list(in_place)), tuple(t.data_ptr() for t in in_place)
+        addresses = tuple(tensor.data_ptr() for tensor in in_place)
+        key = (autocast_dtype('cuda'), fixed, _describe(inputs), _describe(in_place), addresses)
         if key not in self._graphs:
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.pop(next(iter(self._graphs)))
-            self._graphs[key] = self._capture(inputs, in_place)
-        return self._graphs[key].replay(inputs)
+            # the tensors in place are kept, so that their memory is not given to others
+            self._graphs[key] = self._capture(inputs, fixed, in_place), list(in_place)
+        return self._graphs[key][0].replay(inputs)
 
-    def _capture(self, inputs: Sequence[Tensor], in_place: Sequence[Tensor]) -> _Captured:
+    def _capture(self, inputs: MaybeTensors, fixed: Tuple, in_place: Sequence[Tensor]) -> _Captured:
         """Capture with autocast as outside, but without its weight cache: replays must see new weights."""
+
+        def run(*tensors: Optional[Tensor]) -> MaybeTensors:
+            return self.function(*fixed, *tensors, *in_place)
+
         dtype = autocast_dtype('cuda')
         if dtype is None:
-            return _Captured(self.function, inputs, in_place)
+            return _Captured(run, inputs)
         with torch.autocast('cuda', dtype=dtype, cache_enabled=False):
-            return _Captured(self.function, inputs, in_place)
+            return _Captured(run, inputs)
 
-    @staticmethod
-    def _signature(inputs: Sequence[Tensor]) -> Tuple:
-        return (autocast_dtype('cuda'),) + tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in inputs)
+
+def _describe(tensors: MaybeTensors) -> Tuple:
+    return tuple(None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)

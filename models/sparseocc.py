@@ -3,33 +3,29 @@
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n; X, Y, Z the grid.
 """
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from mmcv.runner import BaseModule
-from mmdet.models.builder import DETECTORS, build_backbone, build_head, build_neck
+from mmdet.models.builder import BACKBONES, DETECTORS, HEADS, NECKS
 from torch import Tensor
 
 from lib.errors import ConfigError, DataError
+from lib.registry import check_keys
 from lib.targets import OccupancyTargets
 from lib.task import Task
-from models.autocast_state import autocast_dtype
-from models.csrc.extension import compiled_operators
-from models.csrc.msmv_sampling import select_frames
+from models.builder import build_part, hand_down
+from models.csrc import compiled_operators
 from models.cuda_graph import GraphedFunction
-from models.feature_cache import FeatureCache
-from models.heads.sparseocc_head import MergedPrediction
-from models.image_input import ImageInput
-from models.layers.fused_fpn import can_fuse_neck, run_neck
-from models.layers.fused_resnet import FusedResNet, can_fuse
-from models.sampling import ImageFeatures
-from models.transformer import TransformerOutput
+from models.decoders import TransformerOutput
+from models.encoder import ImageEncoder, ImageFeatures
+from models.encoder.image_input import ImageInput
+from models.head import MergedPrediction
 
 HISTORY = ('full', 'cached')
-_TEST_KEYS = ('history', 'draws', 'merge_stuff', 'overlap_threshold', 'score_threshold', 'cuda_graph')
+_HEAD_KEYS = ('draws', 'merge_stuff', 'overlap_threshold', 'score_threshold')  # of test_cfg, for the head
 
 
 @dataclass
@@ -86,23 +82,21 @@ class SparseOcc(BaseModule):
                 'start from are given by load_from)'
             )
         self.task = task if isinstance(task, Task) else Task.from_config(task)
-        test_cfg = _checked_test_cfg(test_cfg or {})
-        self.history = test_cfg.pop('history', 'full')
-        self.cuda_graph = bool(test_cfg.pop('cuda_graph', False))
+        test_cfg = dict(test_cfg or {})
+        check_keys(test_cfg, ('history', 'cuda_graph', *_HEAD_KEYS), 'model.test_cfg')
+        self.history, self.cuda_graph = test_cfg.get('history', 'full'), bool(test_cfg.get('cuda_graph', False))
+        if self.history not in HISTORY:
+            raise ConfigError(f'model.test_cfg.history must be one of {list(HISTORY)}, got {self.history!r}')
         self.use_mask_camera = use_mask_camera
         self.image_input = ImageInput.from_config(data_aug)
-        self.img_backbone = build_backbone(dict(img_backbone))
-        self.img_neck = build_neck(dict(img_neck))
-        self.pts_bbox_head = build_head(dict(pts_bbox_head, task=self.task, **test_cfg))
-        for part in (self.img_backbone, self.img_neck):  # the layout that the sampling reads
-            part.to(memory_format=torch.channels_last)
-        self._cache = FeatureCache(capacity=self.task.num_frames)
-        fuses = fuse_backbone and can_fuse(self.img_backbone)
-        self._fused_backbone = FusedResNet(self.img_backbone) if fuses else None
-        self.img_backbone.keeps_float32 = True  # folded in float32, see lib.run.numerics.convert_weights
-        self._fuses_neck = fuse_backbone
-        self._graphed_encoder = GraphedFunction(self._encode, state=self._backbone_version)
-        self._graphed_head = GraphedFunction(self._predict_from_tensors, max_graphs=2)
+        self.img_backbone = build_part(img_backbone, BACKBONES, 'model.img_backbone')
+        self.img_neck = build_part(img_neck, NECKS, 'model.img_neck')
+        head = {key: test_cfg[key] for key in _HEAD_KEYS if key in test_cfg}
+        head = hand_down(pts_bbox_head, 'model.pts_bbox_head', head, 'model.test_cfg')
+        self.pts_bbox_head = build_part(head, HEADS, 'model.pts_bbox_head', self.task)
+        parts = self.image_input, self.img_backbone, self.img_neck
+        self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse=fuse_backbone)
+        self._graphed_head = GraphedFunction(self._merge_tensors, max_graphs=2)
         self._register_load_state_dict_pre_hook(self._forget_weights)
 
     def forward(
@@ -136,19 +130,18 @@ class SparseOcc(BaseModule):
         with torch.no_grad():
             return self.predict(img, lidar2img, ego2lidar, img_metas)
 
-    def loss(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, targets: OccupancyTargets):
+    def loss(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, targets: OccupancyTargets) -> Dict[str, Tensor]:
         """Every loss term by name; arguments as in :meth:`forward`."""
-        features = self._features(self.extract_features(img), img, lidar2img, ego2lidar)
-        return self.pts_bbox_head.loss(self.pts_bbox_head(features), targets)
+        return self.pts_bbox_head.loss(self.pts_bbox_head(self.encoder(img, lidar2img, ego2lidar)), targets)
 
     def predict(
         self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
     ) -> List[Dict[str, np.ndarray]]:
         """Predictions per sample; arguments and result as in :meth:`forward`."""
+        features = self._features(img, lidar2img, ego2lidar, img_metas)
         if self.cuda_graph and img.shape[0] == 1 and img.is_cuda and not self.training:
-            merged = [self._predict_by_graph(self._test_features(img, lidar2img, ego2lidar, img_metas))]
+            merged = [self._merge_by_graph(features)]
         else:
-            features = self._test_features(img, lidar2img, ego2lidar, img_metas)
             merged = self.pts_bbox_head.merge(self.pts_bbox_head(features))
         return [self._to_numpy(sample) for sample in merged]
 
@@ -159,70 +152,40 @@ class SparseOcc(BaseModule):
 
         Call it under ``torch.no_grad()`` unless gradients are wanted; with gradients nothing comes from the cache.
         """
-        features = self._test_features(img, lidar2img, ego2lidar, img_metas)
-        if features.frame_index is not None:  # later steps write into the maps of the cache
-            maps = select_frames(features.maps, features.frame_index, self.task.num_cameras)
-            features = features._replace(maps=maps, frame_index=None)
+        features = self._features(img, lidar2img, ego2lidar, img_metas).in_order(self.task.num_cameras)
         output = self.pts_bbox_head(features)
         return RawPrediction(features, output, self.pts_bbox_head.merge(output))
 
-    def extract_features(self, img: Tensor) -> List[Tensor]:
-        """img uint8 [B, n, 3, H, W] BGR -> L feature maps [B, n, H_l, W_l, C], channels last."""
-        one_frame = img.shape[:2] == (1, self.task.num_cameras)
-        if self.cuda_graph and one_frame and not self.training and not torch.is_grad_enabled():
-            return self._graphed_encoder(img)
-        return self._encode(img)
+    def _features(self, img, lidar2img, ego2lidar, img_metas) -> ImageFeatures:
+        """What to predict from, with the history that the config asks for."""
+        known_by = img_metas if self.history == 'cached' else None
+        return self.encoder(img, lidar2img, ego2lidar, known_by, graphed=self.cuda_graph)
 
-    def _encode(self, img: Tensor) -> List[Tensor]:
-        batch, count = img.shape[:2]
-        images = self.image_input(img.flatten(0, 1), samples=batch)
-        fused = self._fused_backbone
-        stages = fused(images) if fused is not None and fused.serves(images) else self.img_backbone(images)
-        fuses_neck = (
-            self._fuses_neck and images.is_cuda and not torch.is_grad_enabled() and can_fuse_neck(self.img_neck)
-        )
-        maps = run_neck(self.img_neck, stages) if fuses_neck else self.img_neck(stages)
-        maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
-        return [level.view((batch, count) + level.shape[1:]) for level in maps]
-
-    def _backbone_version(self) -> int:
-        return 0 if self._fused_backbone is None else self._fused_backbone.version()
-
-    def _predict_by_graph(self, features: ImageFeatures) -> MergedPrediction:
-        """Labels of one sample. The cache's maps stay where they are, so the graph reads them there."""
-        self._graphed_image_size = features.image_size
+    def _merge_by_graph(self, features: ImageFeatures) -> MergedPrediction:
+        """Labels of one sample. Stored maps stay where they are, so the graph reads them there."""
+        inputs, fixed = (features.ego2img, features.frame_index), (features.image_size,)
         if features.frame_index is None:
-            return MergedPrediction(*self._graphed_head(features.ego2img, *features.maps))
-        return MergedPrediction(*self._graphed_head(features.ego2img, features.frame_index, in_place=features.maps))
+            return MergedPrediction(*self._graphed_head(*inputs, *features.maps, fixed=fixed))
+        return MergedPrediction(*self._graphed_head(*inputs, fixed=fixed, in_place=features.maps))
 
-    def _predict_from_tensors(self, ego2img: Tensor, *others: Tensor) -> List[Tensor]:
-        """Labels of one sample, as the fields of ``MergedPrediction`` that the task has.
-
-        Args:
-            ego2img: [1, T*N, 4, 4].
-            others: frame_index if there is one, then the L maps.
-        """
-        frame_index = others[0] if others[0].dim() == 1 else None
-        maps = others if frame_index is None else others[1:]
-        features = ImageFeatures(list(maps), ego2img, self._graphed_image_size, frame_index)
-        merged = self.pts_bbox_head.merge(self.pts_bbox_head(features))[0]
-        return [
-            part for part in (merged.voxels, merged.semantics, merged.pano_inst, merged.pano_sem) if part is not None
-        ]
+    def _merge_tensors(
+        self, image_size: Tuple[int, int], ego2img: Tensor, frame_index: Optional[Tensor], *maps: Tensor
+    ) -> List[Optional[Tensor]]:
+        """The fields of one sample's ``MergedPrediction`` from those of ``ImageFeatures``."""
+        merged = self.pts_bbox_head.merge(self.pts_bbox_head(ImageFeatures(maps, ego2img, image_size, frame_index)))[0]
+        return [merged.voxels, merged.semantics, merged.pano_inst, merged.pano_sem]
 
     def describe_speed(self) -> str:
         """One sentence on what, besides the precision, decides how fast inference at batch 1 is."""
         device = next(self.parameters()).device
         if device.type != 'cuda':
             return 'PyTorch operators'
-        operators = compiled_operators(device)
-        return 'compiled operators: {}; CUDA graphs {}'.format(
-            ', '.join(operators) if operators else 'none (make build-ops)', 'on' if self.cuda_graph else 'off'
-        )
+        operators = ', '.join(compiled_operators(device)) or 'none (make build-ops)'
+        return f'compiled operators: {operators}; CUDA graphs {"on" if self.cuda_graph else "off"}'
 
     def reset_history(self):
         """Forget the features of earlier frames."""
-        self._cache.clear()
+        self.encoder.cache.clear()
 
     def train(self, mode: bool = True):
         """Switch mode; leaving or entering training forgets the features of earlier frames."""
@@ -233,55 +196,20 @@ class SparseOcc(BaseModule):
 
     def _forget_weights(self, *_):
         """Drop everything that was made from the weights as they were."""
-        self._graphed_encoder.clear()
         self._graphed_head.clear()
-        if self._fused_backbone is not None:
-            self._fused_backbone.clear()
-        self._cache.release()
+        self.encoder.forget_weights()
 
     def _apply(self, fn, *args, **kwargs):
         """Move or convert the parameters; graphs and features hold the old ones."""
         self._forget_weights()
         return super()._apply(fn, *args, **kwargs)
 
-    def _test_features(
-        self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]]
-    ) -> ImageFeatures:
-        """Features of all frames; those of frames seen before come from the cache if it may be used."""
-        keys = self._frame_keys(img, img_metas)
-        if keys is None:
-            return self._features(self.extract_features(img), img, lidar2img, ego2lidar)
-        features = self._features([], img, lidar2img, ego2lidar)  # first, so that the GPU need not wait for it later
-        frames = img.view((len(keys), -1) + img.shape[2:])
-        stored = self._cache.fetch(keys, lambda t: [level[0] for level in self.extract_features(frames[t : t + 1])])
-        return features._replace(
-            maps=[level.flatten(0, 1).unsqueeze(0) for level in stored.maps],
-            frame_index=_index_on(img.device, tuple(stored.slots)),
-        )
-
-    def _frame_keys(self, img: Tensor, img_metas) -> Optional[List]:
-        """A key per frame, or None where the cache cannot be used: batch above 1, no keys, training, gradients."""
-        if self.history != 'cached' or self.training or img.shape[0] != 1 or not img_metas:
-            return None
-        if torch.is_grad_enabled():
-            return None
-        names = img_metas[0].get('frame_keys')
-        if not names:
-            return None
-        cameras = self.task.num_cameras
-        setting = (str(img.device), autocast_dtype(img.device.type), tuple(img.shape[-2:]))
-        return [(tuple(names[i : i + cameras]), setting) for i in range(0, len(names), cameras)]
-
-    def _features(self, maps: List[Tensor], img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
-        ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
-        return ImageFeatures(maps, ego2img, self.image_input.padded_size(img.shape[-2:]))
-
     def _check_images(self, img: Tensor):
-        expected = self.task.num_frames * self.task.num_cameras
-        if img.dim() != 5 or img.shape[1] != expected:
+        frames, cameras = self.task.num_frames, self.task.num_cameras
+        if img.dim() != 5 or img.shape[1] != frames * cameras:
             raise DataError(
-                'a batch of shape %s does not hold the %d images per sample (%d frames x %d '
-                'cameras) of the task' % (tuple(img.shape), expected, self.task.num_frames, self.task.num_cameras)
+                f'a batch of shape {tuple(img.shape)} does not hold the {frames * cameras} images per sample '
+                f'({frames} frames x {cameras} cameras) of the task'
             )
 
     def _checked_targets(self, targets: Optional[OccupancyTargets]) -> OccupancyTargets:
@@ -316,22 +244,3 @@ class SparseOcc(BaseModule):
             pano_sem=merged.pano_sem,
         )
         return {name: value.unsqueeze(0).cpu().numpy() for name, value in arrays.items() if value is not None}
-
-
-@functools.lru_cache(maxsize=64)
-def _index_on(device: torch.device, numbers: Tuple[int, ...]) -> Tensor:
-    """int64 tensor, kept: copying it to a GPU anew would wait for all work there. Not to be written to."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)
-
-
-def _checked_test_cfg(test_cfg: Mapping) -> Dict:
-    test_cfg = dict(test_cfg)
-    unknown = set(test_cfg) - set(_TEST_KEYS)
-    if unknown:
-        raise ConfigError(f'model.test_cfg: unknown keys {sorted(unknown)}; the keys are {list(_TEST_KEYS)}')
-    if test_cfg.get('history', 'full') not in HISTORY:
-        raise ConfigError(
-            'model.test_cfg.history must be one of {}, got {!r}'.format(list(HISTORY), test_cfg['history'])
-        )
-    return test_cfg

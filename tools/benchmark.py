@@ -186,7 +186,7 @@ class Bench:
 
         def step(_):
             with torch.no_grad(), self.autocast():
-                model.extract_features(images)
+                model.encoder.encode(images, graphed=model.cuda_graph)
 
         return [self.row('encoder, one frame of %d images' % self.task.num_cameras, step)]
 

@@ -11,10 +11,10 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
-from lib.task import Task
+from models.decoders.layers import AdaptiveMixing, DecoderSizes
+from models.decoders.sampling import MaskGuidedSampling
 from models.decoders.sparse_voxel_decoder import VoxelStage
-from models.layers import AdaptiveMixing
-from models.sampling import ImageFeatures, MaskGuidedSampling
+from models.encoder import ImageFeatures
 
 
 @dataclass
@@ -34,27 +34,17 @@ class MaskDecoderLayer(BaseModule):
     """Self-attention, mask-guided sampling and mixing, FFN; and the prediction heads.
 
     Args:
-        task: classes, grid, cameras, frames.
-        embed_dims: C.
+        sizes: of the decoder.
         out_points: p_out of the mixing.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        embed_dims: int,
-        num_groups: int,
-        num_points: int,
-        num_levels: int,
-        dropout: float,
-        out_points: int,
-        published_weight_order: bool,
-    ):
+    def __init__(self, sizes: DecoderSizes, out_points: int):
         super().__init__()
+        embed_dims, task = sizes.embed_dims, sizes.task
         self.self_attn = QueryAttention(embed_dims)
-        self.sampling = MaskGuidedSampling(embed_dims, num_groups, num_points, num_levels, task, published_weight_order)
-        self.mixing = AdaptiveMixing(embed_dims, num_points * task.num_frames, out_points, num_groups)
-        self.ffn = FFN(embed_dims, feedforward_channels=2 * embed_dims, ffn_drop=dropout)
+        self.sampling = MaskGuidedSampling(sizes)
+        self.mixing = AdaptiveMixing(embed_dims, sizes.num_points * task.num_frames, out_points, sizes.num_groups)
+        self.ffn = FFN(embed_dims, feedforward_channels=2 * embed_dims, ffn_drop=sizes.dropout)
         self.mask_proj = nn.Linear(embed_dims, embed_dims)
         self.classifier = nn.Linear(embed_dims, task.label_set.num_occupied)
         self.norm1 = nn.LayerNorm(embed_dims)
@@ -98,32 +88,18 @@ class MaskDecoder(BaseModule):
     """One layer, applied ``num_layers`` times with shared weights; a prediction before and after each.
 
     Args:
-        task: classes, grid, cameras, frames.
+        sizes: of the decoder.
         num_layers: applications of the layer.
         num_queries: Q.
         out_points: p_out of the mixing.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        embed_dims: int,
-        num_layers: int,
-        num_queries: int,
-        num_groups: int,
-        num_points: int,
-        num_levels: int,
-        dropout: float = 0.1,
-        out_points: int = 128,
-        published_weight_order: bool = True,
-    ):
+    def __init__(self, sizes: DecoderSizes, num_layers: int, num_queries: int, out_points: int = 128):
         super().__init__()
         self.num_layers = num_layers
-        self.decoder_layer = MaskDecoderLayer(
-            task, embed_dims, num_groups, num_points, num_levels, dropout, out_points, published_weight_order
-        )
-        self.query_feat = nn.Embedding(num_queries, embed_dims)
-        self.query_pos = nn.Embedding(num_queries, embed_dims)
+        self.decoder_layer = MaskDecoderLayer(sizes, out_points)
+        self.query_feat = nn.Embedding(num_queries, sizes.embed_dims)
+        self.query_pos = nn.Embedding(num_queries, sizes.embed_dims)
 
     def forward(self, stage: VoxelStage, draws, features: ImageFeatures) -> List[MaskPrediction]:
         """``num_layers + 1`` predictions over the voxels of the last stage."""

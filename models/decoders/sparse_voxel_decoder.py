@@ -4,7 +4,7 @@ Shapes: B batch, Q blocks going into a stage, K children kept by it, C channels,
 Block coordinates are the full-resolution voxel indices of a block's lower corner.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import List, Optional, Sequence
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lib.errors import ConfigError
 from lib.task import Task
-from models.draws import running_count
-from models.layers import AdaptiveMixing, DistanceAttention
-from models.sampling import BlockSampling, ImageFeatures
+from models.decoders.layers import AdaptiveMixing, DecoderSizes, DistanceAttention
+from models.decoders.sampling import BlockSampling, running_count
+from models.encoder import ImageFeatures
 
 # Child order: the corner itself, then one step along x, y, z, xy, xz, yz, xyz.
 _CHILDREN = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
@@ -45,26 +45,15 @@ class SparseVoxelDecoderLayer(BaseModule):
     """Position, self-attention (not in the last stage), sampling and mixing, FFN.
 
     Args:
-        embed_dims: C.
-        num_points: P, sampled points per group.
+        sizes: of the decoder, with the points of this layer.
         interval: edge of a block in voxels.
         num_heads: heads of the attention between blocks; 0 leaves it out.
+        mixing_chunk: see ``AdaptiveMixing``; if not 0, attention saves memory, too.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        embed_dims: int,
-        num_groups: int,
-        num_points: int,
-        num_levels: int,
-        interval: int,
-        num_heads: int,
-        dropout: float,
-        mixing_chunk: int,
-        published_weight_order: bool,
-    ):
+    def __init__(self, sizes: DecoderSizes, interval: int, num_heads: int, mixing_chunk: int):
         super().__init__()
+        task, embed_dims = sizes.task, sizes.embed_dims
         self.voxel_size, self.interval = task.voxel_size, interval
         self.position_encoder = nn.Sequential(
             nn.Linear(3, embed_dims),
@@ -74,13 +63,13 @@ class SparseVoxelDecoderLayer(BaseModule):
             nn.LayerNorm(embed_dims),
             nn.ReLU(inplace=True),
         )
-        self.self_attn = DistanceAttention(embed_dims, num_heads, dropout) if num_heads else None
-        self.sampling = BlockSampling(
-            embed_dims, num_groups, num_points, num_levels, task.num_cameras, published_weight_order
+        self.self_attn = (
+            DistanceAttention(embed_dims, num_heads, sizes.dropout, save_memory=mixing_chunk > 0) if num_heads else None
         )
-        in_points = num_points * task.num_frames
-        self.mixing = AdaptiveMixing(embed_dims, in_points, in_points * num_groups, num_groups, mixing_chunk)
-        self.ffn = FFN(embed_dims, feedforward_channels=2 * embed_dims, ffn_drop=dropout)
+        self.sampling = BlockSampling(sizes)
+        in_points, groups = sizes.num_points * task.num_frames, sizes.num_groups
+        self.mixing = AdaptiveMixing(embed_dims, in_points, in_points * groups, groups, mixing_chunk)
+        self.ffn = FFN(embed_dims, feedforward_channels=2 * embed_dims, ffn_drop=sizes.dropout)
         self.norm1 = nn.LayerNorm(embed_dims) if num_heads else None
         self.norm2 = nn.LayerNorm(embed_dims)
         self.norm3 = nn.LayerNorm(embed_dims)
@@ -104,28 +93,21 @@ class SparseVoxelDecoder(BaseModule):
     """Stages of intervals 8, 4, 2 voxels; each keeps the top k of its blocks' children.
 
     Args:
-        task: grid, range, cameras, frames, classes.
-        scoring: 'semantic' (release 1.1: 1 - probability of free) or 'occupancy' (release 1.0: own head).
+        sizes: of the decoder; ``num_points`` is that of the first stage, halved from stage to stage.
         topk_training, topk_testing: children kept by each stage; their length is the number of stages.
-        num_points: P of the first stage; halved from stage to stage.
-        mixing_chunk: see ``AdaptiveMixing``; if not 0, attention saves memory, too.
+        scoring: 'semantic' (release 1.1: 1 - probability of free) or 'occupancy' (release 1.0: own head).
         num_heads: of the attention between blocks, in all stages but the last; 0 leaves it out.
+        mixing_chunk: see ``AdaptiveMixing``; if not 0, attention saves memory, too.
     """
 
     def __init__(
         self,
-        task: Task,
-        embed_dims: int,
-        num_groups: int,
-        num_points: int,
-        num_levels: int,
+        sizes: DecoderSizes,
         topk_training: Sequence[int],
         topk_testing: Sequence[int],
         scoring: str,
-        dropout: float = 0.1,
-        mixing_chunk: int = 0,
-        published_weight_order: bool = True,
         num_heads: int = 8,
+        mixing_chunk: int = 0,
     ):
         super().__init__()
         if scoring not in ('semantic', 'occupancy'):
@@ -136,6 +118,7 @@ class SparseVoxelDecoder(BaseModule):
                 f'{topk_training!r} and {topk_testing!r}'
             )
         self.topk_training, self.topk_testing = tuple(topk_training), tuple(topk_testing)
+        task, embed_dims = sizes.task, sizes.embed_dims
         self.embed_dims, self.scoring = embed_dims, scoring
         stages = len(self.topk_training)
         self.intervals = tuple(2 ** (stages - i) for i in range(stages))
@@ -143,16 +126,10 @@ class SparseVoxelDecoder(BaseModule):
         self.decoder_layers = ModuleList(
             [
                 SparseVoxelDecoderLayer(
-                    task,
-                    embed_dims,
-                    num_groups,
-                    max(1, num_points >> i),
-                    num_levels,
+                    replace(sizes, num_points=max(1, sizes.num_points >> i)),
                     interval,
                     num_heads if i < stages - 1 else 0,
-                    dropout,
                     mixing_chunk,
-                    published_weight_order,
                 )
                 for i, interval in enumerate(self.intervals)
             ]
@@ -222,21 +199,13 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
 def _block_corners(grid_shape, interval: int) -> Tensor:
     """int64 [blocks, 3]: lower corners of all blocks, z fastest, then y, then x."""
     axes = [torch.arange(0, size, interval) for size in grid_shape]
-    grid = torch.stack(
-        [
-            axes[0].view(-1, 1, 1).expand([len(a) for a in axes]),
-            axes[1].view(1, -1, 1).expand([len(a) for a in axes]),
-            axes[2].view(1, 1, -1).expand([len(a) for a in axes]),
-        ],
-        dim=-1,
-    )
-    return grid.reshape(-1, 3)
+    return torch.cartesian_prod(*axes)
 
 
 def _check_divisible(task: Task, interval: int):
     if any(size % interval for size in task.grid_shape):
+        grid = 'x'.join(map(str, task.grid_shape))
         raise ConfigError(
-            'the grid of %s voxels (task.point_cloud_range / task.voxel_size) cannot be cut '
-            'into blocks of %d voxels; make each side a multiple of %d'
-            % ('x'.join(map(str, task.grid_shape)), interval, interval)
+            f'the grid of {grid} voxels (task.point_cloud_range / task.voxel_size) cannot be cut '
+            f'into blocks of {interval} voxels; make each side a multiple of {interval}'
         )

@@ -1,7 +1,16 @@
 """Losses of the voxel decoder (per stage) and of the mask decoder (per prediction)."""
 
 from .mask2former import Mask2FormerLoss
-from .scene_affinity import GeoScalLoss, SemScalLoss
-from .voxel import VoxelLosses
+from .voxel import StageLabels, VoxelLosses
+from .voxel_terms import BalancedOccupancyLoss, GeoScalLoss, LovaszSoftmaxLoss, SemScalLoss, VoxelCrossEntropyLoss
 
-__all__ = ['GeoScalLoss', 'Mask2FormerLoss', 'SemScalLoss', 'VoxelLosses']
+__all__ = [
+    'BalancedOccupancyLoss',
+    'GeoScalLoss',
+    'LovaszSoftmaxLoss',
+    'Mask2FormerLoss',
+    'SemScalLoss',
+    'StageLabels',
+    'VoxelCrossEntropyLoss',
+    'VoxelLosses',
+]

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from mmcv.runner import BaseModule
 from mmdet.models.builder import LOSSES
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lib.dist import reduce_mean
 from lib.targets import OccupancyTargets
 from models.decoders import MaskPrediction, VoxelStage
-from models.losses.targets import take_blocks
-from models.matcher import Matching, match
+from models.losses.voxel import take_blocks
 
 _ALPHA, _GAMMA = 0.25, 2.0
 _COST_EPS = 1e-12
@@ -32,6 +32,17 @@ class MaskTargets(NamedTuple):
     masks: Tensor
     class_ids: Tensor
     counted: Optional[Tensor]
+
+
+class Matching(NamedTuple):
+    """Matched pairs of one sample, by query index.
+
+    queries    int64 [m]
+    instances  int64 [m]
+    """
+
+    queries: Tensor
+    instances: Tensor
 
 
 @LOSSES.register_module()
@@ -67,7 +78,7 @@ class Mask2FormerLoss(BaseModule):
         losses = {}
         for i, layer in enumerate(layers):
             for name, value in self._layer_losses(layer, samples, matchings[i]).items():
-                losses['%s_%d' % (name, i)] = value / normalizer
+                losses[f'{name}_{i}'] = value / normalizer
         return losses
 
     def _match(self, layers: Sequence[MaskPrediction], samples: Sequence[MaskTargets]) -> List[List[Matching]]:
@@ -116,6 +127,20 @@ class Mask2FormerLoss(BaseModule):
                 layer.class_logits[b], onehot
             )
         return losses
+
+
+def match(cost: Tensor) -> Matching:
+    """Hungarian matching.
+
+    Args:
+        cost: [Q, n] float, on any device; NaN and infinities count as very expensive.
+
+    Returns:
+        min(Q, n) pairs, on the CPU; none if there is no instance.
+    """
+    cost = torch.nan_to_num(cost.detach().float().cpu(), nan=1e8, posinf=1e8, neginf=-1e8)
+    rows, columns = linear_sum_assignment(cost.numpy())
+    return Matching(torch.from_numpy(rows), torch.from_numpy(columns))
 
 
 def instances_among_kept(targets: OccupancyTargets, stage: VoxelStage, b: int) -> MaskTargets:

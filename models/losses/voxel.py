@@ -1,89 +1,129 @@
-"""Losses of one stage of the voxel decoder, for both releases (SPEC: voxel losses).
+"""The losses of one stage of the voxel decoder: terms that the config names, on labels counted per kept block.
 
-Shapes: B batch, K kept blocks, C classes with free last; counts as in ``count_labels``.
+Shapes: B batch, K kept blocks, C classes with free last, X Y Z the grid; s edge of a block in voxels.
 """
 
-from typing import Dict, Mapping
+from typing import Dict, Mapping, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from mmcv.runner import BaseModule
-from mmdet.models.builder import build_loss
+from mmdet.models.builder import LOSSES
 from torch import Tensor
 
-from lib.classes import LabelSet
+from lib.classes import IGNORE_LABEL
 from lib.errors import ConfigError
 from lib.targets import OccupancyTargets
+from lib.task import Task
+from models.builder import build_part
 from models.decoders import VoxelStage
-from models.losses.lovasz import lovasz_softmax
-from models.losses.targets import count_labels
 
-_AFFINITY = ('loss_geo_scal', 'loss_sem_scal')
+# What configs said before they named every term, and what that meant: the published releases.
+_ONCE_NAMED = dict(occupancy=(), semantic=('loss_geo_scal', 'loss_sem_scal'))
+_ONCE_IMPLIED = dict(
+    occupancy=dict(loss_occ=dict(type='BalancedOccupancyLoss'), loss_sem=dict(type='VoxelCrossEntropyLoss')),
+    semantic=dict(
+        loss_sem_lovasz=dict(type='LovaszSoftmaxLoss'),
+        loss_sem_ce=dict(type='VoxelCrossEntropyLoss', class_weighted=True),
+    ),
+)
+
+
+class StageLabels(NamedTuple):
+    """What the kept blocks of a stage stand for.
+
+    counts   float32 [B, K, C], how many voxels of each class a block covers, see ``count_labels``
+    targets  labels of the batch, for terms that need more than classes
+    """
+
+    counts: Tensor
+    targets: OccupancyTargets
 
 
 class VoxelLosses(BaseModule):
-    """The terms that a way of scoring brings along.
+    """Every term of a stage, by its name in the config.
+
+    A term is a module registered in mmdet's ``LOSSES``. It is called as ``term(stage, labels)`` with a
+    ``VoxelStage`` and its ``StageLabels``, and gives a scalar, already multiplied by its ``loss_weight``. If its
+    constructor has an argument ``task``, it gets the ``Task``. A term whose attribute ``scoring`` is 'occupancy'
+    or 'semantic' needs logits that only this way of scoring has.
 
     Args:
-        label_set: classes and their weights.
-        scoring: 'occupancy' (release 1.0: loss_occ, loss_sem) or 'semantic' (release 1.1: loss_sem_lovasz,
-            loss_geo_scal, loss_sem_scal, loss_sem_ce).
-        loss_cfgs: with 'semantic' the configs of ``loss_geo_scal`` and ``loss_sem_scal``; otherwise empty.
+        task: classes and their weights.
+        scoring: of the voxel decoder: 'occupancy' (release 1.0) or 'semantic' (release 1.1).
+        loss_cfgs: configs of the terms.
+        where: key of ``loss_cfgs`` in the config, for messages.
     """
 
-    def __init__(self, label_set: LabelSet, scoring: str, loss_cfgs: Mapping):
+    def __init__(self, task: Task, scoring: str, loss_cfgs: Mapping, where: str = 'loss_cfgs'):
         super().__init__()
-        self.num_classes, self.scoring = label_set.num_classes, scoring
-        expected = set(_AFFINITY) if scoring == 'semantic' else set()
-        if set(loss_cfgs) != expected:
-            raise ConfigError(
-                f"model.pts_bbox_head.loss_cfgs: with scoring='{scoring}' the keys besides "
-                f'loss_mask2former are {sorted(expected)}, got {sorted(loss_cfgs)}'
-            )
-        self.affinity = torch.nn.ModuleDict({name: build_loss(cfg) for name, cfg in loss_cfgs.items()})
-        self.register_buffer('class_weights', torch.tensor(label_set.class_weights()), persistent=False)
+        self.num_classes = task.label_set.num_classes
+        self.terms = torch.nn.ModuleDict()
+        for name, cfg in _all_terms(loss_cfgs, scoring, where).items():
+            if not name.startswith('loss_'):
+                raise ConfigError(f"{where}: the name {name!r} must begin with 'loss_'")
+            term = self.terms[name] = build_part(cfg, LOSSES, f'{where}.{name}', task)
+            if getattr(term, 'scoring', scoring) != scoring:
+                raise ConfigError(
+                    f'{where}.{name}: {type(term).__name__} needs transformer.scoring={term.scoring!r}, not '
+                    f'{scoring!r}; remove it (in a config that builds on another: {name}=None does so)'
+                )
 
     def forward(self, stage: VoxelStage, targets: OccupancyTargets) -> Dict[str, Tensor]:
         """Each term by its name without the stage number."""
         counts = count_labels(targets, stage.coords, stage.scale, self.num_classes)
-        if self.scoring == 'occupancy':
-            return dict(
-                loss_occ=balanced_occupancy(stage.occ_logits, counts),
-                loss_sem=weighted_cross_entropy(stage.seg_logits, counts[..., :-1]),
-            )
-        probabilities = stage.seg_logits.softmax(-1)
-        losses = dict(loss_sem_lovasz=lovasz_softmax(probabilities, counts, stage.scale))
-        losses.update({name: loss(probabilities, counts) for name, loss in self.affinity.items()})
-        losses['loss_sem_ce'] = weighted_cross_entropy(stage.seg_logits, counts, self.class_weights)
-        return losses
+        labels = StageLabels(counts, targets)
+        return {name: term(stage, labels) for name, term in self.terms.items()}
 
 
-def weighted_cross_entropy(logits: Tensor, counts: Tensor, weights: Tensor = None) -> Tensor:
-    """Cross-entropy per voxel, weighted mean over the voxels of a sample, mean over the batch.
+def _all_terms(loss_cfgs: Mapping, scoring: str, where: str) -> Dict[str, Mapping]:
+    """The terms to build: those of the config, and what a config of old implied; None takes a term out."""
+    named, implied = _ONCE_NAMED[scoring], _ONCE_IMPLIED[scoring]
+    terms = {name: cfg for name, cfg in loss_cfgs.items() if cfg is not None}
+    if not set(named) <= set(terms) or any(name in loss_cfgs for name in implied):
+        return terms
+    if set(terms) == set(named):
+        return dict(implied, **terms)
+    lines = ', '.join(f'{name}={cfg!r}' for name, cfg in implied.items())
+    raise ConfigError(
+        f'{where}: every term has to be named; add those of the release, {lines}, or say {next(iter(implied))}=None '
+        'to do without them'
+    )
 
-    Args:
-        logits: [B, K, C].
-        counts: float32 [B, K, C].
-        weights: [C], or None for ones.
-    """
-    weighted = counts if weights is None else counts * weights
-    total = weighted.sum((1, 2))
-    summed = -(weighted * logits.log_softmax(-1)).sum((1, 2))
-    return (summed / torch.where(total > 0, total, torch.ones_like(total))).mean()
 
-
-def balanced_occupancy(logits: Tensor, counts: Tensor) -> Tensor:
-    """Binary cross-entropy on occupied / free where every semantic class has the same total weight.
-
-    Each of the n voxels of a sample weighs n / (voxels of its class), and the mean over the n is taken; so
-    this is the sum over classes of the mean over their voxels.
+def take_blocks(volume: Tensor, coords: Tensor, scale: int) -> Tensor:
+    """The voxels of each block.
 
     Args:
-        logits: [B, K].
-        counts: float32 [B, K, C], free last.
+        volume: [B, X, Y, Z].
+        coords: int64 [B, K, 3] in blocks.
+        scale: s.
+
+    Returns:
+        [B, K, s**3].
     """
-    per_class = counts.sum(1, keepdim=True)
-    share = counts / per_class.clamp(min=1)
-    occupied, free = share[..., :-1].sum(-1), share[..., -1]
-    per_sample = (occupied * F.softplus(-logits) + free * F.softplus(logits)).sum(1)
-    return per_sample.mean()
+    batch, sx, sy, sz = volume.shape
+    nx, ny, nz = sx // scale, sy // scale, sz // scale
+    blocks = volume.reshape(batch, nx, scale, ny, scale, nz, scale).permute(0, 1, 3, 5, 2, 4, 6)
+    blocks = blocks.reshape(batch, nx * ny * nz, scale**3)
+    index = (coords[..., 0] * ny + coords[..., 1]) * nz + coords[..., 2]
+    return blocks.gather(1, index.unsqueeze(-1).expand(-1, -1, scale**3))
+
+
+def count_labels(targets: OccupancyTargets, coords: Tensor, scale: int, num_classes: int) -> Tensor:
+    """How many voxels of each class each kept block covers; nearest upsampling without making the voxels.
+
+    A loss summed over the upsampled voxels of a block equals its value per class times these counts.
+    Voxels labelled 255, and voxels outside ``mask_camera`` where there is one, are not counted.
+
+    Args:
+        targets: labels of the batch.
+        coords: int64 [B, K, 3] in blocks of edge ``scale`` voxels.
+
+    Returns:
+        float32 [B, K, C], sums to at most s**3.
+    """
+    labels = targets.voxel_semantics
+    if targets.mask_camera is not None:
+        labels = labels.masked_fill(~targets.mask_camera, IGNORE_LABEL)
+    labels = take_blocks(labels, coords, scale)
+    return torch.stack([(labels == c).sum(-1) for c in range(num_classes)], dim=-1).float()

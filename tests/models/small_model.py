@@ -8,6 +8,15 @@ from lib.synthetic import synthetic_batch
 from lib.task import Task
 from models import build_model
 
+LOSSES = dict(
+    occupancy=dict(loss_occ=dict(type='BalancedOccupancyLoss'), loss_sem=dict(type='VoxelCrossEntropyLoss')),
+    semantic=dict(
+        loss_sem_lovasz=dict(type='LovaszSoftmaxLoss'),
+        loss_geo_scal=dict(type='GeoScalLoss'),
+        loss_sem_scal=dict(type='SemScalLoss'),
+        loss_sem_ce=dict(type='VoxelCrossEntropyLoss', class_weighted=True),
+    ),
+)
 CLASSES = ('car', 'pedestrian', 'road', 'wall', 'free')
 
 
@@ -28,12 +37,9 @@ def small_task(**changes) -> Task:
 
 def small_config(scoring: str = 'semantic', **transformer) -> Dict:
     """``model`` dict; 32 channels, 8 queries, no dropout, running statistics fixed."""
-    losses = dict(loss_mask2former=dict(type='Mask2FormerLoss'))
-    if scoring == 'semantic':
-        losses.update(loss_geo_scal=dict(type='GeoScalLoss'), loss_sem_scal=dict(type='SemScalLoss'))
+    losses = dict(LOSSES[scoring], loss_mask2former=dict(type='Mask2FormerLoss'))
     decoders = dict(
         type='SparseOccTransformer',
-        embed_dims=32,
         num_layers=2,
         num_groups=4,
         num_points=4,

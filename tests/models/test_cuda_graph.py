@@ -41,6 +41,20 @@ def test_tensors_in_place_are_read_where_they_are():
 
 
 @needs_cuda
+def test_plain_values_and_absent_tensors_are_part_of_the_key():
+    def scale(factor, x, shift):
+        return [factor * x if shift is None else factor * x + shift, None]
+
+    graphed = GraphedFunction(scale)
+    x = torch.randn(5, device='cuda')
+    for factor in (2, 3, 2):
+        for shift in (None, x + 1, None):
+            result, nothing = graphed(x, shift, fixed=(factor,))
+            assert torch.equal(result, scale(factor, x, shift)[0]) and nothing is None
+    assert len(graphed._graphs) == 4
+
+
+@needs_cuda
 @pytest.mark.parametrize('precision', [None, torch.float16])
 def test_predictions_are_equal_with_and_without_graphs(precision):
     """The same kernels in the same order: no tolerance."""

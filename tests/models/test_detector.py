@@ -136,8 +136,8 @@ def test_cached_history_equals_full_history():
     task = small_task(num_frames=3)
     model = small_model(task)
     encoded = []
-    extract = model.extract_features
-    model.extract_features = lambda img: encoded.append(img.shape[0] * img.shape[1]) or extract(img)
+    extract = model.encoder.encode
+    model.encoder.encode = lambda img, graphed=False: encoded.append(img.shape[0] * img.shape[1]) or extract(img)
     drive = [small_batch(task, with_labels=False, first_index=index) for index in range(4)]
     model.history = 'full'
     full = [predict(model, batch)[0] for batch in drive]
@@ -147,7 +147,7 @@ def test_cached_history_equals_full_history():
     for batch, expected in zip(drive, full):
         (prediction,) = predict_keeping_history(model, batch)
         assert_same_prediction(prediction, expected)
-    assert encoded == [3, 3, 3] + [3, 3, 3] and len(model._cache) == 3  # one frame at a time: the same bits
+    assert encoded == [3, 3, 3] + [3, 3, 3] and len(model.encoder.cache) == 3  # one frame at a time: the same bits
     model.reset_history()
     encoded.clear()
     predict_keeping_history(model, drive[0])
@@ -185,12 +185,12 @@ def test_history_without_keys_or_with_a_batch_encodes_everything():
     two = small_batch(model.task, 2, with_labels=False)
     one = sample_of(two, 1)
     results = predict_keeping_history(model, two)
-    assert len(results) == 2 and len(model._cache) == 0
+    assert len(results) == 2 and len(model.encoder.cache) == 0
     (expected,) = predict_keeping_history(model, one)
     model.reset_history()
     one['img_metas'] = [dict(sample_token='x')]
     assert_same_prediction(predict_keeping_history(model, one)[0], expected)
-    assert len(model._cache) == 0
+    assert len(model.encoder.cache) == 0
 
 
 @pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2, reason='no LayerNorm in the CPU autocast of PyTorch 1')
@@ -211,9 +211,9 @@ def test_repeated_frames_are_encoded_once_and_new_weights_forget_them():
     batch['img'][:, 3:] = batch['img'][:, :3]
     batch['img_metas'] = [dict(frame_keys=synthetic_meta(model.task, 5)['frame_keys'][:3] * 2)]
     expected = predict_keeping_history(model, batch)
-    assert len(model._cache) == 1
+    assert len(model.encoder.cache) == 1
     model.load_state_dict(model.state_dict())
-    assert len(model._cache) == 0
+    assert len(model.encoder.cache) == 0
     model.history = 'full'
     assert_same_prediction(expected[0], predict_keeping_history(model, batch)[0])
 

@@ -5,8 +5,8 @@ import torch
 
 from lib.dist import shared_draws
 from lib.errors import ConfigError
-from models.colour_jitter import jitter_colours
-from models.draws import EvenDraws, RandomDraws, build_draws, running_count, select_valid
+from models.decoders.sampling import EvenDraws, RandomDraws, build_draws, running_count, select_valid
+from models.encoder.image_input import jitter_colours
 
 
 def naive_selection(valid, fractions):

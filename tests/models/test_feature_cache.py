@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from models.feature_cache import FeatureCache
+from models.encoder.feature_cache import FeatureCache
 
 
 class Drive:

@@ -13,7 +13,7 @@ from small_model import small_batch, small_model, small_task
 from torch import nn
 
 from lib.batch import to_device
-from models.layers.fused_resnet import FusedResNet, can_fuse  # before mmdet: makes it importable
+from models.encoder.fused_resnet import FusedResNet, can_fuse  # before mmdet: makes it importable
 
 from mmdet.models.builder import build_backbone  # isort: skip
 
@@ -171,7 +171,7 @@ def test_a_copy_computes_with_its_own_weights(plain_operations):
 def test_a_model_with_it_can_be_stored(tmp_path):
     model = small_model(small_task())
     twin = pickle.loads(pickle.dumps(model))
-    assert twin._fused_backbone.backbone is twin.img_backbone
+    assert twin.encoder._fused_backbone.backbone is twin.img_backbone
     for name, value in model.state_dict().items():
         assert torch.equal(twin.state_dict()[name], value)
 
@@ -279,7 +279,7 @@ def test_cuda_losses_are_those_of_the_model_with_its_modules():
         model = small_model(small_task()).cuda().eval()
         batch = to_device(small_batch(model.task, 2), 'cuda')
         ours = model(**batch)
-        model._fused_backbone = None
+        model.encoder._fused_backbone = None
         for name, theirs in model(**batch).items():
             assert float(ours[name]) == pytest.approx(float(theirs), rel=1e-3), name
     finally:

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from lib.errors import ConfigError
-from models.colour_jitter import _jitter_hsv, jitter_colours
-from models.image_input import ImageInput
+from models.encoder.image_input import ImageInput, _jitter_hsv, jitter_colours
 
 
 def make(**changes):
@@ -78,5 +77,5 @@ def test_range_of_the_jitter():
 
 
 def test_unknown_key_is_a_sentence():
-    with pytest.raises(ConfigError, match=r"unknown keys \['img_blur'\]"):
+    with pytest.raises(ConfigError, match="model.data_aug: unknown key 'img_blur'"):
         ImageInput.from_config(dict(img_norm_cfg=dict(mean=[0] * 3, std=[1] * 3), img_blur=True))

@@ -9,17 +9,22 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from small_model import small_task
+from small_model import LOSSES, small_task
 
 from lib.errors import ConfigError
 from lib.targets import OccupancyTargets
 from models.decoders import MaskPrediction, VoxelStage
-from models.losses import GeoScalLoss, Mask2FormerLoss, SemScalLoss, VoxelLosses
-from models.losses.lovasz import lovasz_softmax
+from models.losses import Mask2FormerLoss, VoxelLosses
 from models.losses.mask2former import focal_loss, instances_among_kept
-from models.losses.scene_affinity import negative_log
-from models.losses.targets import count_labels
-from models.losses.voxel import balanced_occupancy, weighted_cross_entropy
+from models.losses.voxel import count_labels
+from models.losses.voxel_terms import (
+    balanced_occupancy,
+    geometric_affinity,
+    lovasz_softmax,
+    negative_log,
+    semantic_affinity,
+    weighted_cross_entropy,
+)
 
 CLASSES = 5
 
@@ -84,12 +89,8 @@ def naive_affinity(p, truth):
 def test_losses_of_release_1_1_equal_the_upsampled_formulas(scale, visible):
     targets, coords = random_targets(visible=visible), random_coords(scale)
     logits = torch.randn(2, coords.shape[1], CLASSES, generator=torch.Generator().manual_seed(6))
-    loss = VoxelLosses(
-        small_task().label_set,
-        'semantic',
-        dict(loss_geo_scal=dict(type='GeoScalLoss'), loss_sem_scal=dict(type='SemScalLoss')),
-    )
-    weights = loss.class_weights = torch.linspace(0.5, 1.5, CLASSES)
+    loss = VoxelLosses(small_task(), 'semantic', LOSSES['semantic'])
+    weights = loss.terms['loss_sem_ce'].class_weights = torch.linspace(0.5, 1.5, CLASSES)
     ours = loss(VoxelStage(coords, logits, logits, scale), targets)
     expected = dict(loss_sem_lovasz=0, loss_geo_scal=0, loss_sem_scal=0, loss_sem_ce=0)
     for b in range(2):
@@ -113,7 +114,7 @@ def test_losses_of_release_1_0_equal_the_upsampled_formulas(scale):
     generator = torch.Generator().manual_seed(6)
     occ = torch.randn(2, coords.shape[1], generator=generator)
     seg = torch.randn(2, coords.shape[1], CLASSES - 1, generator=generator)
-    loss = VoxelLosses(small_task().label_set, 'occupancy', {})
+    loss = VoxelLosses(small_task(), 'occupancy', LOSSES['occupancy'])
     ours = loss(VoxelStage(coords, seg, seg, scale, occ_logits=occ), targets)
     expected_occ = expected_sem = 0
     for b in range(2):
@@ -153,8 +154,8 @@ def test_nothing_to_compare_gives_zero_and_finite_gradients():
     p = logits.softmax(-1)
     total = (
         lovasz_softmax(p, counts, 2)
-        + GeoScalLoss()(p, counts)
-        + SemScalLoss()(p, counts)
+        + geometric_affinity(p, counts)
+        + semantic_affinity(p, counts)
         + weighted_cross_entropy(logits, counts)
         + balanced_occupancy(logits[..., 0], counts)
     )
@@ -170,9 +171,55 @@ def test_log_terms_stop_at_100_with_a_finite_gradient():
     assert torch.isfinite(ratio.grad).all() and ratio.grad[1] == -2
 
 
-def test_wrong_loss_configs_are_a_sentence():
-    with pytest.raises(ConfigError, match="with scoring='occupancy'"):
-        VoxelLosses(small_task().label_set, 'occupancy', dict(loss_geo_scal=dict(type='GeoScalLoss')))
+GEO, OWN = dict(type='GeoScalLoss'), dict(type='VoxelCrossEntropyLoss', loss_weight=0.5)
+
+
+@pytest.mark.parametrize('scoring', ['semantic', 'occupancy'])
+def test_configs_from_before_terms_were_named_mean_the_release(scoring):
+    named = {name: cfg for name, cfg in LOSSES[scoring].items() if name.endswith('_scal')}
+    terms = VoxelLosses(small_task(), scoring, named).terms
+    assert set(terms) == set(LOSSES[scoring])
+    assert all(type(terms[name]).__name__ == cfg['type'] for name, cfg in LOSSES[scoring].items())
+    assert scoring == 'occupancy' or terms['loss_sem_ce'].class_weights is not None
+
+
+def test_none_takes_a_term_out():
+    terms = VoxelLosses(
+        small_task(), 'semantic', dict(LOSSES['semantic'], loss_sem_lovasz=None, loss_sem_ce=None)
+    ).terms
+    assert set(terms) == {'loss_geo_scal', 'loss_sem_scal'}
+
+
+@pytest.mark.parametrize(
+    'scoring, cfgs, message',
+    [
+        ('occupancy', dict(LOSSES['occupancy'], loss_geo_scal=GEO), "GeoScalLoss needs transformer.scoring='semantic'"),
+        ('semantic', LOSSES['occupancy'], "BalancedOccupancyLoss needs transformer.scoring='occupancy'"),
+        ('semantic', dict(loss_geo_scal=GEO, loss_sem_scal=GEO, loss_own=OWN), 'loss_sem_lovasz=.*loss_sem_ce='),
+        ('occupancy', dict(loss_own=OWN), 'every term has to be named; add .* loss_occ='),
+        ('semantic', dict(LOSSES['semantic'], own=OWN), "'own' must begin with 'loss_'"),
+        ('semantic', dict(LOSSES['semantic'], loss_own=dict(type='GeoScaleLoss')), "loss_own.*mean 'GeoScalLoss'"),
+        ('semantic', dict(loss_sem_ce=dict(type='VoxelCrossEntropyLoss', wait=1)), "loss_sem_ce.*unknown key 'wait'"),
+    ],
+)
+def test_wrong_loss_configs_are_a_sentence(scoring, cfgs, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        VoxelLosses(small_task(), scoring, cfgs)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('scoring', ['semantic', 'occupancy'])
+def test_every_term_follows_its_weight(scoring):
+    targets, coords = random_targets(), random_coords(2)
+    classes = CLASSES if scoring == 'semantic' else CLASSES - 1
+    generator = torch.Generator().manual_seed(6)
+    logits, occ = torch.randn(2, 12, classes, generator=generator), torch.randn(2, 12, generator=generator)
+    stage = VoxelStage(coords, logits, logits, 2, occ_logits=occ)
+    heavier = {name: dict(cfg, loss_weight=3.0) for name, cfg in LOSSES[scoring].items()}
+    once, thrice = (VoxelLosses(small_task(), scoring, cfgs)(stage, targets) for cfgs in (LOSSES[scoring], heavier))
+    assert set(once) == set(LOSSES[scoring])
+    for name, value in once.items():
+        torch.testing.assert_close(thrice[name], 3 * value)
 
 
 def mask_setup(visible=False):

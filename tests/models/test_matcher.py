@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from models.matcher import match
+from models.losses.mask2former import match
 
 
 def test_finds_the_cheapest_assignment():

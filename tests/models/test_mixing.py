@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from models.layers import AdaptiveMixing
+from models.decoders.layers import AdaptiveMixing
 
 
 def naive_mixing(layer, sampled, query):

@@ -3,8 +3,9 @@
 import torch
 from small_model import small_task
 
-from models.draws import EvenDraws
-from models.sampling import BlockSampling, ImageFeatures, MaskGuidedSampling
+from models.decoders.layers import DecoderSizes
+from models.decoders.sampling import BlockSampling, EvenDraws, MaskGuidedSampling
+from models.encoder import ImageFeatures
 
 
 def capture_points(module, monkeypatch, *args):
@@ -15,14 +16,14 @@ def capture_points(module, monkeypatch, *args):
         seen.update(points=points, level_logits=level_logits, published=published_weight_order)
         return points.new_zeros(points.shape[:3] + (1, 1))
 
-    monkeypatch.setattr('models.sampling.sample_multi_view', fake)
+    monkeypatch.setattr('models.decoders.sampling.sample_multi_view', fake)
     module(*args, ImageFeatures([], torch.zeros(1, 1, 4, 4), (64, 96)))
     return seen
 
 
 def test_block_points_are_offsets_in_blocks_from_the_centre(monkeypatch):
     torch.manual_seed(0)
-    module = BlockSampling(16, num_groups=2, num_points=3, num_levels=4, num_cameras=3)
+    module = BlockSampling(DecoderSizes(small_task(), 16, num_groups=2, num_points=3))
     query, centres = torch.randn(2, 5, 16), torch.randn(2, 5, 3)
     seen = capture_points(module, monkeypatch, query, centres, 1.6)
     offsets = module.sampling_offset(query)
@@ -39,7 +40,7 @@ def test_block_points_are_offsets_in_blocks_from_the_centre(monkeypatch):
 def test_mask_points_have_no_half_voxel_shift_and_span_the_range(monkeypatch):
     torch.manual_seed(0)
     task = small_task()
-    module = MaskGuidedSampling(16, num_groups=2, num_points=2, num_levels=4, task=task)
+    module = MaskGuidedSampling(DecoderSizes(task, 16, num_groups=2, num_points=2))
     voxels = torch.stack([torch.randint(0, n, (1, 30)) for n in task.grid_shape], dim=-1)
     valid = torch.rand(1, 3, 30) < 0.5
     valid[:, 2] = False
@@ -68,7 +69,7 @@ def test_published_weight_order_pairs_slots_with_other_groups():
         task.image_size,
     )
     published, plain = (
-        BlockSampling(16, num_groups=4, num_points=1, num_levels=3, num_cameras=3, published_weight_order=order)
+        BlockSampling(DecoderSizes(task, 16, num_points=1, num_levels=3, published_weight_order=order))
         for order in (True, False)
     )
     plain.load_state_dict(published.state_dict())

@@ -6,8 +6,8 @@ from small_model import small_batch, small_config, small_model, small_task
 
 from lib.errors import ConfigError
 from models import build_model
+from models.decoders.layers import DecoderSizes, DistanceAttention
 from models.decoders.sparse_voxel_decoder import SparseVoxelDecoder, top_in_order
-from models.layers.attention import DistanceAttention
 
 
 def test_top_k_keeps_the_candidate_order():
@@ -65,9 +65,7 @@ def test_kept_voxels_are_the_best_scored():
 def test_features_are_detached_between_stages_but_not_after_the_last():
     model = small_model()
     batch = small_batch(model.task, 1, with_labels=False)
-    stages = model.pts_bbox_head(
-        model._features(model.extract_features(batch['img']), batch['img'], batch['lidar2img'], batch['ego2lidar'])
-    ).stages
+    stages = model.pts_bbox_head(model.encoder(batch['img'], batch['lidar2img'], batch['ego2lidar'])).stages
     stages[1].seg_logits.sum().backward(retain_graph=True)
     layers = model.pts_bbox_head.transformer.voxel_decoder.decoder_layers
     assert layers[0].ffn.layers[1].weight.grad is None and layers[1].ffn.layers[1].weight.grad is not None
@@ -78,7 +76,7 @@ def test_features_are_detached_between_stages_but_not_after_the_last():
 def test_a_grid_that_cannot_be_halved_three_times_is_refused():
     task = small_task(point_cloud_range=[-4.0, -5.0, -1.0, 4.0, 5.0, 3.0])
     with pytest.raises(ConfigError, match='16x20x8 voxels .* multiple of 8'):
-        SparseVoxelDecoder(task, 32, 4, 4, 4, [9] * 3, [9] * 3, 'semantic')
+        SparseVoxelDecoder(DecoderSizes(task, embed_dims=32), [9] * 3, [9] * 3, 'semantic')
 
 
 def test_attention_bias_is_minus_tau_times_plane_distance():

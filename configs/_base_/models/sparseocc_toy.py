@@ -14,7 +14,6 @@ model = dict(
     pts_bbox_head=dict(
         embed_dims=_dim,
         transformer=dict(
-            embed_dims=_dim,
             num_queries=20,
             num_heads=0,
             dropout=0.0,

@@ -26,7 +26,6 @@ model = dict(
         embed_dims=_dim,
         transformer=dict(
             type='SparseOccTransformer',
-            embed_dims=_dim,
             num_layers=4,
             num_groups=4,
             num_points=4,
@@ -36,7 +35,11 @@ model = dict(
             topk_testing=[2000, 8000, 32000],
             scoring='occupancy',
         ),
-        loss_cfgs=dict(loss_mask2former=dict(type='Mask2FormerLoss')),
+        loss_cfgs=dict(
+            loss_mask2former=dict(type='Mask2FormerLoss'),
+            loss_occ=dict(type='BalancedOccupancyLoss'),
+            loss_sem=dict(type='VoxelCrossEntropyLoss'),
+        ),
     ),
     use_mask_camera=False,
     test_cfg=dict(history='cached', draws='even', merge_stuff='published', overlap_threshold=0.8, score_threshold=0.3),

@@ -5,7 +5,7 @@
 
 namespace sparseocc {
 
-// Raised by one whenever a signature or a layout below changes; models/csrc/extension.py checks it.
+// Raised by one whenever a signature or a layout below changes; models/csrc/__init__.py checks it.
 constexpr int kInterfaceVersion = 1;
 
 // Whether this build holds code for the current device's architecture.

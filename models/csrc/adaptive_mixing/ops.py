@@ -1,4 +1,4 @@
-"""Public mixing operator.
+"""Public mixing operator, and its definition in plain PyTorch, which training and CPU tensors run.
 
 Shapes: n any leading dimensions, G groups, W channels of a group, p_in sampled points, p_out mixed points.
 """
@@ -7,10 +7,10 @@ from types import ModuleType
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from models.csrc.adaptive_mixing.reference import adaptive_mix_reference
-from models.csrc.extension import find_kernels
+from models.csrc import find_kernels
 
 # What the kernel is compiled for. Other sizes and types take the reference.
 KERNEL_WIDTH, KERNEL_MAX_IN, KERNEL_MAX_OUT = 64, 32, 128
@@ -49,6 +49,20 @@ def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
     return result.view(sampled.shape[:-2] + (out_points, width))
 
 
+def adaptive_mix_reference(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
+    """x·M -> LayerNorm [p_in, W] -> ReLU -> S·x -> LayerNorm [p_out, W] -> ReLU; see ``adaptive_mix``."""
+    in_points, width = sampled.shape[-2:]
+    items = sampled.numel() // max(1, in_points * width)
+    with torch.autocast(sampled.device.type, enabled=False):
+        matrices = generated.reshape(items, width * width + out_points * in_points)
+        channel_mix, point_mix = matrices.split([width * width, out_points * in_points], dim=1)
+        mixed = torch.bmm(sampled.reshape(items, in_points, width), channel_mix.view(items, width, width))
+        mixed = F.relu(F.layer_norm(mixed, [in_points, width]), inplace=True)
+        mixed = torch.bmm(point_mix.view(items, out_points, in_points), mixed)
+        mixed = F.relu(F.layer_norm(mixed, [out_points, width]), inplace=True)
+    return mixed.reshape(sampled.shape[:-2] + (out_points, width))
+
+
 def _check(sampled: Tensor, generated: Tensor, out_points: int) -> None:
     if sampled.dim() < 3:
         raise ValueError(f'sampled must be [..., G, p_in, W] but is {list(sampled.shape)}')
@@ -56,7 +70,7 @@ def _check(sampled: Tensor, generated: Tensor, out_points: int) -> None:
     expected = tuple(sampled.shape[:-3]) + (groups * (width * width + out_points * in_points),)
     if tuple(generated.shape) != expected:
         raise ValueError(
-            'generated must be %s (for p_out = %d) but is %s' % (list(expected), out_points, list(generated.shape))
+            f'generated must be {list(expected)} (for p_out = {out_points}) but is {list(generated.shape)}'
         )
     if generated.dtype != sampled.dtype or not sampled.dtype.is_floating_point:
         raise TypeError(

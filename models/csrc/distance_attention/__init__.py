@@ -1,5 +1,5 @@
 """Self-attention whose logits fall with distance (SPEC: "Attention between blocks")."""
 
-from models.csrc.distance_attention.ops import distance_attention
+from models.csrc.distance_attention.ops import distance_attention, distance_attention_reference, plane_distance
 
-__all__ = ['distance_attention']
+__all__ = ['distance_attention', 'distance_attention_reference', 'plane_distance']

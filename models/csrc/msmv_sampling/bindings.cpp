@@ -8,6 +8,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("runs_on_current_device", &sparseocc::runs_on_current_device);
   module.def("sample_multi_view_forward", &sparseocc::sample_multi_view_forward);
   module.def("sample_multi_view_backward", &sparseocc::sample_multi_view_backward);
-  module.def("sample_views_forward", &sparseocc::sample_views_forward);
-  module.def("sample_views_backward", &sparseocc::sample_views_backward);
 }

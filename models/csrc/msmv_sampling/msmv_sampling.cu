@@ -124,7 +124,7 @@ bool is_empty(const SamplingShape& shape) {
 }
 
 template <typename real>
-SlotSource<real> fused_source(const Tensor& points, const Tensor& ego2img, const Tensor& level_logits,
+SlotSource<real> make_source(const Tensor& points, const Tensor& ego2img, const Tensor& level_logits,
                               double height, double width, bool published_weight_order) {
   SlotSource<real> source = {};
   source.points = points.data_ptr<real>();
@@ -136,19 +136,10 @@ SlotSource<real> fused_source(const Tensor& points, const Tensor& ego2img, const
   return source;
 }
 
-template <typename real>
-SlotSource<real> given_source(const Tensor& uv, const Tensor& views, const Tensor& weights) {
-  SlotSource<real> source = {};
-  source.uv = uv.data_ptr<real>();
-  source.views = views.data_ptr<int64_t>();
-  source.weights = weights.data_ptr<real>();
-  return source;
-}
-
-template <bool kFused, typename scalar_t>
+template <typename scalar_t>
 Tensor launch_forward(const Tensors& features, const SamplingShape& shape,
                       const SlotSource<typename Accumulate<scalar_t>::type>& source,
-                      const int64_t* frame_index = nullptr) {
+                      const int64_t* frame_index) {
   using real = typename Accumulate<scalar_t>::type;
   constexpr int kVector = 16 / sizeof(scalar_t);
   Tensor output = at::empty({shape.batch, shape.queries, shape.groups,
@@ -168,20 +159,20 @@ Tensor launch_forward(const Tensors& features, const SamplingShape& shape,
   const auto blocks = static_cast<unsigned>(count_blocks(shape, arguments.schedule));
   const auto stream = c10::cuda::getCurrentCUDAStream();
   if (vectorise) {
-    sampling_forward_kernel<scalar_t, kVector, kFused><<<blocks, kThreads, shared, stream>>>(arguments);
+    sampling_forward_kernel<scalar_t, kVector><<<blocks, kThreads, shared, stream>>>(arguments);
   } else {
-    sampling_forward_kernel<scalar_t, 1, kFused><<<blocks, kThreads, shared, stream>>>(arguments);
+    sampling_forward_kernel<scalar_t, 1><<<blocks, kThreads, shared, stream>>>(arguments);
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return output;
 }
 
-// Launches the backward kernel; grad_position and grad_weights undefined: not wanted. Returns the features'
-// gradients.
-template <bool kFused, typename scalar_t>
+// Launches the backward kernel; grad_point and grad_weights, per slot, undefined: not wanted. Returns the
+// features' gradients.
+template <typename scalar_t>
 Tensors launch_backward(const Tensor& grad_output, const Tensors& features, const SamplingShape& shape,
                         const SlotSource<typename Accumulate<scalar_t>::type>& source,
-                        const Tensor& grad_position, const Tensor& grad_weights, bool wants_features) {
+                        const Tensor& grad_point, const Tensor& grad_weights, bool wants_features) {
   using real = typename Accumulate<scalar_t>::type;
   constexpr int kVector = 16 / sizeof(scalar_t);
   BackwardArguments<scalar_t> arguments;
@@ -199,15 +190,15 @@ Tensors launch_backward(const Tensor& grad_output, const Tensors& features, cons
   arguments.schedule = plan(shape, vectorise ? kVector : 1);
   arguments.source = source;
   arguments.grad_output = grad_output.data_ptr<scalar_t>();
-  arguments.grad_position = grad_position.defined() ? grad_position.data_ptr<real>() : nullptr;
+  arguments.grad_point = grad_point.defined() ? grad_point.data_ptr<real>() : nullptr;
   arguments.grad_weights = grad_weights.defined() ? grad_weights.data_ptr<real>() : nullptr;
   const size_t shared = kWarpsPerBlock * warp_shared_bytes<real>(shape.levels, true);
   const auto blocks = static_cast<unsigned>(count_blocks(shape, arguments.schedule));
   const auto stream = c10::cuda::getCurrentCUDAStream();
   if (vectorise) {
-    sampling_backward_kernel<scalar_t, kVector, kFused><<<blocks, kThreads, shared, stream>>>(arguments);
+    sampling_backward_kernel<scalar_t, kVector><<<blocks, kThreads, shared, stream>>>(arguments);
   } else {
-    sampling_backward_kernel<scalar_t, 1, kFused><<<blocks, kThreads, shared, stream>>>(arguments);
+    sampling_backward_kernel<scalar_t, 1><<<blocks, kThreads, shared, stream>>>(arguments);
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return grads;
@@ -234,14 +225,14 @@ void launch_reduce(const SamplingShape& shape, bool published_weight_order, cons
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// The gradients in the order that autograd.py expects, the features' in the features' own type.
+// The gradients in the order that ops.py expects, the features' in the features' own type.
 Tensors collect(const Tensor& first, const Tensor& second, const Tensors& grads, const Tensor& like) {
   Tensors result = {first, second};
   for (const Tensor& grad : grads) result.push_back(grad.to(like.scalar_type()));
   return result;
 }
 
-SamplingShape check_fused(const Tensors& features, const Tensor& points, const Tensor& ego2img,
+SamplingShape check_arguments(const Tensors& features, const Tensor& points, const Tensor& ego2img,
                           const Tensor& level_logits, const Tensor& frame_index, int64_t num_cameras) {
   check_features(features, num_cameras);
   check_real(points, "points", features[0]);
@@ -257,23 +248,6 @@ SamplingShape check_fused(const Tensors& features, const Tensor& points, const T
   check_last_sizes(ego2img, "ego2img", {shape.batch, frames * num_cameras, 4, 4});
   check_last_sizes(level_logits, "level_logits",
                    {shape.batch, shape.queries, shape.groups, shape.points, shape.levels});
-  return shape;
-}
-
-SamplingShape check_given(const Tensors& features, const Tensor& uv, const Tensor& views,
-                          const Tensor& weights, int64_t num_cameras) {
-  check_features(features, num_cameras);
-  check_real(uv, "uv", features[0]);
-  check_real(weights, "weights", features[0]);
-  TORCH_CHECK(uv.dim() == 6 && uv.size(5) == 2, "uv must be [B, Q, G, T, P, 2] but is ", uv.sizes(), ".");
-  const int64_t frames = features[0].size(1) / num_cameras;
-  const SamplingShape shape = make_shape(features, uv, uv.size(4), num_cameras, frames);
-  TORCH_CHECK(views.device() == uv.device() && views.is_contiguous() && views.scalar_type() == at::kLong,
-              "views must be a contiguous int64 tensor on ", uv.device(), ".");
-  check_last_sizes(uv, "uv", {shape.batch, shape.queries, shape.groups, shape.frames, shape.points, 2});
-  check_last_sizes(views, "views", {shape.batch, shape.queries, shape.groups, shape.frames, shape.points});
-  check_last_sizes(weights, "weights",
-                   {shape.batch, shape.queries, shape.groups, shape.frames, shape.points, shape.levels});
   return shape;
 }
 
@@ -298,15 +272,15 @@ bool runs_on_current_device() {
 Tensor sample_multi_view_forward(const Tensors& features, const Tensor& points, const Tensor& ego2img,
                                  const Tensor& level_logits, const Tensor& frame_index, double height,
                                  double width, int64_t num_cameras, bool published_weight_order) {
-  const SamplingShape shape = check_fused(features, points, ego2img, level_logits, frame_index, num_cameras);
+  const SamplingShape shape = check_arguments(features, points, ego2img, level_logits, frame_index, num_cameras);
   const c10::cuda::CUDAGuard guard(features[0].device());
   Tensor output;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, features[0].scalar_type(), "sample_multi_view_forward", [&] {
         using real = typename Accumulate<scalar_t>::type;
-        output = launch_forward<true, scalar_t>(
+        output = launch_forward<scalar_t>(
             features, shape,
-            fused_source<real>(points, ego2img, level_logits, height, width, published_weight_order),
+            make_source<real>(points, ego2img, level_logits, height, width, published_weight_order),
             frame_index.numel() > 0 ? frame_index.data_ptr<int64_t>() : nullptr);
       });
   return output;
@@ -317,7 +291,7 @@ Tensors sample_multi_view_backward(const Tensor& grad_output, const Tensors& fea
                                    double width, int64_t num_cameras, bool published_weight_order,
                                    bool wants_geometry, bool wants_features) {
   const Tensor in_order = at::empty({0}, points.options().dtype(at::kLong));
-  const SamplingShape shape = check_fused(features, points, ego2img, level_logits, in_order, num_cameras);
+  const SamplingShape shape = check_arguments(features, points, ego2img, level_logits, in_order, num_cameras);
   check_grad_output(grad_output, features[0], shape);
   const c10::cuda::CUDAGuard guard(features[0].device());
   Tensor slot_grad_point, slot_grad_weight, grad_points, grad_logits;
@@ -335,50 +309,15 @@ Tensors sample_multi_view_backward(const Tensor& grad_output, const Tensors& fea
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, features[0].scalar_type(), "sample_multi_view_backward", [&] {
         using real = typename Accumulate<scalar_t>::type;
-        grads = launch_backward<true, scalar_t>(
+        grads = launch_backward<scalar_t>(
             grad_output, features, shape,
-            fused_source<real>(points, ego2img, level_logits, height, width, published_weight_order),
+            make_source<real>(points, ego2img, level_logits, height, width, published_weight_order),
             slot_grad_point, slot_grad_weight, wants_features);
         if (wants_geometry && !is_empty(shape))
           launch_reduce<real>(shape, published_weight_order, level_logits, slot_grad_point, slot_grad_weight,
                               grad_points, grad_logits);
       });
   return collect(grad_points, grad_logits, grads, features[0]);
-}
-
-Tensor sample_views_forward(const Tensors& features, const Tensor& uv, const Tensor& views,
-                            const Tensor& weights, int64_t num_cameras) {
-  const SamplingShape shape = check_given(features, uv, views, weights, num_cameras);
-  const c10::cuda::CUDAGuard guard(features[0].device());
-  Tensor output;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, features[0].scalar_type(), "sample_views_forward", [&] {
-        using real = typename Accumulate<scalar_t>::type;
-        output = launch_forward<false, scalar_t>(features, shape, given_source<real>(uv, views, weights));
-      });
-  return output;
-}
-
-Tensors sample_views_backward(const Tensor& grad_output, const Tensors& features, const Tensor& uv,
-                              const Tensor& views, const Tensor& weights, int64_t num_cameras,
-                              bool wants_geometry, bool wants_features) {
-  const SamplingShape shape = check_given(features, uv, views, weights, num_cameras);
-  check_grad_output(grad_output, features[0], shape);
-  const c10::cuda::CUDAGuard guard(features[0].device());
-  Tensor grad_uv, grad_weights;
-  if (wants_geometry) {
-    grad_uv = at::empty_like(uv);
-    grad_weights = at::empty_like(weights);
-  }
-  Tensors grads;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, features[0].scalar_type(), "sample_views_backward", [&] {
-        using real = typename Accumulate<scalar_t>::type;
-        grads = launch_backward<false, scalar_t>(grad_output, features, shape,
-                                                 given_source<real>(uv, views, weights), grad_uv,
-                                                 grad_weights, wants_features);
-      });
-  return collect(grad_uv, grad_weights, grads, features[0]);
 }
 
 }  // namespace sparseocc

@@ -1,4 +1,4 @@
-// The compiled sampling operators, as models/csrc/msmv_sampling/autograd.py calls them.
+// The compiled sampling operators, as models/csrc/msmv_sampling/ops.py calls them.
 //
 // Shapes: B batch, T frames, N cameras, L levels, Q queries, G groups, P points per group, C channels.
 // All tensors on one CUDA device. "real" is float64 if the features are float64, else float32; tensors of
@@ -11,7 +11,7 @@
 
 namespace sparseocc {
 
-// Raised by one whenever a signature or a layout below changes; models/csrc/extension.py checks it.
+// Raised by one whenever a signature or a layout below changes; models/csrc/__init__.py checks it.
 constexpr int kInterfaceVersion = 2;
 
 // Whether this build holds code for the current device's architecture.
@@ -35,18 +35,5 @@ std::vector<at::Tensor> sample_multi_view_backward(
     const at::Tensor& grad_output, const std::vector<at::Tensor>& features, const at::Tensor& points,
     const at::Tensor& ego2img, const at::Tensor& level_logits, double height, double width,
     int64_t num_cameras, bool published_weight_order, bool wants_geometry, bool wants_features);
-
-// uv      [B, Q, G, T, P, 2] real, 0..1 over the image
-// views   [B, Q, G, T, P] int64, camera within the frame
-// weights [B, Q, G, T, P, L] real
-// returns [B, Q, G, T*P, C/G] in the type of the features
-at::Tensor sample_views_forward(const std::vector<at::Tensor>& features, const at::Tensor& uv,
-                                const at::Tensor& views, const at::Tensor& weights, int64_t num_cameras);
-
-// Returns the gradients of uv and weights (undefined unless wants_geometry), then those of the L features.
-std::vector<at::Tensor> sample_views_backward(const at::Tensor& grad_output,
-                                              const std::vector<at::Tensor>& features, const at::Tensor& uv,
-                                              const at::Tensor& views, const at::Tensor& weights,
-                                              int64_t num_cameras, bool wants_geometry, bool wants_features);
 
 }  // namespace sparseocc

@@ -57,17 +57,14 @@ inline int64_t count_blocks(const SamplingShape& shape, const Schedule& schedule
   return schedule.tiles * shape.batch * shape.frames * shape.groups;
 }
 
-// Where a slot's position and level weights come from; fused: computed from points, else: given.
+// Where a slot's position and level weights come from.
 template <typename real>
 struct SlotSource {
-  const real* points;        // fused: [B, Q, G, P, 3] metres, ego frame
-  const real* ego2img;       // fused: [B, T*N, 4, 4]
-  const real* level_logits;  // fused: [B, Q, G, P, L]
+  const real* points;        // [B, Q, G, P, 3] metres, ego frame
+  const real* ego2img;       // [B, T*N, 4, 4]
+  const real* level_logits;  // [B, Q, G, P, L]
   real inverse_width, inverse_height;
   bool published_weight_order;
-  const real* uv;        // unfused: [B, Q, G, T, P, 2]
-  const int64_t* views;  // unfused: [B, Q, G, T, P]
-  const real* weights;   // unfused: [B, Q, G, T, P, L]
 };
 
 template <typename scalar_t>
@@ -91,9 +88,8 @@ struct BackwardArguments {
   FeatureLevel level[kMaxLevels];
   const scalar_t* grad_output;      // [B, Q, G, T*P, C/G]
   real* grad_features[kMaxLevels];  // contiguous [B, T*N, height, width, C], added to; all null: not wanted
-  real* grad_position;  // fused: [B, T, G, Q, P, 3] of the point; else [B, Q, G, T, P, 2] of uv; null: not
-                        // wanted
-  real* grad_weights;  // fused: [B, T, G, Q, P, L]; else [B, Q, G, T, P, L]; null together with grad_position
+  real* grad_point;                 // [B, T, G, Q, P, 3]; null: not wanted
+  real* grad_weights;               // [B, T, G, Q, P, L]; null together with grad_point
 };
 
 // The (b, t, g) of a block, and the slots (q, p) of a warp in it.
@@ -191,34 +187,22 @@ SPARSEOCC_DEVICE const real* frame_matrices(const SamplingShape& shape, const Sl
 }
 
 // The scalar work of one slot, by one lane. It is little, so its loops are kept small instead of unrolled.
-template <bool kFused, typename real>
+template <typename real>
 SPARSEOCC_DEVICE void prepare_slot(const SamplingShape& shape, const SlotSource<real>& source,
                                    const WarpTask& task, int lane, const WarpShared<real>& shared) {
   const int64_t slot = task.first + lane;
-  if (kFused) {
-    const int64_t query = slot / shape.points;
-    const int point = static_cast<int>(slot - query * shape.points);
-    const real* xyz = source.points + 3 * point_index(shape, task.batch, query, task.group, point);
-    const Location<real> where = locate(frame_matrices(shape, source, task), shape.cameras, xyz[0], xyz[1],
-                                        xyz[2], source.inverse_width, source.inverse_height);
-    const int from =
-        weight_group(task.frame, task.group, shape.frames, shape.groups, source.published_weight_order);
-    shared.u[lane] = where.u;
-    shared.v[lane] = where.v;
-    shared.view[lane] = where.view;
-    softmax(source.level_logits + shape.levels * point_index(shape, task.batch, query, from, point),
-            shape.levels, shared.weights + lane);
-  } else {
-    const int64_t index = output_index(shape, task, slot);
-    shared.u[lane] = source.uv[2 * index];
-    shared.v[lane] = source.uv[2 * index + 1];
-    const int64_t view = source.views[index];
-    CUDA_KERNEL_ASSERT(view >= 0 && view < shape.cameras);
-    shared.view[lane] = static_cast<int>(view);
-#pragma unroll 1
-    for (int l = 0; l < shape.levels; ++l)
-      shared.weights[l * kWarpSize + lane] = source.weights[index * shape.levels + l];
-  }
+  const int64_t query = slot / shape.points;
+  const int point = static_cast<int>(slot - query * shape.points);
+  const real* xyz = source.points + 3 * point_index(shape, task.batch, query, task.group, point);
+  const Location<real> where = locate(frame_matrices(shape, source, task), shape.cameras, xyz[0], xyz[1],
+                                      xyz[2], source.inverse_width, source.inverse_height);
+  const int from =
+      weight_group(task.frame, task.group, shape.frames, shape.groups, source.published_weight_order);
+  shared.u[lane] = where.u;
+  shared.v[lane] = where.v;
+  shared.view[lane] = where.view;
+  softmax(source.level_logits + shape.levels * point_index(shape, task.batch, query, from, point),
+          shape.levels, shared.weights + lane);
 }
 
 // The four corners of a position in one level.
@@ -254,7 +238,7 @@ SPARSEOCC_DEVICE const scalar_t* level_image(const FeatureLevel& level, int batc
   return static_cast<const scalar_t*>(level.data) + batch * level.stride_batch + image * level.stride_image;
 }
 
-template <typename scalar_t, int VEC, bool kFused>
+template <typename scalar_t, int VEC>
 __global__ void __launch_bounds__(kThreads)
     sampling_forward_kernel(const ForwardArguments<scalar_t> arguments) {
   using real = typename Accumulate<scalar_t>::type;
@@ -264,7 +248,7 @@ __global__ void __launch_bounds__(kThreads)
   const WarpShared<real> shared = warp_shared<real>(memory, shape.levels, false);
   const WarpTask task = warp_task(shape, schedule);
   const int lane = threadIdx.x % kWarpSize;
-  if (lane < task.count) prepare_slot<kFused>(shape, arguments.source, task, lane, shared);
+  if (lane < task.count) prepare_slot(shape, arguments.source, task, lane, shared);
   __syncwarp();
   const int64_t frame = arguments.frame_index == nullptr ? task.frame : arguments.frame_index[task.frame];
   CUDA_KERNEL_ASSERT(frame >= 0 && frame < arguments.stored_frames);
@@ -342,32 +326,27 @@ SPARSEOCC_DEVICE SlotGradient<real> level_backward(const scalar_t* channels, rea
 }
 
 // The gradients of a slot that its lane holds in shared memory after the loop, written to device memory.
-template <bool kFused, typename scalar_t, typename real>
+template <typename scalar_t, typename real>
 SPARSEOCC_DEVICE void finish_slot(const BackwardArguments<scalar_t>& arguments, const WarpTask& task,
                                   int lane, const WarpShared<real>& shared) {
   const SamplingShape& shape = arguments.shape;
   const SlotSource<real>& source = arguments.source;
   const int64_t slot = task.first + lane;
-  const int64_t index = kFused ? slot_index(shape, task, slot) : output_index(shape, task, slot);
-  if (kFused) {
-    const int64_t query = slot / shape.points;
-    const int point = static_cast<int>(slot - query * shape.points);
-    const real* xyz = source.points + 3 * point_index(shape, task.batch, query, task.group, point);
-    const real* matrix = frame_matrices(shape, source, task) + shared.view[lane] * kMatrixSize;
-    real grad_point[3];
-    locate_backward(matrix, xyz[0], xyz[1], xyz[2], source.inverse_width, source.inverse_height,
-                    shared.grad_u[lane], shared.grad_v[lane], grad_point);
-    for (int i = 0; i < 3; ++i) arguments.grad_position[3 * index + i] = grad_point[i];
-  } else {
-    arguments.grad_position[2 * index] = shared.grad_u[lane];
-    arguments.grad_position[2 * index + 1] = shared.grad_v[lane];
-  }
+  const int64_t index = slot_index(shape, task, slot);
+  const int64_t query = slot / shape.points;
+  const int point = static_cast<int>(slot - query * shape.points);
+  const real* xyz = source.points + 3 * point_index(shape, task.batch, query, task.group, point);
+  const real* matrix = frame_matrices(shape, source, task) + shared.view[lane] * kMatrixSize;
+  real grad_point[3];
+  locate_backward(matrix, xyz[0], xyz[1], xyz[2], source.inverse_width, source.inverse_height,
+                  shared.grad_u[lane], shared.grad_v[lane], grad_point);
+  for (int i = 0; i < 3; ++i) arguments.grad_point[3 * index + i] = grad_point[i];
 #pragma unroll 1
   for (int l = 0; l < shape.levels; ++l)
     arguments.grad_weights[index * shape.levels + l] = shared.grad_weights[l * kWarpSize + lane];
 }
 
-template <typename scalar_t, int VEC, bool kFused>
+template <typename scalar_t, int VEC>
 __global__ void __launch_bounds__(kThreads)
     sampling_backward_kernel(const BackwardArguments<scalar_t> arguments) {
   using real = typename Accumulate<scalar_t>::type;
@@ -377,8 +356,8 @@ __global__ void __launch_bounds__(kThreads)
   const WarpShared<real> shared = warp_shared<real>(memory, shape.levels, true);
   const WarpTask task = warp_task(shape, arguments.schedule);
   const int lane = threadIdx.x % kWarpSize;
-  const bool wants_slot = arguments.grad_position != nullptr;
-  if (lane < task.count) prepare_slot<kFused>(shape, arguments.source, task, lane, shared);
+  const bool wants_slot = arguments.grad_point != nullptr;
+  if (lane < task.count) prepare_slot(shape, arguments.source, task, lane, shared);
   __syncwarp();
 
   const int lanes = 1 << log2_lanes, slots_at_once = kWarpSize >> log2_lanes;
@@ -430,10 +409,10 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncwarp();
-  if (wants_slot && lane < task.count) finish_slot<kFused>(arguments, task, lane, shared);
+  if (wants_slot && lane < task.count) finish_slot(arguments, task, lane, shared);
 }
 
-// Sums the fused operator's gradients per slot over the frames and takes those of the weights through the
+// Sums the gradients per slot over the frames and takes those of the weights through the
 // softmax. One thread per (b, q, g, p); no atomics, so the same input gives the same bits.
 template <typename real>
 struct ReduceArguments {

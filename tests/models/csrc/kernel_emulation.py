@@ -37,7 +37,6 @@ class SamplingCall(ctypes.Structure):
 
     _fields_ = [
         ('dtype', ctypes.c_int32),
-        ('fused', ctypes.c_int32),
         ('vector', ctypes.c_int32),
         ('descending', ctypes.c_int32),
         ('published_weight_order', ctypes.c_int32),
@@ -49,9 +48,6 @@ class SamplingCall(ctypes.Structure):
         ('points', Pointer),
         ('ego2img', Pointer),
         ('level_logits', Pointer),
-        ('uv', Pointer),
-        ('views', Pointer),
-        ('weights', Pointer),
         ('frame_index', Pointer),
         ('features', Pointer * MAX_LEVELS),
         ('strides', ctypes.c_int64 * 4 * MAX_LEVELS),
@@ -59,15 +55,15 @@ class SamplingCall(ctypes.Structure):
         ('output', Pointer),
         ('grad_output', Pointer),
         ('grad_features', Pointer * MAX_LEVELS),
-        ('grad_position', Pointer),
-        ('grad_weights', Pointer),
+        ('slot_grad_point', Pointer),
+        ('slot_grad_weight', Pointer),
         ('grad_points', Pointer),
         ('grad_logits', Pointer),
     ]
 
 
 class EmulatedSampling:
-    """The kernels' side of ``models.csrc.msmv_sampling.autograd``, with msmv_sampling.h's functions.
+    """The kernels' side of ``models.csrc.msmv_sampling.ops``, with msmv_sampling.h's functions.
 
     Tensors have the layouts that header asks for, on the CPU. ``descending`` runs the threads of a block in
     descending order, ``vector`` chooses 16-byte accesses, ``enough_warps`` how many slots a warp gets.
@@ -80,7 +76,7 @@ class EmulatedSampling:
     def sample_multi_view_forward(
         self, features, points, ego2img, level_logits, frame_index, height, width, num_cameras, published_weight_order
     ):
-        call, shape = self._fused_call(
+        call, shape = self._prepare(
             features, points, ego2img, level_logits, height, width, num_cameras, published_weight_order
         )
         if frame_index.numel():
@@ -101,7 +97,7 @@ class EmulatedSampling:
         wants_geometry,
         wants_features,
     ):
-        call, shape = self._fused_call(
+        call, shape = self._prepare(
             features, points, ego2img, level_logits, height, width, num_cameras, published_weight_order
         )
         batch, queries, groups, frames, per_group, _, levels, _ = shape
@@ -110,43 +106,22 @@ class EmulatedSampling:
         scratch = [points.new_full(slots + (size,), float('nan')) for size in (3, levels)]
         if not wants_geometry:
             return self._backward(call, grad_output, features, [None, None], wants_features)
-        call.grad_position, call.grad_weights = scratch[0].data_ptr(), scratch[1].data_ptr()
+        call.slot_grad_point, call.slot_grad_weight = scratch[0].data_ptr(), scratch[1].data_ptr()
         call.grad_points, call.grad_logits = grads[0].data_ptr(), grads[1].data_ptr()
         return self._backward(call, grad_output, features, grads, wants_features)
 
-    def sample_views_forward(self, features, uv, views, weights, num_cameras):
-        call, shape = self._given_call(features, uv, views, weights, num_cameras)
-        return self._forward(call, shape, features)
-
-    def sample_views_backward(
-        self, grad_output, features, uv, views, weights, num_cameras, wants_geometry, wants_features
-    ):
-        call, _ = self._given_call(features, uv, views, weights, num_cameras)
-        if not wants_geometry:
-            return self._backward(call, grad_output, features, [None, None], wants_features)
-        grads = [torch.full_like(tensor, float('nan')) for tensor in (uv, weights)]
-        call.grad_position, call.grad_weights = grads[0].data_ptr(), grads[1].data_ptr()
-        return self._backward(call, grad_output, features, grads, wants_features)
-
-    def _fused_call(self, features, points, ego2img, level_logits, height, width, num_cameras, published_weight_order):
+    def _prepare(self, features, points, ego2img, level_logits, height, width, num_cameras, published_weight_order):
         batch, queries, groups, per_group, _ = points.shape
         frames = ego2img.shape[1] // num_cameras
-        call, shape = self._call(features, (batch, queries, groups, frames, per_group), num_cameras, fused=True)
+        call, shape = self._call(features, (batch, queries, groups, frames, per_group), num_cameras)
         call.points, call.ego2img, call.level_logits = [t.data_ptr() for t in (points, ego2img, level_logits)]
         call.height, call.width, call.published_weight_order = height, width, published_weight_order
         return call, shape
 
-    def _given_call(self, features, uv, views, weights, num_cameras):
-        call, shape = self._call(features, uv.shape[:5], num_cameras, fused=False)
-        call.uv, call.views, call.weights = uv.data_ptr(), views.data_ptr(), weights.data_ptr()
-        call.height = call.width = 1
-        return call, shape
-
-    def _call(self, features, sizes, num_cameras, fused):
+    def _call(self, features, sizes, num_cameras):
         shape = tuple(sizes) + (num_cameras, len(features), features[0].shape[4] // sizes[2])
         call = SamplingCall(
             dtype=DTYPES.index(features[0].dtype),
-            fused=fused,
             vector=1 + self.vector,
             descending=self.descending,
             enough_warps=self.enough_warps,

@@ -7,9 +7,8 @@ import pytest
 import torch
 from kernel_emulation import DTYPES, compile_harness
 
-from models.csrc import extension
-from models.csrc.adaptive_mixing import adaptive_mix
-from models.csrc.adaptive_mixing.reference import adaptive_mix_reference
+from models import csrc
+from models.csrc.adaptive_mixing import adaptive_mix, adaptive_mix_reference
 
 # (p_in, p_out) of the full model's stages, and sizes that fill no tile.
 SIZES = [(8, 32), (16, 64), (32, 128), (32, 32), (12, 20), (5, 8), (4, 2)]
@@ -141,7 +140,7 @@ def test_emulated_kernel_passes_on_what_is_not_a_number(library):
 
 
 needs_kernels = pytest.mark.skipif(
-    not torch.cuda.is_available() or extension.find_kernels('_adaptive_mixing', torch.device('cuda')) is None,
+    not torch.cuda.is_available() or csrc.find_kernels('_adaptive_mixing', torch.device('cuda')) is None,
     reason='needs a CUDA device and the compiled operators',
 )
 

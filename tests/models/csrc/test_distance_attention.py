@@ -7,9 +7,8 @@ import pytest
 import torch
 from kernel_emulation import compile_harness
 
-from models.csrc import extension
-from models.csrc.distance_attention import distance_attention
-from models.csrc.distance_attention.reference import distance_attention_reference, plane_distance
+from models import csrc
+from models.csrc.distance_attention import distance_attention, distance_attention_reference, plane_distance
 
 # Results are means of values of size 1. float32 logits reach 60 before the largest is taken away, and their
 # rounding, 4e-6, is that of the weights; the square root and the power of two add as much again.
@@ -135,7 +134,7 @@ def test_emulated_kernel_passes_on_what_is_not_a_number(library):
 
 
 needs_kernels = pytest.mark.skipif(
-    not torch.cuda.is_available() or extension.find_kernels('_distance_attention', torch.device('cuda')) is None,
+    not torch.cuda.is_available() or csrc.find_kernels('_distance_attention', torch.device('cuda')) is None,
     reason='needs a CUDA device and the compiled operators',
 )
 

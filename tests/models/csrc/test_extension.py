@@ -5,17 +5,17 @@ from pathlib import Path
 
 import torch
 
-from models.csrc import extension
+from models import csrc
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_no_operator_is_compiled_for_the_cpu():
-    assert extension.compiled_operators(torch.device('cpu')) == []
+    assert csrc.compiled_operators(torch.device('cpu')) == []
 
 
 def test_interface_versions_are_those_of_the_headers():
-    for name, version in extension.INTERFACE_VERSIONS.items():
+    for name, version in csrc.INTERFACE_VERSIONS.items():
         header = (ROOT / 'models' / 'csrc' / name[1:] / (name[1:] + '.h')).read_text()
         assert f'kInterfaceVersion = {version};' in header
 
@@ -29,4 +29,4 @@ def test_every_source_is_listed_for_building():
     suffixes = ('.h', '.cpp', '.cu')
     present = {path.relative_to(folder).as_posix() for suffix in suffixes for path in folder.rglob('*' + suffix)}
     assert listed == present
-    assert set(operators.OPERATORS) == set(extension.INTERFACE_VERSIONS)
+    assert set(operators.OPERATORS) == set(csrc.INTERFACE_VERSIONS)

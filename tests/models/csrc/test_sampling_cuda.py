@@ -13,14 +13,9 @@ from sampling_cases import Case, make_inputs, store_frames
 from torch.autograd import gradcheck
 
 from lib.extension import Extension
-from models.csrc import extension
-from models.csrc.msmv_sampling import extension_available, sample_multi_view, sample_views
-from models.csrc.msmv_sampling.reference import (
-    locate_points,
-    sample_multi_view_reference,
-    sample_views_reference,
-    spread_level_weights,
-)
+from models import csrc
+from models.csrc.msmv_sampling import extension_available, sample_multi_view
+from models.csrc.msmv_sampling.reference import sample_multi_view_reference
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -28,7 +23,7 @@ def built_operators():
     if not torch.cuda.is_available():
         pytest.skip('needs a CUDA device')
     if not extension_available():
-        pytest.skip('needs the compiled operators: ' + extension.BUILD_COMMAND)
+        pytest.skip('needs the compiled operators: ' + csrc.BUILD_COMMAND)
 
 
 # Of the largest expected value. Kernel and reference sum the same float32 products in another order (the
@@ -72,7 +67,7 @@ def compare(run, run_reference, inputs, dtype):
         assert_near(a.grad, b.grad, dtype, 'gradient of features[%d]' % level)
 
 
-def compare_fused(inputs, dtype, published=True):
+def compare_with_reference(inputs, dtype, published=True):
     compare(
         lambda i: sample_multi_view(*i, published_weight_order=published),
         lambda i: sample_multi_view_reference(*i, published_weight_order=published),
@@ -81,51 +76,31 @@ def compare_fused(inputs, dtype, published=True):
     )
 
 
-def compare_given(inputs, views, dtype):
-    """The unfused operators; positions stand in for the points, weights for the logits."""
-    compare(
-        lambda i: sample_views(i.features, i.points, views, i.level_logits, i.num_cameras),
-        lambda i: sample_views_reference(i.features, i.points, views, i.level_logits, i.num_cameras),
-        inputs,
-        dtype,
-    )
-
-
 @pytest.mark.parametrize('dtype', list(TOLERANCES), ids=str)
 @pytest.mark.parametrize('channels', CHANNELS)
-def test_cuda_fused(channels, dtype):
-    compare_fused(on_gpu(Case(channels=channels, queries=101, seed=channels), dtype), dtype)
-
-
-@pytest.mark.parametrize('dtype', list(TOLERANCES), ids=str)
-@pytest.mark.parametrize('channels', CHANNELS)
-def test_cuda_unfused(channels, dtype):
-    inputs = on_gpu(Case(channels=channels, queries=101, seed=channels), dtype)
-    located = locate_points(inputs.points, inputs.ego2img, inputs.image_size, inputs.num_cameras)
-    weights = spread_level_weights(inputs.level_logits, 3, True)
-    given = inputs._replace(points=located.uv, level_logits=weights)
-    compare_given(given, located.views, dtype)
+def test_cuda_channels(channels, dtype):
+    compare_with_reference(on_gpu(Case(channels=channels, queries=101, seed=channels), dtype), dtype)
 
 
 @pytest.mark.parametrize('levels', [1, 2, 3, 4, 5, 16])
 def test_cuda_levels(levels):
     case = Case(channels=16, levels=levels, queries=50, image=(128, 128), seed=levels)
-    compare_fused(on_gpu(case), torch.float32)
+    compare_with_reference(on_gpu(case), torch.float32)
 
 
 @pytest.mark.parametrize('published', [True, False])
 def test_cuda_weight_order(published):
     case = Case(frames=8, groups=4, points=1, channels=16, queries=50)
-    compare_fused(on_gpu(case), torch.float32, published)
+    compare_with_reference(on_gpu(case), torch.float32, published)
 
 
 def test_cuda_one_camera():
-    compare_fused(on_gpu(Case(cameras=1, channels=16, queries=50)), torch.float32)
+    compare_with_reference(on_gpu(Case(cameras=1, channels=16, queries=50)), torch.float32)
 
 
 def test_cuda_many_queries():
     """More slots than fit one wave of blocks, and a last tile that is not full."""
-    compare_fused(
+    compare_with_reference(
         on_gpu(
             Case(batch=1, frames=8, cameras=6, groups=4, points=4, channels=64, levels=4, queries=1251, image=(64, 176))
         ),
@@ -208,7 +183,7 @@ def test_cuda_gradcheck(channels):
 def test_cuda_half_features_under_autocast():
     inputs = on_gpu(Case(channels=16, queries=50, seed=6), torch.float16)
     with torch.autocast('cuda'):
-        compare_fused(inputs, torch.float16)
+        compare_with_reference(inputs, torch.float16)
 
 
 def test_cuda_mixed_with_double_points():
@@ -310,14 +285,5 @@ def test_cuda_without_the_extension_gives_the_same(monkeypatch):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize('case', SANITIZE_CASES, ids=lambda case: 'channels%d' % case.channels)
-def test_cuda_sanitize_fused(case, dtype):
-    compare_fused(on_gpu(case, dtype), dtype)
-
-
-@pytest.mark.parametrize('case', SANITIZE_CASES[:2], ids=lambda case: 'channels%d' % case.channels)
-def test_cuda_sanitize_unfused(case):
-    inputs = on_gpu(case)
-    located = locate_points(inputs.points, inputs.ego2img, inputs.image_size, inputs.num_cameras)
-    weights = spread_level_weights(inputs.level_logits, 3, True)
-    given = inputs._replace(points=located.uv, level_logits=weights)
-    compare_given(given, located.views, torch.float32)
+def test_cuda_sanitize(case, dtype):
+    compare_with_reference(on_gpu(case, dtype), dtype)

@@ -1,7 +1,7 @@
 """The CUDA sampling kernels, compiled for the CPU and run by emulation, against the PyTorch reference.
 
 This is the kernels' own source; only CUDA's built-ins are replaced. What it cannot show is how the code
-behaves in parallel on a GPU and how fast it is: see test_sampling_cuda.py and models/csrc/benchmark.py.
+behaves in parallel on a GPU and how fast it is: see test_sampling_cuda.py and tools/benchmark_operators.py.
 """
 
 import pytest
@@ -10,13 +10,8 @@ from kernel_emulation import EmulatedSampling, compile_harness
 from sampling_cases import Case, Inputs, make_inputs, store_frames
 from torch.autograd import gradcheck
 
-from models.csrc.msmv_sampling.autograd import SampleMultiView, SampleViews
-from models.csrc.msmv_sampling.reference import (
-    locate_points,
-    sample_multi_view_reference,
-    sample_views_reference,
-    spread_level_weights,
-)
+from models.csrc.msmv_sampling.ops import SampleMultiView
+from models.csrc.msmv_sampling.reference import locate_points, sample_multi_view_reference
 
 # Of results of size 1 to 10. Both sides sum the same products in float32 (in another order) and round once.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -142,22 +137,6 @@ def test_no_gradient_through_the_clamped_depth(library):
     )
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16], ids=str)
-def test_unfused_kernels(library, dtype):
-    geometry = torch.float64 if dtype == torch.float64 else torch.float32
-    inputs = make_inputs(Case(channels=16, seed=8)).to(features=dtype, geometry=geometry)
-    located = locate_points(inputs.points, inputs.ego2img, inputs.image_size, inputs.num_cameras)
-    weights = spread_level_weights(inputs.level_logits, 3, True).contiguous()
-    given = inputs._replace(points=located.uv.contiguous(), level_logits=weights)
-    views, kernels = located.views.contiguous(), EmulatedSampling(library)
-    compare_with_gradients(
-        lambda i: SampleViews.apply(kernels, i.points, views, i.level_logits, i.num_cameras, *i.features),
-        lambda i: sample_views_reference(i.features, i.points, views, i.level_logits, i.num_cameras),
-        given,
-        TOLERANCES[dtype],
-    )
-
-
 def test_gradcheck(library):
     kernels = EmulatedSampling(library, vector=False)
     inputs = make_inputs(TINY).requiring_grad()
@@ -194,12 +173,3 @@ def test_only_what_is_wanted_is_computed(library):
     sample_multi_view_reference(*inputs._replace(features=expected)).sum().backward()
     for ours, theirs in zip(features, expected):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
-
-
-def test_a_view_that_does_not_exist_is_an_error(library):
-    inputs = make_inputs(Case(batch=1, queries=1, groups=1, points=1, levels=1, channels=2))
-    views = torch.full((1, 1, 1, 3, 1), 3)
-    with pytest.raises(RuntimeError, match='kernel assertion'):
-        EmulatedSampling(library, vector=False).sample_views_forward(
-            inputs.features, torch.rand(1, 1, 1, 3, 1, 2).double(), views, torch.rand(1, 1, 1, 3, 1, 1).double(), 3
-        )

@@ -5,7 +5,7 @@ import torch
 from sampling_cases import Case, choose_view, make_inputs, sample_multi_view_slowly, store_frames
 from torch.autograd import gradcheck
 
-from models.csrc.msmv_sampling import sample_multi_view, sample_views
+from models.csrc.msmv_sampling import sample_multi_view
 from models.csrc.msmv_sampling.reference import locate_points, published_weight_groups, spread_level_weights
 
 CASES = [
@@ -65,28 +65,6 @@ def test_gradients():
         return sample_multi_view(features, points, inputs.ego2img, logits, inputs.image_size, 2)
 
     assert gradcheck(sample, (inputs.points, inputs.level_logits, *inputs.features))
-
-
-def test_gradients_of_the_unfused_operator():
-    generator = torch.Generator().manual_seed(5)
-    rand = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    features = [rand(1, 4, 3, 5, 6).requires_grad_(), rand(1, 4, 2, 2, 6).requires_grad_()]
-    uv = (rand(1, 3, 2, 2, 1, 2) * 1.4 - 0.2).requires_grad_()
-    weights = rand(1, 3, 2, 2, 1, 2).requires_grad_()
-    views = torch.randint(0, 2, (1, 3, 2, 2, 1), generator=generator)
-
-    def sample(uv, weights, *maps):
-        return sample_views(maps, uv, views, weights, 2)
-
-    assert gradcheck(sample, (uv, weights, *features))
-
-
-def test_unfused_operator_is_the_second_half_of_the_fused_one():
-    inputs = make_inputs(Case(seed=6))
-    located = locate_points(inputs.points, inputs.ego2img, inputs.image_size, inputs.num_cameras)
-    weights = spread_level_weights(inputs.level_logits, 3, published_weight_order=True)
-    result = sample_views(inputs.features, located.uv, located.views.int(), weights, inputs.num_cameras)
-    assert torch.equal(result, sample_multi_view(*inputs))
 
 
 def test_only_points_want_a_gradient():
@@ -175,20 +153,6 @@ def test_bad_arguments_raise_one_sentence(inputs, error, sentence):
     with pytest.raises(error, match=sentence) as caught:
         sample_multi_view(*inputs)
     assert '\n' not in str(caught.value)
-
-
-def test_bad_views_raise_one_sentence():
-    features = [torch.rand(1, 4, 3, 5, 6)]
-    uv, weights = torch.rand(1, 3, 2, 2, 1, 2), torch.rand(1, 3, 2, 2, 1, 1)
-    views = torch.zeros(1, 3, 2, 2, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r'views must lie in 0\.\.1 but spans 2\.\.2'):
-        sample_views(features, uv, views + 2, weights, 2)
-    with pytest.raises(TypeError, match='views must be an integer tensor but is torch.float32'):
-        sample_views(features, uv, views.float(), weights, 2)
-    with pytest.raises(ValueError, match=r'uv must be \[B, Q, G, T, P, 2\] with B = 1 and T = 2'):
-        sample_views(features, uv[:, :, :, :1], views, weights, 2)
-    with pytest.raises(ValueError, match=r'weights must be \[1, 3, 2, 2, 1, 1\]'):
-        sample_views(features, uv, views, weights[..., :0], 2)
 
 
 def test_stored_frames_in_another_order():

@@ -14,12 +14,12 @@ extern "C" {
 // sampling_kernels.h.
 struct Call {
   int32_t dtype;  // 0 float64, 1 float32, 2 float16, 3 bfloat16
-  int32_t fused, vector, descending, published_weight_order;
+  int32_t vector, descending, published_weight_order;
   int64_t enough_warps;
   int32_t shape[8];  // batch, queries, groups, frames, points, cameras, levels, channels
   int32_t stored_frames;
   double height, width;
-  const void *points, *ego2img, *level_logits, *uv, *views, *weights;
+  const void *points, *ego2img, *level_logits;
   const int64_t* frame_index;
   const void* features[kMaxLevels];
   int64_t strides[kMaxLevels][4];
@@ -27,8 +27,8 @@ struct Call {
   void* output;
   const void* grad_output;
   void* grad_features[kMaxLevels];
-  void *grad_position, *grad_weights;  // per slot
-  void *grad_points, *grad_logits;     // fused: summed over frames
+  void *slot_grad_point, *slot_grad_weight;  // per slot
+  void *grad_points, *grad_logits;           // summed over frames
 };
 
 static char message[256];
@@ -59,13 +59,10 @@ SlotSource<real> source_of(const Call& call) {
   source.inverse_width = static_cast<real>(1.0 / call.width);
   source.inverse_height = static_cast<real>(1.0 / call.height);
   source.published_weight_order = call.published_weight_order != 0;
-  source.uv = static_cast<const real*>(call.uv);
-  source.views = static_cast<const int64_t*>(call.views);
-  source.weights = static_cast<const real*>(call.weights);
   return source;
 }
 
-template <typename scalar_t, int VEC, bool kFused>
+template <typename scalar_t, int VEC>
 void forward(const Call& call) {
   using real = typename Accumulate<scalar_t>::type;
   ForwardArguments<scalar_t> arguments;
@@ -78,10 +75,10 @@ void forward(const Call& call) {
   arguments.output = static_cast<scalar_t*>(call.output);
   emulation::launch(count_blocks(arguments.shape, arguments.schedule), kThreads,
                     kWarpsPerBlock * warp_shared_bytes<real>(arguments.shape.levels, false), call.descending,
-                    [&] { sampling_forward_kernel<scalar_t, VEC, kFused>(arguments); });
+                    [&] { sampling_forward_kernel<scalar_t, VEC>(arguments); });
 }
 
-template <typename scalar_t, int VEC, bool kFused>
+template <typename scalar_t, int VEC>
 void backward(const Call& call) {
   using real = typename Accumulate<scalar_t>::type;
   BackwardArguments<scalar_t> arguments;
@@ -93,17 +90,17 @@ void backward(const Call& call) {
     arguments.grad_features[l] = static_cast<real*>(call.grad_features[l]);
   }
   arguments.grad_output = static_cast<const scalar_t*>(call.grad_output);
-  arguments.grad_position = static_cast<real*>(call.grad_position);
-  arguments.grad_weights = static_cast<real*>(call.grad_weights);
+  arguments.grad_point = static_cast<real*>(call.slot_grad_point);
+  arguments.grad_weights = static_cast<real*>(call.slot_grad_weight);
   emulation::launch(count_blocks(arguments.shape, arguments.schedule), kThreads,
                     kWarpsPerBlock * warp_shared_bytes<real>(arguments.shape.levels, true), call.descending,
-                    [&] { sampling_backward_kernel<scalar_t, VEC, kFused>(arguments); });
-  if (!kFused || arguments.grad_position == nullptr) return;
+                    [&] { sampling_backward_kernel<scalar_t, VEC>(arguments); });
+  if (arguments.grad_point == nullptr) return;
   ReduceArguments<real> reduce;
   reduce.shape = arguments.shape;
   reduce.published_weight_order = call.published_weight_order != 0;
   reduce.level_logits = arguments.source.level_logits;
-  reduce.slot_grad_point = arguments.grad_position;
+  reduce.slot_grad_point = arguments.grad_point;
   reduce.slot_grad_weight = arguments.grad_weights;
   reduce.grad_points = static_cast<real*>(call.grad_points);
   reduce.grad_logits = static_cast<real*>(call.grad_logits);
@@ -114,9 +111,7 @@ void backward(const Call& call) {
 
 template <typename scalar_t, int VEC>
 void run_vector(const Call& call) {
-  if (call.output != nullptr)
-    return call.fused ? forward<scalar_t, VEC, true>(call) : forward<scalar_t, VEC, false>(call);
-  call.fused ? backward<scalar_t, VEC, true>(call) : backward<scalar_t, VEC, false>(call);
+  call.output != nullptr ? forward<scalar_t, VEC>(call) : backward<scalar_t, VEC>(call);
 }
 
 template <typename scalar_t>

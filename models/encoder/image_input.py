@@ -1,13 +1,64 @@
-"""Photometric distortion of each image of a batch, on the device (SPEC: images)."""
+"""From uint8 images to the network's input, on the device: colour jitter, normalisation, padding (SPEC: images)."""
+
+from typing import Mapping, Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lib.dist import batch_rand
+from lib.errors import ConfigError
+from lib.registry import check_keys
 
 _BRIGHTNESS = 32.0
 _FACTORS = (0.5, 1.5)
 _HUE_DEGREES = 18.0
+
+
+class ImageInput(nn.Module):
+    """Jitter (training only), BGR to RGB, normalisation, zero padding.
+
+    Args:
+        mean, std: per channel, in the order after ``to_rgb``, for values 0..255.
+        to_rgb: reverse the channels of the BGR input.
+        size_divisor: pad height and width (below and right) to a multiple of this.
+        color_aug: jitter colours in training.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], to_rgb: bool, size_divisor: int, color_aug: bool):
+        super().__init__()
+        self.to_rgb, self.size_divisor, self.color_aug = to_rgb, size_divisor, color_aug
+        for name, value in (('mean', mean), ('std', std)):
+            self.register_buffer(name, torch.tensor(value).float().view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: Mapping) -> 'ImageInput':
+        """From ``model.data_aug``: img_color_aug, img_norm_cfg, img_pad_cfg."""
+        check_keys(cfg, ('img_color_aug', 'img_norm_cfg', 'img_pad_cfg'), 'model.data_aug')
+        norm, pad = cfg.get('img_norm_cfg', {}), cfg.get('img_pad_cfg', {})
+        check_keys(norm, ('mean', 'std', 'to_rgb'), 'model.data_aug.img_norm_cfg')
+        check_keys(pad, ('size_divisor',), 'model.data_aug.img_pad_cfg')
+        if 'mean' not in norm or 'std' not in norm:
+            raise ConfigError('model.data_aug.img_norm_cfg needs mean and std, three numbers each')
+        to_rgb, divisor = norm.get('to_rgb', True), pad.get('size_divisor', 32)
+        return cls(norm['mean'], norm['std'], to_rgb, divisor, cfg.get('img_color_aug', False))
+
+    def forward(self, images: Tensor, samples: int = 1) -> Tensor:
+        """images uint8 [n, 3, H, W] BGR of B samples -> float32 [n, 3, H', W'], channels-last in memory."""
+        images = images.to(torch.float32)
+        if self.training and self.color_aug:
+            images = jitter_colours(images, samples)
+        if self.to_rgb:
+            images = images.flip(1)
+        images = (images - self.mean) / self.std
+        height, width = self.padded_size(images.shape[-2:])
+        images = F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def padded_size(self, size: Sequence[int]):
+        """(height, width) after padding."""
+        divisor = self.size_divisor
+        return tuple((int(n) + divisor - 1) // divisor * divisor for n in size)
 
 
 def jitter_colours(images: Tensor, samples: int = 1) -> Tensor:

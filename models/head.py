@@ -8,18 +8,20 @@ from typing import Dict, List, Mapping, Optional
 
 import torch
 from mmcv.runner import BaseModule
-from mmdet.models.builder import HEADS, build_loss
+from mmdet.models.builder import HEADS, LOSSES
 from mmdet.models.utils.builder import TRANSFORMER
 from torch import Tensor
 
 from lib.errors import ConfigError
 from lib.targets import OccupancyTargets
 from lib.task import Task
-from models.heads.merging import merge_panoptic, merge_semantic
+from models.builder import build_part, hand_down
+from models.decoders import TransformerOutput
+from models.encoder import ImageFeatures
 from models.losses import VoxelLosses
-from models.sampling import ImageFeatures
-from models.transformer import TransformerOutput
+from models.merging import merge_panoptic, merge_semantic
 
+_WHERE = 'model.pts_bbox_head'
 MERGE_STUFF = ('published', 'labelled')
 
 
@@ -47,12 +49,11 @@ class SparseOccHead(BaseModule):
     Args:
         task: classes, range, grid, cameras, frames.
         transformer: config of ``SparseOccTransformer``.
-        loss_cfgs: configs of ``loss_mask2former`` and, for release 1.1, ``loss_geo_scal`` and
-            ``loss_sem_scal``.
-        embed_dims: C.
+        loss_cfgs: configs of ``loss_mask2former`` and of the terms on voxels, see ``VoxelLosses``.
+        embed_dims: C of the transformer, if its config does not have it.
         merge_stuff: 'published' or 'labelled', see ``merge_panoptic``.
         overlap_threshold, score_threshold: see ``merge_panoptic``.
-        draws: test-time draws of the mask-guided sampling, 'even' or 'random'.
+        draws: test-time draws of the transformer's mask-guided sampling, if its config does not have them.
     """
 
     def __init__(
@@ -60,28 +61,30 @@ class SparseOccHead(BaseModule):
         task: Task,
         transformer: Mapping,
         loss_cfgs: Mapping,
-        embed_dims: int = 256,
+        embed_dims: Optional[int] = None,
         merge_stuff: str = 'published',
         overlap_threshold: float = 0.8,
         score_threshold: float = 0.3,
-        draws: str = 'even',
+        draws: Optional[str] = None,
     ):
         super().__init__()
         if merge_stuff not in MERGE_STUFF:
             raise ConfigError(f'model.test_cfg.merge_stuff must be one of {list(MERGE_STUFF)}, got {merge_stuff!r}')
         self.task, self.merge_stuff = task, merge_stuff
         self.overlap_threshold, self.score_threshold = overlap_threshold, score_threshold
-        self.transformer = TRANSFORMER.build(dict(transformer, task=task, embed_dims=embed_dims, draws=draws))
-        self.register_buffer(
-            'is_thing',
-            torch.tensor([c in task.label_set.thing_ids for c in range(task.label_set.num_occupied)]),
-            persistent=False,
-        )
-        loss_cfgs = dict(loss_cfgs)
-        if 'loss_mask2former' not in loss_cfgs:
-            raise ConfigError("model.pts_bbox_head.loss_cfgs: key 'loss_mask2former' is missing")
-        self.loss_mask2former = build_loss(loss_cfgs.pop('loss_mask2former'))
-        self.voxel_losses = VoxelLosses(task.label_set, self.transformer.voxel_decoder.scoring, loss_cfgs)
+        where = f'{_WHERE}.transformer'
+        transformer = hand_down(transformer, where, dict(embed_dims=embed_dims), _WHERE)
+        transformer = hand_down(transformer, where, dict(draws=draws), f'model.test_cfg or {_WHERE}')
+        self.transformer = build_part(transformer, TRANSFORMER, where, task)
+        labels = task.label_set
+        is_thing = torch.tensor([c in labels.thing_ids for c in range(labels.num_occupied)])
+        self.register_buffer('is_thing', is_thing, persistent=False)
+        where = f'{_WHERE}.loss_cfgs'
+        terms = dict(loss_cfgs)
+        if 'loss_mask2former' not in terms:
+            raise ConfigError(f"{where}: key 'loss_mask2former' is missing")
+        self.loss_mask2former = build_part(terms.pop('loss_mask2former'), LOSSES, f'{where}.loss_mask2former', task)
+        self.voxel_losses = VoxelLosses(task, self.transformer.voxel_decoder.scoring, terms, where)
 
     def forward(self, features: ImageFeatures) -> TransformerOutput:
         """Predictions of every stage and layer."""
@@ -93,7 +96,7 @@ class SparseOccHead(BaseModule):
             losses = {}
             for i, stage in enumerate(output.stages):
                 for name, value in self.voxel_losses(stage, targets).items():
-                    losses['%s_%d' % (name, i)] = value
+                    losses[f'{name}_{i}'] = value
             losses.update(self.loss_mask2former(output.layers, output.stages[-1], targets))
             return losses
 

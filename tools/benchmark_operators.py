@@ -1,7 +1,7 @@
 """Time the compiled operators against their PyTorch references at the sizes of the full model.
 
-    python models/csrc/benchmark.py
-    python models/csrc/benchmark.py --types fp16 --repeats 50
+    python tools/benchmark_operators.py
+    python tools/benchmark_operators.py --types fp16 --repeats 50
 
 For sampling, one row per decoder stage and type: milliseconds of the operator and of the reference, forward
 and backward, and the rate at which the operator moves bytes. Bytes are counted as if nothing were cached:
@@ -20,11 +20,15 @@ from typing import Callable, List, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from models.csrc.adaptive_mixing import adaptive_mix  # noqa: E402
-from models.csrc.adaptive_mixing.reference import adaptive_mix_reference  # noqa: E402
-from models.csrc.distance_attention import distance_attention  # noqa: E402
-from models.csrc.distance_attention.reference import distance_attention_reference  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from models.csrc.adaptive_mixing import (
+    adaptive_mix,  # noqa: E402
+    adaptive_mix_reference,  # noqa: E402
+)
+from models.csrc.distance_attention import (
+    distance_attention,  # noqa: E402
+    distance_attention_reference,  # noqa: E402
+)
 from models.csrc.msmv_sampling import extension_available, sample_multi_view  # noqa: E402
 from models.csrc.msmv_sampling.reference import locate_points, sample_multi_view_reference  # noqa: E402
 
@@ -158,19 +162,11 @@ def report_sampling(stage: Stage, name: str, batch: int, repeats: int) -> None:
     difference = largest_difference(sample_multi_view, sample_multi_view_reference, inputs)
     ours = time_operator(sample_multi_view, inputs, repeats)
     theirs = time_operator(sample_multi_view_reference, inputs, repeats)
+    forward_rate = ours.forward_bytes / ours.forward_ms / 1e6
+    backward_rate = ours.backward_bytes / ours.backward_ms / 1e6
     print(
-        '%-9s %-5s | %9.3f %9.3f %7.0f | %9.3f %9.3f %7.0f | %9.1e'
-        % (
-            stage.name,
-            name,
-            ours.forward_ms,
-            theirs.forward_ms,
-            ours.forward_bytes / ours.forward_ms / 1e6,
-            ours.backward_ms,
-            theirs.backward_ms,
-            ours.backward_bytes / ours.backward_ms / 1e6,
-            difference,
-        )
+        f'{stage.name:9} {name:5} | {ours.forward_ms:9.3f} {theirs.forward_ms:9.3f} {forward_rate:7.0f} | '
+        f'{ours.backward_ms:9.3f} {theirs.backward_ms:9.3f} {backward_rate:7.0f} | {difference:9.1e}'
     )
 
 
@@ -186,10 +182,8 @@ def report_mixing(stage: Stage, name: str, batch: int, repeats: int) -> None:
         ours = median_ms(lambda: adaptive_mix(*inputs), repeats)
         theirs = median_ms(lambda: adaptive_mix_reference(*inputs), repeats)
     values = sampled.numel() + generated.numel() + sampled.numel() // in_points * out_points
-    print(
-        '%-9s %-5s | %9.3f %9.3f %7.0f | %9.1e'
-        % (stage.name, name, ours, theirs, values * sampled.element_size() / ours / 1e6, difference)
-    )
+    rate = values * sampled.element_size() / ours / 1e6
+    print(f'{stage.name:9} {name:5} | {ours:9.3f} {theirs:9.3f} {rate:7.0f} | {difference:9.1e}')
 
 
 def report_attention(queries: int, batch: int, repeats: int) -> None:
@@ -206,7 +200,7 @@ def report_attention(queries: int, batch: int, repeats: int) -> None:
         ours = median_ms(lambda: distance_attention(*inputs), repeats)
         theirs = median_ms(lambda: distance_attention_reference(*inputs), repeats)
     products = 2.0 * batch * heads * queries * queries * width
-    print('%-9d fp32  | %9.3f %9.3f %7.1f | %9.1e' % (queries, ours, theirs, products / ours / 1e9, difference))
+    print(f'{queries:<9} fp32  | {ours:9.3f} {theirs:9.3f} {products / ours / 1e9:7.1f} | {difference:9.1e}')
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -223,19 +217,16 @@ def main() -> None:
         raise SystemExit('This needs a CUDA device.')
     if not extension_available():
         raise SystemExit('The compiled operators are missing, so there is nothing to compare.')
-    print('%s, PyTorch %s, batch %d' % (torch.cuda.get_device_name(), torch.__version__, arguments.batch))
-    print(
-        'sampling        | %9s %9s %7s | %9s %9s %7s | %9s'
-        % ('fwd ms', 'torch ms', 'GB/s', 'bwd ms', 'torch ms', 'GB/s', 'differs')
-    )
+    print(f'{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, batch {arguments.batch}')
+    print('sampling        |    fwd ms  torch ms    GB/s |    bwd ms  torch ms    GB/s |   differs')
     for stage in STAGES:
         for name in arguments.types:
             report_sampling(stage, name, arguments.batch, arguments.repeats)
-    print('mixing          | %9s %9s %7s | %9s' % ('fwd ms', 'torch ms', 'GB/s', 'differs'))
+    print('mixing          |    fwd ms  torch ms    GB/s |   differs')
     for stage in STAGES:
         for name in arguments.types:
             report_mixing(stage, name, arguments.batch, arguments.repeats)
-    print('attention       | %9s %9s %7s | %9s' % ('fwd ms', 'torch ms', 'T mul/s', 'differs'))
+    print('attention       |    fwd ms  torch ms T mul/s |   differs')
     for queries in (1250, 2000):
         report_attention(queries, arguments.batch, arguments.repeats)
 

@@ -6,9 +6,11 @@ from mmcv.runner import BaseModule
 from mmdet.models.utils.builder import TRANSFORMER
 
 from lib.task import Task
-from models.decoders import MaskDecoder, MaskPrediction, SparseVoxelDecoder, VoxelStage
-from models.draws import RandomDraws, build_draws
-from models.sampling import ImageFeatures
+from models.decoders.layers import DecoderSizes
+from models.decoders.mask_decoder import MaskDecoder, MaskPrediction
+from models.decoders.sampling import RandomDraws, build_draws
+from models.decoders.sparse_voxel_decoder import SparseVoxelDecoder, VoxelStage
+from models.encoder import ImageFeatures
 
 
 class TransformerOutput(NamedTuple):
@@ -64,31 +66,9 @@ class SparseOccTransformer(BaseModule):
         num_heads: int = 8,
     ):
         super().__init__()
-        self.voxel_decoder = SparseVoxelDecoder(
-            task,
-            embed_dims,
-            num_groups,
-            num_points,
-            num_levels,
-            topk_training,
-            topk_testing,
-            scoring,
-            dropout,
-            mixing_chunk,
-            published_weight_order,
-            num_heads,
-        )
-        self.decoder = MaskDecoder(
-            task,
-            embed_dims,
-            num_layers,
-            num_queries,
-            num_groups,
-            num_points,
-            num_levels,
-            dropout,
-            published_weight_order=published_weight_order,
-        )
+        sizes = DecoderSizes(task, embed_dims, num_groups, num_points, num_levels, dropout, published_weight_order)
+        self.voxel_decoder = SparseVoxelDecoder(sizes, topk_training, topk_testing, scoring, num_heads, mixing_chunk)
+        self.decoder = MaskDecoder(sizes, num_layers, num_queries)
         self.training_draws, self.testing_draws = RandomDraws(), build_draws(draws)
 
     def forward(self, features: ImageFeatures) -> TransformerOutput:

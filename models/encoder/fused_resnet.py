@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from models.autocast_state import autocast_dtype
-from models.layers.recompute import recompute
+from models.torch_compat import autocast_dtype, recompute
 
 # Earlier releases reach cuDNN through another interface, which was not tried.
 _IS_RECENT = tuple(int(n) for n in torch.__version__.split('.')[:2]) >= (2, 2)
@@ -145,7 +144,7 @@ class FusedResNet:
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         numbers = (1, 2, 3) if isinstance(block, Bottleneck) else (1, 2)
-        pairs = [(getattr(block, 'conv%d' % i), getattr(block, 'norm%d' % i)) for i in numbers]
+        pairs = [(getattr(block, f'conv{i}'), getattr(block, f'norm{i}')) for i in numbers]
         if block.downsample is not None:
             pairs.append(tuple(block.downsample))
         weights = [value for conv, norm in pairs for value in self._fold(conv, norm, x.dtype)]

@@ -63,7 +63,7 @@ class FeatureCache:
             ValueError: more different keys than the store has room for, or maps that differ among these keys.
         """
         if len(set(keys)) > self.capacity:
-            raise ValueError('%d different frames do not fit into a cache of %d' % (len(set(keys)), self.capacity))
+            raise ValueError(f'{len(set(keys))} different frames do not fit into a cache of {self.capacity}')
         for key in keys:
             if key in self._slots:
                 self._slots.move_to_end(key)

@@ -1,0 +1,135 @@
+"""What both decoders are made of: their common sizes, adaptive mixing, attention that falls with distance.
+
+Shapes: B batch, Q queries, G groups, C channels, p_in sampled points (T*P), p_out mixed points.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks.transformer import MultiheadAttention
+from mmcv.runner import BaseModule
+from torch import Tensor, nn
+
+from lib.task import Task
+from models.csrc.adaptive_mixing import adaptive_mix, adaptive_mix_reference
+from models.csrc.distance_attention import distance_attention, distance_attention_reference
+from models.torch_compat import recompute
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """What every layer of both decoders needs to know.
+
+    Attributes:
+        task: classes, range, grid, cameras, frames.
+        embed_dims: C.
+        num_groups: G.
+        num_points: P, sampled points per group; in the voxel decoder those of the first stage.
+        num_levels: L, pyramid levels.
+        dropout: of the attention between blocks and of the FFNs.
+        published_weight_order: keep the level-weight order that released weights were trained with.
+    """
+
+    task: Task
+    embed_dims: int = 256
+    num_groups: int = 4
+    num_points: int = 4
+    num_levels: int = 4
+    dropout: float = 0.1
+    published_weight_order: bool = True
+
+
+class AdaptiveMixing(BaseModule):
+    """x·M -> LN -> ReLU -> S·x -> LN -> ReLU -> linear -> add the query; M and S are made from the query.
+
+    Every query filters its own sampled features (paper section 3.2; from AdaMixer).
+
+    The generated matrices dominate the memory of a training step (8,000 queries x 17,408 floats). With
+    ``chunk`` set, training works through the queries in pieces of that many and makes the matrices of a
+    piece again in its backward pass, so that only one piece is ever held.
+
+    Args:
+        channels: C.
+        in_points: p_in.
+        out_points: p_out.
+        num_groups: G.
+        chunk: queries per checkpointed piece in training; 0 keeps everything.
+    """
+
+    def __init__(self, channels: int, in_points: int, out_points: int, num_groups: int = 4, chunk: int = 0):
+        super().__init__()
+        self.in_points, self.out_points = in_points, out_points
+        self.num_groups, self.chunk = num_groups, chunk
+        self.width = channels // num_groups
+        per_group = self.width * self.width + out_points * in_points
+        self.parameter_generator = nn.Linear(channels, num_groups * per_group)
+        self.out_proj = nn.Linear(num_groups * out_points * self.width, channels)
+
+    def init_weights(self):
+        """The generator starts from its bias alone: every query mixes alike."""
+        nn.init.zeros_(self.parameter_generator.weight)
+
+    def forward(self, sampled: Tensor, query: Tensor) -> Tensor:
+        """sampled [B, Q, G, p_in, C/G], query [B, Q, C] -> [B, Q, C]."""
+        batch, count, channels = query.shape
+        sampled, flat = sampled.flatten(0, 1), query.flatten(0, 1)
+        if self.chunk and torch.is_grad_enabled() and flat.requires_grad:
+            pieces = zip(sampled.split(self.chunk), flat.split(self.chunk))
+            mixed = torch.cat([recompute(self._mix, s, q) for s, q in pieces])
+        else:
+            mixed = self._mix(sampled, flat)
+        return query + mixed.view(batch, count, channels)
+
+    def _mix(self, sampled: Tensor, query: Tensor) -> Tensor:
+        """sampled [n, G, p_in, C/G], query [n, C] -> [n, C]."""
+        generated = self.parameter_generator(query)
+        mix = adaptive_mix_reference if self.training else adaptive_mix  # the kernel has no backward pass
+        mixed = mix(sampled.to(generated.dtype), generated, self.out_points)
+        return self.out_proj(mixed.flatten(1))
+
+
+class DistanceAttention(BaseModule):
+    """Multi-head self-attention with bias -tau * distance; tau, a learned reach per head, is read from the query.
+
+    Paper section 3.2.
+    Computed in float32 also under autocast.
+
+    Args:
+        embed_dims: C.
+        num_heads: a divisor of C.
+        dropout: of the attention weights.
+        save_memory: in training, make the bias and the weights (heads x Q x Q numbers each) again in the
+            backward pass.
+    """
+
+    keeps_float32 = True  # for lib.run.numerics.convert_weights
+
+    def __init__(self, embed_dims: int, num_heads: int = 8, dropout: float = 0.1, save_memory: bool = False):
+        super().__init__()
+        self.num_heads, self.save_memory = num_heads, save_memory
+        self.attention = MultiheadAttention(embed_dims, num_heads, attn_drop=dropout, batch_first=True)
+        self.gen_tau = nn.Linear(embed_dims, num_heads)
+
+    def init_weights(self):
+        super().init_weights()
+        nn.init.zeros_(self.gen_tau.weight)
+        nn.init.uniform_(self.gen_tau.bias, 0.0, 2.0)
+
+    def forward(self, query: Tensor, positions: Tensor) -> Tensor:
+        """query [B, Q, C], positions [B or 1, Q, 2 or more] metres -> [B, Q, C]: the query plus what it attends to."""
+        with torch.autocast(query.device.type, enabled=False):
+            if self.save_memory and torch.is_grad_enabled() and query.requires_grad:
+                return recompute(self._attend, query.float(), positions)
+            return self._attend(query.float(), positions)
+
+    def _attend(self, query: Tensor, positions: Tensor) -> Tensor:
+        weights = self.attention.attn
+        parts = F.linear(query, weights.in_proj_weight, weights.in_proj_bias)
+        parts = parts.view(query.shape[:2] + (3, self.num_heads, query.shape[2] // self.num_heads))
+        reach = self.gen_tau(query)
+        if self.training:  # the kernel has neither dropout nor a backward pass
+            attended = distance_attention_reference(parts, reach, positions, weights.dropout)
+        else:
+            attended = distance_attention(parts, reach, positions)
+        return query + weights.out_proj(attended)

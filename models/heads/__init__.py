@@ -1,5 +1,0 @@
-"""Prediction heads."""
-
-from .sparseocc_head import SparseOccHead
-
-__all__ = ['SparseOccHead']

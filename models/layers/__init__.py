@@ -1,6 +1,0 @@
-"""Layers that both decoders share."""
-
-from .attention import DistanceAttention
-from .mixing import AdaptiveMixing
-
-__all__ = ['AdaptiveMixing', 'DistanceAttention']
