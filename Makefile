@@ -1,36 +1,41 @@
-# make install | test | demo | check-env | accel | build-ops | clean | help
+# make install | test | demo | docs | check-env | accel | build-ops | lock | clean | help
 #
-#   PYTHON=python3.12   which Python (default: the first of 3.11, 3.12, 3.10 that runs)
+#   PYTHON=python3.13   which Python (default: the one of VENV, else the newest tested that runs)
 #   VENV=.venv          where the environment goes
+#   UV=1                install with uv in place of pip
+#   CPU=1               PyTorch without CUDA (0.2 instead of 3 GB), from download.pytorch.org
 #   MMCV_OPS=1          compile mmcv's ops for the torch present, and use them
-#   STACK=current       pins: current, py38-torch2.0.0 or py38-torch1.10.2 (these two want PYTHON=python3.8)
+#   STACK=current       pins: torch2.14, torch2.11, py38-torch2.0.0, py38-torch1.10.2; current: the newest that fits
 
 VENV ?= .venv
 STACK ?= current
 MMCV_OPS ?= 0
-
-NAMES := $(if $(filter py38-%,$(STACK)),python3.8,python3.11 python3.12 python3.10 python3)
-SUITS := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in \
-         $(if $(filter py38-%,$(STACK)),[(3, 8)],[(3, 10), (3, 11), (3, 12)]))
-PYTHON ?= $(shell for p in $(NAMES); do $$p -c '$(SUITS)' >/dev/null 2>&1 && echo $$p && break; done)
+UV ?= 0
+CPU ?= 0
 
 BIN := $(VENV)/bin/python
-REQUIREMENTS := requirements$(if $(filter py38-%,$(STACK)),/py38)
-PINS := $(filter-out %/accel.txt,$(wildcard $(REQUIREMENTS)/*.txt))
-STAMP := $(VENV)/.installed-$(STACK)$(if $(filter 1,$(MMCV_OPS)),-mmcv-ops)
+OLD := $(filter py38-%,$(STACK))
+NAMES := $(strip $(if $(OLD),,python3.14 python3.13 python3.12 python3.11 python3.10 python3) python3.8)
+SUITS := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in \
+         [(3, 8)$(if $(OLD),,, (3, 10), (3, 11), (3, 12), (3, 13), (3, 14))])
+PYTHON ?= $(shell for p in $(BIN) $(NAMES); do $$p -c '$(SUITS)' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: help install test demo check-env accel build-ops clean
+flag = $(if $(filter 1,$($(1))),--$(2))
+INSTALL := tools/install.py --venv $(VENV) --stack $(STACK) $(call flag,UV,uv)
+STAMP := $(VENV)/.installed-$(STACK)$(if $(filter 1,$(CPU)),-cpu)$(if $(filter 1,$(MMCV_OPS)),-mmcv-ops)
+
+.PHONY: help install test demo check-env accel build-ops lock clean
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -6
+	@sed -n 's/^# \?//p' Makefile | head -8
 
 install: $(STAMP)
 
-$(STAMP): $(PINS)
+$(STAMP): $(filter-out %/accel.txt,$(wildcard requirements/*/*.txt))
 	@test -n "$(PYTHON)" || { echo "error: none of $(NAMES) runs here with its venv module;" \
-	  "on Debian and Ubuntu: apt install python3.11 python3.11-venv;" \
-	  "or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) tools/install.py --venv $(VENV) --stack $(STACK) $(if $(filter 1,$(MMCV_OPS)),--mmcv-ops)
+	  "on Debian and Ubuntu: apt install python3 python3-venv (Python 3.10 to 3.14);" \
+	  "or name one: make PYTHON=/path/to/python3.13" >&2; exit 1; }
+	@$(PYTHON) $(strip $(INSTALL) $(call flag,CPU,cpu) $(call flag,MMCV_OPS,mmcv-ops))
 	@touch $@
 
 test: $(STAMP)
@@ -44,12 +49,20 @@ check-env:
 
 # Pillow-SIMD in Pillow's place, and TurboJPEG's wrapper.
 accel: $(STAMP)
-	$(BIN) -m pip uninstall -q -y pillow
-	$(BIN) -m pip install -q -r $(REQUIREMENTS)/accel.txt
+	@$(BIN) $(strip $(INSTALL)) --accel
 
 # The CUDA extensions, in place. Needs nvcc of the CUDA version that torch was built with.
 build-ops: $(STAMP)
 	$(BIN) setup.py build_ext --inplace
+
+# The versions of everything that the pinned packages bring along, for each stack. Needs uv and the package index.
+LOCK := uv pip compile -q --no-annotate --custom-compile-command "make lock" --python-version
+pins = $(addprefix requirements/$(1)/,build.txt $(2) base.txt test.txt) -o requirements/$(1)/$(3)
+lock:
+	$(LOCK) 3.11 --universal $(call pins,torch2.14,torch.txt,lock.txt)
+	$(LOCK) 3.10.2 --universal $(call pins,torch2.11,torch.txt,lock.txt)
+	$(LOCK) 3.8.1 $(call pins,py38,torch-2.0.0.txt,lock-2.0.0.txt)
+	$(LOCK) 3.8.1 $(call pins,py38,torch-1.10.2.txt,lock-1.10.2.txt)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .hypothesis .nox

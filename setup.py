@@ -38,7 +38,7 @@ def version():
 
 def pins(name):
     """Requirements of a file, comments left out."""
-    lines = (line.split('#')[0].strip() for line in read('requirements/' + name).splitlines())
+    lines = (line.split('#')[0].strip() for line in read('requirements/torch2.14/' + name).splitlines())
     return [line for line in lines if line]
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from lib import __version__
-from tools import check_env
+from tools import check_env, install
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKE_VARIABLES = ('MAKEFLAGS', 'MFLAGS', 'MAKEOVERRIDES', 'PYTHON', 'VENV', 'STACK', 'MMCV_OPS')
-FOLDERS = ('requirements', 'requirements/py38')
-OTHER_STACK = 'current' if sys.version_info[:2] == (3, 8) else 'py38-torch2.0.0'
+FOLDERS = ('torch2.14', 'torch2.11', 'py38')
+OTHER_STACK = 'torch2.14' if sys.version_info[:2] == (3, 8) else 'py38-torch2.0.0'
 
 
 def run(*command, **environment):
@@ -48,8 +48,8 @@ def test_check_env_passes_here_and_lists_every_required_package():
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.startswith(f'SparseOcc {__version__}\n')
     table = result.stdout.lower()
-    for name in ('base.txt', 'openmmlab.txt'):
-        for requirement in lines_of(ROOT / 'requirements' / name):
+    for name in ('torch.txt', 'base.txt', 'openmmlab.txt'):
+        for requirement in lines_of(ROOT / 'requirements' / 'torch2.14' / name):
             assert f'\n{name_of(requirement)} ' in table
     for row in ('gpu', 'mmcv compiled ops', 'cuda sampling', 'cuda mixing', 'cuda attention', 'cuda ray casting'):
         assert f'\n{row} ' in table
@@ -58,7 +58,7 @@ def test_check_env_passes_here_and_lists_every_required_package():
 def test_check_env_fails_and_tells_the_remedy_where_nothing_is_installed():
     result = run(sys.executable, '-I', '-S', 'tools/check_env.py')  # -S: without site-packages
     assert result.returncode == 1, result.stderr
-    assert re.search(r'^numpy +no +\S+ +MISSING$', result.stdout, re.M)
+    assert re.search(r'^numpy +no +\S.*? +MISSING$', result.stdout, re.M)
     assert re.search(r'^torch: make install$', result.stdout, re.M)
     assert 'Traceback' not in result.stderr
 
@@ -101,15 +101,26 @@ def test_version_is_the_same_everywhere_and_needs_no_torch():
 
 @pytest.mark.parametrize('folder', FOLDERS)
 def test_every_requirement_is_pinned(folder):
-    loose = [line for path in (ROOT / folder).glob('*.txt') for line in lines_of(path) if '==' not in line]
+    files = (ROOT / 'requirements' / folder).glob('*.txt')
+    loose = [line for path in files for line in lines_of(path) if '==' not in line]
     assert sorted(name_of(line) for line in loose) == ['packaging', 'pip']
 
 
-def test_both_folders_list_the_same_packages():
+@pytest.mark.parametrize('stack', install.STACKS.values(), ids=list(install.STACKS))
+def test_lock_file_agrees_with_the_pins(stack):
+    """It was made ("make lock") after the last change of a pin."""
+    locked = lines_of(ROOT / stack.path(stack.lock))
+    locked = {line.split(';')[0].strip().lower().replace('_', '-') for line in locked}
+    pins = [line for kind in (stack.torch, 'base.txt', 'test.txt') for line in lines_of(ROOT / stack.path(kind))]
+    missing = {pin.lower().replace('_', '-') for pin in pins if '==' in pin} - locked
+    assert not missing and len(locked) > len(pins)
+
+
+def test_all_folders_list_the_same_packages():
     files = ('build.txt', 'base.txt', 'mmcv.txt', 'mmcv-ops.txt', 'openmmlab.txt', 'test.txt', 'accel.txt')
     for name in files:
-        packages = [sorted(map(name_of, lines_of(ROOT / folder / name))) for folder in FOLDERS]
-        assert packages[0] == packages[1], name
+        packages = [sorted(map(name_of, lines_of(ROOT / 'requirements' / folder / name))) for folder in FOLDERS]
+        assert packages[0] == packages[1] == packages[2], name
 
 
 def test_ci_only_runs_make_test():
@@ -121,20 +132,19 @@ def test_ci_only_runs_make_test():
 
 
 def test_make_without_a_python_says_what_to_install(tmp_path):
-    result = run('make', 'install', 'PYTHON=', 'VENV=%s' % (tmp_path / 'venv'))
+    result = run('make', 'install', 'PYTHON=', f'VENV={tmp_path}/venv')
     assert result.returncode != 0
-    assert 'apt install python3.11 python3.11-venv' in result.stderr
+    assert 'apt install python3 python3-venv' in result.stderr
     assert not (tmp_path / 'venv').exists()
 
 
 def test_make_passes_over_pythons_that_do_not_run(tmp_path):
     """pyenv's shims are on the path for Pythons that are not active; they fail when started."""
-    for name, code in (('python3.11', 127), ('python3.12', 0)):
-        (tmp_path / name).write_text('#!/bin/sh\nexit %d\n' % code)
+    for name, code in (('python3.13', 127), ('python3.14', 127), ('python3.12', 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\nexit {code}\n')
         (tmp_path / name).chmod(0o755)
-    result = run(
-        'make', '-n', 'install', 'VENV=%s' % (tmp_path / 'venv'), PATH='{}:{}'.format(tmp_path, os.environ['PATH'])
-    )
+    path = '{}:{}'.format(tmp_path, os.environ['PATH'])
+    result = run('make', '-n', 'install', f'VENV={tmp_path}/venv', PATH=path)
     assert 'python3.12 tools/install.py' in result.stdout, result.stderr
 
 
@@ -146,6 +156,59 @@ def test_make_installs_before_it_runs_anything(tmp_path, target):
     assert f'tools/install.py --venv {venv} --stack current --mmcv-ops' in result.stdout
 
 
+def test_make_passes_its_variables_on(tmp_path):
+    result = run('make', '-n', 'install', f'PYTHON={sys.executable}', f'VENV={tmp_path}', 'UV=1', 'CPU=1')
+    assert f'tools/install.py --venv {tmp_path} --stack current --uv --cpu' in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    'python, folder',
+    [((3, 8), 'py38'), ((3, 10), 'torch2.11'), ((3, 11), 'torch2.14'), ((3, 13), 'torch2.14'), ((3, 14), 'torch2.14')],
+)
+def test_the_newest_stack_that_fits_the_python(python, folder):
+    assert install.choose_stack('current', python).folder == folder
+
+
+@pytest.mark.parametrize('stack, python, named', [('current', (3, 9), '3.8 or 3.10'), ('torch2.11', (3, 14), '3.12')])
+def test_no_stack_fits_the_python(stack, python, named):
+    with pytest.raises(install.InstallError, match=named):
+        install.choose_stack(stack, python)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that the installer would run; nothing is run."""
+    called = []
+    monkeypatch.setattr(install.subprocess, 'call', lambda command, **_: called.append([str(p) for p in command]) or 0)
+    monkeypatch.setattr(install, '_runs', lambda python, code, quiet=True: code == install.IMPORT_CHECK)
+    monkeypatch.setattr(install.shutil, 'which', lambda name: '/opt/uv')
+    return called
+
+
+@pytest.mark.parametrize('uv, start', [(False, ['py', '-m', 'pip']), (True, ['/opt/uv', 'pip', 'install'])])
+def test_pip_and_uv_install_the_same_files(commands, uv, start):
+    install.Installer('py', install.STACKS['torch2.14'], uv).install(cpu=False, mmcv_ops=False)
+    assert [command[: len(start)] for command in commands] == [start] * 3
+    files = [[part for part in command if part.endswith('.txt')] for command in commands]
+    names = [['build.txt'], ['torch.txt', 'base.txt', 'test.txt', 'lock.txt'], ['mmcv.txt', 'openmmlab.txt']]
+    assert files == [['requirements/torch2.14/' + name for name in step] for step in names]
+
+
+def test_torch_without_cuda_comes_first_and_from_its_own_index(commands):
+    install.Installer('py', install.STACKS['torch2.14']).install(cpu=True, mmcv_ops=False)
+    assert commands[1][-4:-2] == [line + '+cpu' for line in lines_of(ROOT / 'requirements/torch2.14/torch.txt')]
+    assert commands[1][-2:] == ['--extra-index-url', install.TORCH_CPU_INDEX]
+
+
+def test_setup_files_that_read_exec_from_locals_run(tmp_path):
+    """What the setup.py of mmcv 1.x does; Python 3.13 changed what locals() holds."""
+    (tmp_path / 'setup.py').write_text(
+        'def version():\n    exec(compile("a = 1", "f", "exec"))\n    return locals()["a"]\nprint(version())\n'
+    )
+    result = run(sys.executable, tmp_path / 'setup.py', PYTHONPATH=install.SETUP_SHIM)
+    assert result.stdout == '1\n', result.stderr
+
+
 def test_install_refuses_a_python_that_the_stack_was_not_tested_with(tmp_path):
     result = run(sys.executable, 'tools/install.py', '--venv', tmp_path / 'venv', '--stack', OTHER_STACK)
     assert result.returncode == 1
@@ -154,7 +217,7 @@ def test_install_refuses_a_python_that_the_stack_was_not_tested_with(tmp_path):
 
 def test_install_does_not_touch_a_folder_that_is_no_environment(tmp_path):
     (tmp_path / 'results.txt').write_text('keep')
-    result = run(sys.executable, 'tools/install.py', '--venv', tmp_path, '--stack', own_stack())
+    result = run(sys.executable, 'tools/install.py', '--venv', tmp_path)
     assert result.returncode == 1 and 'not a virtual environment' in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ['results.txt']
 
@@ -168,7 +231,6 @@ def test_failed_download_is_plain_and_not_taken_as_installed(tmp_path):
         'install',
         f'PYTHON={sys.executable}',
         f'VENV={venv}',
-        f'STACK={own_stack()}',
         PIP_NO_INDEX='1',
         PIP_FIND_LINKS=str(tmp_path),
         PIP_CONFIG_FILE=os.devnull,
@@ -176,7 +238,3 @@ def test_failed_download_is_plain_and_not_taken_as_installed(tmp_path):
     assert result.returncode != 0
     assert 'error: could not install build tools' in result.stderr, result.stderr
     assert not list(venv.glob('.installed*'))
-
-
-def own_stack():
-    return 'py38-torch2.0.0' if sys.version_info[:2] == (3, 8) else 'current'

@@ -15,13 +15,15 @@ import re
 import shutil
 import subprocess
 import sys
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from tools.install import STACKS, Stack  # noqa: E402
+
 OK, DIFFERS, MISSING, BROKEN, NOTE = 'ok', 'other version', 'MISSING', 'BROKEN', '-'
-PYTHONS = ('3.8', '3.10', '3.11', '3.12')
+PYTHONS = ['{}.{}'.format(*version) for version in sorted({v for stack in STACKS.values() for v in stack.pythons})]
 REPLACEMENTS = {'pillow': 'pillow-simd'}  # distributions that install the same modules
 
 
@@ -38,8 +40,8 @@ class Row(NamedTuple):
 
 def main() -> None:
     rows = [python_row()]
-    rows += package_rows(requirement_files(), required=True)
-    rows += package_rows(['test.txt', 'accel.txt'], required=False)
+    rows += package_rows('build', 'torch', 'base', 'openmmlab', required=True)
+    rows += package_rows('test', 'accel', required=False)
     rows += [libraries_row()] + gpu_rows() + compiled_rows()
     print(render(rows))
     sys.exit(1 if any(row.required and row.state in (MISSING, BROKEN) for row in rows) else 0)
@@ -48,31 +50,36 @@ def main() -> None:
 # ---- what was tested: the requirement files ----
 
 
-def requirement_folder() -> str:
-    """Folder of the pins for this Python, relative to the repository."""
-    return 'requirements/py38' if sys.version_info[:2] == (3, 8) else 'requirements'
+def stacks_here() -> List[Stack]:
+    """The sets of pins that were tested with this Python, newest first; the newest of all for another Python."""
+    fitting = [stack for stack in STACKS.values() if sys.version_info[:2] in stack.pythons]
+    return fitting or list(STACKS.values())[:1]
 
 
-def requirement_files() -> List[str]:
-    """Files of required packages, in the folder of this Python."""
-    torch_files = [
-        name for name in sorted(os.listdir(os.path.join(ROOT, requirement_folder()))) if name.startswith('torch')
-    ]
-    return ['build.txt'] + torch_files + ['base.txt', 'openmmlab.txt']
+def tested_versions(*kinds: str) -> List[Tuple[str, str]]:
+    """(package, version tested) of requirement files; the versions of several stacks are joined by a comma.
 
-
-def tested_versions(names: Sequence[str]) -> List[Tuple[str, str]]:
-    """(package, version tested) of requirement files; several versions are joined by a comma."""
-    versions = {}
-    for name in names:
-        with open(os.path.join(ROOT, requirement_folder(), name)) as lines:
-            for line in lines:
-                match = re.match(r'([A-Za-z0-9_.-]+)\s*([=>]=)\s*([^\s;#]+)', line)
-                if match:
-                    package, operator, version = match.groups()
-                    version = version if operator == '==' else operator + version
-                    versions.setdefault(package, []).append(version)
+    Args:
+        kinds: names of files without ``.txt``; 'torch' is the stack's file for PyTorch.
+    """
+    versions: Dict[str, List[str]] = {}
+    for kind in kinds:
+        for stack in stacks_here():
+            for package, version in pins_of(stack.path(stack.torch if kind == 'torch' else kind + '.txt')):
+                found = versions.setdefault(package, [])
+                if version not in found:
+                    found.append(version)
     return [(package, ', '.join(found)) for package, found in versions.items()]
+
+
+def pins_of(path: str) -> Iterator[Tuple[str, str]]:
+    """(package, version) of each line of a requirement file; '>=' stays in front of a lower bound."""
+    with open(os.path.join(ROOT, path)) as lines:
+        for line in lines:
+            match = re.match(r'([A-Za-z0-9_.-]+)\s*([=>]=)\s*([^\s;#]+)', line)
+            if match:
+                package, operator, version = match.groups()
+                yield package, version if operator == '==' else operator + version
 
 
 # ---- what is here ----
@@ -89,22 +96,22 @@ def installed_version(package: str) -> str:
 
 
 def python_row() -> Row:
-    found = '%d.%d.%d' % sys.version_info[:3]
-    if '%d.%d' % sys.version_info[:2] in PYTHONS:
+    found = '.'.join(map(str, sys.version_info[:3]))
+    if found.rsplit('.', 1)[0] in PYTHONS:
         return Row('Python', found, ', '.join(PYTHONS), OK, required=True)
     return Row(
         'Python',
         found,
         ', '.join(PYTHONS),
         DIFFERS,
-        'not tested with this Python; make install PYTHON=python3.11 VENV=.venv311',
+        'not tested with this Python; make install PYTHON=python3.13 VENV=.venv313',
         required=True,
     )
 
 
-def package_rows(files: Sequence[str], required: bool) -> List[Row]:
-    """A row per package of the requirement files; mmcv's stands for mmcv or mmcv-full."""
-    tested = tested_versions(files)
+def package_rows(*kinds: str, required: bool) -> List[Row]:
+    """A row per package of these requirement files; mmcv's stands for mmcv or mmcv-full."""
+    tested = tested_versions(*kinds)
     rows = [package_row(package, version, required) for package, version in tested]
     return rows + ([mmcv_row()] if required else [])
 
@@ -122,7 +129,7 @@ def package_row(package: str, tested: str, required: bool) -> Row:
 
 
 def mmcv_row() -> Row:
-    tested = ', '.join('{} {}'.format(*item) for item in tested_versions(['mmcv.txt', 'mmcv-ops.txt']))
+    tested = ', '.join('{} {}'.format(*item) for item in tested_versions('mmcv', 'mmcv-ops'))
     found = [(name, installed_version(name)) for name in ('mmcv', 'mmcv-full') if installed_version(name)]
     text = ', '.join('{} {}'.format(*item) for item in found)
     if not found:
@@ -177,7 +184,7 @@ def gpu_rows() -> List[Row]:
         )
         return [Row('GPU', f'none ({built_for})', 'H200', NOTE, remedy), nvcc_row(torch)]
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    found = '%d x %s (%s)' % (len(names), names[0], built_for)
+    found = f'{len(names)} x {names[0]} ({built_for})'
     return [Row('GPU', found, 'H200', OK), nvcc_row(torch)]
 
 
