@@ -22,9 +22,10 @@ PYTHON ?= $(shell for p in $(BIN) $(NAMES); do $$p -c '$(SUITS)' >/dev/null 2>&1
 
 flag = $(if $(filter 1,$($(1))),--$(2))
 INSTALL := tools/install.py --venv $(VENV) --stack $(STACK) $(call flag,UV,uv)
+DOCS := $(VENV)-docs
 STAMP := $(VENV)/.installed-$(STACK)$(if $(filter 1,$(CPU)),-cpu)$(if $(filter 1,$(MMCV_OPS)),-mmcv-ops)
 
-.PHONY: help install test demo check-env accel build-ops lock clean
+.PHONY: help install test demo docs check-env accel build-ops lock clean
 
 help:
 	@sed -n 's/^# \?//p' Makefile | head -8
@@ -43,6 +44,16 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN) tools/demo.py
+
+# The site, into outputs/site; a warning is an error. In an environment of its own, of a few small packages.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	@echo "docs: outputs/site/index.html"
+
+$(DOCS)/.installed: requirements/docs.txt requirements/docs-lock.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt -c requirements/docs-lock.txt
+	@touch $@
 
 check-env:
 	@if test -x $(BIN); then $(BIN) tools/check_env.py; else $(PYTHON) tools/check_env.py; fi
@@ -63,6 +74,7 @@ lock:
 	$(LOCK) 3.10.2 --universal $(call pins,torch2.11,torch.txt,lock.txt)
 	$(LOCK) 3.8.1 $(call pins,py38,torch-2.0.0.txt,lock-2.0.0.txt)
 	$(LOCK) 3.8.1 $(call pins,py38,torch-1.10.2.txt,lock-1.10.2.txt)
+	$(LOCK) 3.10.2 --universal requirements/docs.txt -o requirements/docs-lock.txt
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .hypothesis .nox

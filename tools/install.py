@@ -256,7 +256,7 @@ def _find_uv() -> str:
 def _runs(python: str, code: str, quiet: bool = True) -> bool:
     """The code runs in ``python`` and exits with 0."""
     output = subprocess.DEVNULL if quiet else None
-    return subprocess.call([python, '-c', code], cwd=ROOT, stdout=output, stderr=output) == 0
+    return subprocess.call([python, '-W', 'ignore', '-c', code], cwd=ROOT, stdout=output, stderr=output) == 0
 
 
 if __name__ == '__main__':
