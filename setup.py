@@ -1,25 +1,30 @@
 """Metadata, version and CUDA extensions of SparseOcc.
 
-    pip install -e .                       # the project on the Python path (make install brings its packages)
+    pip install --no-build-isolation .     # "import sparseocc" and the console commands, see tools/package
+    pip install --no-build-isolation -e .  # the same, from this folder (make install brings the packages it needs)
     python setup.py build_ext --inplace    # the CUDA extensions beside their sources (also: make build-ops)
 
 TORCH_CUDA_ARCH_LIST chooses the GPU architectures (default: that of the GPU here), CUDA_HOME the toolkit; its
-major version must be the one torch was built with. "pip install --no-build-isolation -e ." builds them too
-where there is a GPU.
+major version must be the one torch was built with. pip builds them too where there is a GPU.
 """
 
 import importlib.util
 import os
 import re
+import shutil
 import sys
 
-from setuptools import find_packages, setup
+from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, ROOT)
 
 from lib.extension import reason_not_to_build  # noqa: E402
 
+CONTENT = ('configs', 'lib', 'loaders', 'models', 'tools')  # of the package, beside the scripts
+SCRIPTS = ('train.py', 'val.py', 'timing.py', 'gen_sweep_info.py', 'gen_instance_info.py')
+COMMANDS = ('train', 'val', 'infer', 'eval', 'check-data', 'toy')
 BUILDING = {'build_ext', 'build', 'develop', 'install', 'bdist_wheel', 'editable_wheel'}
 
 
@@ -44,7 +49,7 @@ def pins(name):
 
 def extensions_of(folder):
     """The extensions that the ``setup.py`` of a folder describes."""
-    package = folder.replace('/', '.')
+    package = 'sparseocc.' + folder.replace('/', '.')
     spec = importlib.util.spec_from_file_location(f'{package}.setup', os.path.join(ROOT, folder, 'setup.py'))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -52,18 +57,18 @@ def extensions_of(folder):
 
 
 def cuda_build():
-    """Arguments of ``setup`` for the extensions; none where they cannot or need not be built."""
+    """(the extensions, the command that builds them); none where they cannot or need not be built."""
     explicit = 'build_ext' in sys.argv
     reason = reason_not_to_build() or ('' if explicit else why_not_by_the_way())
     if reason and explicit:
         sys.exit('error: the CUDA extensions cannot be built. ' + reason)
     if reason:
         print('CUDA extensions are not built. ' + reason, file=sys.stderr)
-        return {}
+        return [], {}
     from torch.utils.cpp_extension import BuildExtension
 
     modules = extensions_of('models/csrc') + extensions_of('lib/raycast')
-    return dict(ext_modules=modules, cmdclass=dict(build_ext=BuildExtension))
+    return modules, dict(build_ext=BuildExtension)
 
 
 def why_not_by_the_way():
@@ -75,9 +80,25 @@ def why_not_by_the_way():
     return 'There is no GPU here, and TORCH_CUDA_ARCH_LIST is not set.'
 
 
+class BuildPackage(build_py):
+    """Puts the repository's folders and scripts into the package as they are."""
+
+    def run(self):
+        super().run()
+        if getattr(self, 'editable_mode', False):  # the package finds the repository
+            return
+        package = os.path.join(self.build_lib, 'sparseocc')
+        ignore = shutil.ignore_patterns('__pycache__', '*.so', 'package', 'build')
+        for folder in CONTENT:
+            shutil.rmtree(os.path.join(package, folder), ignore_errors=True)
+            shutil.copytree(folder, os.path.join(package, folder), ignore=ignore)
+        for script in SCRIPTS:
+            self.copy_file(script, os.path.join(package, script))
+
+
 def main():
     os.chdir(ROOT)
-    building = BUILDING.intersection(sys.argv)
+    extensions, commands = cuda_build() if BUILDING.intersection(sys.argv) else ([], {})
     setup(
         name='sparseocc',
         version=version(),
@@ -86,10 +107,13 @@ def main():
         long_description_content_type='text/markdown',
         license='Apache-2.0',
         python_requires='>=3.8',
-        packages=find_packages(include=['lib', 'lib.*', 'loaders', 'loaders.*', 'models', 'models.*']),
+        packages=['sparseocc'],
+        package_dir={'sparseocc': 'tools/package', 'sparseocc.models': 'models', 'sparseocc.lib': 'lib'},
+        entry_points=dict(console_scripts=[f'sparseocc-{name} = sparseocc.__main__:run_command' for name in COMMANDS]),
         # No install_requires: OpenMMLab 1.x must come without its dependencies, which metadata cannot say.
         extras_require={'accel': pins('accel.txt'), 'test': pins('test.txt')},
-        **(cuda_build() if building else {}),
+        ext_modules=extensions,
+        cmdclass=dict(commands, build_py=BuildPackage),
     )
 
 

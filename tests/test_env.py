@@ -125,7 +125,46 @@ def test_all_folders_list_the_same_packages():
 
 def test_ci_only_runs_make():
     commands = [line for line in lines_of(ROOT / '.ci/run') if not line.startswith('#')]
-    assert commands[-2:] == ["make docs", "exec make test"] and os.access(str(ROOT / '.ci/run'), os.X_OK)
+    assert commands[-2:] == ['make docs', 'exec make test'] and os.access(str(ROOT / '.ci/run'), os.X_OK)
+
+
+@pytest.fixture(scope='module')
+def package(tmp_path_factory):
+    """Folder that holds ``sparseocc`` as an installation has it."""
+    folder = tmp_path_factory.mktemp('site')
+    result = run(sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', folder, 'egg_info', '--egg-base', folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_package_has_its_commands(package):
+    text = (package / 'sparseocc.egg-info' / 'entry_points.txt').read_text()
+    commands = re.findall(r'^sparseocc-([\w-]+) = ', text, re.M)
+    assert sorted(commands) == ['check-data', 'eval', 'infer', 'toy', 'train', 'val']
+    assert {str(path.relative_to(package)) for path in package.iterdir()} == {'sparseocc', 'sparseocc.egg-info'}
+
+
+@pytest.mark.parametrize('command', ['train', 'val', 'infer', 'eval', 'check-data', 'toy'])
+def test_package_runs_the_scripts(package, tmp_path, command):
+    code = f'import sys, sparseocc.__main__ as m; sys.argv = ["sparseocc-{command}", "--help"]; m.run_command()'
+    result = run('env', '-C', tmp_path, sys.executable, '-c', code, PYTHONPATH=str(package))
+    assert result.returncode == 0 and result.stdout.startswith('usage: '), result.stderr
+
+
+def test_package_finds_its_configs_and_loads_names_when_they_are_used(package, tmp_path):
+    code = """if True:
+        import sys, sparseocc
+        from sparseocc.__main__ import find_config
+        assert 'torch' not in sys.modules
+        config = sparseocc.load_config(find_config('configs/toy/semantic.py'))
+        print(sparseocc.__version__, config.task.num_frames, sparseocc.build_model.__name__)
+        try:
+            sparseocc.nothing
+        except AttributeError as error:
+            assert 'build_model' in str(error)
+    """
+    result = run('env', '-C', tmp_path, sys.executable, '-c', code, PYTHONPATH=str(package))
+    assert result.stdout.split() == [__version__, '1', 'build_model'], result.stderr
 
 
 # ---- Makefile and installer ----

@@ -15,17 +15,17 @@ import sys
 from pathlib import Path
 
 # the folder that holds lib, loaders, models, tools, configs and the scripts: this one, or the repository's top
-ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / 'lib' / 'version.py').is_file())
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / 'lib' / 'openmmlab.py').is_file())
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from lib.version import __version__  # noqa: E402
+from lib import __version__  # noqa: E402
 
 _HOMES = {
     'load_config': 'lib.config',
     'UserError': 'lib.errors',
     'Task': 'lib.task',
-    'prepare_openmmlab': 'lib.compat',
+    'prepare_openmmlab': 'lib.openmmlab',
     'build_model': 'models',
     'load_model_weights': 'lib.checkpoint',
     'build_dataset': 'loaders',
