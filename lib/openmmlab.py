@@ -9,9 +9,11 @@ Call :func:`prepare_openmmlab` before the first ``import mmdet`` / ``mmdet3d``:
 import contextlib
 import importlib
 import importlib.machinery
+import importlib.util
 import inspect
 import io
 import logging
+import pkgutil
 import sys
 import types
 import warnings
@@ -33,7 +35,7 @@ def prepare_openmmlab() -> None:
     """Make ``import mmdet``, ``mmdet3d`` and ``nuscenes`` work here. Cheap when called again.
 
     - The compiled ``mmcv._ext`` is used where it can be imported, else a stand-in takes its place.
-    - NumPy aliases these libraries need come back.
+    - Names of NumPy and of Python's ``pkgutil`` that these libraries need come back.
     - mmdet3d accepts mmcv 1.7.1 and 1.7.2; mmcv's ``Config.pretty_text`` works with every yapf.
     - Warnings they raise while being imported are not shown.
 
@@ -50,6 +52,7 @@ def prepare_openmmlab() -> None:
         _use_compiled_ops_or_stand_in()
         _import_mmdet3d()
     _let_config_use_any_yapf()
+    restore_find_loader(pkgutil)
     _prepared = True
 
 
@@ -178,6 +181,18 @@ def _missing_op(name):
 def _put_stand_in() -> None:
     """Put the stand-in where ``import mmcv._ext`` finds it."""
     sys.modules[MMCV_EXT] = StandInExt()
+
+
+def restore_find_loader(pkgutil) -> None:
+    """Add ``find_loader``, gone from Python 3.14, by which mmcv looks for its compiled ops."""
+    if hasattr(pkgutil, 'find_loader'):
+        return
+
+    def find_loader(name):
+        spec = importlib.util.find_spec(name)
+        return spec and spec.loader
+
+    pkgutil.find_loader = find_loader
 
 
 def restore_numpy_names(numpy) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import multiprocessing
 import resource
 import signal
 import sys
@@ -92,7 +93,11 @@ def make_loader(
         persistent: keep the workers from one pass over the loader to the next.
     """
     _allow_many_open_files()
-    options = dict(persistent_workers=persistent, worker_init_fn=_prepare_worker) if workers else {}
+    options = {}
+    if workers:
+        # Forked ones start at once and share the data set's memory; Python 3.14 starts another kind by default.
+        method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
+        options = dict(persistent_workers=persistent, worker_init_fn=_prepare_worker, multiprocessing_context=method)
     return DataLoader(
         _Guarded(dataset),
         batch_sampler=batch_sampler,

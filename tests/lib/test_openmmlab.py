@@ -174,3 +174,14 @@ def test_numpy_has_what_the_libraries_use():
         assert np.array([1.5]).astype(np.float).dtype == np.float64
         assert np.zeros(1, dtype=np.int).dtype == np.int64
         assert np.int0(3.7) == 3 and np.ones(1, dtype=np.bool).all()
+
+
+def test_mmcv_finds_whether_its_ops_are_compiled_on_python_3_14():
+    """Python 3.14 has no ``pkgutil.find_loader``."""
+    new = types.SimpleNamespace()
+    openmmlab.restore_find_loader(new)
+    assert new.find_loader('json') is not None and new.find_loader('no_such_module') is None
+    prepare_openmmlab()
+    from mmcv.utils.ext_loader import check_ops_exist
+
+    assert check_ops_exist() == has_compiled_ops()
