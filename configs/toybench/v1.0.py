@@ -1,0 +1,12 @@
+"""Toy benchmark v1, release 1.0 at full size: ResNet-50 from random weights, 704x256, 8 frames, one GPU."""
+
+_base_ = [
+    '../_base_/datasets/toybench.py',
+    '../_base_/models/sparseocc_v10.py',
+    '../_base_/schedules/toybench.py',
+    '../_base_/runtime/default.py',
+]
+
+model = dict(img_backbone=dict(frozen_stages=-1, norm_eval=False))  # nothing is pretrained
+train = dict(amp='bf16')
+evaluation = dict(metrics=['ray_iou', 'miou'])

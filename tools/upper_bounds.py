@@ -1,0 +1,139 @@
+"""What a perfect classifier would score if it could only speak of some voxels: upper bounds of RayIoU and mIoU.
+
+    python tools/upper_bounds.py --config configs/toybench/v1.1.py
+    python tools/upper_bounds.py --config configs/toybench/v1.1.py --weights outputs/RUN/latest.pth
+
+Predictions are the labels themselves, cut to what the cameras see (``mask_camera``), and to the blocks that each
+stage of the voxel decoder keeps: the fullest ones, as many as ``topk_testing`` allows, or with ``--weights``
+those that the trained model keeps. What is cut away counts as free.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lib.cli import run_main  # noqa: E402
+
+_SCALES = (4, 2, 1)  # voxels per edge of the blocks that the stages keep
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', required=True)
+    parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE')
+    parser.add_argument('--weights', help='cut to what this checkpoint keeps; default: to the fullest blocks')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), help='of the model (default: cuda if there is one)')
+    parser.add_argument('--max-samples', type=int, help='score this many validation samples only')
+    parser.add_argument('--json', help='write the scores to this file as well')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    return parser.parse_args(argv)
+
+
+def fullest_blocks(occupied, scale: int, count: int):
+    """bool [X, Y, Z]: voxels of the ``count`` blocks of edge ``scale`` that hold most of ``occupied``."""
+    import numpy as np
+
+    x, y, z = (n // scale for n in occupied.shape)
+    held = occupied.reshape(x, scale, y, scale, z, scale).sum(axis=(1, 3, 5)).reshape(-1)
+    keep = np.zeros(held.shape, bool)
+    keep[np.argsort(-held, kind='stable')[:count]] = True
+    return spread(keep.reshape(x, y, z), scale)
+
+
+def spread(blocks, scale: int):
+    """Blocks [x, y, z] as voxels [x * scale, y * scale, z * scale]."""
+    return blocks.repeat(scale, 0).repeat(scale, 1).repeat(scale, 2)
+
+
+def kept_by_model(model, batch, task):
+    """bool [X, Y, Z] of each stage: what the model keeps for a sample."""
+    import numpy as np
+
+    raw = model.predict_raw(batch['img'], batch['lidar2img'], batch['ego2lidar'], batch['img_metas'])
+    masks = []
+    for stage in raw.output.stages:
+        blocks = np.zeros([n // stage.scale for n in task.grid_shape], bool)
+        blocks[tuple(stage.coords[0].cpu().numpy().T)] = True
+        masks.append(spread(blocks, stage.scale))
+    return masks
+
+
+def cuts(truth, kept, free_id):
+    """{name: bool [X, Y, Z]} of what each bound may speak of; ``kept`` holds a volume per stage."""
+    found = {}
+    if 'mask_camera' in truth:
+        found['seen by cameras'] = truth['mask_camera'] > 0
+    for number, mask in enumerate(kept):
+        found[f'kept by stage {number}'] = mask
+    if 'mask_camera' in truth:
+        found['kept by the last, seen'] = kept[-1] & found['seen by cameras']
+    return found
+
+
+def model_of(args, cfg, task):
+    """(model, batches) if there are weights."""
+    from lib.run.processes import pick_device
+    from tools.infer import load_model
+
+    args.amp, args.trust_weights = None, False
+    return load_model(args, cfg, task, pick_device(args.device))
+
+
+def batches(cfg, dataset, device):
+    """Batches of one sample each, on the device."""
+    from lib.batch import to_device
+    from lib.run.loading import make_loader, read_batches
+    from loaders import collate
+
+    order = [[index] for index in range(len(dataset))]
+    loader = make_loader(dataset, order, collate, cfg.data.get('workers_per_gpu', 0), device)
+    return (to_device(batch, device) for batch in read_batches(loader))
+
+
+def main():
+    args = parse_args()
+    import numpy as np
+    import torch
+
+    from lib.config import load_config
+    from lib.io import write_json
+    from lib.metrics import OccEvaluator
+    from lib.task import Task
+    from loaders import build_dataset
+
+    cfg = load_config(args.config, args.override)
+    task = Task.from_config(cfg.task)
+    dataset = build_dataset(dict(cfg.data.val, max_samples=args.max_samples), task)
+    free_id, topk = task.label_set.free_id, cfg.model.pts_bbox_head.transformer.topk_testing
+    model = model_of(args, cfg, task) if args.weights else None
+    stream = batches(cfg, dataset, next(model.parameters()).device) if model else None
+    stats = {}
+    for index in range(len(dataset)):
+        truth = dataset.ground_truth(index)
+        occupied = truth['semantics'] != free_id
+        if model:
+            with torch.no_grad():
+                kept = kept_by_model(model, next(stream), task)
+        else:
+            kept = [fullest_blocks(occupied, scale, count) for scale, count in zip(_SCALES, topk)]
+        for name, mask in cuts(truth, kept, free_id).items():
+            evaluator, done, recall = stats.setdefault(name, (OccEvaluator(task, ('ray_iou', 'miou')), [], []))
+            volume = np.where(mask, truth['semantics'], free_id).astype(np.uint8)
+            prediction = dict(semantics=volume, instances=np.zeros(volume.shape, np.int16))
+            done.append(evaluator.process(prediction, truth, dataset.ray_origins(index)))
+            recall.append((mask & occupied).sum() / max(occupied.sum(), 1))
+    result = {}
+    print(f'{len(dataset)} samples, percent        recall  RayIoU    @1    @2    @4   mIoU')
+    for name, (evaluator, done, recall) in stats.items():
+        scores = evaluator.summarize(done).as_dict()
+        result[name] = dict(scores, recall=float(np.mean(recall)))
+        columns = [result[name][key] for key in ('recall', 'RayIoU', 'RayIoU@1', 'RayIoU@2', 'RayIoU@4', 'mIoU')]
+        print(f'{name:24s}' + ''.join(f'{100 * value:8.2f}' for value in columns))
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == '__main__':
+    run_main(main)
