@@ -208,7 +208,7 @@ def read_json(path: PathLike):
     try:
         with open(str(path), encoding='utf-8') as stream:
             return json.load(stream)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f'{path} is not readable JSON ({error}); make or fetch it again') from error
 
 
