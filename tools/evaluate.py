@@ -4,13 +4,12 @@
     python tools/evaluate.py --config C --predictions predictions/ --metrics ray_iou ray_pq --out scores.json
     python tools/evaluate.py --config C --predictions predictions/ --only-predicted
 
-Predictions are files <sample-token>.npz, as val.py --save-predictions and tools/infer.py write them, anywhere
-under the folder. Every sample of the data set must have one, unless --only-predicted is given. Prints a
-table.
+Predictions are a folder or zip of val.py --save-predictions, of tools/infer.py, or of another project: dense or
+sparse .npz or .npy, one file a sample (lib/metrics/formats.py lists the forms). Every sample of the data set must
+have one, unless --only-predicted is given. Prints a table.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections import deque
@@ -28,7 +27,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--config', required=True)
-    add('--predictions', required=True, metavar='DIR', help='folder of <sample-token>.npz files')
+    add('--predictions', required=True, metavar='DIR', help='folder or zip, one file a sample')
     add('--override', nargs='+', default=[], metavar='KEY=VALUE', help='change values of the config')
     add('--split', default='val', choices=('train', 'val', 'test'), help='section of data (default: val)')
     add('--metrics', nargs='+', choices=('ray_iou', 'ray_pq', 'miou'), help='default: what suits the task')
@@ -41,67 +40,21 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def find_predictions(folder):
-    """{sample token: path} of every .npz file under a folder.
-
-    Raises:
-        DataError: the folder is missing or has none, or a token has two files.
-    """
-    from lib.errors import DataError
-
-    if not os.path.isdir(folder):
-        raise DataError(f'prediction folder {folder} does not exist; give the folder of val.py --save-predictions')
-    found = {}
-    for path in sorted(Path(folder).rglob('*.npz')):
-        if path.stem in found:
-            raise DataError(
-                f'{found[path.stem]} and {path} are both predictions of sample {path.stem}; give the folder of one run'
-            )
-        found[path.stem] = path
-    if not found:
-        raise DataError(f'{folder} holds no .npz files; give the folder of val.py --save-predictions')
-    return found
-
-
-def choose_samples(dataset, predictions, only_predicted):
-    """Indices of the samples to score.
-
-    Raises:
-        DataError: samples have no prediction and may not be left out, or none has one.
-    """
-    from lib.errors import DataError
-
-    indices = [index for index in range(len(dataset)) if dataset.sample_token(index) in predictions]
-    missing = len(dataset) - len(indices)
-    if not indices or (missing and not only_predicted):
-        absent = next(
-            dataset.sample_token(index)
-            for index in range(len(dataset))
-            if dataset.sample_token(index) not in predictions
-        )
-        remedy = ', or score the others with --only-predicted' if indices else ''
-        raise DataError(
-            '%d of %d samples have no prediction, e.g. %s; predict them, or choose the split '
-            'they are of with --split%s' % (missing, len(dataset), absent, remedy)
-        )
-    return indices
-
-
 def score(dataset, indices, predictions, evaluator, workers=1, say=None):
     """EvalResult of saved predictions.
 
     Args:
         indices: samples of the data set to score.
-        predictions: {sample token: path}.
+        predictions: ``PredictionFiles``.
         workers: threads; reading and scoring release Python's lock.
         say: takes progress lines.
     """
-    from lib.prediction import load_prediction, to_dense
 
     def process(index):
         token = dataset.sample_token(index)
-        dense = to_dense(load_prediction(predictions[token]), evaluator.task)
-        return evaluator.process(dense, dataset.ground_truth(index), dataset.ray_origins(index), key=token)
+        return evaluator.process(
+            predictions.read(token), dataset.ground_truth(index), dataset.ray_origins(index), key=token
+        )
 
     dataset.ray_origins(indices[0])  # once, before threads ask for it together
     stats, begin, reported = [], time.monotonic(), time.monotonic()
@@ -134,12 +87,12 @@ def results_in_order(work, items, workers):
 
 def main():
     args = parse_args()
-    predictions = find_predictions(args.predictions)
     from lib.config import load_config
 
     cfg = load_config(args.config, args.override)
     from lib.io import write_json
     from lib.metrics import OccEvaluator
+    from lib.metrics.formats import open_predictions
     from lib.raycast.cpu import num_threads
     from lib.run import default_metrics, read_task
     from loaders import build_dataset
@@ -147,8 +100,12 @@ def main():
     task = read_task(cfg)
     changes = {} if args.max_samples is None else dict(max_samples=args.max_samples)
     dataset = build_dataset(dict(cfg.data[args.split], test_mode=True, **changes), task)
-    indices = choose_samples(dataset, predictions, args.only_predicted)
     metrics = args.metrics or default_metrics(task)
+    predictions = open_predictions(args.predictions, task, needs=('instances',) if 'ray_pq' in metrics else ())
+    tokens = [dataset.sample_token(index) for index in range(len(dataset))]
+    indices, note = predictions.choose(tokens, args.only_predicted)
+    for line in filter(None, (predictions.describe(), note)):
+        print(line, file=sys.stderr, flush=True)
     evaluator = OccEvaluator(task, metrics, device=args.device, truth_cache_mb=0)
     result = score(
         dataset,

@@ -133,7 +133,12 @@ def main():
     check_files(args.config, None, args.weights)
     from lib.config import load_config
     from lib.io import write_json
+<<<<<<< HEAD
     from lib.run.numerics import check_precision, set_tf32
+=======
+    from lib.prediction import to_dense, write_record
+    from lib.run.precision import check_precision, set_tf32
+>>>>>>> fbdaddb (Everything that reads predictions reads them in one place; writers leave a record)
     from lib.run.processes import pick_device
     from lib.task import Task
     from tools.visualize import draw_sample, save_image
@@ -144,14 +149,15 @@ def main():
     set_tf32(args.tf32)
     os.makedirs(os.path.join(args.out, 'predictions'), exist_ok=True)
     dataset, task = make_dataset(args, cfg, Task.from_config(cfg.task))
-    model = load_model(args, cfg, task, device)
     folder, entries = os.path.join(args.out, 'predictions'), []
+    write_record(folder, task, config=args.config, weights=args.weights, split=args.own or args.infos or 'test')
+    model = load_model(args, cfg, task, device)
     for index, prediction in predict_all(model, dataset, device, args.amp, folder, cfg.data.get('workers_per_gpu', 0)):
         entries.append(index_entry(dataset, index, prediction, task.label_set.free_id))
         if args.pictures:
             save_image(
                 os.path.join(args.out, 'pictures', f'{dataset.sample_token(index)}.png'),
-                draw_sample(dataset, index, task, folder),
+                draw_sample(dataset, index, task, to_dense(prediction, task)),
             )
     write_json(
         os.path.join(args.out, 'index.json'),

@@ -5,7 +5,8 @@
     python tools/visualize.py --config C --predictions DIR --scene scene-0103 --out drive.mp4
     python tools/visualize.py --labels labels.npz --out a.png                         # a label file, no data set
 
-DIR is what val.py --save-predictions or tools/infer.py wrote. Panoptic labels and predictions get a second
+DIR is what val.py --save-predictions or tools/infer.py wrote, or predictions of another project
+(lib/metrics/formats.py lists the forms). Panoptic labels and predictions get a second
 view in which every thing has a colour of its own. The data set may lack labels (test split); then the
 prediction is drawn alone.
 """
@@ -26,7 +27,7 @@ def parse_args(argv=None):
     parser.add_argument('--config', help='config whose data set holds the sample')
     parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE')
     parser.add_argument('--split', choices=('train', 'val', 'test'), default='val', help='data.<split> of the config')
-    parser.add_argument('--predictions', metavar='DIR', help='folder of <sample-token>.npz')
+    parser.add_argument('--predictions', metavar='DIR', help='folder or zip of predictions')
     parser.add_argument('--sample', default='0', help='sample token, or its number in the data set (default 0)')
     parser.add_argument('--scene', help='all samples of this scene (name or token), as frames of a video')
     parser.add_argument('--labels', metavar='FILE', help='draw this labels.npz; no config needed')
@@ -52,15 +53,6 @@ def truth_volume(labels, task, visible_only):
     return Volume('truth', semantics, labels.get('instances'))
 
 
-def prediction_volume(path, task):
-    """Volume of a prediction file."""
-    from lib.prediction import load_prediction, to_dense
-    from tools.drawing.figure import Volume
-
-    dense = to_dense(load_prediction(path), task)
-    return Volume('prediction', dense['semantics'], dense.get('instances'))
-
-
 def camera_images(info, dataset, task):
     """RGB per camera of a keyframe; a missing image is left out of the picture."""
     from lib.errors import DataError
@@ -76,17 +68,17 @@ def camera_images(info, dataset, task):
     return images
 
 
-def draw_sample(dataset, index, task, predictions=None, visible_only=False):
-    """Picture of one sample of a data set, uint8 [height, width, 3] RGB."""
+def draw_sample(dataset, index, task, prediction=None, visible_only=False):
+    """Picture of one sample of a data set, and its dense prediction if given, uint8 [height, width, 3] RGB."""
     from lib.errors import DataError
-    from tools.drawing.figure import draw_figure
+    from tools.drawing.figure import Volume, draw_figure
 
     info = dataset.info(index)
     volumes = []
     if dataset.has_labels:
         volumes.append(truth_volume(dataset.ground_truth(index), task, visible_only))
-    if predictions:
-        volumes.append(prediction_volume(Path(predictions) / ('{}.npz'.format(info['token'])), task))
+    if prediction is not None:
+        volumes.append(Volume('prediction', prediction['semantics'], prediction.get('instances')))
     if not volumes:
         raise DataError('nothing to draw: the data set has no labels (occ_gt_root) and no --predictions were given')
     title = 'sample {}'.format(info['token'])
@@ -184,14 +176,16 @@ def main():
             )
         )
     from lib.config import load_config
+    from lib.metrics.formats import open_predictions
     from lib.task import Task
     from loaders import build_dataset
 
     cfg = load_config(args.config, args.override)
     task = Task.from_config(cfg.task)
     dataset = build_dataset(cfg.data[args.split], task)
+    predictions = open_predictions(args.predictions, task) if args.predictions else None
     images = [
-        draw_sample(dataset, i, task, args.predictions, args.visible_only)
+        draw_sample(dataset, i, task, predictions and predictions.read(dataset.sample_token(i)), args.visible_only)
         for i in find_samples(dataset, args.sample, args.scene)
     ]
     if args.scene:

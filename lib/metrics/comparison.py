@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-_ID_BITS = 20
-MAX_INSTANCE_ID = (1 << _ID_BITS) - 1
+from ..prediction import MAX_INSTANCE_ID
+
+_ID_BITS = MAX_INSTANCE_ID.bit_length()
 _CLASS_BITS = 8
 _LEVEL_BITS = 6
 

@@ -28,9 +28,9 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from lib.errors import DataError
-from lib.prediction import RECORD_FILE, check_record, class_ids, instance_ids, select_record, to_dense, velocities
-from lib.task import Task
+from ..errors import DataError
+from ..prediction import RECORD_FILE, check_record, class_ids, instance_ids, select_record, to_dense, velocities
+from ..task import Task
 
 _CLASS_NAMES = ('pred', 'arr_0', 'semantics', 'pano_sem')
 _INSTANCE_NAMES = ('pano_inst', 'instances')
@@ -153,6 +153,8 @@ class PredictionFiles:
         Raises:
             DataError: the file is damaged, of another form, or does not fit the task.
         """
+        if token not in self:
+            raise DataError(f'{self.path} has no prediction of sample {token}; predict it, or choose another sample')
         name = self._files[token]
         where = self._source.describe(name)
         with self._source.open(name, _most_bytes(self._task)) as stream:
@@ -290,7 +292,7 @@ class _Folder:
         return _opened(self.path / name)
 
     def record(self):
-        from lib.prediction import read_record
+        from ..prediction import read_record
 
         return read_record(self.path)
 

@@ -8,6 +8,7 @@ from ..checkpoint import load_model_weights
 from ..config import load_config
 from ..errors import UserError
 from ..io import write_json
+from ..prediction import write_record
 from ..settings import EvaluationSettings
 from . import Components, default_metrics, open_dataset, read_task
 from .evaluation import EvaluationJob, evaluate, make_predictions_folder
@@ -38,6 +39,8 @@ def _validate(args, cfg, components, processes: Processes) -> None:
     model = components.build_model(cfg.model, task)
     meta = load_model_weights(model, args.weights, trust=args.trust_weights)
     folder = make_predictions_folder(args.save_predictions) if args.save_predictions else None
+    if folder is not None and processes.is_main:
+        write_record(folder, task, args.config, args.weights, args.split, args.override)
     changes = {} if args.max_samples is None else dict(max_samples=args.max_samples)
     dataset = open_dataset(
         components, cfg, args.split, task, dict(changes, test_mode=True), processes.is_main and not args.no_preflight

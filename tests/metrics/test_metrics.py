@@ -494,7 +494,7 @@ import numpy as np
 from lib.infos import load_infos, split_scenes
 from lib.metrics import OccEvaluator
 from lib.metrics.origins import scene_ray_origins
-from lib.prediction import load_prediction, to_dense
+from lib.metrics.formats import open_predictions
 from lib.task import Task
 evaluator = OccEvaluator(Task(label_set='occ3d', point_cloud_range=(-2, -2, -1, 2, 2, 1)), ('ray_iou', 'ray_pq', 'miou'))
 volumes = dict(semantics=np.full((10, 10, 5), 4, np.uint8), instances=np.ones((10, 10, 5), np.int16))

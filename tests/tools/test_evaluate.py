@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from lib.errors import DataError
 from lib.metrics import OccEvaluator
+from lib.metrics.formats import open_predictions
 from lib.prediction import save_prediction
 from lib.task import Task
-from tools.evaluate import choose_samples, find_predictions, score
+from tools.evaluate import score
 
 
 class SmallDataset:
@@ -56,32 +56,11 @@ def predictions(tmp_path):
 @pytest.mark.parametrize('workers', [1, 3])
 def test_true_labels_score_one(predictions, workers):
     dataset, lines = SmallDataset(), []
-    found = find_predictions(predictions)
+    found = open_predictions(predictions, dataset.task)
     evaluator = OccEvaluator(dataset.task, ('ray_iou', 'miou'))
-    result = score(dataset, choose_samples(dataset, found, False), found, evaluator, workers, lines.append)
+    result = score(dataset, [0, 1, 2], found, evaluator, workers, lines.append)
     assert (result.num_samples, result.as_dict()['RayIoU'], result.as_dict()['mIoU']) == (3, 1.0, 1.0)
     assert 'scored 3 samples' in lines[-1]
-
-
-def test_missing_predictions_are_an_error_unless_left_out(predictions):
-    (predictions / 'token0.npz').unlink()
-    found = find_predictions(predictions)
-    with pytest.raises(DataError, match='1 of 3 samples have no prediction, e.g. token0.*--only-predicted'):
-        choose_samples(SmallDataset(), found, False)
-    assert choose_samples(SmallDataset(), found, True) == [1, 2]
-    with pytest.raises(DataError, match='3 of 3'):
-        choose_samples(SmallDataset(), {'other': None}, True)
-
-
-def test_bad_folders_are_named(predictions, tmp_path):
-    with pytest.raises(DataError, match='does not exist'):
-        find_predictions(tmp_path / 'nowhere')
-    (tmp_path / 'empty').mkdir()
-    with pytest.raises(DataError, match='no .npz files'):
-        find_predictions(tmp_path / 'empty')
-    save_prediction(predictions / 'token1.npz', sparse(SmallDataset().ground_truth(1)['semantics'], 17))
-    with pytest.raises(DataError, match='both predictions of sample token1'):
-        find_predictions(predictions)
 
 
 def test_script_on_toy_data(toy_root, tmp_path):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lib.config import load_config
-from lib.prediction import load_prediction, save_prediction
+from lib.io import load_npz_checked
+from lib.prediction import save_prediction
 from lib.task import Task
 from models import build_model
 from tools.infer import main as infer_main
@@ -86,7 +87,7 @@ def test_infer_writes_predictions_index_and_pictures(toy_root, weights, tmp_path
     index = json.loads((out / 'index.json').read_text())
     assert len(index['samples']) == 2 and index['classes'][-1] == 'free'
     for sample in index['samples']:
-        prediction = load_prediction(out / sample['file'])
+        prediction = load_npz_checked(out / sample['file'])
         assert prediction['occ_loc'].shape == (1, 400, 3) and prediction['pano_inst'].dtype == np.int16
         picture = cv2.imread(str(out / 'pictures' / ('{}.png'.format(sample['token']))))
         assert picture.shape[1] == 1600
@@ -128,7 +129,7 @@ def test_infer_on_own_images(toy_root, weights, tmp_path, monkeypatch):
         '--override',
         *SMALL,
     )
-    assert load_prediction(tmp_path / 'out' / 'predictions' / 'mine_00000.npz')['sem_pred'].shape == (1, 400)
+    assert load_npz_checked(tmp_path / 'out' / 'predictions' / 'mine_00000.npz')['sem_pred'].shape == (1, 400)
 
 
 def test_infer_without_weights_ends_in_a_sentence(tmp_path):
