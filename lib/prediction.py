@@ -12,10 +12,10 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 import numpy as np
 
+from . import __version__
 from .errors import DataError
 from .io import PathLike, read_json, save_npz, write_json
 from .task import Task
-from .version import __version__
 
 RECORD_FILE = 'predictions.json'
 MAX_INSTANCE_ID = (1 << 20) - 1

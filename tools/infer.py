@@ -133,12 +133,8 @@ def main():
     check_files(args.config, None, args.weights)
     from lib.config import load_config
     from lib.io import write_json
-<<<<<<< HEAD
-    from lib.run.numerics import check_precision, set_tf32
-=======
     from lib.prediction import to_dense, write_record
-    from lib.run.precision import check_precision, set_tf32
->>>>>>> fbdaddb (Everything that reads predictions reads them in one place; writers leave a record)
+    from lib.run.numerics import check_precision, set_tf32
     from lib.run.processes import pick_device
     from lib.task import Task
     from tools.visualize import draw_sample, save_image
