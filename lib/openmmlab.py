@@ -37,7 +37,7 @@ def prepare_openmmlab() -> None:
     - The compiled ``mmcv._ext`` is used where it can be imported, else a stand-in takes its place.
     - Names of NumPy and of Python's ``pkgutil`` that these libraries need come back.
     - mmdet3d accepts mmcv 1.7.1 and 1.7.2; mmcv's ``Config.pretty_text`` works with every yapf.
-    - Warnings they raise while being imported are not shown.
+    - Warnings they raise while being imported are not shown, nor that mmdet's ResNet leaves a kind of checkpoint open.
 
     Raises:
         UserError: mmcv, torch or numpy is not installed.
@@ -51,6 +51,7 @@ def prepare_openmmlab() -> None:
         _import_mmcv()
         _use_compiled_ops_or_stand_in()
         _import_mmdet3d()
+    warnings.filterwarnings('ignore', message='torch.utils.checkpoint: .*use_reentrant')
     _let_config_use_any_yapf()
     restore_find_loader(pkgutil)
     _prepared = True

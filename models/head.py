@@ -3,8 +3,7 @@
 Shapes: B batch, K kept voxels of the last stage; X, Y, Z the grid.
 """
 
-from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional
+from typing import Dict, List, Mapping, Optional, Tuple
 
 import torch
 from mmcv.runner import BaseModule
@@ -16,30 +15,14 @@ from lib.errors import ConfigError
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.builder import build_part, hand_down
+from models.cuda_graph import GraphedFunction
 from models.decoders import TransformerOutput
 from models.encoder import ImageFeatures
 from models.losses import VoxelLosses
-from models.merging import merge_panoptic, merge_semantic
+from models.merging import MergedPrediction, merge_panoptic, merge_semantic
 
 _WHERE = 'model.pts_bbox_head'
 MERGE_STUFF = ('published', 'labelled')
-
-
-@dataclass
-class MergedPrediction:
-    """Labels of the kept voxels of one sample, on the device.
-
-    Attributes:
-        voxels: int64 [K, 3], full-resolution indices.
-        semantics: uint8 [K], ``sem_pred``.
-        pano_inst: int16 [K], panoptic tasks only.
-        pano_sem: uint8 [K], panoptic tasks only.
-    """
-
-    voxels: Tensor
-    semantics: Tensor
-    pano_inst: Optional[Tensor] = None
-    pano_sem: Optional[Tensor] = None
 
 
 @HEADS.register_module()
@@ -85,6 +68,7 @@ class SparseOccHead(BaseModule):
             raise ConfigError(f"{where}: key 'loss_mask2former' is missing")
         self.loss_mask2former = build_part(terms.pop('loss_mask2former'), LOSSES, f'{where}.loss_mask2former', task)
         self.voxel_losses = VoxelLosses(task, self.transformer.voxel_decoder.scoring, terms, where)
+        self._graphed = GraphedFunction(self._predict_tensors, max_graphs=2)
 
     def forward(self, features: ImageFeatures) -> TransformerOutput:
         """Predictions of every stage and layer."""
@@ -100,6 +84,29 @@ class SparseOccHead(BaseModule):
             losses.update(self.loss_mask2former(output.layers, output.stages[-1], targets))
             return losses
 
+    def predict(self, features: ImageFeatures, graphed: bool = False) -> List[MergedPrediction]:
+        """Labels of each sample.
+
+        Args:
+            graphed: on a GPU, replay the work on one sample as a CUDA graph.
+        """
+        if not graphed or len(features.ego2img) != 1:
+            return self.merge(self(features))
+        inputs, fixed = (features.ego2img, features.frame_index), (features.image_size,)
+        if features.frame_index is None:
+            return [MergedPrediction(*self._graphed(*inputs, *features.maps, fixed=fixed))]
+        # stored maps stay where they are, so the graph reads them there
+        return [MergedPrediction(*self._graphed(*inputs, fixed=fixed, in_place=features.maps))]
+
+    def _predict_tensors(
+        self, image_size: Tuple[int, int], ego2img: Tensor, frame_index: Optional[Tensor], *maps: Tensor
+    ) -> MergedPrediction:
+        return self.merge(self(ImageFeatures(maps, ego2img, image_size, frame_index)))[0]
+
+    def forget_weights(self):
+        """Drop the graphs, which hold the weights that there were."""
+        self._graphed.clear()
+
     def merge(self, output: TransformerOutput) -> List[MergedPrediction]:
         """Labels of each sample from the last layer's prediction."""
         with torch.autocast(output.stages[-1].coords.device.type, enabled=False):
@@ -108,16 +115,16 @@ class SparseOccHead(BaseModule):
     def _merge_sample(self, output: TransformerOutput, b: int) -> MergedPrediction:
         stage, last = output.stages[-1], output.layers[-1]
         class_logits, mask_logits = last.class_logits[b], last.mask_logits[b]
-        merged = MergedPrediction(
-            stage.coords[b] * stage.scale, merge_semantic(class_logits, mask_logits, self.score_threshold)
+        voxels = stage.coords[b] * stage.scale
+        semantics = merge_semantic(class_logits, mask_logits, self.score_threshold)
+        if not self.task.panoptic:
+            return MergedPrediction(voxels, semantics)
+        panoptic = merge_panoptic(
+            class_logits,
+            mask_logits,
+            self.is_thing,
+            self.score_threshold,
+            self.overlap_threshold,
+            label_merged_stuff=self.merge_stuff == 'labelled',
         )
-        if self.task.panoptic:
-            merged.pano_inst, merged.pano_sem = merge_panoptic(
-                class_logits,
-                mask_logits,
-                self.is_thing,
-                self.score_threshold,
-                self.overlap_threshold,
-                label_merged_stuff=self.merge_stuff == 'labelled',
-            )
-        return merged
+        return MergedPrediction(voxels, semantics, panoptic.instances, panoptic.semantics)

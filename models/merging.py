@@ -4,8 +4,9 @@ Shapes: Q queries, K kept voxels, C classes without free. Everything stays on th
 depends on the values, so that nothing waits for the GPU.
 """
 
-from typing import NamedTuple
+from typing import Dict, NamedTuple, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,31 @@ class PanopticMap(NamedTuple):
 
     instances: Tensor
     semantics: Tensor
+
+
+class MergedPrediction(NamedTuple):
+    """Labels of the kept voxels of one sample, on the device.
+
+    voxels     int64 [K, 3], full-resolution indices
+    semantics  uint8 [K], class of each voxel
+    pano_inst  int16 [K], segment of each voxel; panoptic tasks only
+    pano_sem   uint8 [K], class of its segment; panoptic tasks only
+    """
+
+    voxels: Tensor
+    semantics: Tensor
+    pano_inst: Optional[Tensor] = None
+    pano_sem: Optional[Tensor] = None
+
+    def to_numpy(self, index_type: torch.dtype) -> Dict[str, np.ndarray]:
+        """sem_pred [1, K], occ_loc [1, K, 3] of the given type and, if there are, pano_inst and pano_sem [1, K]."""
+        arrays = dict(
+            sem_pred=self.semantics,
+            occ_loc=self.voxels.to(index_type),
+            pano_inst=self.pano_inst,
+            pano_sem=self.pano_sem,
+        )
+        return {name: value.unsqueeze(0).cpu().numpy() for name, value in arrays.items() if value is not None}
 
 
 def merge_semantic(class_logits: Tensor, mask_logits: Tensor, score_threshold: float) -> Tensor:

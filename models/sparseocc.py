@@ -3,8 +3,8 @@
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n; X, Y, Z the grid.
 """
 
-from dataclasses import dataclass, replace
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from dataclasses import dataclass
+from typing import Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.builder import build_part, hand_down
 from models.csrc import compiled_operators
-from models.cuda_graph import GraphedFunction
 from models.decoders import TransformerOutput
 from models.encoder import ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
-from models.head import MergedPrediction
+from models.losses import check_targets
+from models.merging import MergedPrediction
 
 HISTORY = ('full', 'cached')
 _HEAD_KEYS = ('draws', 'merge_stuff', 'overlap_threshold', 'score_threshold')  # of test_cfg, for the head
@@ -92,11 +92,10 @@ class SparseOcc(BaseModule):
         self.img_backbone = build_part(img_backbone, BACKBONES, 'model.img_backbone')
         self.img_neck = build_part(img_neck, NECKS, 'model.img_neck')
         head = {key: test_cfg[key] for key in _HEAD_KEYS if key in test_cfg}
-        head = hand_down(pts_bbox_head, 'model.pts_bbox_head', head, 'model.test_cfg')
-        self.pts_bbox_head = build_part(head, HEADS, 'model.pts_bbox_head', self.task)
+        head_cfg = hand_down(pts_bbox_head, 'model.pts_bbox_head', head, 'model.test_cfg')
+        self.pts_bbox_head = build_part(head_cfg, HEADS, 'model.pts_bbox_head', self.task)
         parts = self.image_input, self.img_backbone, self.img_neck
         self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse=fuse_backbone)
-        self._graphed_head = GraphedFunction(self._merge_tensors, max_graphs=2)
         self._register_load_state_dict_pre_hook(self._forget_weights)
 
     def forward(
@@ -126,7 +125,7 @@ class SparseOcc(BaseModule):
         """
         self._check_images(img)
         if return_loss:
-            return self.loss(img, lidar2img, ego2lidar, self._checked_targets(targets))
+            return self.loss(img, lidar2img, ego2lidar, check_targets(targets, self.task, self.use_mask_camera))
         with torch.no_grad():
             return self.predict(img, lidar2img, ego2lidar, img_metas)
 
@@ -139,11 +138,9 @@ class SparseOcc(BaseModule):
     ) -> List[Dict[str, np.ndarray]]:
         """Predictions per sample; arguments and result as in :meth:`forward`."""
         features = self._features(img, lidar2img, ego2lidar, img_metas)
-        if self.cuda_graph and img.shape[0] == 1 and img.is_cuda and not self.training:
-            merged = [self._merge_by_graph(features)]
-        else:
-            merged = self.pts_bbox_head.merge(self.pts_bbox_head(features))
-        return [self._to_numpy(sample) for sample in merged]
+        merged = self.pts_bbox_head.predict(features, graphed=self.cuda_graph and not self.training)
+        index_type = torch.uint8 if max(self.task.grid_shape) <= 256 else torch.int16
+        return [sample.to_numpy(index_type) for sample in merged]
 
     def predict_raw(
         self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
@@ -160,20 +157,6 @@ class SparseOcc(BaseModule):
         """What to predict from, with the history that the config asks for."""
         known_by = img_metas if self.history == 'cached' else None
         return self.encoder(img, lidar2img, ego2lidar, known_by, graphed=self.cuda_graph)
-
-    def _merge_by_graph(self, features: ImageFeatures) -> MergedPrediction:
-        """Labels of one sample. Stored maps stay where they are, so the graph reads them there."""
-        inputs, fixed = (features.ego2img, features.frame_index), (features.image_size,)
-        if features.frame_index is None:
-            return MergedPrediction(*self._graphed_head(*inputs, *features.maps, fixed=fixed))
-        return MergedPrediction(*self._graphed_head(*inputs, fixed=fixed, in_place=features.maps))
-
-    def _merge_tensors(
-        self, image_size: Tuple[int, int], ego2img: Tensor, frame_index: Optional[Tensor], *maps: Tensor
-    ) -> List[Optional[Tensor]]:
-        """The fields of one sample's ``MergedPrediction`` from those of ``ImageFeatures``."""
-        merged = self.pts_bbox_head.merge(self.pts_bbox_head(ImageFeatures(maps, ego2img, image_size, frame_index)))[0]
-        return [merged.voxels, merged.semantics, merged.pano_inst, merged.pano_sem]
 
     def describe_speed(self) -> str:
         """One sentence on what, besides the precision, decides how fast inference at batch 1 is."""
@@ -196,8 +179,8 @@ class SparseOcc(BaseModule):
 
     def _forget_weights(self, *_):
         """Drop everything that was made from the weights as they were."""
-        self._graphed_head.clear()
         self.encoder.forget_weights()
+        self.pts_bbox_head.forget_weights()
 
     def _apply(self, fn, *args, **kwargs):
         """Move or convert the parameters; graphs and features hold the old ones."""
@@ -211,36 +194,3 @@ class SparseOcc(BaseModule):
                 f'a batch of shape {tuple(img.shape)} does not hold the {frames * cameras} images per sample '
                 f'({frames} frames x {cameras} cameras) of the task'
             )
-
-    def _checked_targets(self, targets: Optional[OccupancyTargets]) -> OccupancyTargets:
-        """The labels as the losses want them: complete, of the task's grid, with a mask only if it is to be used."""
-        if targets is None or any(
-            value is None for value in (targets.voxel_semantics, targets.voxel_instances, targets.instance_class_ids)
-        ):
-            raise DataError(
-                'the batch has no labels, which training needs; put LoadOccGTFromFile into the pipeline of data.train'
-            )
-        shape = tuple(targets.voxel_semantics.shape[1:])
-        if shape != self.task.grid_shape:
-            raise DataError(
-                f'the labels have {shape} voxels, the task has {self.task.grid_shape}; give labels made for '
-                'task.point_cloud_range and task.voxel_size'
-            )
-        if not self.use_mask_camera:
-            return replace(targets, mask_camera=None)
-        if targets.mask_camera is None:
-            raise DataError(
-                'model.use_mask_camera is set, but the label files have no mask_camera; use '
-                'labels that have it or set model.use_mask_camera=False'
-            )
-        return targets
-
-    def _to_numpy(self, merged: MergedPrediction) -> Dict[str, np.ndarray]:
-        index_type = torch.uint8 if max(self.task.grid_shape) <= 256 else torch.int16
-        arrays = dict(
-            sem_pred=merged.semantics,
-            occ_loc=merged.voxels.to(index_type),
-            pano_inst=merged.pano_inst,
-            pano_sem=merged.pano_sem,
-        )
-        return {name: value.unsqueeze(0).cpu().numpy() for name, value in arrays.items() if value is not None}

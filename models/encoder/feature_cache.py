@@ -1,7 +1,7 @@
 """Features of earlier frames, kept from one test-time step to the next."""
 
 from collections import OrderedDict
-from typing import Callable, Dict, Hashable, List, NamedTuple, Sequence
+from typing import Callable, Hashable, List, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class FeatureCache:
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self._slots: Dict[Hashable, int] = OrderedDict()
+        self._slots: OrderedDict[Hashable, int] = OrderedDict()
         self._maps: Maps = []
 
     def __len__(self) -> int:

@@ -3,9 +3,7 @@
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n, L pyramid levels, C channels.
 """
 
-import contextlib
 import functools
-import warnings
 from typing import Hashable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -115,20 +113,12 @@ class ImageEncoder:
     def _encode(self, img: Tensor) -> List[Tensor]:
         batch, count = img.shape[:2]
         images = self.image_input(img.flatten(0, 1), samples=batch)
-        maps = self._run_neck(images, self._run_backbone(images))
+        fused = self._fused_backbone
+        stages = fused(images) if fused is not None and fused.serves(images) else self.backbone(images)
+        fuses = self.fuse and images.is_cuda and not torch.is_grad_enabled() and can_fuse_neck(self.neck)
+        maps = run_neck(self.neck, stages) if fuses else self.neck(stages)
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]
-
-    def _run_backbone(self, images: Tensor) -> Sequence[Tensor]:
-        fused = self._fused_backbone
-        if fused is not None and fused.serves(images):
-            return fused(images)
-        with _reentrant_checkpoints():
-            return self.backbone(images)
-
-    def _run_neck(self, images: Tensor, stages: Sequence[Tensor]) -> Sequence[Tensor]:
-        fuses = self.fuse and images.is_cuda and not torch.is_grad_enabled() and can_fuse_neck(self.neck)
-        return run_neck(self.neck, stages) if fuses else self.neck(stages)
 
     def _is_testing(self) -> bool:
         return not (self.image_input.training or torch.is_grad_enabled())
@@ -150,14 +140,6 @@ class ImageEncoder:
         """Where the images look, without their maps."""
         ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
         return ImageFeatures([], ego2img, self.image_input.padded_size(img.shape[-2:]))
-
-
-@contextlib.contextmanager
-def _reentrant_checkpoints():
-    """mmdet's ResNet checkpoints without saying which kind; the one it means is right, so PyTorch need not warn."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*use_reentrant')
-        yield
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,7 +3,8 @@
 Shapes: B batch, K kept blocks, C classes with free last, X Y Z the grid; s edge of a block in voxels.
 """
 
-from typing import Dict, Mapping, NamedTuple
+from dataclasses import replace
+from typing import Dict, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from mmcv.runner import BaseModule
@@ -11,21 +12,47 @@ from mmdet.models.builder import LOSSES
 from torch import Tensor
 
 from lib.classes import IGNORE_LABEL
-from lib.errors import ConfigError
+from lib.errors import ConfigError, DataError
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.builder import build_part
 from models.decoders import VoxelStage
 
 # What configs said before they named every term, and what that meant: the published releases.
-_ONCE_NAMED = dict(occupancy=(), semantic=('loss_geo_scal', 'loss_sem_scal'))
-_ONCE_IMPLIED = dict(
+_ONCE_NAMED: Dict[str, Sequence[str]] = dict(occupancy=(), semantic=('loss_geo_scal', 'loss_sem_scal'))
+_ONCE_IMPLIED: Dict[str, Dict[str, Mapping]] = dict(
     occupancy=dict(loss_occ=dict(type='BalancedOccupancyLoss'), loss_sem=dict(type='VoxelCrossEntropyLoss')),
     semantic=dict(
         loss_sem_lovasz=dict(type='LovaszSoftmaxLoss'),
         loss_sem_ce=dict(type='VoxelCrossEntropyLoss', class_weighted=True),
     ),
 )
+
+
+def check_targets(targets: Optional[OccupancyTargets], task: Task, use_mask_camera: bool) -> OccupancyTargets:
+    """The labels as the losses want them: complete, of the task's grid, with a mask only if it is to be used.
+
+    Raises:
+        DataError: something is missing or does not fit; it says what to do.
+    """
+    if targets is None or any(
+        value is None for value in (targets.voxel_semantics, targets.voxel_instances, targets.instance_class_ids)
+    ):
+        raise DataError(
+            'the batch has no labels, which training needs; put LoadOccGTFromFile into the pipeline of data.train'
+        )
+    shape = tuple(targets.voxel_semantics.shape[1:])
+    if shape != task.grid_shape:
+        raise DataError(
+            f'the labels have {shape} voxels, the task has {task.grid_shape}; give labels made for '
+            'task.point_cloud_range and task.voxel_size'
+        )
+    if use_mask_camera and targets.mask_camera is None:
+        raise DataError(
+            'model.use_mask_camera is set, but the label files have no mask_camera; use '
+            'labels that have it or set model.use_mask_camera=False'
+        )
+    return targets if use_mask_camera else replace(targets, mask_camera=None)
 
 
 class StageLabels(NamedTuple):

@@ -64,7 +64,7 @@ def compare(run, run_reference, inputs, dtype):
     assert_near(ours.points.grad, theirs.points.grad, dtype, 'gradient of points')
     assert_near(ours.level_logits.grad, theirs.level_logits.grad, dtype, 'gradient of level_logits')
     for level, (a, b) in enumerate(zip(ours.features, theirs.features)):
-        assert_near(a.grad, b.grad, dtype, 'gradient of features[%d]' % level)
+        assert_near(a.grad, b.grad, dtype, f'gradient of features[{level}]')
 
 
 def compare_with_reference(inputs, dtype, published=True):
@@ -234,7 +234,7 @@ def test_cuda_other_stream():
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize('case', SANITIZE_CASES, ids=lambda case: 'channels%d' % case.channels)
+@pytest.mark.parametrize('case', SANITIZE_CASES, ids=lambda case: f'channels{case.channels}')
 def test_cuda_sanitize_stored_frames(case, dtype):
     """Read where they are, with and without gradients wanted: the bits of the frames in order."""
     inputs = on_gpu(case._replace(frames=3), dtype)
@@ -284,6 +284,6 @@ def test_cuda_without_the_extension_gives_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize('case', SANITIZE_CASES, ids=lambda case: 'channels%d' % case.channels)
+@pytest.mark.parametrize('case', SANITIZE_CASES, ids=lambda case: f'channels{case.channels}')
 def test_cuda_sanitize(case, dtype):
     compare_with_reference(on_gpu(case, dtype), dtype)

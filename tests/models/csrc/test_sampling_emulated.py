@@ -66,7 +66,7 @@ def compare_with_gradients(run, expected_run, inputs, tolerance):
 
 
 @pytest.mark.parametrize('dtype', list(TOLERANCES), ids=str)
-@pytest.mark.parametrize('case', CASES, ids=lambda case: 'channels%d' % case.channels)
+@pytest.mark.parametrize('case', CASES, ids=lambda case: f'channels{case.channels}')
 def test_fused_kernels(library, case, dtype):
     vector = 16 // torch.empty(0, dtype=dtype).element_size()
     kernels = EmulatedSampling(library, vector=case.channels % vector == 0)
