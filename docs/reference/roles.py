@@ -15,8 +15,17 @@ def to_markdown(text: str) -> str:
 
 
 class Roles(griffe.Extension):
-    """Changes each docstring once, when its object has been read."""
+    """Changes each docstring once, when its object has been read, and shows each object in its own module only."""
 
     def on_instance(self, *, obj: griffe.Object, **_) -> None:
         if obj.docstring:
             obj.docstring.value = to_markdown(obj.docstring.value)
+
+    def on_package(self, *, pkg: griffe.Module, **_) -> None:
+        modules = [pkg]
+        for module in modules:
+            for name, member in list(module.members.items()):
+                if member.is_alias:
+                    del module.members[name]
+                elif member.is_module:
+                    modules.append(member)
