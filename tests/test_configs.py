@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lib.config import load_config
-from lib.synthetic import synthetic_batch
 from lib.task import Task
 from models import build_model
+from tools.synthetic import synthetic_batch
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -8,91 +8,55 @@ Times are medians over device-synchronised steps after warm-up; memory is the pe
 Weights are random and images are noise, so scores mean nothing; timing.py times a trained model on a data set.
 """
 
-import argparse
-import os
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import check_files, make_parser, run_main  # noqa: E402
 
 PARTS = ('inference', 'encoder', 'training')
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--config', required=True)
-    parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE')
-    parser.add_argument('--what', nargs='+', default=list(PARTS), choices=PARTS)
-    parser.add_argument('--amp', choices=('fp16', 'bf16'), help='mixed precision (default: fp32)')
-    parser.add_argument(
-        '--tf32', choices=('on', 'off'), help='TF32 in convolutions and matrix products (default: in convolutions)'
-    )
-    parser.add_argument('--no-cudnn-benchmark', action='store_true', help='let cuDNN guess its algorithms')
-    parser.add_argument('--cuda-graph', action='store_true', help='inference: replay encoder and head as CUDA graphs')
-    parser.add_argument('--batch-sizes', nargs='+', type=int, default=[1], help='training batch sizes per GPU')
-    parser.add_argument('--steps', type=int, default=30, help='timed steps')
-    parser.add_argument('--warmup', type=int, default=10, help='steps before timing')
-    parser.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
-    parser.add_argument('--json', help='write the figures to this file as well')
-    parser.add_argument('--profile', help='write a PyTorch profiler table of one inference step to this file')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    parser = make_parser(__doc__, 'config', 'override', 'amp', 'tf32', 'device')
+    add = parser.add_argument
+    add('--what', nargs='+', default=list(PARTS), choices=PARTS)
+    add('--no-cudnn-benchmark', action='store_true', help='let cuDNN guess its algorithms')
+    add('--cuda-graph', action='store_true', help='inference: replay encoder and head as CUDA graphs')
+    add('--batch-sizes', nargs='+', type=int, default=[1], help='training batch sizes per GPU')
+    add('--steps', type=int, default=30, help='timed steps')
+    add('--warmup', type=int, default=10, help='steps before timing')
+    add('--json', help='write the figures to this file as well')
+    add('--profile', help='write a PyTorch profiler table of one inference step to this file')
     return parser.parse_args(argv)
-
-
-def median_and_p90(seconds):
-    """Median and 90th percentile of a list of seconds, in milliseconds."""
-    ordered = sorted(seconds)
-    return 1e3 * ordered[len(ordered) // 2], 1e3 * ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
 
 
 class Bench:
     """One model on one device, and the loop that times it."""
 
-    def __init__(self, args):
+    def __init__(self, args, processes):
         import torch
 
         from lib.config import load_config
-        from lib.run.numerics import set_tf32
-        from lib.task import Task
+        from lib.run import read_task
+        from lib.run.numerics import check_precision, set_tf32
         from models import build_model
 
-        self.torch, self.args = torch, args
-        self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.device = self._pick_device()
-        torch.backends.cudnn.benchmark = not args.no_cudnn_benchmark
+        self.torch, self.args, self.processes, self.device = torch, args, processes, processes.device
+        check_precision(args.amp, self.device)
         set_tf32(args.tf32)
-        self.cfg = load_config(args.config, args.override)
-        self.task = Task.from_config(self.cfg.task)
-        self.build_model = lambda: build_model(self.cfg.model, self.task).to(self.device)
+        torch.backends.cudnn.benchmark = not args.no_cudnn_benchmark
+        cfg = load_config(args.config, args.override)
+        self.task = read_task(cfg)
+        self.build_model = lambda: build_model(cfg.model, self.task).to(self.device)
         torch.manual_seed(0)
         self.model = self.build_model()
-        if self.world_size > 1:
-            torch.distributed.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo')
 
-    def _pick_device(self):
-        cuda = self.torch.cuda.is_available()
-        device = self.torch.device(self.args.device or ('cuda' if cuda else 'cpu'))
-        if device.type == 'cuda':
-            device = self.torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-            self.torch.cuda.set_device(device)
-        return device
-
-    def synchronize(self):
-        if self.device.type == 'cuda':
-            self.torch.cuda.synchronize(self.device)
-
-    @contextmanager
     def autocast(self):
-        if self.args.amp is None:
-            yield
-        else:
-            dtype = {'fp16': self.torch.float16, 'bf16': self.torch.bfloat16}[self.args.amp]
-            with self.torch.autocast(self.device.type, dtype=dtype):
-                yield
+        from lib.run.numerics import autocast
+
+        return autocast(self.args.amp, self.device)
 
     def model_for_inference(self):
         from lib.run.numerics import convert_weights
@@ -102,45 +66,27 @@ class Bench:
         return model
 
     def batch(self, size, with_labels=False, first_index=0):
-        from lib.synthetic import synthetic_batch
+        from lib.run.loading import to_device
+        from tools.synthetic import synthetic_batch
 
-        data = synthetic_batch(self.task, size, with_labels=with_labels, first_index=first_index)
-
-        def move(value):
-            if isinstance(value, list) and value and hasattr(value[0], 'to'):
-                return [v.to(self.device) for v in value]
-            return value.to(self.device) if hasattr(value, 'to') else value
-
-        return {key: move(value) for key, value in data.items()}
-
-    def time(self, step):
-        """Seconds of each timed call of ``step(i)``, and the peak memory in GiB."""
-        for i in range(self.args.warmup):
-            step(i)
-        self.synchronize()
-        if self.device.type == 'cuda':
-            self.torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = []
-        for i in range(self.args.warmup, self.args.warmup + self.args.steps):
-            self.synchronize()
-            start = time.perf_counter()
-            step(i)
-            self.synchronize()
-            seconds.append(time.perf_counter() - start)
-        peak = self.torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == 'cuda' else 0.0
-        return seconds, peak
+        return to_device(
+            synthetic_batch(self.task, size, with_labels=with_labels, first_index=first_index), self.device
+        )
 
     def row(self, name, step, samples=1):
-        seconds, peak = self.time(step)
-        median, p90 = median_and_p90(seconds)
+        """Figures of ``step(i)``, printed by the main process."""
+        from lib.run.timing_script import quantile, time_steps
+
+        seconds, peak_mib = time_steps(step, self.args.warmup, self.args.steps, self.device)
+        median, p90 = quantile(seconds, 0.5), quantile(seconds, 0.9)
         row = dict(
             name=name,
-            median_ms=round(median, 3),
-            p90_ms=round(p90, 3),
-            samples_per_second=round(1e3 * samples * self.world_size / median, 2),
-            peak_gib=round(peak, 2),
+            median_ms=round(1e3 * median, 3),
+            p90_ms=round(1e3 * p90, 3),
+            samples_per_second=round(samples * self.processes.world_size / median, 2),
+            peak_gib=round(peak_mib / 2**10, 2) if self.device.type == 'cuda' else 0.0,
         )
-        if self.rank == 0:
+        if self.processes.is_main:
             print(
                 '{name:44s} {median_ms:10.2f} ms  p90 {p90_ms:10.2f} ms  {samples_per_second:8.2f} /s  '
                 '{peak_gib:6.2f} GiB'.format(**row),
@@ -150,7 +96,7 @@ class Bench:
 
     def inference(self):
         """One step at batch 1: with cached history every step sees one new frame, as along a drive."""
-        from lib.synthetic import synthetic_meta
+        from tools.synthetic import synthetic_meta
 
         model, torch = self.model_for_inference(), self.torch
         data = self.batch(1)
@@ -165,17 +111,19 @@ class Bench:
                     model(return_loss=False, **data)
 
             rows.append(self.row(f'inference, batch 1, history {history}', step))
-        if self.args.profile and self.rank == 0:
+        if self.args.profile and self.processes.is_main:
             self._profile(lambda: step(0))
         return rows
 
     def _profile(self, step):
         from torch.profiler import ProfilerActivity, profile
 
+        from lib.run.timing_script import synchronize
+
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == 'cuda' else [])
         with profile(activities=activities) as profiler:
             step()
-            self.synchronize()
+            synchronize(self.device)
         key = 'cuda_time_total' if self.device.type == 'cuda' else 'self_cpu_time_total'
         Path(self.args.profile).write_text(profiler.key_averages().table(sort_by=key, row_limit=60))
 
@@ -188,7 +136,7 @@ class Bench:
             with torch.no_grad(), self.autocast():
                 model.encoder.encode(images, graphed=model.cuda_graph)
 
-        return [self.row('encoder, one frame of %d images' % self.task.num_cameras, step)]
+        return [self.row(f'encoder, one frame of {self.task.num_cameras} images', step)]
 
     def training(self):
         """Forward, backward and AdamW step."""
@@ -198,14 +146,14 @@ class Bench:
         if self.args.amp:  # inference has converted the weights
             self.model = self.build_model()
         model = self.model.train()
-        if self.world_size > 1:
+        if self.processes.world_size > 1:
             ids = [self.device.index] if self.device.type == 'cuda' else None
             model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
         scaler = make_scaler(self.args.amp)
         rows = []
         for size in self.args.batch_sizes:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-            data = self.batch(size, with_labels=True, first_index=size * self.rank)
+            data = self.batch(size, with_labels=True, first_index=size * self.processes.rank)
 
             def step(_):
                 optimizer.zero_grad(set_to_none=True)
@@ -215,37 +163,34 @@ class Bench:
                 scaler.step(optimizer)
                 scaler.update()
 
-            rows.append(self.row('training, batch %d on each of %d' % (size, self.world_size), step, size))
+            rows.append(self.row(f'training, batch {size} on each of {self.processes.world_size}', step, size))
         return rows
 
 
 def main():
     args = parse_args()
-    bench = Bench(args)
-    torch = bench.torch
-    name = torch.cuda.get_device_name(bench.device) if bench.device.type == 'cuda' else 'CPU'
-    parameters = sum(p.numel() for p in bench.model.parameters())
-    if bench.rank == 0:
+    check_files(args.config)
+    from lib.run.processes import start_processes
+
+    with start_processes(args.device) as processes:
+        run(Bench(args, processes), args)
+
+
+def run(bench, args):
+    from lib.io import write_json
+    from lib.run.log import device_name
+
+    about = dict(device=device_name(bench.device), torch=bench.torch.__version__, precision=args.amp or 'fp32')
+    about.update(config=args.config, parameters=sum(p.numel() for p in bench.model.parameters()))
+    if bench.processes.is_main:
         print(
-            '{}, torch {}, {}, {:.1f} M parameters'.format(
-                name, torch.__version__, args.amp or 'fp32', parameters / 1e6
-            )
+            '{device}, torch {torch}, {precision}'.format(**about),
+            f'{about["parameters"] / 1e6:.1f} M parameters',
+            sep=', ',
         )
     rows = [row for part in args.what for row in getattr(bench, part)()]
-    if args.json and bench.rank == 0:
-        from lib.io import write_json
-
-        write_json(
-            args.json,
-            dict(
-                device=name,
-                torch=torch.__version__,
-                precision=args.amp or 'fp32',
-                config=args.config,
-                parameters=parameters,
-                rows=rows,
-            ),
-        )
+    if args.json and bench.processes.is_main:
+        write_json(args.json, dict(about, rows=rows))
 
 
 if __name__ == '__main__':

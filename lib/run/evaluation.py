@@ -1,4 +1,4 @@
-"""The evaluation loop: every sample once, whatever the number of processes, and the same figures to the bit.
+"""Inference and evaluation: every sample once, whatever the number of processes, and the same figures to the bit.
 
 Each process takes a contiguous block of the data set, so that the features of earlier frames can be reused
 from one keyframe to the next. Counts per sample travel to the main process and are summed in the data set's
@@ -8,80 +8,145 @@ order.
 import os
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 import torch
+from torch import nn
 
-from ..batch import to_device
-from ..errors import DataError, UserError
+from ..checkpoint import load_model_weights
+from ..dataset import ScoredDataset
+from ..errors import UserError
 from ..io import path_inside, read_json, write_json
 from ..prediction import save_prediction, to_dense
-from ..settings import EvaluationSettings
 from ..task import Task
 from . import Components, default_metrics
-from .loading import make_loader, read_batches
-from .log import Countdown, RunLog
-from .numerics import autocast
+from .loading import make_loader, read_batches, to_device
+from .log import Countdown
+from .numerics import autocast, check_precision, convert_weights, set_tf32
 from .processes import Processes
 
+INPUTS = ('img', 'lidar2img', 'ego2lidar', 'img_metas')  # what inference takes of a batch
 _WAITING = 4  # predictions that may wait for the evaluator
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+def load_for_inference(build_model: Callable, cfg, task: Task, args, device: torch.device) -> Tuple[nn.Module, Dict]:
+    """The config's model on its device, as a script's arguments say, and the ``meta`` of its checkpoint.
+
+    Args:
+        build_model: see ``Components``.
+        args: with weights (None: random ones), trust_weights, amp and tf32.
+
+    Raises:
+        UserError: the checkpoint is of another model, or the device cannot compute in that precision.
+    """
+    check_precision(args.amp, device)
+    set_tf32(args.tf32)
+    model, meta = build_model(cfg.model, task), {}
+    if args.weights:
+        meta = load_model_weights(model, args.weights, trust=args.trust_weights)
+    return convert_weights(model.to(device).eval(), args.amp), meta
+
+
+def predict(model: nn.Module, batch: Dict, device: torch.device, amp: Optional[str]) -> List[Dict]:
+    """Predictions of a batch's samples, as NumPy arrays (see ``lib.prediction``); labels are not looked at."""
+    inputs = to_device({name: batch[name] for name in INPUTS}, device)
+    with torch.no_grad(), autocast(amp, device):
+        return model(return_loss=False, **inputs)
+
+
 @dataclass
-class EvaluationJob:
-    """What an evaluation needs.
+class Evaluation:
+    """Predicts and scores a data set.
 
     Attributes:
-        model: on its device; put into evaluation mode and back.
-        dataset: ``len``, items for ``collate``, ``ground_truth(i)``, ``ray_origins(i)``, ``sample_token(i)``.
-        collate: list of samples to a batch.
-        evaluator: ``process(prediction, ground_truth, origins, key)`` and ``summarize(stats)``.
+        components: collates, and builds the evaluator.
         task: makes predictions dense.
+        dataset: with labels.
         processes: this process among the others.
         say: takes progress lines.
+        metrics: names that the evaluator knows; None takes what suits the task.
         workers: data-loading processes.
         amp: precision of the forward pass.
         predictions_folder: where to save predictions, or None.
-        score: False only predicts (and saves); needs no labels.
     """
 
-    model: Any
-    dataset: Any
-    collate: Callable
-    evaluator: Any
+    components: Components
     task: Task
+    dataset: ScoredDataset
     processes: Processes
     say: Callable[[str], None]
+    metrics: Optional[Sequence[str]] = None
     workers: int = 0
     amp: Optional[str] = None
     predictions_folder: Optional[Path] = None
-    score: bool = True
 
+    def __post_init__(self):
+        metrics = self.metrics or default_metrics(self.task)
+        self.evaluator = self.components.build_evaluator(self.task, metrics=metrics, device=self.processes.device)
 
-def evaluate(job: EvaluationJob):
-    """Predict and score the whole data set.
+    def run(self, model: nn.Module):
+        """Evaluate a model, which is put into evaluation mode and back.
 
-    Returns:
-        The evaluator's result in the main process, None in the others (and with ``score=False``).
+        Returns:
+            The evaluator's result in the main process, None in the others.
 
-    Raises:
-        DataError: a sample cannot be read.
-    """
-    if len(job.dataset) == 0:
-        raise DataError('the data set to evaluate on is empty; check ann_file and max_samples')
-    was_training = job.model.training
-    job.model.eval()
-    job.model.reset_history()
-    stats = _evaluate_block(job, block_of(len(job.dataset), job.processes))
-    job.model.train(was_training)
-    everyone = job.processes.gather(stats)
-    if everyone is None or not job.score:
-        return None
-    return job.evaluator.summarize(in_dataset_order(everyone, len(job.dataset)))
+        Raises:
+            DataError: a sample cannot be read.
+        """
+        was_training = model.training
+        model.eval()
+        model.reset_history()
+        stats = self._evaluate_block(model, block_of(len(self.dataset), self.processes))
+        model.train(was_training)
+        everyone = self.processes.gather(stats)
+        return None if everyone is None else self.evaluator.summarize(in_dataset_order(everyone, len(self.dataset)))
+
+    def run_in_training(self, model: nn.Module, iteration: int, folder: Path) -> Optional[Dict[str, float]]:
+        """Scores in the main process, None in the others; kept in the run folder as ``evaluation_iter_N.json``.
+
+        A continued run finds the scores that it has already written into its folder.
+        """
+        path = folder / f'evaluation_iter_{iteration}.json'
+        if self.processes.broadcast(path.exists()):
+            return _totals(read_json(path)) if self.processes.is_main else None
+        result = self.run(model)
+        if result is None:
+            return None
+        for line in result.as_table().splitlines():
+            self.say(line)
+        write_json(path, dict(result.as_dict(), iteration=iteration))
+        return _totals(result.as_dict())
+
+    def _evaluate_block(self, model, indices: Sequence[int]) -> List[Tuple[int, Any]]:
+        """(index, statistics) of the samples of this process; scoring overlaps with the next prediction."""
+        device = self.processes.device
+        loader = make_loader(self.dataset, [[i] for i in indices], self.components.collate, self.workers, device)
+        progress = _Progress(len(indices), self.say)
+        results: List[Tuple[int, Any]] = []
+        waiting: Deque[Tuple[int, Future]] = deque()
+        with ThreadPoolExecutor(max_workers=1) as scorer:
+            for index, batch in zip(indices, read_batches(loader)):
+                prediction = predict(model, batch, device, self.amp)[0]
+                waiting.append((index, scorer.submit(self._score, index, prediction)))
+                while len(waiting) > _WAITING:
+                    results.append(_collect(waiting))
+                progress.step()
+            while waiting:
+                results.append(_collect(waiting))
+        progress.finish()
+        return results
+
+    def _score(self, index: int, prediction: Dict):
+        """Save and score one prediction (in the scoring thread); a token that is no plain name is refused."""
+        token = self.dataset.sample_token(index)
+        if self.predictions_folder is not None:
+            save_prediction(path_inside(self.predictions_folder, f'{token}.npz'), prediction)
+        truth, origins = self.dataset.ground_truth(index), self.dataset.ray_origins(index)
+        return self.evaluator.process(to_dense(prediction, self.task), truth, origins, key=token)
 
 
 def block_of(count: int, processes: Processes) -> range:
@@ -97,51 +162,13 @@ def in_dataset_order(everyone: List[List[Tuple[int, Any]]], count: int) -> List:
     return [stats for _, stats in pairs]
 
 
-def _evaluate_block(job, indices) -> List[Tuple[int, Any]]:
-    """(index, SampleStats) of the samples of this process; scoring overlaps with the next prediction."""
-    loader = make_loader(job.dataset, [[i] for i in indices], job.collate, job.workers, job.processes.device)
-    progress = _Progress(len(indices), job.say)
-    results, waiting = [], deque()
-    with ThreadPoolExecutor(max_workers=1) as scorer:
-        for index, batch in zip(indices, read_batches(loader)):
-            prediction = predict(job, batch)[0]
-            waiting.append((index, scorer.submit(_finish_sample, job, index, prediction)))
-            while len(waiting) > _WAITING:
-                results.append(_collect(waiting))
-            progress.step()
-        while waiting:
-            results.append(_collect(waiting))
-    progress.finish()
-    return results
-
-
-def _collect(waiting):
+def _collect(waiting) -> Tuple[int, Any]:
     index, future = waiting.popleft()
     return index, future.result()
 
 
-def predict(job: EvaluationJob, batch) -> List[dict]:
-    """Predictions of a batch, as numpy arrays."""
-    device = job.processes.device
-    with torch.no_grad(), autocast(job.amp, device):
-        return job.model(return_loss=False, **without_labels(to_device(batch, device)))
-
-
-def without_labels(batch: dict) -> dict:
-    """The part of a batch that inference takes."""
-    return {key: batch[key] for key in ('img', 'lidar2img', 'ego2lidar', 'img_metas')}
-
-
-def _finish_sample(job, index, prediction):
-    """Save and score one prediction (in the scoring thread); a token that is no plain name is refused."""
-    token = job.dataset.sample_token(index)
-    if job.predictions_folder is not None:
-        save_prediction(path_inside(job.predictions_folder, token + '.npz'), prediction)
-    if not job.score:
-        return None
-    return job.evaluator.process(
-        to_dense(prediction, job.task), job.dataset.ground_truth(index), job.dataset.ray_origins(index), key=token
-    )
+def _totals(scores) -> Dict[str, float]:
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
 def make_predictions_folder(path: str) -> Path:
@@ -170,79 +197,15 @@ class _Progress:
         self._begin = self._last = time.monotonic()
 
     def step(self) -> None:
-        self._countdown.step()
+        countdown = self._countdown
+        countdown.step()
         if time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            self._say(
-                'evaluated %d of %d samples  %.2f samples/s  left %s'
-                % (self._countdown.done, self._countdown.total, self._rate(), self._countdown.text())
-            )
+            pace = f'{self._rate():.2f} samples/s  left {countdown.text()}'
+            self._say(f'evaluated {countdown.done} of {countdown.total} samples  {pace}')
 
     def finish(self) -> None:
-        self._say('evaluated %d samples at %.2f samples/s' % (self._countdown.done, self._rate()))
+        self._say(f'evaluated {self._countdown.done} samples at {self._rate():.2f} samples/s')
 
     def _rate(self):
         return self._countdown.done / max(time.monotonic() - self._begin, 1e-9)
-
-
-class EvaluationHook:
-    """Evaluates a model and keeps the scores in the run folder as ``evaluation_iter_N.json``.
-
-    Args:
-        components, task: make the evaluator.
-        dataset: to evaluate on.
-        settings: which metrics.
-        processes, log: of the run.
-        workers: data-loading processes.
-        amp: precision of the forward pass.
-    """
-
-    def __init__(
-        self,
-        components: Components,
-        task: Task,
-        dataset,
-        settings: EvaluationSettings,
-        processes: Processes,
-        log: RunLog,
-        workers: int,
-        amp: Optional[str],
-    ):
-        self.components, self.task, self.dataset = components, task, dataset
-        self.processes, self.log, self.workers, self.amp = processes, log, workers, amp
-        self.evaluator = components.build_evaluator(
-            task, metrics=settings.metrics or default_metrics(task), device=processes.device
-        )
-
-    def __call__(self, model, iteration: int, folder: Path) -> Optional[Dict[str, float]]:
-        """Scores of the model in the main process, None in the others.
-
-        A continued run finds the scores that it has already written into its folder.
-        """
-        path = folder / ('evaluation_iter_%d.json' % iteration)
-        if self.processes.broadcast(path.exists()):
-            return _totals(read_json(path)) if self.processes.is_main else None
-        result = evaluate(
-            EvaluationJob(
-                model,
-                self.dataset,
-                self.components.collate,
-                self.evaluator,
-                self.task,
-                self.processes,
-                self.log.say,
-                self.workers,
-                self.amp,
-            )
-        )
-        if result is None:
-            return None
-        for line in result.as_table().splitlines():
-            self.log.say(line)
-        scores = result.as_dict()
-        write_json(path, dict(scores, iteration=iteration))
-        return _totals(scores)
-
-
-def _totals(scores) -> Dict[str, float]:
-    return {name: value for name, value in scores.items() if isinstance(value, float)}

@@ -7,12 +7,13 @@ import resource
 import signal
 import sys
 import threading
-from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError, UserError
+from ..targets import OccupancyTargets
 from .stopping import ignore_in_worker
 
 _TOO_MANY_FILES = (
@@ -115,19 +116,21 @@ def read_batches(loader: DataLoader) -> Iterator[Any]:
         DataError: a sample cannot be read, a worker was killed, or there are too many open files.
     """
     iterator = _translated(loader, lambda: _start(loader))
-    whole = False
+    keep = loader.persistent_workers
     try:
         while True:
             try:
                 batch = _translated(loader, lambda: next(iterator))
             except StopIteration:
-                whole = True
                 return
             if isinstance(batch, Failure):
                 raise DataError(batch.message)
             yield batch
+    except DataError:
+        keep = False
+        raise
     finally:
-        if not whole or not loader.persistent_workers:
+        if not keep:
             _stop_workers(loader, iterator)
 
 
@@ -157,10 +160,13 @@ def _allow_many_open_files() -> None:
 
 def _start(loader) -> Iterator[Any]:
     """``iter(loader)`` without PyTorch's handler that raises the death of a worker wherever the program happens to
-    be, in the middle of an optimizer's step too. The loader finds it within seconds of being asked for a batch."""
+    be, in the middle of an optimizer's step too. The loader finds it within seconds of being asked for a batch.
+    Whatever handled a child's death before handles it afterwards."""
+    before = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
-    if loader.num_workers and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and before is not None:  # None: set by other than Python, which cannot be put back
+        signal.signal(signal.SIGCHLD, before)
     return iterator
 
 
@@ -199,3 +205,22 @@ def _prepare_worker(worker_id):
     torch.set_num_threads(1)
     if 'cv2' in sys.modules:
         sys.modules['cv2'].setNumThreads(0)
+
+
+def to_device(batch: Dict, device, non_blocking: bool = True) -> Dict:
+    """A copy of the batch with its tensors, also inside lists and targets, on ``device``; other values stay as they are.
+
+    Args:
+        batch: what a collate function returns.
+        device: torch device or its name.
+        non_blocking: let copies from pinned memory overlap with work on the device.
+    """
+    return {key: _move(value, device, non_blocking) for key, value in batch.items()}
+
+
+def _move(value, device, non_blocking):
+    if isinstance(value, (torch.Tensor, OccupancyTargets)):
+        return value.to(device, non_blocking=non_blocking)
+    if isinstance(value, list) and any(isinstance(item, torch.Tensor) for item in value):
+        return [_move(item, device, non_blocking) for item in value]
+    return value

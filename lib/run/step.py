@@ -7,9 +7,9 @@ from typing import Dict, List, NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..batch import to_device
 from ..dist import all_reduce_sum, share_of_batch, shared_draws
 from .batch_plan import BatchPlan
+from .loading import to_device
 from .numerics import autocast, mix, seed_step
 from .processes import Processes
 from .stopping import NonFinite

@@ -1,19 +1,18 @@
 """From the arguments of ``timing.py`` to latencies."""
 
 import time
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 
-from ..batch import to_device
-from ..checkpoint import load_model_weights
 from ..config import load_config
 from ..errors import ConfigError
 from ..io import write_json
 from . import Components, open_dataset, read_task
-from .evaluation import without_labels
+from .evaluation import load_for_inference, predict
+from .loading import to_device
 from .log import device_name, peak_memory_mib
-from .numerics import autocast, check_precision, convert_weights, describe_precision, set_tf32
+from .numerics import describe_precision
 from .processes import pick_device
 
 
@@ -24,64 +23,70 @@ def run_timing(args, components: Callable[[], Components]) -> List[Dict]:
         UserError: bad input.
     """
     if args.samples < 1 or args.warmup < 0:
-        raise ConfigError(
-            '--samples must be at least 1 and --warmup at least 0, got %d and %d' % (args.samples, args.warmup)
-        )
+        raise ConfigError(f'--samples must be at least 1 and --warmup at least 0, got {args.samples} and {args.warmup}')
     graph = ['model.test_cfg.cuda_graph=True'] if args.cuda_graph else []
     cfg = load_config(args.config, list(args.override) + graph)
-    device = pick_device(args.device)
-    check_precision(args.amp, device)
-    set_tf32(args.tf32)
     torch.backends.cudnn.benchmark = True  # all samples have one size
-    clock = _make_clock(args, cfg, components(), device)
+    clock = _make_clock(args, cfg, components(), pick_device(args.device))
     _print_setting(args, clock)
     rows = []
     for history in ('cached', 'full') if args.history == 'both' else (args.history,):
         rows.append(clock.time_model(history))
         rows.append(clock.time_with_loading(history))
-    _print_rows(rows, device)
+    _print_rows(rows, clock.device)
     if args.out:
-        write_json(
-            args.out,
-            dict(
-                config=args.config,
-                weights=args.weights,
-                device=device_name(device),
-                precision=describe_precision(args.amp, device),
-                speed=clock.model.describe_speed(),
-                rows=rows,
-            ),
-        )
+        about = dict(config=args.config, weights=args.weights, device=device_name(clock.device))
+        about.update(precision=describe_precision(args.amp, clock.device), speed=clock.model.describe_speed())
+        write_json(args.out, dict(about, rows=rows))
     return rows
 
 
-def _make_clock(args, cfg, components, device):
+def _make_clock(args, cfg, components, device) -> 'Clock':
     task = read_task(cfg)
-    model = components.build_model(cfg.model, task)
-    if args.weights:
-        load_model_weights(model, args.weights, trust=args.trust_weights)
+    model, _ = load_for_inference(components.build_model, cfg, task, args, device)
     changes = dict(test_mode=True, max_samples=args.warmup + args.samples)
     dataset = open_dataset(components, cfg, args.split, task, changes, check_files=False)
-    model = convert_weights(model.to(device).eval(), args.amp)
     return Clock(model, dataset, components.collate, device, args.amp, args.warmup, args.samples)
 
 
-def _print_setting(args, clock) -> None:
+def _print_setting(args, clock: 'Clock') -> None:
     if not args.weights:
         print('NOTE: random weights (no --weights): the speed of a trained model differs where its masks do')
     if clock.count < args.warmup + args.samples:
-        print('NOTE: the data set has %d samples only; they are gone over again' % clock.count)
+        print(f'NOTE: the data set has {clock.count} samples only; they are gone over again')
+    parameters = sum(p.numel() for p in clock.model.parameters()) / 1e6
     print(
-        '%s, %s, batch 1, %.2f million parameters, %d warm-up and %d timed samples'
-        % (
-            device_name(clock.device),
-            describe_precision(args.amp, clock.device),
-            sum(p.numel() for p in clock.model.parameters()) / 1e6,
-            args.warmup,
-            args.samples,
-        )
+        f'{device_name(clock.device)}, {describe_precision(args.amp, clock.device)}, batch 1, {parameters:.2f} million '
+        f'parameters, {args.warmup} warm-up and {args.samples} timed samples'
     )
     print(clock.model.describe_speed(), flush=True)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU is still doing."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def time_steps(step: Callable, warmup: int, steps: int, device: torch.device, prepare: Optional[Callable] = None):
+    """Seconds of each timed ``step(prepare(i))``, and the peak memory in MiB; the device is idle before and after each.
+
+    Args:
+        step: what is timed.
+        warmup, steps: calls before and while the clock runs.
+        prepare: makes the step's argument of the call's number, before the clock starts; None passes the number.
+    """
+    seconds = []
+    for i in range(warmup + steps):
+        if i == warmup and device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(device)
+        prepared = prepare(i) if prepare else i
+        synchronize(device)
+        start = time.perf_counter()
+        step(prepared)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[warmup:], peak_memory_mib(device)
 
 
 class Clock:
@@ -101,54 +106,26 @@ class Clock:
 
     def time_model(self, history: str) -> Dict:
         """From a batch on the device to predictions on the CPU."""
-        self._begin(history)
-        seconds = []
-        for position in range(self.warmup + self.samples):
-            batch = to_device(self._load(position), self.device)
-            self._synchronize()
-            start = time.perf_counter()
-            self._predict(batch)
-            seconds.append(time.perf_counter() - start)
-        return self._row('model', history, seconds[self.warmup :])
+        return self._time('model', history, lambda position: to_device(self._load(position), self.device), self._run)
 
     def time_with_loading(self, history: str) -> Dict:
         """From the names of a sample's files to predictions on the CPU."""
-        self._begin(history)
-        seconds = []
-        for position in range(self.warmup + self.samples):
-            self._synchronize()
-            start = time.perf_counter()
-            self._predict(to_device(self._load(position), self.device))
-            seconds.append(time.perf_counter() - start)
-        return self._row('with loading', history, seconds[self.warmup :])
+        return self._time('with loading', history, None, lambda i: self._run(self._load(i)))
 
-    def _begin(self, history):
+    def _time(self, what: str, history: str, prepare: Optional[Callable], action: Callable) -> Dict:
+        """A row of the table: ``action`` is timed (see ``time_steps``)."""
         self.model.history = history
         self.model.reset_history()
-        if self.device.type == 'cuda':
-            torch.cuda.reset_peak_memory_stats(self.device)
+        seconds, memory = time_steps(action, self.warmup, self.samples, self.device, prepare)
+        median, p90 = quantile(seconds, 0.5), quantile(seconds, 0.9)
+        figures = dict(median_ms=1e3 * median, p90_ms=1e3 * p90, fps=1 / median)
+        return dict(what=what, history=history, **figures, memory_mib=memory)
 
-    def _load(self, position):
-        return without_labels(self.collate([self.dataset[position % self.count]]))
+    def _load(self, position: int) -> Dict:
+        return self.collate([self.dataset[position % self.count]])
 
-    def _predict(self, batch):
-        with torch.no_grad(), autocast(self.amp, self.device):
-            self.model(return_loss=False, **batch)
-        self._synchronize()
-
-    def _synchronize(self):
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
-
-    def _row(self, what: str, history: str, seconds: Sequence[float]) -> Dict:
-        return dict(
-            what=what,
-            history=history,
-            median_ms=1e3 * quantile(seconds, 0.5),
-            p90_ms=1e3 * quantile(seconds, 0.9),
-            fps=1 / quantile(seconds, 0.5),
-            memory_mib=peak_memory_mib(self.device),
-        )
+    def _run(self, batch: Dict) -> None:
+        predict(self.model, batch, self.device, self.amp)
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
@@ -161,14 +138,11 @@ def quantile(values: Sequence[float], fraction: float) -> float:
 
 
 def _print_rows(rows, device) -> None:
-    print('%-14s %-9s %12s %12s %9s %12s' % ('', 'history', 'median ms', 'p90 ms', 'FPS', 'memory MiB'))
+    print(f'{"":14} {"history":9} {"median ms":>12} {"p90 ms":>12} {"FPS":>9} {"memory MiB":>12}')
+    line = '{what:14} {history:9} {median_ms:12.1f} {p90_ms:12.1f} {fps:9.2f} {memory_mib:12.0f}'
     for row in rows:
-        print(
-            '%-14s %-9s %12.1f %12.1f %9.2f %12.0f'
-            % (row['what'], row['history'], row['median_ms'], row['p90_ms'], row['fps'], row['memory_mib'])
-        )
+        print(line.format(**row))
+    on_gpu = device.type == 'cuda'
     print(
-        'memory: %s'
-        % ('peak that PyTorch allocated on the GPU' if device.type == 'cuda' else 'peak of this process so far'),
-        flush=True,
+        f'memory: {"peak that PyTorch allocated on the GPU" if on_gpu else "peak of this process so far"}', flush=True
     )

@@ -1,6 +1,6 @@
 """From the arguments of ``train.py`` to a finished run."""
 
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Tuple
 
 import torch
 
@@ -11,7 +11,7 @@ from ..settings import EvaluationSettings, TrainSettings
 from ..task import Task
 from . import Components, open_dataset, read_task
 from .batch_plan import BatchPlan, EpochOrder, plan_batch
-from .evaluation import EvaluationHook
+from .evaluation import Evaluation
 from .log import RunLog
 from .numerics import check_precision, describe_precision, seed_everything, set_deterministic, set_tf32
 from .optimizer import Schedule, build_optimizer, clip_norm
@@ -148,17 +148,11 @@ class Launch:
         self.log.say(
             '%d training samples, %d optimizer steps per epoch, %d in all' % (len(dataset), order.steps, iterations)
         )
-        hook: Optional[EvaluationHook] = None
+        evaluation, workers = None, cfg.data.get('workers_per_gpu', 0)
         if validation is not None:
-            hook = EvaluationHook(
-                self.components,
-                self.task,
-                validation,
-                self.evaluation,
-                self.processes,
-                self.log,
-                cfg.data.get('workers_per_gpu', 0),
-                self.settings.amp,
+            settings, metrics = self.settings, self.evaluation.metrics
+            evaluation = Evaluation(
+                self.components, self.task, validation, self.processes, self.log.say, metrics, workers, settings.amp
             )
         return TrainingJob(
             model=model,
@@ -172,10 +166,10 @@ class Launch:
             settings=self.settings,
             seed=self.seed,
             max_norm=clip_norm(cfg.get('optimizer_config')),
-            workers=cfg.data.get('workers_per_gpu', 0),
+            workers=workers,
             processes=self.processes,
             log=self.log,
-            evaluate=hook,
+            evaluation=evaluation,
             evaluation_interval=self.evaluation.interval,
             meta=dict(
                 seed=self.seed, total_batch_size=self.plan.total, num_samples=len(dataset), config=config_lines(cfg)

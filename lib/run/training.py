@@ -4,14 +4,16 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 from torch import nn
 
+from ..dataset import Dataset
 from ..errors import DataError, UserError
 from ..settings import TrainSettings
 from .batch_plan import BatchPlan, EpochOrder, RankBatches
+from .evaluation import Evaluation
 from .folder import CheckpointKeeper, capture, restore
 from .loading import make_loader, read_batches
 from .log import Countdown, RunLog, WindowAverage, duration, peak_memory_mib
@@ -36,7 +38,7 @@ class TrainingJob:
     Attributes:
         model: on its device, not wrapped in DDP.
         optimizer: over its parameters (``build_optimizer``).
-        dataset: ``len``, items for ``collate``, ``set_epoch``; batches have ``img_metas`` with sample tokens.
+        dataset: to learn from.
         collate: list of samples to a batch.
         plan, order, schedule: see their classes.
         max_iterations: optimizer steps of the whole run.
@@ -47,14 +49,13 @@ class TrainingJob:
         processes: this process among the others.
         log: where to tell.
         meta: plain facts for checkpoints: seed, total_batch_size, num_samples, config, ...
-        evaluate: called with the bare model in evaluation mode, the iteration and the run folder, in every
-            process; returns figures to log (None in all but the main process).
-        evaluation_interval: epochs between two calls; 0 at the end only, -1 never.
+        evaluation: what the model is scored by, or None.
+        evaluation_interval: epochs between two evaluations; 0 at the end only, -1 never.
     """
 
     model: nn.Module
     optimizer: Any
-    dataset: Any
+    dataset: Dataset
     collate: Callable
     plan: BatchPlan
     order: EpochOrder
@@ -67,7 +68,7 @@ class TrainingJob:
     processes: Processes
     log: RunLog
     meta: Mapping
-    evaluate: Optional[Callable[[nn.Module, int, Path], Optional[Dict]]] = None
+    evaluation: Optional[Evaluation] = None
     evaluation_interval: int = 0
 
 
@@ -296,15 +297,14 @@ class Trainer:
         epochs_done, rest = divmod(self.iteration, job.order.steps)
         interval = job.evaluation_interval
         due = interval >= 0 and (at_end or (interval > 0 and rest == 0 and epochs_done % interval == 0))
-        if job.evaluate is None or not due or self.evaluated == self.iteration:
+        if job.evaluation is None or not due or self.evaluated == self.iteration:
             return
         self._save()
         begin = time.monotonic()
         self._stop_request.at_once = (
             'stopped while evaluating; the checkpoint of iteration %d is saved' % self.iteration
         )
-        job.model.eval()
-        figures = job.evaluate(job.model, self.iteration, self.folder)
+        figures = job.evaluation.run_in_training(job.model, self.iteration, self.folder)
         self._stop_request.at_once = None
         self.evaluated = self.iteration
         self._countdown.pause(time.monotonic() - begin)

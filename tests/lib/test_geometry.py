@@ -7,7 +7,7 @@ import pytest
 from pyquaternion import Quaternion
 
 from lib import geometry
-from lib.batch import to_device
+from lib.run.loading import to_device
 
 EXACT = dict(rtol=0, atol=1e-12)
 

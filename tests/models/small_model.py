@@ -4,9 +4,9 @@ from typing import Dict
 
 import torch
 
-from lib.synthetic import synthetic_batch
 from lib.task import Task
 from models import build_model
+from tools.synthetic import synthetic_batch
 
 LOSSES = dict(
     occupancy=dict(loss_occ=dict(type='BalancedOccupancyLoss'), loss_sem=dict(type='VoxelCrossEntropyLoss')),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_model import small_batch, small_model, small_task
 
-from lib.batch import to_device
+from lib.run.loading import to_device
 from lib.run.numerics import set_deterministic
 
 

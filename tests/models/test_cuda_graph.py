@@ -5,9 +5,9 @@ import pytest
 import torch
 from small_model import small_model, small_task
 
-from lib.batch import to_device
-from lib.synthetic import synthetic_batch, synthetic_meta
+from lib.run.loading import to_device
 from models.cuda_graph import GraphedFunction
+from tools.synthetic import synthetic_batch, synthetic_meta
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 

@@ -10,9 +10,9 @@ from small_model import CLASSES, sample_of, small_batch, small_config, small_mod
 
 from lib.config import load_config
 from lib.errors import ConfigError, DataError
-from lib.synthetic import synthetic_meta
 from models import build_model
 from models.decoders.sampling import RandomDraws
+from tools.synthetic import synthetic_meta
 
 IMAGES = ('img', 'lidar2img', 'ego2lidar', 'img_metas')
 BOTH = pytest.mark.parametrize('scoring', ['semantic', 'occupancy'])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from small_model import small_batch, small_model, small_task
 from torch import nn
 
-from lib.batch import to_device
+from lib.run.loading import to_device
 from models.encoder.fused_resnet import FusedResNet, can_fuse  # before mmdet: makes it importable
 
 from mmdet.models.builder import build_backbone  # isort: skip

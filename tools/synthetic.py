@@ -10,8 +10,8 @@ from typing import Dict
 import numpy as np
 import torch
 
-from .targets import OccupancyTargets, stack_targets
-from .task import Task
+from lib.targets import OccupancyTargets, stack_targets
+from lib.task import Task
 
 _CAMERA_YAWS = {
     'CAM_FRONT': 0.0,

@@ -1,0 +1,69 @@
+"""What runs, evaluation and checks of the data need of a data set.
+
+Any class with these methods will do; none has to inherit from anything here. Another data set than the one in this
+project is one such class, registered and named in ``data.train.type`` and the like.
+"""
+
+from typing import Any, Dict, Mapping, Protocol, Sequence
+
+import numpy as np
+
+
+class Dataset(Protocol):
+    """Samples, by their number from 0; that is all that training reads.
+
+    A sample is a dict: img uint8 [T*N, 3, H, W] (BGR), lidar2img float32 [T*N, 4, 4] (LIDAR_TOP to pixels),
+    ego2lidar float64 [T*N, 4, 4] (metres), img_metas (plain values; ``sample_token`` at least), and in training
+    ``targets`` (:class:`lib.targets.OccupancyTargets`). T frames, N cameras, the current frame first.
+
+    A sample's random draws depend on the data set's seed, the epoch and the index alone. A sample that cannot be
+    read raises :class:`lib.errors.DataError`.
+    """
+
+    def __len__(self) -> int:
+        """Samples."""
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        """A sample, ready to be collated."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the random numbers of this epoch (from 0) from now on."""
+
+
+class ScoredDataset(Dataset, Protocol):
+    """A data set whose samples can be scored."""
+
+    def sample_token(self, index: int) -> str:
+        """The sample's name, unique in the data set and good as a file name."""
+
+    def ground_truth(self, index: int) -> Dict[str, np.ndarray]:
+        """semantics uint8 [X, Y, Z] (class ids, 255 = ignore), and where there are any instances int [X, Y, Z] (0 =
+        none) and mask_camera bool [X, Y, Z]; the task's volume, ego frame of the sample.
+
+        Raises:
+            DataError: there are no labels, or they cannot be read.
+        """
+
+    def ray_origins(self, index: int) -> np.ndarray:
+        """Where rays begin: float64 [n, 3], metres, ego frame of the sample."""
+
+
+class CheckedDataset(ScoredDataset, Protocol):
+    """A data set whose files can be looked at before long work.
+
+    Attributes:
+        infos: what is known of each keyframe without opening its files; the samples are some of them.
+        ann_file: where that comes from, for messages.
+        version: name of the recordings, for messages; may be empty.
+        has_labels: whether ``ground_truth`` can be asked for.
+        skips_unreadable: a damaged file costs a sample and not the run.
+    """
+
+    infos: Sequence[Mapping[str, Any]]
+    ann_file: str
+    version: str
+    has_labels: bool
+    skips_unreadable: bool
+
+    def used_positions(self) -> Sequence[int]:
+        """Positions in ``infos`` of all keyframes that samples read, as current or earlier frames."""
