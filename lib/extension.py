@@ -122,7 +122,7 @@ def cuda_extensions(
     Args:
         sources: files of each module, relative to their ``setup.py``.
         headers: files that all of them depend on, likewise.
-        package: dotted prefix of the module names, e.g. ``models.csrc``, or ''.
+        package: dotted prefix of the module names, or ''.
         folder: path from the running ``setup.py`` to the sources' own, or ''.
         nvcc_flags: beside ``-O3``.
     """

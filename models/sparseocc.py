@@ -23,6 +23,7 @@ from models.encoder import ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
 from models.losses import check_targets
 from models.merging import MergedPrediction
+from models.released_weights import PRETRAINED_NAMES, describe_weights
 
 HISTORY = ('full', 'cached')
 _HEAD_KEYS = ('draws', 'merge_stuff', 'overlap_threshold', 'score_threshold')  # of test_cfg, for the head
@@ -61,6 +62,10 @@ class SparseOcc(BaseModule):
             modules as they are.
         train_cfg, pretrained: accepted for mmdet's builders; must be None.
     """
+
+    # what lib.checkpoint asks of a model
+    describe_weights = staticmethod(describe_weights)
+    pretrained_names = PRETRAINED_NAMES
 
     def __init__(
         self,

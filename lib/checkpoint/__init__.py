@@ -3,9 +3,9 @@
 from .files import check_checkpoint_file, is_complete, read_checkpoint, save_checkpoint, state_dict_of
 from .fitting import (
     PretrainedReport,
+    WeightsKind,
     check_pretrained_file,
     compare,
-    describe_weights,
     fit_weights,
     load_model_weights,
     load_pretrained,
@@ -16,7 +16,7 @@ __all__ = [
     'check_checkpoint_file',
     'check_pretrained_file',
     'compare',
-    'describe_weights',
+    'WeightsKind',
     'fit_weights',
     'is_complete',
     'load_model_weights',

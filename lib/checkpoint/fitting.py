@@ -42,7 +42,7 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, stri
     require_finite(weights, path)
     difference = compare(model.state_dict(), weights)
     if strict and any(difference):
-        raise CheckpointError(_misfit(path, model.state_dict(), weights, difference))
+        raise CheckpointError(_misfit(path, model, weights, difference))
     skip = set(difference.unexpected) | set(name for name, _, _ in difference.reshaped)
     model.load_state_dict(OrderedDict((k, v) for k, v in weights.items() if k not in skip), strict=False)
 
@@ -54,9 +54,8 @@ def require_finite(weights: Mapping[str, Tensor], path: str) -> None:
     ]
     if bad:
         raise CheckpointError(
-            'checkpoint %s holds NaN or infinite values in %d tensors (%s%s); its training went '
+            f'checkpoint {path} holds NaN or infinite values in {len(bad)} tensors ({_first(bad)}); its training went '
             'wrong or the file is damaged: use an earlier one'
-            % (path, len(bad), ', '.join(bad[:_NAMES_SHOWN]), ', ...' if len(bad) > _NAMES_SHOWN else '')
         )
 
 
@@ -84,68 +83,52 @@ def compare(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Differe
     return Difference(missing, unexpected, reshaped)
 
 
-def _misfit(path, own, weights, difference) -> str:
-    theirs, ours = describe_weights(weights), describe_weights(own)
-    if theirs is None:
+def _misfit(path, model, weights, difference) -> str:
+    theirs, ours = _describe(model, weights), _describe(model, model.state_dict())
+    if theirs is None and ours is not None:
         return (
-            f'checkpoint {path} is not of a SparseOcc (it holds {count_modules(weights)}); for a pretrained backbone set load_from '
-            'in the config'
+            f'checkpoint {path} is not of a {type(model).__name__} (it holds {count_modules(weights)}); for a '
+            'pretrained backbone set load_from in the config'
         )
-    if ours is not None and theirs != ours:
-        return 'checkpoint {} is of {}, but the config builds {}; use {} instead'.format(
-            path, theirs.in_words(), ours.in_words(), theirs.config() or 'the config it was trained with'
-        )
-    return f'checkpoint {path} does not fit the model of the config: {_list_difference(difference)}; use the config it was trained with'
+    if theirs is not None and ours is not None and theirs != ours:
+        instead = theirs.config or 'the config it was trained with'
+        return f'checkpoint {path} is of {theirs.words}, but the config builds {ours.words}; use {instead} instead'
+    return (
+        f'checkpoint {path} does not fit the model of the config: {_list_difference(difference)}; use the config it '
+        'was trained with'
+    )
 
 
 def _list_difference(difference) -> str:
     reshaped = [f'{name} is {list(theirs)} there and {list(ours)} here' for name, theirs, ours in difference.reshaped]
     parts = [('missing', difference.missing), ('unexpected', difference.unexpected), ('of another shape', reshaped)]
-    return '; '.join(
-        '%d %s (%s%s)'
-        % (len(names), title, ', '.join(names[:_NAMES_SHOWN]), ', ...' if len(names) > _NAMES_SHOWN else '')
-        for title, names in parts
-        if names
-    )
+    return '; '.join(f'{len(names)} {title} ({_first(names)})' for title, names in parts if names)
+
+
+def _first(names: Sequence[str]) -> str:
+    return ', '.join(names[:_NAMES_SHOWN]) + (', ...' if len(names) > _NAMES_SHOWN else '')
 
 
 class WeightsKind(NamedTuple):
-    """What the names and shapes of a SparseOcc's weights tell.
+    """What a model's class tells of weights by their names and shapes (its ``describe_weights(weights)``).
 
-    release: '1.0' (children scored by occupancy) or '1.1'. num_occupied: classes without free.
-    Semantic and panoptic models have the same weights, so nothing tells these apart.
+    words: e.g. 'a release 1.1 model with 17 classes'. config: config files of such models, if known.
     """
 
-    release: str
-    num_occupied: int
-
-    def in_words(self) -> str:
-        return 'a release %s model with %d classes' % (self.release, self.num_occupied)
-
-    def config(self) -> Optional[str]:
-        return _CONFIGS.get(self)
+    words: str
+    config: Optional[str] = None
 
 
-_CONFIGS = {
-    WeightsKind('1.0', 17): 'configs/r50_nuimg_704x256_8f.py (or _pano.py)',
-    WeightsKind('1.1', 17): 'configs/r50_nuimg_704x256_8f_v1.1.py (or _v1.1_pano.py)',
-    WeightsKind('1.1', 16): 'configs/r50_nuimg_704x256_8f_openocc.py',
-}
-
-
-def describe_weights(weights: Mapping[str, Tensor]) -> Optional[WeightsKind]:
-    """Release and class count of a SparseOcc's weights; None for another network's."""
-    classifier = [v for k, v in weights.items() if k.endswith('decoder_layer.classifier.weight')]
-    if not classifier:
-        return None
-    release = '1.0' if any('.occ_pred_heads.' in k for k in weights) else '1.1'
-    return WeightsKind(release, int(classifier[0].shape[0]))
+def _describe(model: nn.Module, weights: Mapping[str, Tensor]) -> Optional[WeightsKind]:
+    """None for another network's weights, or where the model's class knows nothing of them."""
+    describe = getattr(model, 'describe_weights', None)
+    return None if describe is None else describe(weights)
 
 
 def count_modules(names: Iterable[str]) -> str:
-    """Names of weights in short: ``img_backbone 318, img_neck 16``."""
+    """Names of weights in short: ``backbone 318, neck 16``."""
     counts = Counter(name.split('.')[0] for name in names)
-    return ', '.join('%s %d' % item for item in counts.most_common(6)) or 'none'
+    return ', '.join(f'{name} {count}' for name, count in counts.most_common(6)) or 'none'
 
 
 # -- parts of another network's checkpoint
@@ -162,25 +145,17 @@ class PretrainedReport(NamedTuple):
 
     def lines(self) -> List[str]:
         """The report as text, one line per fact."""
-        lines = [
-            f'pretrained weights from {self.path}',
-            '  used:      %d tensors (%s)' % (len(self.used), count_modules(self.used)),
-        ]
-        if self.reshaped:
-            lines.append(
-                '  not used:  %d tensors of another shape (%s)' % (len(self.reshaped), count_modules(self.reshaped))
-            )
-        if self.unknown:
-            lines.append(
-                '  not used:  %d tensors the model does not have (%s)'
-                % (len(self.unknown), count_modules(self.unknown))
-            )
-        lines.append('  untouched: %d tensors of the model (%s)' % (len(self.untouched), count_modules(self.untouched)))
+        facts = (
+            ('used:      ', self.used, ''),
+            ('not used:  ', self.reshaped, ' of another shape'),
+            ('not used:  ', self.unknown, ' the model does not have'),
+            ('untouched: ', self.untouched, ' of the model'),
+        )
+        lines = [f'pretrained weights from {self.path}']
+        for title, names, kind in facts:
+            if names or title in ('used:      ', 'untouched: '):
+                lines.append(f'  {title}{len(names)} tensors{kind} ({count_modules(names)})')
         return lines
-
-
-# mmdet calls the pyramid 'neck'; its weights fit where the pyramid's widths agree.
-_NECK = (r'^neck\.', 'img_neck.')
 
 
 def check_pretrained_file(path: str) -> None:
@@ -200,8 +175,8 @@ def load_pretrained(
     Args:
         model: receives what fits.
         path: checkpoint file.
-        revise_keys: (regular expression, replacement) applied to its names, as in mmcv; ``neck`` becomes
-            ``img_neck`` by itself.
+        revise_keys: (regular expression, replacement) applied to its names, as in mmcv; those of the model's own
+            ``pretrained_names`` come after them.
         trust: see ``read_checkpoint``.
 
     Raises:
@@ -211,7 +186,7 @@ def load_pretrained(
     weights = state_dict_of(read_checkpoint(path, trust), path)
     own, used, reshaped, unknown = model.state_dict(), OrderedDict(), [], []
     for name, value in weights.items():
-        target = _revise(name, list(revise_keys or ()) + [_NECK], own)
+        target = _revise(name, [*(revise_keys or ()), *getattr(model, 'pretrained_names', ())], own)
         if target not in own:
             unknown.append(name)
         elif own[target].shape != value.shape:
@@ -220,8 +195,8 @@ def load_pretrained(
             used[target] = value
     if not used:
         raise CheckpointError(
-            'none of the %d tensors in %s (%s) fits the model; check load_from and '
-            'revise_keys' % (len(weights), path, count_modules(weights))
+            f'none of the {len(weights)} tensors in {path} ({count_modules(weights)}) fits the model; check load_from '
+            'and revise_keys'
         )
     require_finite(used, path)
     model.load_state_dict(used, strict=False)

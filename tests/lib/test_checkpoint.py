@@ -14,6 +14,7 @@ from torch import nn
 from lib import checkpoint as ckpt
 from lib.checkpoint import torch_pickle
 from lib.errors import CheckpointError, UserError
+from models.released_weights import PRETRAINED_NAMES, describe_weights
 
 
 class Runs:
@@ -36,6 +37,8 @@ class Head(nn.Module):
 
 
 class Net(nn.Module):
+    describe_weights, pretrained_names = staticmethod(describe_weights), PRETRAINED_NAMES
+
     def __init__(self, classes=17, release='1.1', width=8):
         super().__init__()
         self.img_backbone = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width))
@@ -176,7 +179,7 @@ def test_weights_that_are_not_finite_are_named(saved, value):
 
 
 def test_another_network_is_recognised(saved):
-    with pytest.raises(CheckpointError, match='not of a SparseOcc .it holds backbone 1'):
+    with pytest.raises(CheckpointError, match='not of a Net .it holds backbone 1'):
         ckpt.load_model_weights(Net(), saved({'backbone.conv1.weight': torch.zeros(1)}))
 
 
