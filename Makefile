@@ -1,4 +1,4 @@
-# make install | test | demo | docs | check-env | accel | build-ops | lock | clean | help
+# make install | lint | test | demo | docs | check-env | accel | build-ops | lock | clean | help
 #
 #   PYTHON=python3.13   which Python (default: the one of VENV, else the newest tested that runs)
 #   VENV=.venv          where the environment goes
@@ -23,9 +23,10 @@ PYTHON ?= $(shell for p in $(BIN) $(NAMES); do $$p -c '$(SUITS)' >/dev/null 2>&1
 flag = $(if $(filter 1,$($(1))),--$(2))
 INSTALL := tools/install.py --venv $(VENV) --stack $(STACK) $(call flag,UV,uv)
 DOCS := $(VENV)-docs
+LINT := $(VENV)-lint
 STAMP := $(VENV)/.installed-$(STACK)$(if $(filter 1,$(CPU)),-cpu)$(if $(filter 1,$(MMCV_OPS)),-mmcv-ops)
 
-.PHONY: help install test demo docs check-env accel build-ops lock clean
+.PHONY: help install lint test demo docs check-env accel build-ops lock clean
 
 help:
 	@sed -n 's/^# \?//p' Makefile | head -8
@@ -37,6 +38,17 @@ $(STAMP): $(filter-out %/accel.txt,$(wildcard requirements/*/*.txt))
 	  "on Debian and Ubuntu: apt install python3 python3-venv (Python 3.10 to 3.14);" \
 	  "or name one: make PYTHON=/path/to/python3.13" >&2; exit 1; }
 	@$(PYTHON) $(strip $(INSTALL) $(call flag,CPU,cpu) $(call flag,MMCV_OPS,mmcv-ops))
+	@touch $@
+
+# In an environment of its own, of ruff and mypy alone: seconds.
+lint: $(LINT)/.installed
+	$(LINT)/bin/ruff check --quiet .
+	$(LINT)/bin/ruff format --quiet --check .
+	$(LINT)/bin/mypy --no-error-summary
+
+$(LINT)/.installed: requirements/lint.txt
+	$(PYTHON) -m venv --clear $(LINT)
+	$(LINT)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lint.txt
 	@touch $@
 
 test: $(STAMP)

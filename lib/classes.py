@@ -81,6 +81,7 @@ class LabelSet:
     def __post_init__(self):
         object.__setattr__(self, 'class_names', tuple(self.class_names))
         object.__setattr__(self, 'things', tuple(self.things))
+        object.__setattr__(self, 'colours', {name: tuple(colour) for name, colour in self.colours.items()})
         if len(self.class_names) < 2 or self.class_names[-1] != FREE:
             raise ConfigError(
                 f'label set {self.name!r}: class_names must hold at least two names and end in {FREE!r}; '
@@ -130,7 +131,7 @@ class LabelSet:
 
     def palette(self) -> Tuple[Tuple[int, int, int], ...]:
         """RGB 0..255 per class in id order; grey for a class without a colour."""
-        return tuple(tuple(self.colours.get(name, (128, 128, 128))) for name in self.class_names)
+        return tuple(self.colours.get(name, (128, 128, 128)) for name in self.class_names)
 
 
 def _table(name, class_names):

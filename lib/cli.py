@@ -6,14 +6,14 @@ Importing this is quick: ``--help`` and a wrong file name are answered before an
 import argparse
 import os
 import sys
-from typing import Callable, Optional
+from typing import Any, Callable, Dict, Optional
 
 from .config import check_config_file
 from .errors import CheckpointError, UserError
 
 _PRECISION = 'TF32 in convolutions and matrix products (default: in convolutions; in training train.tf32 of the config)'
 
-SHARED_ARGUMENTS = {
+SHARED_ARGUMENTS: Dict[str, Dict[str, Any]] = {
     'config': dict(required=True, help='config file, e.g. one of configs/'),
     'override': dict(nargs='+', default=[], metavar='KEY=VALUE', help='change values of the config'),
     'split': dict(default='val', choices=('train', 'val', 'test'), help='section of data (default: val)'),

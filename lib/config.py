@@ -96,12 +96,10 @@ def check_config_file(path: str) -> None:
         with open(path, encoding='utf-8') as f:
             ast.parse(f.read(), filename=str(path))
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        line = getattr(error, 'lineno', None)
-        raise ConfigError(
-            'config file {}{} is not valid Python: {}'.format(
-                path, ', line %d,' % line if line else '', getattr(error, 'msg', None) or error
-            )
-        )
+        number = getattr(error, 'lineno', None)
+        line = f', line {number},' if number else ''
+        reason = getattr(error, 'msg', None) or error
+        raise ConfigError(f'config file {path}{line} is not valid Python: {reason}') from error
 
 
 def _read(path) -> dict:
@@ -128,7 +126,7 @@ def _describe(error, path) -> str:
     for frame, number in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == '_file2dict':
             culprit = os.path.relpath(frame.f_locals['filename'])
-        line = '' if 'mmcv' in frame.f_code.co_filename else ', line %d' % number
+        line = '' if 'mmcv' in frame.f_code.co_filename else f', line {number}'
     if isinstance(error, FileNotFoundError):
         return f'config file {path}: the file {culprit} that it builds on does not exist; correct its _base_'
     return f'config file {culprit}{line} cannot be read: {type(error).__name__}: {error}'
@@ -245,8 +243,8 @@ def _accepts(parent, path, key) -> bool:
 def _index(items, path, part, text):
     if not part.isdigit() or int(part) >= len(items):
         raise ConfigError(
-            'override %r: %s is a list of %d items, numbered from 0; %r is none of them'
-            % (text, '.'.join(path), len(items), part)
+            f'override {text!r}: {".".join(path)} is a list of {len(items)} items, numbered from 0; {part!r} '
+            'is none of them'
         )
     return int(part)
 

@@ -102,6 +102,6 @@ def batch_rand(batch: int, *shape: int, device: Optional[torch.device] = None) -
     if _draws is None:
         return torch.rand(batch, *shape, device=device)
     if batch != _draws.end - _draws.begin:
-        raise ValueError('drawing for %d samples, but this forward pass holds %d' % (batch, _draws.end - _draws.begin))
+        raise ValueError(f'drawing for {batch} samples, but this forward pass holds {_draws.end - _draws.begin}')
     numbers = torch.rand(_draws.total, *shape, device=device, generator=_draws.generator)
     return numbers[_draws.begin : _draws.end]

@@ -11,9 +11,9 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
-_said = set()  # warnings given, by what is built and what is wrong
+_said: Set[Tuple[str, str]] = set()  # warnings given: (how to build it, what is wrong)
 
 
 class Extension:
@@ -29,7 +29,8 @@ class Extension:
     def __init__(self, name: str, interface_version: int, build_command: str, otherwise: str):
         self.name, self.interface_version = name, interface_version
         self.build_command, self.otherwise = build_command, otherwise
-        self._tried, self._module = False, None
+        self._tried = False
+        self._module: Optional[ModuleType] = None
         self._runs: Dict[int, bool] = {}
 
     def find(self, device) -> Optional[ModuleType]:
@@ -40,16 +41,17 @@ class Extension:
         import torch  # its libraries must be loaded before the extension's
 
         device = torch.device(device)
-        if device.type != 'cuda' or self._load() is None:
+        module = self._load() if device.type == 'cuda' else None
+        if module is None:
             return None
         index = torch.cuda.current_device() if device.index is None else device.index
         if index not in self._runs:
             with torch.cuda.device(index):
-                self._runs[index] = self._module.runs_on_current_device()
+                self._runs[index] = module.runs_on_current_device()
             if not self._runs[index]:
                 capability = '.'.join(str(part) for part in torch.cuda.get_device_capability(index))
                 self._warn(f'was built for other GPUs than this one (compute capability {capability})')
-        return self._module if self._runs[index] else None
+        return module if self._runs[index] else None
 
     def _load(self) -> Optional[ModuleType]:
         if not self._tried:
@@ -60,11 +62,14 @@ class Extension:
         try:
             module = importlib.import_module(self.name)
         except ModuleNotFoundError:
-            return self._warn('is not built')
+            self._warn('is not built')
+            return None
         except ImportError as error:
-            return self._warn(f'cannot be loaded ({str(error).splitlines()[0]})')
+            self._warn(f'cannot be loaded ({str(error).splitlines()[0]})')
+            return None
         if getattr(module, 'interface_version', None) != self.interface_version:
-            return self._warn('was built from other sources than these')
+            self._warn('was built from other sources than these')
+            return None
         return module
 
     def _warn(self, problem: str) -> None:

@@ -143,7 +143,7 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
         UserError: the file cannot be written (disk full, no permission, ...).
     """
     path = Path(path)
-    temporary = path.with_name('.%s.%d.tmp%s' % (path.stem, os.getpid(), path.suffix))
+    temporary = path.with_name(f'.{path.stem}.{os.getpid()}.tmp{path.suffix}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -153,8 +153,8 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
         if error.errno not in _CANNOT_WRITE:
             raise
         raise UserError(
-            f'cannot write {path}: {os.strerror(error.errno)}; free some space or choose another folder (an earlier file of '
-            'that name is untouched)'
+            f'cannot write {path}: {os.strerror(error.errno)}; free some space or choose another folder (an earlier '
+            'file of that name is untouched)'
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Names and classes in configs: wrong ones are told, with the nearest known; ``dict(type=..., ...)`` becomes an object."""
+"""Names in configs: wrong ones are told, with the nearest known; ``dict(type=..., ...)`` becomes an object."""
 
 import difflib
 import inspect
@@ -74,7 +74,8 @@ def _registered(name, registry, where):
     cls = registry.get(name)
     if cls is None:
         raise ConfigError(
-            f'{where}unknown type {name!r}{did_you_mean(name, registry.module_dict)} (not registered as a {registry.name})'
+            f'{where}unknown type {name!r}{did_you_mean(name, registry.module_dict)} '
+            f'(not registered as a {registry.name})'
         )
     return cls
 

@@ -14,7 +14,7 @@ def _choice(where, value, choices):
 
 def _at_least(where, value, low):
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError('%s must be an integer of at least %d, got %r' % (where, low, value))
+        raise ConfigError(f'{where} must be an integer of at least {low}, got {value!r}')
 
 
 @dataclass(frozen=True)

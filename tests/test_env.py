@@ -125,7 +125,7 @@ def test_all_folders_list_the_same_packages():
 
 def test_ci_only_runs_make():
     commands = [line for line in lines_of(ROOT / '.ci/run') if not line.startswith('#')]
-    assert commands[-2:] == ['make docs', 'exec make test'] and os.access(str(ROOT / '.ci/run'), os.X_OK)
+    assert commands[-3:] == ['make lint', 'make docs', 'exec make test'] and os.access(str(ROOT / '.ci/run'), os.X_OK)
 
 
 @pytest.fixture(scope='module')

@@ -74,7 +74,7 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict:
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'checkpoint {path} holds a {type(checkpoint).__name__} instead of a dict with weights')
-    return checkpoint
+    return dict(checkpoint)
 
 
 def check_archive(path: str) -> None:
@@ -104,8 +104,8 @@ def _refusal(path, error) -> str:
     if asked is None:
         return f'checkpoint {path} is damaged or not written by torch.save; fetch or write it again'
     return (
-        f'checkpoint {path} was refused: it asks for {asked.group(1)}, and only tensors and plain data are read; if you '
-        'trust where the file is from, add --trust-weights'
+        f'checkpoint {path} was refused: it asks for {asked.group(1)}, and only tensors and plain data are read; if '
+        'you trust where the file is from, add --trust-weights'
     )
 
 
@@ -167,8 +167,8 @@ def save_checkpoint(path: str, checkpoint: Mapping) -> None:
             patient.raise_error()
     except OSError as error:
         raise UserError(
-            f'cannot write {path}: {error.strerror or error}; free some space or choose another folder (earlier checkpoints '
-            'are untouched)'
+            f'cannot write {path}: {error.strerror or error}; free some space or choose another folder (earlier '
+            'checkpoints are untouched)'
         ) from error
 
 

@@ -43,7 +43,7 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, stri
     difference = compare(model.state_dict(), weights)
     if strict and any(difference):
         raise CheckpointError(_misfit(path, model, weights, difference))
-    skip = set(difference.unexpected) | set(name for name, _, _ in difference.reshaped)
+    skip = set(difference.unexpected) | {name for name, _, _ in difference.reshaped}
     model.load_state_dict(OrderedDict((k, v) for k, v in weights.items() if k not in skip), strict=False)
 
 

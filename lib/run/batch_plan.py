@@ -51,12 +51,10 @@ class BatchPlan:
 
     def describe(self) -> str:
         sizes = sorted({size for row in self.sizes for size in row})
-        each = '%d' % sizes[0] if len(sizes) == 1 else '%d or %d' % (sizes[0], sizes[-1])
-        return 'total batch %d = %s samples x %d processes x %d accumulation steps' % (
-            self.total,
-            each,
-            self.world_size,
-            self.accumulate,
+        each = f'{sizes[0]}' if len(sizes) == 1 else f'{sizes[0]} or {sizes[-1]}'
+        return (
+            f'total batch {self.total} = {each} samples x {self.world_size} processes x {self.accumulate} '
+            'accumulation steps'
         )
 
 
@@ -74,15 +72,15 @@ def plan_batch(total: int, world_size: int, accumulate: Union[str, int] = 'auto'
     """
     if isinstance(total, bool) or not isinstance(total, int) or total < 1:
         raise ConfigError(f'total_batch_size must be an integer of at least 1, got {total!r}')
-    if accumulate == 'auto':
+    if isinstance(accumulate, str):  # 'auto'
         per_process = -(-total // world_size)
         accumulate = -(-per_process // max_per_pass) if max_per_pass else 1
         accumulate = min(accumulate, max(total // world_size, 1))
     if total < world_size * accumulate:
         raise ConfigError(
-            'total_batch_size %d is too small for %d processes x %d accumulation steps: each forward pass '
-            'needs a sample; use at most %d processes, fewer accumulation steps, or a larger total_batch_size'
-            % (total, world_size, accumulate, max(total // accumulate, 1))
+            f'total_batch_size {total} is too small for {world_size} processes x {accumulate} accumulation '
+            f'steps: each forward pass needs a sample; use at most {max(total // accumulate, 1)} processes, '
+            'fewer accumulation steps, or a larger total_batch_size'
         )
     base, extra = divmod(total, world_size * accumulate)
     sizes = [base + (i < extra) for i in range(world_size * accumulate)]

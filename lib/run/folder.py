@@ -23,7 +23,7 @@ _LEFTOVER = re.compile(r'^\..*\.tmp\.pth$')
 
 def checkpoint_name(iteration: int, epoch: Optional[int]) -> str:
     """``epoch_3_iter_1200.pth`` at the end of an epoch, otherwise ``iter_1200.pth``."""
-    return ('epoch_%d_' % epoch if epoch is not None else '') + 'iter_%d.pth' % iteration
+    return (f'epoch_{epoch}_' if epoch is not None else '') + f'iter_{iteration}.pth'
 
 
 def create_run_folder(path: Optional[str], config_path: str) -> Path:
@@ -34,7 +34,7 @@ def create_run_folder(path: Optional[str], config_path: str) -> Path:
     """
     wanted = Path(path) if path else experiment_folder(config_path) / time.strftime('%Y%m%d_%H%M%S')
     for n in range(10000):
-        folder = wanted if n == 0 else wanted.with_name('%s-%d' % (wanted.name, n))
+        folder = wanted if n == 0 else wanted.with_name(f'{wanted.name}-{n}')
         try:
             folder.mkdir(parents=True)
             return folder
@@ -225,8 +225,8 @@ def _check_agreement(path, theirs, ours):
     for key in _MUST_AGREE:
         if theirs.get(key) != ours[key]:
             raise CheckpointError(
-                f'checkpoint {path} was trained with {key} = {theirs.get(key)!r}, this run has {ours[key]!r}; continue with the same data, '
-                'total_batch_size and seed, or start a new run from its weights with --load-from'
+                f'checkpoint {path} was trained with {key} = {theirs.get(key)!r}, this run has {ours[key]!r}; continue '
+                'with the same data, total_batch_size and seed, or start a new run from its weights with --load-from'
             )
 
 

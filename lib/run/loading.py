@@ -208,7 +208,7 @@ def _prepare_worker(worker_id):
 
 
 def to_device(batch: Dict, device, non_blocking: bool = True) -> Dict:
-    """A copy of the batch with its tensors, also inside lists and targets, on ``device``; other values stay as they are.
+    """A copy of the batch with its tensors (in lists and targets too) on ``device``; other values stay as they are.
 
     Args:
         batch: what a collate function returns.

@@ -161,7 +161,7 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(int(round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
-    return ('%dd ' % days if days else '') + '%d:%02d:%02d' % (hour, minute, second)
+    return (f'{days}d ' if days else '') + f'{hour}:{minute:02}:{second:02}'
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -217,7 +217,7 @@ def device_name(device: torch.device) -> str:
     """Name of the GPU or of the processor."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    return 'CPU (%s, %d threads)' % (_cpu_model(), torch.get_num_threads())
+    return f'CPU ({_cpu_model()}, {torch.get_num_threads()} threads)'
 
 
 def describe_commit() -> str:

@@ -81,8 +81,9 @@ def describe_precision(amp: Optional[str], device: torch.device, training: bool 
     if training and amp == 'fp16':
         text += ' with loss scaling'
     if device.type == 'cuda':
-        text += f'; TF32 in convolutions {_on_off(torch.backends.cudnn.allow_tf32)}, in matrix products {_on_off(torch.backends.cuda.matmul.allow_tf32)}'
-        text += f'; cuDNN benchmark {_on_off(torch.backends.cudnn.benchmark)}'
+        cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+        text += f'; TF32 in convolutions {_on_off(cudnn.allow_tf32)}, in matrix products {_on_off(products.allow_tf32)}'
+        text += f'; cuDNN benchmark {_on_off(cudnn.benchmark)}'
     if torch.are_deterministic_algorithms_enabled():
         text += '; deterministic algorithms only'
     return text

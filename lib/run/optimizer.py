@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, fields
-from typing import Dict, List, Mapping, Optional, Sequence, Union
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
@@ -57,7 +57,8 @@ def _custom_keys(paramwise) -> Dict[str, Mapping]:
 def _parameter_groups(model, custom_keys, lr, weight_decay) -> List[Dict]:
     """One group per (lr factor, decay factor), in order of first use."""
     order = sorted(sorted(custom_keys), key=len, reverse=True)
-    groups, used = OrderedDict(), set()
+    groups: Dict[Tuple[float, float], List[nn.Parameter]] = OrderedDict()
+    used = set()
     for name, parameter in model.named_parameters():
         part = next((part for part in order if part in name), None)
         used.add(part)

@@ -114,8 +114,7 @@ def pick_device(device: Optional[str] = None) -> torch.device:
     local_rank, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(
-            'torchrun started process %d on a machine with %d GPUs; give --nproc_per_node %d'
-            % (local_rank, count, count)
+            f'torchrun started process {local_rank} on a machine with {count} GPUs; give --nproc_per_node {count}'
         )
     torch.cuda.set_device(local_rank)
     return torch.device('cuda', local_rank)

@@ -53,7 +53,7 @@ def _continues_in_place(args, resume, path) -> bool:
 
 def make_folder(args, start: Start, processes: Processes) -> Path:
     """The run folder; the main process makes it, late, so that bad input leaves none behind."""
-    folder = start.path.parent if start.in_place else None
+    folder = start.path.parent if start.in_place and start.path else None
     if folder is None and processes.is_main:
         folder = create_run_folder(args.work_dir, args.config)
     return processes.broadcast(folder)
@@ -68,7 +68,7 @@ def choose_seed(args, cfg, start: Start, processes: Processes) -> int:
 
 def tell_start(log: RunLog, args, cfg, start: Start, seed: int) -> None:
     """First lines of the log."""
-    log.say('config %s, seed %d' % (args.config, seed))
+    log.say(f'config {args.config}, seed {seed}')
     if start.checkpoint is not None:
         log.say(f'continuing from {start.path}')
         for line in config_differences(start.checkpoint['meta'].get('config', ''), config_lines(cfg)):
@@ -83,7 +83,7 @@ def write_facts(folder: Path, cfg, seed: int, processes: Processes, log: RunLog)
     facts = describe_environment(processes.device, processes.world_size)
     dump_config(cfg, str(_unused(folder, 'config', '.py')))
     with open(str(_unused(folder, 'environment', '.txt')), 'w', encoding='utf-8') as f:
-        f.write('\n'.join(facts + ['seed: %d' % seed]) + '\n')
+        f.write('\n'.join(facts + [f'seed: {seed}']) + '\n')
     for fact in facts:
         if fact.split(':')[0] in _FACTS_TO_SAY:
             log.say(fact)
@@ -94,7 +94,7 @@ def _unused(folder: Path, stem: str, suffix: str) -> Path:
     n, path = 0, folder / (stem + suffix)
     while path.exists():
         n += 1
-        path = folder / ('%s-%d%s' % (stem, n, suffix))
+        path = folder / f'{stem}-{n}{suffix}'
     return path
 
 

@@ -131,7 +131,7 @@ class Stepper:
         self._skipped_in_a_row = 0 if math.isfinite(norm) else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= _MOST_SKIPPED_STEPS:
             raise NonFinite(
-                'the gradient was not finite in %d steps in a row, at loss scale %g'
-                % (_MOST_SKIPPED_STEPS, self.scaler.get_scale()),
+                f'the gradient was not finite in {_MOST_SKIPPED_STEPS} steps in a row, at loss scale '
+                f'{self.scaler.get_scale():g}',
                 dict(losses, grad_norm=norm),
             )

@@ -93,7 +93,7 @@ def report_non_finite(
         state: checkpoint of the state before the step.
         folder: run folder; ``nonfinite_iter_N.json`` and ``.pth`` go there. Resuming does not look at them.
     """
-    stem = folder / ('nonfinite_iter_%d' % iteration)
+    stem = folder / f'nonfinite_iter_{iteration}'
     evidence = dict(
         facts,
         what=str(error),
@@ -109,6 +109,6 @@ def report_non_finite(
         saved = str(failure)
     flat = [str(token) for of_process in tokens for of_pass in of_process for token in of_pass]
     return RunStopped(
-        '%s at iteration %d (%s), samples %s; %s; lower optimizer.lr, check those samples, or '
-        'use no --amp' % (error, iteration, error.bad_names(), ', '.join(flat), saved)
+        f'{error} at iteration {iteration} ({error.bad_names()}), samples {", ".join(flat)}; {saved}; '
+        'lower optimizer.lr, check those samples, or use no --amp'
     )

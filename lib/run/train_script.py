@@ -135,19 +135,16 @@ class Launch:
             keys = cfg.get('revise_keys') or ()
             for line in load_pretrained(model, cfg.load_from, keys, self.args.trust_weights).lines():
                 self.log.say(line)
-        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.log.say(
-            f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {learning / 1e6:.2f} million of them learn'
-        )
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        total = sum(p.numel() for p in model.parameters()) / 1e6
+        self.log.say(f'{total:.2f} million parameters, {learning:.2f} million of them learn')
         return model
 
     def _job(self, model, dataset, validation) -> TrainingJob:
         cfg = self.cfg
         order = EpochOrder(len(dataset), self.plan.total, self.seed)
         epochs, iterations = run_length(cfg.runner, order.steps)
-        self.log.say(
-            '%d training samples, %d optimizer steps per epoch, %d in all' % (len(dataset), order.steps, iterations)
-        )
+        self.log.say(f'{len(dataset)} training samples, {order.steps} optimizer steps per epoch, {iterations} in all')
         evaluation, workers = None, cfg.data.get('workers_per_gpu', 0)
         if validation is not None:
             settings, metrics = self.settings, self.evaluation.metrics

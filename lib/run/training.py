@@ -24,9 +24,8 @@ from .step import Stepper
 from .stopping import Interrupted, NonFinite, RunStopped, StopRequest, report_non_finite
 
 _LINE = (
-    'epoch %(epoch)d iteration %(iteration)d/%(of)d  loss %(loss).4f  lr %(lr).3g  '
-    'grad %(grad_norm).3g  %(time).3f s (data %(data_time).3f)  memory %(memory_mib).0f MiB  '
-    'left %(left)s  |  %(terms)s'
+    'epoch {epoch} iteration {iteration}/{of}  loss {loss:.4f}  lr {lr:.3g}  grad {grad_norm:.3g}  {time:.3f} s '
+    '(data {data_time:.3f})  memory {memory_mib:.0f} MiB  left {left}  |  {terms}'
 )
 _LONG_WAIT = 0.2  # share of the time spent waiting for data that is worth a hint
 
@@ -81,10 +80,10 @@ class Trainer:
         self.evaluated = 0  # iteration of the last evaluation
         self.window = WindowAverage()
         self.scaler = make_scaler(job.settings.amp)
-        self._saved = None  # iteration of the last checkpoint
+        self._saved: Optional[int] = None  # iteration of the last checkpoint
         self._windows = 0  # log lines written by this process
-        self.folder: Optional[Path] = None
-        self.keeper: Optional[CheckpointKeeper] = None
+        self.folder: Path  # of the run, and who writes checkpoints there: see use_folder
+        self.keeper: CheckpointKeeper
 
     def resume(self, checkpoint: Mapping, path: str) -> None:
         """Continue where a checkpoint was written (before ``run``)."""
@@ -124,14 +123,14 @@ class Trainer:
             job.dataset, self._batches, job.collate, job.workers, job.processes.device, persistent=True
         )
         if self.iteration:
-            job.log.say('continuing at iteration %d' % self.iteration)
+            job.log.say(f'continuing at iteration {self.iteration}')
         self._countdown = Countdown(job.max_iterations, self.iteration)
         with StopRequest() as self._stop_request:
             while self.iteration < job.max_iterations:
                 self._train_epoch(self.iteration // job.order.steps)
                 self._evaluate_if_due()
             self._evaluate_if_due()
-        job.log.say('training is complete after %d iterations' % self.iteration)
+        job.log.say(f'training is complete after {self.iteration} iterations')
 
     def _wrapped(self):
         """The model, in DDP where there are several processes. Batches are on the device already."""
@@ -198,7 +197,7 @@ class Trainer:
             messages = [text for text in processes.gather(message) or ['another process'] if text]
             saved = self._save_on_the_way_out()
             processes.wait_for_all()
-            raise RunStopped('%s (stopped after iteration %d; %s)' % (messages[0], self.iteration, saved))
+            raise RunStopped(f'{messages[0]} (stopped after iteration {self.iteration}; {saved})')
         return fetched
 
     def _log_window(self) -> None:
@@ -211,13 +210,12 @@ class Trainer:
         )
         terms = ' '.join(f'{name[5:]} {value:.4g}' for name, value in values.items() if name.startswith('loss_'))
         values.setdefault('grad_norm', 0.0)  # fp16 skipped every step of the window
-        if getattr(job.dataset, 'num_skipped', 0):
-            values['skipped_samples'] = job.dataset.num_skipped
-            terms += '  |  %d unreadable samples replaced' % job.dataset.num_skipped
-        job.log.say(
-            _LINE
-            % dict(values, iteration=self.iteration, of=job.max_iterations, left=self._countdown.text(), terms=terms)
-        )
+        skipped = getattr(job.dataset, 'num_skipped', 0)
+        if skipped:
+            values['skipped_samples'] = skipped
+            terms += f'  |  {skipped} unreadable samples replaced'
+        progress = dict(iteration=self.iteration, of=job.max_iterations, left=self._countdown.text())
+        job.log.say(_LINE.format(**dict(values, **progress, terms=terms)))
         job.log.record('train', self.iteration, values)
         self._windows += 1
         if self._windows == 3:  # workers have warmed up
@@ -227,8 +225,8 @@ class Trainer:
         """Say so if waiting for data takes a large share of the time."""
         if share > _LONG_WAIT:
             self.job.log.say(
-                'NOTE: %d %% of the time goes into waiting for data; data.workers_per_gpu is %d, and '
-                'docs/performance.md ("Data loading") says how to load faster' % (100 * share, self.job.workers)
+                f'NOTE: {100 * share:.0f} % of the time goes into waiting for data; data.workers_per_gpu is '
+                f'{self.job.workers}, and docs/performance.md ("Data loading") says how to load faster'
             )
 
     # -- checkpoints
@@ -248,7 +246,7 @@ class Trainer:
             path = self.keeper.save(self._capture(), self.iteration, epoch)
         except UserError as error:
             if self.job.settings.on_save_error == 'stop':
-                raise RunStopped('%s; stopped after iteration %d' % (error, self.iteration)) from error
+                raise RunStopped(f'{error}; stopped after iteration {self.iteration}') from error
             self.job.log.say(f'WARNING: {error}; training goes on without this checkpoint')
             return False
         self._saved = self.iteration
@@ -270,9 +268,7 @@ class Trainer:
         number = self._stop_request.received or signal.SIGTERM
         saved = self._save_on_the_way_out()
         self.job.processes.wait_for_all()
-        raise Interrupted(
-            number, 'stopped by %s after iteration %d; %s' % (signal.Signals(number).name, self.iteration, saved)
-        )
+        raise Interrupted(number, f'stopped by {signal.Signals(number).name} after iteration {self.iteration}; {saved}')
 
     def _report(self, error: NonFinite, micro_batches) -> RunStopped:
         """Gather the tokens of all processes; the main one writes down what happened."""
@@ -280,7 +276,7 @@ class Trainer:
         tokens = job.processes.gather(
             [[meta.get('sample_token') for meta in batch['img_metas']] for batch in micro_batches]
         )
-        if job.processes.is_main:
+        if tokens is not None:  # in the main process
             facts = dict(lr=highest_learning_rate(job.optimizer), loss_scale=self.scaler.get_scale(), seed=job.seed)
             stopped = report_non_finite(error, self.iteration + 1, tokens, facts, self._capture(), self.folder)
         else:
@@ -301,9 +297,7 @@ class Trainer:
             return
         self._save()
         begin = time.monotonic()
-        self._stop_request.at_once = (
-            'stopped while evaluating; the checkpoint of iteration %d is saved' % self.iteration
-        )
+        self._stop_request.at_once = f'stopped while evaluating; the checkpoint of iteration {self.iteration} is saved'
         figures = job.evaluation.run_in_training(job.model, self.iteration, self.folder)
         self._stop_request.at_once = None
         self.evaluated = self.iteration

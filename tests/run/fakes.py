@@ -113,7 +113,7 @@ class FakeDataset:
             lidar2img=torch.eye(4),
             ego2lidar=torch.eye(4),
             targets=OccupancyTargets(voxel_semantics=torch.tensor(index % 5)),
-            img_metas=dict(sample_token='token%d' % index, index=index),
+            img_metas=dict(sample_token=f'token{index}', index=index),
         )
 
     def _trouble(self, kind):
@@ -132,7 +132,7 @@ class FakeDataset:
         self.epoch = epoch
 
     def sample_token(self, index):
-        return 'token%d' % index
+        return f'token{index}'
 
     def ground_truth(self, index):
         return dict(semantics=np.full((4, 4, 2), index % 17, np.uint8))

@@ -69,7 +69,7 @@ def test_random_seed_is_printed_and_kept(workshop):
     workshop.train('seed=None', 'runner.max_epochs=1')
     seed = int(re.search(r'seed (\d+)', workshop.log()).group(1))
     assert workshop.load('latest.pth')['meta']['seed'] == seed
-    workshop.train('seed=%d' % seed, 'runner.max_epochs=1', work_dir='again')
+    workshop.train(f'seed={seed}', 'runner.max_epochs=1', work_dir='again')
     assert workshop.curve('again') == workshop.curve('run')
 
 
@@ -78,7 +78,7 @@ def test_accumulation_gives_the_same_curve(workshop, accumulate):
     options = ('model.dropout=0', 'model.normed=False')  # what is left is linear in the samples
     workshop.train(*options, work_dir='one')
     workshop.train(*options, work_dir='many', more=('--accumulate', str(accumulate)))
-    assert 'x %d accumulation steps' % accumulate in workshop.log('many')
+    assert f'x {accumulate} accumulation steps' in workshop.log('many')
     # float32 sums in another order; AdamW's steps do not shrink, so rounding is carried along for nine steps
     assert workshop.curve('many') == pytest.approx(workshop.curve('one'), rel=1e-4)
 
@@ -89,13 +89,13 @@ def test_stop_and_resume_leaves_no_trace(workshop, interval, sample):
     options = (
         'train.checkpoint_interval_iters=1',
         'train.max_keep_ckpts=0',
-        'train.log_interval=%d' % interval,
+        f'train.log_interval={interval}',
         'evaluation.interval=1',
     )
     workshop.train(*options, work_dir='whole')
     with pytest.raises(SystemExit):
         workshop.train(
-            *options, "data.train.trouble={%d: 'crash'}" % sample, 'data.train.trouble_epoch=1', work_dir='cut'
+            *options, f"data.train.trouble={{{sample}: 'crash'}}", 'data.train.trouble_epoch=1', work_dir='cut'
         )
     assert max(workshop.records('cut')) < 6 and 'evaluation_iter_3.json' in workshop.files('*.json', 'cut')
     assert workshop.train(*options, work_dir='cut', more=('--resume', 'auto')) == 0
@@ -186,7 +186,7 @@ def test_old_checkpoints_go_only_as_new_ones_come(workshop):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_nan_loss_stops_with_tokens_and_state(workshop, workers):
     with pytest.raises(RunStopped) as error:
-        workshop.train('model.nan_at=[4]', 'data.workers_per_gpu=%d' % workers)
+        workshop.train('model.nan_at=[4]', f'data.workers_per_gpu={workers}')
     text = str(error.value)
     assert 'the loss is not finite at iteration' in text and 'token4' in text and 'loss_mean' in text
     (facts,) = workshop.files('nonfinite_iter_*.json')
@@ -220,7 +220,7 @@ def test_killed_worker_is_explained(workshop):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_too_many_open_files_is_explained(workshop, workers):
     with pytest.raises(RunStopped, match='too many open files.*ulimit -n'):
-        workshop.train("data.train.trouble={4: 'files'}", 'data.workers_per_gpu=%d' % workers)
+        workshop.train("data.train.trouble={4: 'files'}", f'data.workers_per_gpu={workers}')
 
 
 def test_sigterm_saves_and_leaves(workshop, capsys):
@@ -229,7 +229,7 @@ def test_sigterm_saves_and_leaves(workshop, capsys):
     assert workshop.train(*options, "data.train.trouble={4: 'sigterm'}", 'data.train.trouble_epoch=1') == 143
     assert 'stopped by SIGTERM after iteration' in capsys.readouterr().out
     iteration = max(workshop.records())
-    assert 'iter_%d.pth' % iteration in ' '.join(workshop.files())
+    assert f'iter_{iteration}.pth' in ' '.join(workshop.files())
     workshop.train(*options, more=('--resume', 'auto'))
     assert workshop.curve() == workshop.curve('whole')
 
