@@ -6,7 +6,6 @@ where there is one. Dense, as metrics and pictures take it: ``semantics`` uint8 
 [X, Y, Z] (0 = none), ``flow`` float32 [X, Y, Z, 2] (m/s, ego axes). K voxels; X, Y, Z the task's grid.
 """
 
-
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence
 
