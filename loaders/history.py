@@ -8,9 +8,7 @@ from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
-from lib.infos import split_scenes
-
-from .infos import is_camera_sweep
+from lib.infos import camera_sweeps, split_scenes
 
 SWEEPS_PER_KEYFRAME = 5
 STEPS_PER_KEYFRAME = SWEEPS_PER_KEYFRAME + 1
@@ -45,7 +43,7 @@ class History:
         entries = []
         while len(entries) < limit:
             info, before = self._infos[index], self.previous(index)
-            if before is not None or any(is_camera_sweep(sweep) for sweep in info.get('sweeps', ())):
+            if before is not None or camera_sweeps(info):
                 entries.extend(self._complete_sweeps(info))
             if before is None:
                 break
@@ -54,10 +52,10 @@ class History:
         return entries[:limit]
 
     def _complete_sweeps(self, info):
-        complete, last, sweeps = [], info['cams'], info.get('sweeps', ())
+        complete, last, sweeps = [], info['cams'], camera_sweeps(info)
         for position in range(SWEEPS_PER_KEYFRAME):
             sweep = sweeps[position] if position < len(sweeps) else None
-            if is_camera_sweep(sweep) and all(name in sweep for name in self._cameras):
+            if sweep is not None and all(name in sweep for name in self._cameras):
                 last = sweep
             complete.append(last)
         return complete
@@ -69,9 +67,6 @@ def _previous_in_scene(infos):
     for scene in split_scenes(infos):
         scene = np.asarray(scene, dtype=np.int64)
         previous[scene[1:]] = scene[:-1]
-    has_sweeps = np.array([len(info.get('sweeps', ())) > 0 for info in infos], dtype=bool)
-    if has_sweeps.any():
-        previous[~has_sweeps] = -1  # the first keyframe of a scene, and no other, has none
     return previous
 
 

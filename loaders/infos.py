@@ -6,19 +6,11 @@ from typing import Dict
 
 import numpy as np
 
-from lib.errors import DataError
-from lib.geometry import intrinsics_to_matrix, invert_rigid, make_transform, quaternion_to_matrix
-from lib.infos import ego_from_lidar, global_from_ego
+from lib.geometry import intrinsics_to_matrix, invert_rigid, make_transform
+from lib.infos import ego_from_lidar, global_from_ego, rotation_matrix
 
-
-def check_cameras(info: Dict, cameras, source) -> None:
-    """Raise DataError if the info lacks one of the cameras."""
-    for name in cameras:
-        if name not in info['cams']:
-            there = ', '.join(sorted(info['cams']))
-            raise DataError(
-                f'{source}: keyframe {info["token"]} has no camera {name!r} (it has {there}); correct task.cameras'
-            )
+NOWHERE = np.array([[0.0, 0, 0, -1], [0, 0, 0, -1], [0, 0, 0, 0], [0, 0, 0, 1]])
+"""lidar2img of an image that does not exist: every point has depth 0 and lies far outside, so none is seen there."""
 
 
 def relocate(recorded: str, data_root) -> str:
@@ -39,11 +31,6 @@ def frame_key(recorded: str) -> str:
     return relocate(recorded, '').replace(os.sep, '/')
 
 
-def is_camera_sweep(entry) -> bool:
-    """An item of ``info['sweeps']`` maps cameras to entries (MMDetection3D's own are LiDAR sweeps)."""
-    return isinstance(entry, dict) and 'data_path' not in entry
-
-
 def global_from_camera(entry: Dict) -> np.ndarray:
     """4x4 float64: camera to global at the time of the image, metres.
 
@@ -54,26 +41,21 @@ def global_from_camera(entry: Dict) -> np.ndarray:
         return make_transform(
             np.asarray(entry['sensor2global_rotation'], dtype=np.float64).T, entry['sensor2global_translation']
         )
-    ego = make_transform(_rotation(entry['sensor2ego_rotation']), entry['sensor2ego_translation'])
-    return make_transform(_rotation(entry['ego2global_rotation']), entry['ego2global_translation']) @ ego
-
-
-def _rotation(value):
-    value = np.asarray(value, dtype=np.float64)
-    return value if value.shape == (3, 3) else quaternion_to_matrix(value)
+    ego = make_transform(rotation_matrix(entry['sensor2ego_rotation']), entry['sensor2ego_translation'])
+    return make_transform(rotation_matrix(entry['ego2global_rotation']), entry['ego2global_translation']) @ ego
 
 
 def current_lidar2img(entry: Dict) -> np.ndarray:
     """4x4 float64: LIDAR_TOP of the keyframe to pixels of one of the keyframe's own images."""
-    camera = make_transform(
-        np.asarray(entry['sensor2lidar_rotation'], dtype=np.float64), entry['sensor2lidar_translation']
-    )
-    return intrinsics_to_matrix(entry['cam_intrinsic']) @ invert_rigid(camera)
+    camera = make_transform(rotation_matrix(entry['sensor2lidar_rotation']), entry['sensor2lidar_translation'])
+    return _intrinsics(entry) @ invert_rigid(camera)
 
 
 def past_lidar2img(info: Dict, entry: Dict) -> np.ndarray:
     """4x4 float64: LIDAR_TOP of keyframe ``info`` to pixels of an earlier image ``entry``."""
     camera_from_global = invert_rigid(global_from_camera(entry))
-    return (
-        intrinsics_to_matrix(entry['cam_intrinsic']) @ camera_from_global @ global_from_ego(info) @ ego_from_lidar(info)
-    )
+    return _intrinsics(entry) @ camera_from_global @ global_from_ego(info) @ ego_from_lidar(info)
+
+
+def _intrinsics(entry) -> np.ndarray:
+    return intrinsics_to_matrix(np.asarray(entry['cam_intrinsic'])[:3, :3])

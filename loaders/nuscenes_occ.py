@@ -10,7 +10,7 @@ import torch
 from mmdet.datasets.builder import DATASETS
 
 from lib.errors import ConfigError, DataError
-from lib.infos import load_infos, split_scenes
+from lib.infos import CameraUse, load_infos, split_scenes
 from lib.metrics.origins import scene_ray_origins
 from lib.registry import build_checked
 from lib.settings import TrainSettings
@@ -18,7 +18,6 @@ from lib.task import Task
 
 from .formatting import format_sample
 from .history import History, history_limit
-from .infos import check_cameras
 from .labels import LabelFolder, read_labels
 from .pipelines import build_pipeline
 
@@ -56,6 +55,8 @@ class NuSceneOcc(torch.utils.data.Dataset):
             sample instead and counts.
         max_skipped: with ``skip``, how many samples (of all workers of a process) may be replaced.
         allow_any_pickle: trust the info file and let it build any object.
+        allow_missing_cameras: keyframes that lack a camera are used without it instead of refused; leave it off
+            for figures to be compared with published ones.
 
     Attributes:
         infos: all keyframes of the info file, in time order (``load_interval`` and the like do not thin it).
@@ -75,6 +76,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
         on_error: str = 'stop',
         max_skipped: int = TrainSettings.max_skipped,
         allow_any_pickle: bool = False,
+        allow_missing_cameras: bool = False,
     ):
         if on_error not in ('stop', 'skip'):
             raise ConfigError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
@@ -91,8 +93,8 @@ class NuSceneOcc(torch.utils.data.Dataset):
         self.ann_file = Path(data_root, ann_file)
         self.test_mode = test_mode
         self.seed = seed
-        self.infos, self.version = load_infos(self.ann_file, allow_any_pickle)
-        check_cameras(self.infos[0], task.cameras, self.ann_file)
+        use = CameraUse(task.cameras, task.num_frames > 1, allow_missing_cameras)
+        self.infos, self.version = load_infos(self.ann_file, allow_any_pickle, use)
         self._samples = list(range(0, len(self.infos), load_interval))[:max_samples]
         self._history = History(self.infos, task.cameras)
         self._labels = (
@@ -117,7 +119,9 @@ class NuSceneOcc(torch.utils.data.Dataset):
         for step in range(len(self)):
             try:
                 return self._load((index + step) % len(self), index)
-            except DataError as error:
+            except ConfigError:
+                raise
+            except Exception as error:  # whatever a damaged file brings about
                 self._skips.count(error)
         raise DataError(f'not one of {len(self)} samples could be read; check data_root ({self.data_root})')
 
@@ -232,17 +236,18 @@ class SkipCounter:
     def total(self) -> int:
         return int(self._slots.sum())
 
-    def count(self, error: DataError) -> None:
+    def count(self, error: Exception) -> None:
         """Count one more and say so.
 
         Raises:
             DataError: that was one too many.
         """
         worker = torch.utils.data.get_worker_info()
+        said = str(error) if isinstance(error, DataError) else f'{type(error).__name__}: {error}'
         self._slots[0 if worker is None else 1 + worker.id % (_MAX_WORKERS - 1)] += 1
-        print(f'warning: sample replaced by the next one ({self.total} so far): {error}', file=sys.stderr)
+        print(f'warning: sample replaced by the next one ({self.total} so far): {said}', file=sys.stderr)
         if self.total > self.limit:
             raise DataError(
                 f'{self.total} samples could not be read, more than max_skipped={self.limit} allows; the last '
-                f'one: {error}'
+                f'one: {said}'
             ) from error

@@ -7,14 +7,13 @@ import sys
 from typing import List, Optional
 
 from lib.errors import DataError
-from lib.infos import split_scenes
+from lib.infos import camera_sweeps, split_scenes
 
 from .checks import ERROR, OK, WARNING, Finding, Look, spread
 from .checks.calibration import check_calibration
 from .checks.images import check_images, image_paths
 from .checks.labels import check_labels
 from .history import STEPS_PER_KEYFRAME
-from .infos import is_camera_sweep
 
 QUICK_IMAGES, QUICK_LABELS, QUICK_KEYFRAMES = 3000, 64, 64
 
@@ -66,7 +65,7 @@ def preflight(dataset, name: str) -> None:
 
 def _counts(dataset) -> List[Finding]:
     scenes = split_scenes(dataset.infos)
-    with_sweeps = sum(any(is_camera_sweep(sweep) for sweep in info.get('sweeps', ())) for info in dataset.infos)
+    with_sweeps = sum(bool(camera_sweeps(info)) for info in dataset.infos)
     version = f', {dataset.version}' if dataset.version else ''
     text = (
         f'{dataset.ann_file}: {len(dataset)} samples of {len(dataset.infos)} keyframes in {len(scenes)} scenes, '
@@ -80,7 +79,5 @@ def _counts(dataset) -> List[Finding]:
 
 
 def _count_images(dataset, positions) -> int:
-    sweeps = sum(
-        is_camera_sweep(sweep) for position in positions for sweep in dataset.infos[position].get('sweeps', ())
-    )
+    sweeps = sum(len(camera_sweeps(dataset.infos[position])) for position in positions)
     return (len(positions) + sweeps) * len(dataset.task.cameras)

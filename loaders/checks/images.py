@@ -3,9 +3,10 @@
 from typing import Dict, Iterable, List
 
 from lib.errors import DataError
+from lib.infos import camera_sweeps
 
 from ..decode import check_whole, read_image
-from ..infos import is_camera_sweep, relocate
+from ..infos import relocate
 from ..prepare.parallel import parallel_map
 from . import OK, Finding, Look, name_some
 
@@ -15,7 +16,7 @@ def image_paths(dataset, positions: Iterable[int]) -> List[str]:
     paths: Dict[str, None] = {}
     for position in positions:
         info = dataset.infos[position]
-        for cams in [info['cams']] + [sweep for sweep in info.get('sweeps', ()) if is_camera_sweep(sweep)]:
+        for cams in [info['cams']] + camera_sweeps(info):
             for name in dataset.task.cameras:
                 if name in cams:
                     paths[relocate(cams[name]['data_path'], dataset.data_root)] = None

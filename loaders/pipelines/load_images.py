@@ -11,9 +11,9 @@ from lib.geometry import invert_rigid
 from lib.infos import ego_from_lidar
 from lib.task import Task
 
-from ..decode import check_decoder, read_image
+from ..decode import DecodedImage, check_decoder, read_image
 from ..history import choose_test_frames, choose_train_frames
-from ..infos import current_lidar2img, frame_key, past_lidar2img, relocate
+from ..infos import NOWHERE, current_lidar2img, frame_key, past_lidar2img, relocate
 
 
 @PIPELINES.register_module()
@@ -22,7 +22,8 @@ class LoadMultiViewImageFromMultiSweeps:
 
     Adds ``img`` (list of T*N arrays, BGR uint8 [H, W, 3]), ``lidar2img`` float64 [T*N, 4, 4] (LIDAR_TOP of
     the keyframe to pixels of the decoded image), ``ego2lidar`` float64 [T*N, 4, 4], ``frame_keys`` (T*N
-    strings); index = t*N + n, newest frame first.
+    strings); index = t*N + n, newest frame first. A camera that a frame lacks gives a black image in which no
+    point is seen.
 
     Args:
         task: frames and cameras.
@@ -43,20 +44,23 @@ class LoadMultiViewImageFromMultiSweeps:
 
     def __call__(self, sample: Dict) -> Dict:
         info, cameras = sample['info'], self.task.cameras
-        frames = self._choose(sample)
-        entries = [(frame, frame[name]) for frame in frames for name in cameras]
-        sample['frame_keys'] = [frame_key(entry['data_path']) for _, entry in entries]
-        sample['lidar2img'] = np.stack(
-            [
-                current_lidar2img(entry) if frame is info['cams'] else past_lidar2img(info, entry)
-                for frame, entry in entries
-            ]
-        )
+        entries = [(frame, name) for frame in self._choose(sample) for name in cameras]
+        there = [frame[name]['data_path'] for frame, name in entries if name in frame]
+        images = self._read([relocate(path, sample['data_root']) for path in there])
+        black = np.zeros_like(images[0].pixels)
+        found = iter(images)
+        sample['img'], sample['frame_keys'], matrices = [], [], []
+        for frame, name in entries:
+            if name in frame:
+                image, matrix = next(found), _lidar2img(info, frame, name)
+                matrix[:2] *= image.factor
+            else:
+                image, matrix = DecodedImage(black, 1.0), NOWHERE
+            sample['img'].append(image.pixels)
+            sample['frame_keys'].append(frame_key(frame[name]['data_path']) if name in frame else f'missing/{name}')
+            matrices.append(matrix)
+        sample['lidar2img'] = np.stack(matrices)
         sample['ego2lidar'] = np.repeat(invert_rigid(ego_from_lidar(info))[None], len(entries), axis=0)
-        decoded = self._read([relocate(entry['data_path'], sample['data_root']) for _, entry in entries])
-        sample['img'] = [image.pixels for image in decoded]
-        for matrix, image in zip(sample['lidar2img'], decoded):
-            matrix[:2] *= image.factor
         return sample
 
     def _choose(self, sample) -> List[Dict]:
@@ -83,3 +87,7 @@ class LoadMultiViewImageFromMultiSweeps:
 
     def _read_one(self, path):
         return read_image(path, self.decoder, self.task.image_size if self.fast_decode else None)
+
+
+def _lidar2img(info, frame, name) -> np.ndarray:
+    return current_lidar2img(frame[name]) if frame is info['cams'] else past_lidar2img(info, frame[name])

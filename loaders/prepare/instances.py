@@ -13,7 +13,7 @@ import numpy as np
 
 from lib.classes import LabelSet
 from lib.geometry import rotation_z, transform_points, voxel_centers
-from lib.infos import ego_from_lidar
+from lib.infos import box_array, ego_from_lidar
 from lib.task import Task
 
 # Classes that nuScenes annotates with boxes; all others are stuff here, whatever a model counts as things.
@@ -34,20 +34,24 @@ ENLARGEMENT = 0.8  # metres added to l, w and h for voxels just outside every bo
 MAX_ID = 255  # ids are stored as uint8
 
 
-def holds_width_first(infos: Sequence[Dict]) -> bool:
-    """The boxes follow the convention before MMDetection3D 1.0: most vehicles would be wider than long."""
+def holds_width_first(infos: Sequence[Dict], source='infos') -> bool:
+    """The boxes follow the convention before MMDetection3D 1.0: most vehicles would be wider than long.
+
+    Raises:
+        DataError: boxes that are none, named with ``source``.
+    """
     wider = longer = 0
     for info in infos:
-        boxes = np.asarray(info.get('gt_boxes', ()), dtype=np.float64).reshape(-1, 7)
+        boxes = box_array(info, source)
         vehicles = boxes[np.isin(np.asarray(info.get('gt_names', ()), dtype=str), _LONG_CLASSES)]
         wider += int((vehicles[:, 3] < vehicles[:, 4]).sum())
         longer += int((vehicles[:, 3] > vehicles[:, 4]).sum())
     return wider > longer
 
 
-def with_length_first(infos: Sequence[Dict]) -> List[Dict]:
+def with_length_first(infos: Sequence[Dict], source='infos') -> List[Dict]:
     """The infos with boxes in MMDetection3D 1.0's convention; converted, as new dicts, where they are not."""
-    if not holds_width_first(infos):
+    if not holds_width_first(infos, source):
         return list(infos)
     print('note: these infos hold boxes as (width, length, height), as before MMDetection3D 1.0; they are converted')
     return [_converted(info) if len(info.get('gt_boxes', ())) else info for info in infos]

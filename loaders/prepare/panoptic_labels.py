@@ -100,7 +100,7 @@ def _gather_infos(data_root, version, info_files):
                 f'{path} is of version {content.version}, not {version}; give --version {content.version}, or make it '
                 'again with gen_sweep_info.py'
             )
-        infos.extend(with_length_first(content.infos))
+        infos.extend(with_length_first(content.infos, path))
     return infos
 
 

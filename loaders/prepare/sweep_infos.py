@@ -72,7 +72,7 @@ def _scene_infos(nusc, scene) -> List[Dict]:
 
 
 def _extended(nusc, path, split, processes):
-    infos = with_length_first(load_infos(path).infos)
+    infos = with_length_first(load_infos(path).infos, path)
     known = {sample['token'] for sample in nusc.sample}
     foreign = [info['token'] for info in infos if info['token'] not in known]
     if foreign:

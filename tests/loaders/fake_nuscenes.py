@@ -77,7 +77,7 @@ class FakeNuScenes:
         cv2.imwrite(str(path), image)
 
     def _add(self, table, **row):
-        row = dict(row, token='%s-%d' % (table, len(self.tables[table])))
+        row = dict(row, token=f'{table}-{len(self.tables[table])}')
         self.tables[table].append(row)
         return row['token']
 
@@ -137,7 +137,7 @@ class FakeNuScenes:
         suffix = 'jpg' if sensor.startswith('CAM') else 'pcd.bin'
         next_keyframe = min(-(-step // (self.sweeps + 1)), len(samples) - 1)
         folder = 'samples' if is_key else 'sweeps'
-        name = '%s/%s/%s__%s__%d.%s' % (folder, sensor, scene, sensor, time, suffix)
+        name = f'{folder}/{sensor}/{scene}__{sensor}__{time}.{suffix}'
         return self._add(
             'sample_data',
             sample_token=samples[next_keyframe],

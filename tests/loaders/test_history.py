@@ -20,10 +20,10 @@ def _cams(name):
 def _scene(number, keyframes, named):
     infos = []
     for k in range(keyframes):
-        name = 's%dk%d' % (number, k)
-        sweeps = [_cams('%s-sweep%d' % (name, step)) for step in range(5)] if k else []
+        name = f's{number}k{k}'
+        sweeps = [_cams(f'{name}-sweep{step}') for step in range(5)] if k else []
         info = dict(token=name, timestamp=number * 20 * SECOND + k * SECOND // 2, cams=_cams(name), sweeps=sweeps)
-        infos.append(dict(info, scene_token='scene%d' % number) if named else info)
+        infos.append(dict(info, scene_token=f'scene{number}') if named else info)
     return infos
 
 
@@ -34,8 +34,8 @@ def _names(entries):
 def _expected(number, k):
     names = []
     for keyframe in range(k, 0, -1):
-        names += ['s%dk%d-sweep%d' % (number, keyframe, step) for step in range(5)]
-        names.append('s%dk%d' % (number, keyframe - 1))
+        names += [f's{number}k{keyframe}-sweep{step}' for step in range(5)]
+        names.append(f's{number}k{keyframe - 1}')
     return names
 
 
@@ -73,15 +73,15 @@ def test_interleaved_scenes_do_not_mix():
 def test_a_list_without_the_start_of_a_scene_ends_with_the_sweeps_that_are_there(named):
     infos = _scene(0, 2, named) + _scene(1, 4, named)[2:]
     history = History(infos, CAMERAS)
-    assert _names(history.entries(2, 1000)) == ['s1k2-sweep%d' % step for step in range(5)]
-    expected = _expected(1, 3)[:6] + ['s1k2-sweep%d' % step for step in range(5)]
+    assert _names(history.entries(2, 1000)) == [f's1k2-sweep{step}' for step in range(5)]
+    expected = _expected(1, 3)[:6] + [f's1k2-sweep{step}' for step in range(5)]
     assert _names(history.entries(3, 1000)) == expected
 
 
 def test_a_list_that_lacks_keyframes_keeps_the_order_and_the_scene():
     infos = _scene(0, 6, True)[::2]
     names = _names(History(infos, CAMERAS).entries(2, 1000))
-    sweeps = {k: ['s0k%d-sweep%d' % (k, step) for step in range(5)] for k in (2, 4)}
+    sweeps = {k: [f's0k{k}-sweep{step}' for step in range(5)] for k in (2, 4)}
     assert names == sweeps[4] + ['s0k2'] + sweeps[2] + ['s0k0']
 
 
@@ -99,6 +99,18 @@ def test_lidar_sweeps_of_mmdetection3d_are_no_images():
         info['sweeps'] = [dict(data_path='sweeps/LIDAR_TOP/x.bin')] * 10
     names = _names(History(infos, CAMERAS).entries(2, 1000))
     assert names == ['s0k2'] * 5 + ['s0k1'] + ['s0k1'] * 5 + ['s0k0']
+
+
+def test_a_named_scene_without_sweeps_keeps_its_earlier_keyframes():
+    """Beside a scene that has some: only where scenes have no name does "no sweeps" mean "first keyframe"."""
+    infos = _scene(0, 3, True) + [dict(info, sweeps=[]) for info in _scene(1, 4, True)]
+    history = History(infos, CAMERAS)
+    assert _names(history.entries(6, 1000)) == (['s1k3'] * 5 + ['s1k2']) + (['s1k2'] * 5 + ['s1k1']) + (
+        ['s1k1'] * 5 + ['s1k0']
+    )
+    assert _names(history.entries(2, 1000)) == _expected(0, 2)
+    unnamed = [{key: value for key, value in info.items() if key != 'scene_token'} for info in infos]
+    assert History(unnamed, CAMERAS).entries(6, 1000) == []
 
 
 def test_the_limit_cuts_the_oldest():
@@ -184,7 +196,7 @@ def real_infos(real_dir):
     for info in infos:  # as gen_sweep_info.py leaves them: camera sweeps, none at the start of a scene
         if info['sweeps']:
             info['sweeps'] = [
-                {name: dict(data_path='sweeps/%s/%s-%d' % (name, info['token'], step)) for name in NUSCENES_CAMERAS}
+                {name: dict(data_path=f'sweeps/{name}/{info["token"]}-{step}') for name in NUSCENES_CAMERAS}
                 for step in range(5)
             ]
     return infos

@@ -157,7 +157,7 @@ def _write_labels(root, infos):
 @pytest.fixture
 def prepared(tmp_path):
     """Data root with two keyframes of one car each."""
-    infos = [_info([[0.6, 0.2, 0.4, 2, 1, 1, 0]], ['car'], token='t%d' % n) for n in range(2)]
+    infos = [_info([[0.6, 0.2, 0.4, 2, 1, 1, 0]], ['car'], token=f't{n}') for n in range(2)]
     save_pickle(tmp_path / 'nuscenes_infos_train_sweep.pkl', dict(infos=infos, metadata=dict(version='v1.0-mini')))
     _write_labels(tmp_path, infos)
     return tmp_path
@@ -223,7 +223,7 @@ def test_a_scene_name_that_leaves_the_folder_is_refused(prepared):
 def test_the_script(prepared, monkeypatch, capsys):
     import gen_instance_info
 
-    options = '--version v1.0-mini --processes 2 --point-cloud-range -8 -8 -1 8 8 5.4'.split()
+    options = ['--version', 'v1.0-mini', '--processes', '2', '--point-cloud-range', '-8', '-8', '-1', '8', '8', '5.4']
     monkeypatch.setattr(sys, 'argv', ['x', '--data-root', str(prepared)] + options)
     run_main(gen_instance_info.main)
     assert '2 label files written, 0 were there already, 0 failed' in capsys.readouterr().out

@@ -105,7 +105,7 @@ def test_a_wrong_shape_names_file_key_and_shapes(tmp_path):
 def test_unknown_ids_are_named(tmp_path, value):
     semantics = _free(dtype=np.int16)
     semantics[0, 0, 0] = value
-    with pytest.raises(DataError, match='holds id %d' % value):
+    with pytest.raises(DataError, match=f'holds id {value}'):
         read_labels(_write(tmp_path / 'labels.npz', semantics=semantics), OCC3D_TASK)
 
 
@@ -155,7 +155,7 @@ def test_targets_are_the_published_ones(golden_dir, name):
         for sample in range(2):
             targets = make_targets(golden['voxel_semantics'][sample], golden['instances'][sample], task)
             np.testing.assert_array_equal(targets.voxel_instances, golden['voxel_instances'][sample])
-            np.testing.assert_array_equal(targets.instance_class_ids, golden['instance_class_ids_%d' % sample])
+            np.testing.assert_array_equal(targets.instance_class_ids, golden[f'instance_class_ids_{sample}'])
 
 
 def test_an_id_that_spans_classes_is_split():

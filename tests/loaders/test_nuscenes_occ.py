@@ -352,7 +352,7 @@ def test_skipping_takes_the_next_readable_sample_and_counts(root, kind, workers,
     one_frame = Task('occ3d', point_cloud_range=TASK.point_cloud_range, image_size=(32, 64), num_frames=1)
     dataset = _train(root, one_frame, on_error='skip', max_skipped=10)
     tokens = [batch['img_metas'][0]['sample_token'] for batch in read_batches(_loader(dataset, 1, workers))]
-    assert tokens == ['sample-%d' % n for n in (0, 1, 2, 5, 5, 5, 6, 7)]
+    assert tokens == [f'sample-{n}' for n in (0, 1, 2, 5, 5, 5, 6, 7)]
     assert dataset.num_skipped == 3  # 3, 4 in its place, and 4 itself
     assert 'sample-3' in capfd.readouterr().err
 
@@ -422,7 +422,7 @@ def test_training_without_labels_says_what_to_set(source):
         (dict(data_list=[], metainfo={}), 'format of MMDetection3D 1.1'),
         ([1, 2], 'holds no infos'),
         (dict(infos=[]), 'holds zero keyframes'),
-        (dict(infos=[dict(token='t', timestamp=1)]), r"info 0 \(token t\) has no 'cams'"),
+        (dict(infos=[dict(token='t', timestamp=1)]), r"entry 0 \(keyframe t\): 'lidar2ego_translation' is missing"),
     ],
 )
 def test_wrong_info_files_are_named(source, tmp_path, content, message):
@@ -435,6 +435,56 @@ def test_a_camera_that_the_data_lacks_is_named(source):
     task = Task('occ3d', cameras=('CAM_FRONT', 'CAM_ROOF'))
     with pytest.raises(DataError, match="has no camera 'CAM_ROOF'.*task.cameras"):
         _train(source, task)
+
+
+@pytest.mark.parametrize('lost', [('CAM_BACK',), ('CAM_FRONT', 'CAM_BACK_LEFT'), NUSCENES_CAMERAS[1:]])
+def test_keyframes_that_lack_cameras_are_used_without_them(root, lost):
+    """Lost in the third keyframe: the current frame of sample 2, an earlier one of sample 3."""
+    path = root / 'nuscenes_infos_train_sweep.pkl'
+    whole = _test(root)
+    content = load_pickle_safe(path)
+    for name in lost:
+        del content['infos'][2]['cams'][name]
+    save_pickle(path, content)
+    with pytest.raises(DataError, match=f'keyframe sample-2 has no camera {lost[0]!r}.*allow_missing_cameras'):
+        _test(root)
+    partial = _test(root, allow_missing_cameras=True)
+    _train(root, allow_missing_cameras=True)[2]
+    points = np.append(np.random.default_rng(0).uniform(-40, 40, (100, 3)), np.ones((100, 1)), axis=1)
+    for index, frame in ((2, 0), (3, 1)):
+        expected, found = whole[index], partial[index]
+        for position in range(18):
+            key = found['img_metas']['frame_keys'][position]
+            if position // 6 == frame and NUSCENES_CAMERAS[position % 6] in lost:
+                assert not found['img'][position].any() and key.startswith('missing/')
+                pixels = found['lidar2img'][position].double().numpy() @ points.T
+                assert (pixels[2] == 0).all()  # depth: no point is before the camera
+                assert (np.abs(pixels[:2]) / 1e-5 > 1000).all()  # and with the smallest depth far outside
+                continue
+            assert key == expected['img_metas']['frame_keys'][position]
+            assert torch.equal(found['img'][position], expected['img'][position])
+            assert torch.equal(found['lidar2img'][position], expected['lidar2img'][position])
+
+
+@pytest.mark.parametrize(
+    'error', [MemoryError('no room'), ValueError('odd'), RuntimeError('decoder'), OSError(5, 'disk')]
+)
+def test_skipping_survives_whatever_is_raised_and_stopping_does_not(source, monkeypatch, error, capsys):
+    right = load_images.read_image
+
+    def broken(path, *args):
+        if 'scene-0553' in path:
+            raise error
+        return right(path, *args)
+
+    monkeypatch.setattr(load_images, 'read_image', broken)
+    dataset = _train(source, on_error='skip')
+    assert dataset[4]['img_metas']['sample_token'] == 'sample-0' and dataset.num_skipped == 4
+    assert type(error).__name__ in capsys.readouterr().err
+    with pytest.raises(type(error)):
+        _train(source)[4]
+    with pytest.raises(ConfigError):
+        _train(source, on_error='skip', occ_gt_root=None)[0]
 
 
 def test_indices_outside_are_refused_and_negative_ones_count_from_the_end(source):
@@ -473,10 +523,10 @@ def test_a_data_set_of_trainval_size_opens_in_three_seconds(source, tmp_path, mo
     infos = [
         dict(
             some[1 if n % 40 else 0],
-            token='t%d' % n,
+            token=f't{n}',
             timestamp=n * 500_000,
-            scene_token='s%d' % (n // 40),
-            scene_name='scene-%04d' % (n // 40),
+            scene_token=f's{n // 40}',
+            scene_name=f'scene-{n // 40:04d}',
         )
         for n in range(28_130)
     ]

@@ -33,7 +33,7 @@ def _write(folder, frames=3, image_folder='images', change=None):
                     dict(
                         timestamp=0.5 * i,
                         ego2global=dict(rotation=[1, 0, 0, 0], translation=[5.0 * i, 0, 0]),
-                        images={name: '%s/%s_%d.jpg' % (image_folder, name, i) for name in ('left', 'right')},
+                        images={name: f'{image_folder}/{name}_{i}.jpg' for name in ('left', 'right')},
                     )
                     for i in range(frames)
                 ],
@@ -43,7 +43,7 @@ def _write(folder, frames=3, image_folder='images', change=None):
     (folder / image_folder).mkdir(parents=True, exist_ok=True)
     for i in range(frames):
         for name in ('left', 'right'):
-            cv2.imwrite(str(folder / image_folder / ('%s_%d.jpg' % (name, i))), np.full((96, 160, 3), 40 * i, np.uint8))
+            cv2.imwrite(str(folder / image_folder / (f'{name}_{i}.jpg')), np.full((96, 160, 3), 40 * i, np.uint8))
     if change:
         change(content)
     path = folder / 'own.json'

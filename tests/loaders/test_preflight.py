@@ -170,10 +170,6 @@ def _far_camera(info):
     info['cams']['CAM_FRONT']['sensor2lidar_translation'] = np.array([500.0, 0, 0])
 
 
-def _no_focal_length(info):
-    info['cams']['CAM_FRONT']['cam_intrinsic'] = np.zeros((3, 3))
-
-
 def _late_image(info):
     info['cams']['CAM_FRONT']['timestamp'] += 2_000_000
 
@@ -190,22 +186,16 @@ def _jump(info):
     info['ego2global_translation'] = [900.0, 0, 0]
 
 
-def _nan(info):
-    info['lidar2ego_translation'] = [float('nan')] * 3
-
-
 @pytest.mark.parametrize(
     'change, message',
     [
         (_mirror, 'CAM_FRONT to global is no rotation'),
         (_wrong_pose, 'disagree by'),
         (_far_camera, 'CAM_FRONT stands'),
-        (_no_focal_length, 'no camera matrix'),
         (_late_image, 'image taken 2.00 s from the keyframe'),
         (_reversed_sweeps, 'not in order, newest first'),
         (_lost_sweep, '4 sweeps, 5 are expected'),
         (_jump, 'the car moved'),
-        (_nan, 'lidar2ego is not finite'),
     ],
 )
 def test_doubtful_calibration_is_named(root, change, message):
@@ -241,10 +231,7 @@ def test_a_large_set_is_looked_at_in_seconds(source):
     dataset = _open(source)
     dataset.infos = [
         dict(
-            dataset.infos[1 if n % 40 else 0],
-            token='sample-%d' % (n % 2),
-            timestamp=n * 500_000,
-            scene_token='s%d' % (n // 40),
+            dataset.infos[1 if n % 40 else 0], token=f'sample-{n % 2}', timestamp=n * 500_000, scene_token=f's{n // 40}'
         )
         for n in range(28_130)
     ]

@@ -158,7 +158,7 @@ def test_keyframes_refer_cameras_and_boxes_to_the_lidar(fake, infos):
                 if row['timestamp'] == info['timestamp'] + 6000
             ),
         )
-        for name, entry in info['cams'].items():
+        for entry in info['cams'].values():
             rotation, translation = _global(fake, _rows(fake, 'sample_data')[entry['sample_data_token']])
             in_lidar = lidar_to_global[0].T @ (rotation @ [1.0, 2.0, 3.0] + translation - lidar_to_global[1])
             np.testing.assert_allclose(
@@ -226,7 +226,7 @@ def _assert_same(a, b, path=''):
     elif isinstance(a, list) and a and isinstance(a[0], dict):
         assert len(a) == len(b), path
         for position, (x, y) in enumerate(zip(a, b)):
-            _assert_same(x, y, '%s[%d]' % (path, position))
+            _assert_same(x, y, f'{path}[{position}]')
     else:
         np.testing.assert_array_equal(a, b, err_msg=path)
 
