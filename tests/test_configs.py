@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIGS = sorted(
     os.path.relpath(path, ROOT)
-    for path in glob.glob(os.path.join(ROOT, 'configs', '*.py'))
-    + glob.glob(os.path.join(ROOT, 'configs', 'toy', '*.py'))
+    for path in glob.glob(os.path.join(ROOT, 'configs', '**', '*.py'), recursive=True)
+    if '_base_' not in path
 )
 REDUCED = [
     'task.num_frames=2',
@@ -25,6 +25,7 @@ REDUCED = [
     'task.voxel_size=0.8',
     'task.point_cloud_range=[-32, -32, -1, 32, 32, 5.4]',
     'model.img_backbone.depth=18',
+    'model.img_backbone.base_channels=64',
     'model.img_neck.in_channels=[64, 128, 256, 512]',
     'model.img_backbone.with_cp=False',
     'model.pts_bbox_head.transformer.topk_training=[100, 300, 900]',

@@ -23,7 +23,6 @@ model = dict(
     pts_bbox_head=dict(
         embed_dims=_dim,
         transformer=dict(
-            embed_dims=_dim,
             num_queries=40,
             num_heads=2,
             mixing_chunk=0,
