@@ -65,7 +65,7 @@ on_all_gpus() {  # function; the runs are dealt out, each GPU does its own one a
     while kill -0 $pids 2>/dev/null; do
       sleep 30
       for run in $RUNS; do
-        [ -f "$(folder "$run")/log.txt" ] && echo "$run: $(grep iteration "$(folder "$run")/log.txt" | tail -n 1 | cut -c 23-130)"
+        [ -f "$(folder "$run")/log.txt" ] && echo "$run: $(grep iteration "$(folder "$run")/log.txt" | tail -n 1 | cut -c 22-130)"
       done
     done
   fi

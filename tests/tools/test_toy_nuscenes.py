@@ -13,14 +13,15 @@ from PIL import Image
 from lib.classes import OCC3D, OPENOCC_V2
 from lib.errors import UserError
 from lib.openmmlab import prepare_openmmlab
+from tools.toy import pool
 from tools.toy import shapes as sh
 from tools.toy.generate import generate
-from tools.toy.jobs import Options
+from tools.toy.jobs import Options, run_job
 from tools.toy.labels import GRID_LOW, GRID_SHAPE, VOXEL, Labeller, RangeImage
 from tools.toy.lidar import gather, scan
 from tools.toy.names import MINI_TRAIN, MINI_VAL, plan_scenes
 from tools.toy.objects import OBJECT_TYPES
-from tools.toy.pool import Crew
+from tools.toy.pool import Crew, plan_crew
 from tools.toy.render import Renderer
 from tools.toy.rig import make_rig
 from tools.toy.road import Waves
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED, SIZE, KEYFRAMES = 3, (192, 108), 3
+FROZEN_COUNTS = [106, 285, 87, 334, 708, 514, 98, 196, 88, 358, 296, 6000, 2111, 2605, 7256, 2588, 5605]
 CLASS_OF = {t.category: t.occ_class for t in OBJECT_TYPES.values()}
 
 
@@ -453,6 +455,80 @@ def test_same_seed_same_bytes(tmp_path):
     other = make(tmp_path / 'other', seed=SEED + 1, workers=1, **options)
     assert digest(one) == digest(two) and len(digest(one)) > 70
     assert not set(digest(one).values()) & set(v for k, v in digest(other).items() if k.endswith('.jpg'))
+
+
+class Killed(Exception):
+    """Stands for whatever ends a run."""
+
+
+def options_of(out, **changes):
+    options = Options(out, plan_scenes(2), 2, (64, 36), False, SEED, ('occ3d',))
+    return options._replace(**changes)
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_files(tmp_path, monkeypatch):
+    from tools.toy import generate as module
+
+    def stop_after_two(results, total):
+        for count, result in enumerate(results, start=1):
+            if count == 2:
+                raise Killed
+            yield result
+
+    whole, stopped = options_of(tmp_path / 'whole'), options_of(tmp_path / 'stopped')
+    crew, plain = Crew(('cpu',), 1), lambda results, total: results
+    generate(whole, crew, plain)
+    with pytest.raises(Killed):
+        generate(stopped, crew, stop_after_two)
+    with pytest.raises(UserError, match='unfinished run with seed 3, not 4'):
+        generate(stopped._replace(seed=4), crew, plain)
+    done = []
+    monkeypatch.setattr(module, 'run_job', lambda job: done.append(job) or run_job(job))
+    generate(stopped, crew, plain)
+    assert 0 < len(done) < 6  # of four keyframes and two scenes of labels
+    assert digest(stopped.out) == digest(whole.out) and not (stopped.out / 'toy_work').exists()
+
+
+def test_processes_are_started_afresh_for_devices(tmp_path):
+    """The way of GPUs: several devices, processes that do not share the parent's memory."""
+    one, two = options_of(tmp_path / 'one'), options_of(tmp_path / 'two')
+    generate(one, Crew(('cpu',), 1), lambda results, total: results)
+    generate(two, Crew(('cpu', 'cpu'), 2), lambda results, total: results)
+    assert digest(one.out) == digest(two.out)
+
+
+def test_no_more_processes_than_fit(monkeypatch):
+    monkeypatch.setattr(pool, '_cores', lambda: 44)
+    monkeypatch.setattr(pool, '_free_gpu_memory', lambda: [8 << 30, 1 << 30, 6 << 30])
+    assert plan_crew('cuda', 44) == Crew(('cuda:0', 'cuda:2', 'cuda:0', 'cuda:2', 'cuda:0'), 5)
+    assert plan_crew('cuda', 2).devices == ('cuda:0', 'cuda:2')
+    monkeypatch.setattr(pool, '_free_memory', lambda: 3 << 30)
+    assert plan_crew('cuda').workers == 4 and plan_crew('cpu', 44).workers == 4
+    monkeypatch.setattr(pool, '_free_gpu_memory', lambda: [1 << 30])
+    with pytest.raises(UserError, match='no GPU has room'):
+        plan_crew('cuda')
+
+
+def test_a_full_gpu_is_told_in_a_sentence():
+    def work(task):
+        raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')
+
+    with pytest.raises(UserError, match='cuda:0 is full; run again with fewer --workers'):
+        list(pool.run_tasks([1], work, lambda task: [], Crew(('cuda:0',), 1), lambda: None))
+
+
+def test_the_frozen_benchmark_is_what_it_was():
+    """Counts of one keyframe of the preset's first scene; whoever changes the world needs another preset."""
+    from tools.make_toy_nuscenes import PRESETS
+
+    preset = PRESETS['toybench-v1']
+    world, rig = ToyWorld(preset['seed'], 0, preset['keyframes']), make_rig(preset['seed'], 0, (800, 450))
+    surface = gather([scan(world, rig, t).surface for t in np.arange(0.0, world.duration + 0.01, 0.25)])
+    labels = Labeller(world, rig, surface).labels(4.5, [])
+    counts = np.bincount(labels.semantics.ravel(), minlength=OCC3D.num_classes)[: OCC3D.free_id]
+    assert np.allclose(counts, FROZEN_COUNTS, rtol=0.01, atol=3), counts.tolist()
+    seen = (labels.mask_camera > 0) & (labels.semantics != OCC3D.free_id)
+    assert 0.4 < seen.sum() / counts.sum() < 0.8
 
 
 def test_scene_names_are_those_of_the_splits():

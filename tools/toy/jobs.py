@@ -79,6 +79,8 @@ class _Scene:
         from .render import Renderer
 
         torch.set_num_threads(1)
+        if device != 'cpu':
+            torch.cuda.set_device(device)
         self.world: ToyWorld = ToyWorld(seed, index, keyframes)
         self.rig: Rig = make_rig(seed, index, size)
         self.renderer = Renderer(self.world, torch.device(device))
