@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lib.config import load_config
+from tools.package.__main__ import SCRIPTS as COMMANDS_OF_PACKAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / 'README.md'] + list((ROOT / 'docs').rglob('*.md')))
@@ -30,6 +31,7 @@ RUN_BY = {
     'tools/infer.py': 'tests/tools/test_visualize_infer.py',
     'tools/visualize.py': 'tests/tools/test_visualize_infer.py',
     'make install': 'tests/test_env.py',
+    'sparseocc-': 'tests/test_env.py',
     'make test': 'tests/test_env.py',
     'make demo': 'tests/test_env.py',
 }
@@ -91,6 +93,8 @@ def program(word):
 
 def script_and_arguments(words):
     """The Python script that a command starts, and its arguments; (None, []) for other commands."""
+    if words[0].startswith('sparseocc-'):
+        return COMMANDS_OF_PACKAGE[words[0].split('-', 1)[1]], words[1:]
     for index, word in enumerate(words):
         if word == '-m':
             break

@@ -157,6 +157,7 @@ def test_package_finds_its_configs_and_loads_names_when_they_are_used(package, t
         from sparseocc.__main__ import find_config
         assert 'torch' not in sys.modules
         config = sparseocc.load_config(find_config('configs/toy/semantic.py'))
+        assert all(getattr(sparseocc, name) for name in sparseocc.__all__)
         print(sparseocc.__version__, config.task.num_frames, sparseocc.build_model.__name__)
         try:
             sparseocc.nothing

@@ -29,9 +29,10 @@ _HOMES = {
     'build_model': 'models',
     'load_model_weights': 'lib.checkpoint',
     'build_dataset': 'loaders',
-    'build_dataloader': 'loaders',
+    'collate': 'loaders',
     'save_prediction': 'lib.prediction',
-    'load_prediction': 'lib.prediction',
+    'open_predictions': 'lib.metrics.formats',
+    'to_dense': 'lib.prediction',
 }
 __all__ = ['ROOT', '__version__', *_HOMES]
 

@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 
-from sparseocc import ROOT
+from . import ROOT
 
 SCRIPTS = {
     'train': 'train.py',
