@@ -63,9 +63,9 @@ def _check_rays(case, side, sample, task, device):
         np.asarray(value if isinstance(value, np.ndarray) else value.cpu()) for value in (hits.label, hits.distance_m)
     )
     wrong = np.count_nonzero(label != case[side + '_rays_label'][sample])
-    assert wrong == 0, '%s, sample %d: %d of %d rays have another label' % (side, sample, wrong, len(label))
+    assert wrong == 0, f'{side}, sample {sample}: {wrong} of {len(label)} rays have another label'
     deviation = float(np.abs(depth - case[side + '_rays_distance_m'][sample]).max())
-    assert deviation <= DEPTH_TOLERANCE, '%s, sample %d: a depth is off by %g m' % (side, sample, deviation)
+    assert deviation <= DEPTH_TOLERANCE, f'{side}, sample {sample}: a depth is off by {deviation:g} m'
     return deviation
 
 
@@ -83,7 +83,7 @@ def _evaluate(case, task, expected, device):
             }
             for side in ('pred', 'gt')
         )
-        stats.append(evaluator.process(prediction, truth, origins, key='sample %d' % sample))
+        stats.append(evaluator.process(prediction, truth, origins, key=f'sample {sample}'))
     return evaluator.summarize(stats)
 
 

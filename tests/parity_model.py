@@ -135,7 +135,7 @@ class ModelCase:
             name: torch.from_numpy(self.arrays[name][b : b + 1]).to(self.device)
             for name in ('voxel_semantics', 'voxel_instances')
         }
-        class_ids = torch.from_numpy(self.arrays['instance_class_ids_%d' % b]).to(self.device)
+        class_ids = torch.from_numpy(self.arrays[f'instance_class_ids_{b}']).to(self.device)
         return OccupancyTargets(**volumes, instance_class_ids=[class_ids])
 
 
@@ -188,7 +188,7 @@ def check_merging(path: Path, device: str = 'cpu') -> List[Deviation]:
 
 def _feature_deviations(case: ModelCase, raw) -> Iterator[Deviation]:
     for level, maps in enumerate(raw.features.maps):
-        name = 'fpn%d_b0_meanabs' % level
+        name = f'fpn{level}_b0_meanabs'
         yield Deviation('image features', name, _relative(maps.abs().mean(), case.arrays[name]), FEATURES)
     expected = case.arrays['fpn2_b0']
     ours = raw.features.maps[2][0, ..., : expected.shape[1]].permute(0, 3, 1, 2)
@@ -197,7 +197,7 @@ def _feature_deviations(case: ModelCase, raw) -> Iterator[Deviation]:
 
 def _stage_deviations(case: ModelCase, raw) -> Iterator[Deviation]:
     for s, stage in enumerate(raw.output.stages):
-        order, prefix = _coordinate_order(stage.coords), 'eval_stage%d_' % s
+        order, prefix = _coordinate_order(stage.coords), f'eval_stage{s}_'
         coords = stage.coords[0].cpu().numpy()[order]
         share = _share_unequal(coords, case.arrays[prefix + 'coords'])
         yield Deviation('kept voxels', prefix + 'coords', share, 0)
@@ -210,10 +210,10 @@ def _stage_deviations(case: ModelCase, raw) -> Iterator[Deviation]:
 
 def _layer_deviations(case: ModelCase, raw, order) -> Iterator[Deviation]:
     for i, layer in enumerate(raw.output.layers):
-        name = 'eval_layer%d_class_logits' % i
+        name = f'eval_layer{i}_class_logits'
         value = _relative(layer.class_logits[0], case.arrays[name])
         yield Deviation('mask class logits', name, value, LOGITS)
-        name = 'eval_layer%d_mask_mean' % i
+        name = f'eval_layer{i}_mask_mean'
         value = _relative(layer.mask_logits[0].mean(-1), case.arrays[name])
         yield Deviation('mask logits', name, value, LOGITS)
     name = 'eval_last_mask_logits_every8'
@@ -231,7 +231,7 @@ def _label_deviations(case: ModelCase, raw, order) -> Iterator[Deviation]:
 
 
 def _loss_deviations(case: ModelCase, b: int, losses, total) -> Iterator[Deviation]:
-    prefix = 'train%d_' % b
+    prefix = f'train{b}_'
     expected = {name[len(prefix) :] for name in case.arrays if name.startswith(prefix + 'loss_')}
     assert set(losses) == expected, f'loss names differ: {sorted(set(losses) ^ expected)}'
     for name, value in sorted(dict(losses, total=total).items()):
@@ -239,13 +239,13 @@ def _loss_deviations(case: ModelCase, b: int, losses, total) -> Iterator[Deviati
 
 
 def _gradient_deviations(case: ModelCase, b: int) -> Iterator[Deviation]:
-    names = case.arrays['train%d_grad_names' % b].tolist()
-    norms = dict(zip(names, case.arrays['train%d_grad_norms' % b]))
+    names = case.arrays[f'train{b}_grad_names'].tolist()
+    norms = dict(zip(names, case.arrays[f'train{b}_grad_norms']))
     ours = {name: p.grad.norm() for name, p in case.model.named_parameters() if p.grad is not None}
     assert set(ours) == set(norms), f'parameters with a gradient differ: {sorted(set(ours) ^ set(norms))}'
     for name in names:
         value = _relative(ours[name], norms[name])
-        yield Deviation('gradient norms', 'train%d %s' % (b, name), value, GRADIENTS)
+        yield Deviation('gradient norms', f'train{b} {name}', value, GRADIENTS)
 
 
 def _coordinate_order(coords: torch.Tensor) -> np.ndarray:

@@ -73,8 +73,8 @@ def main():
     volume = most_frequent_labels(train, task, args.max_train_samples)
     result = score(volume, build_dataset(cfg.data.val, task), task, ('ray_iou',), args.max_samples)
     print(
-        'Most frequent label of each voxel over %d training samples, scored on the validation set:'
-        % min(len(train), args.max_train_samples or len(train))
+        f'Most frequent label of each voxel over {min(len(train), args.max_train_samples or len(train))} '
+        'training samples, scored on the validation set:'
     )
     print(result.as_table())
     if args.json:

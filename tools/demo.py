@@ -71,16 +71,18 @@ class Demo:
         from lib.errors import UserError
 
         print(
-            '\n=== %d/%d %s (%s since the start)\n$ python %s'
-            % (len(self.seconds) + 1, self.steps, name, clock(time.time() - self.start), ' '.join(arguments)),
+            (
+                f'\n=== {len(self.seconds) + 1}/{self.steps} {name} ({clock(time.time() - self.start)} since the '
+                f'start)\n$ python {" ".join(arguments)}'
+            ),
             flush=True,
         )
         begin = time.time()
         status = subprocess.run([sys.executable] + arguments, cwd=str(ROOT)).returncode
         if status:
             raise UserError(
-                'the demo stopped: %s ended with status %d, see above; its files are in %s'
-                % (arguments[0], status, self.folder)
+                f'the demo stopped: {arguments[0]} ended with status {status}, see above; its files are in '
+                f'{self.folder}'
             )
         self.seconds[name] = time.time() - begin
 
@@ -89,7 +91,7 @@ def new_folder(out: str) -> Path:
     """A folder of this run's own; earlier runs stay as they are."""
     stamp = time.strftime('%Y%m%d_%H%M%S')
     for n in range(1000):
-        folder = Path(out).resolve() / (stamp + ('-%d' % n if n else ''))
+        folder = Path(out).resolve() / (stamp + (f'-{n}' if n else ''))
         try:
             folder.mkdir(parents=True)
             return folder
@@ -218,14 +220,13 @@ def summarize(demo: Demo, args) -> Dict:
 
 def print_table(summary: Dict) -> None:
     """Model beside guess, per class, and where the time went."""
-    print('\n%-22s %14s %14s' % ('RayIoU, percent', 'SparseOcc', 'guess'))
-    percent = lambda value: '-' if value is None else '%.2f' % (100 * value)  # noqa: E731
+    print(f'\n{"RayIoU, percent":<22} {"SparseOcc":>14} {"guess":>14}')
+    percent = lambda value: '-' if value is None else f'{100 * value:.2f}'  # noqa: E731
     for name, row in summary['scores']['per_class'].items():
         print(
-            '%-22s %14s %14s'
-            % (name, percent(row['RayIoU']), percent(summary['baseline']['per_class'][name]['RayIoU']))
+            f'{name:<22} {percent(row["RayIoU"]):>14} {percent(summary["baseline"]["per_class"][name]["RayIoU"]):>14}'
         )
-    print('%-22s %14s %14s' % ('mean', percent(summary['rayiou']), percent(summary['baseline_rayiou'])))
+    print(f'{"mean":<22} {percent(summary["rayiou"]):>14} {percent(summary["baseline_rayiou"]):>14}')
     print('\n{}'.format('   '.join(f'{name} {clock(s)}' for name, s in summary['seconds_per_step'].items())))
     print('in all {}, picture {}'.format(clock(summary['seconds']), summary['picture']))
 

@@ -64,12 +64,12 @@ def score(dataset, indices, predictions, evaluator, workers=1, say=None):
             reported = time.monotonic()
             rate = len(stats) / (reported - begin)
             say(
-                'scored %d of %d samples, %.1f per second, %.0f s left'
-                % (len(stats), len(indices), rate, (len(indices) - len(stats)) / rate)
+                f'scored {len(stats)} of {len(indices)} samples, {rate:.1f} per second, '
+                f'{(len(indices) - len(stats)) / rate:.0f} s left'
             )
     if say:
         rate = len(stats) / max(time.monotonic() - begin, 1e-9)
-        say('scored %d samples, %.1f per second' % (len(stats), rate))
+        say(f'scored {len(stats)} samples, {rate:.1f} per second')
     return evaluator.summarize(stats)
 
 

@@ -87,8 +87,8 @@ def _labels(task: Task, generator: torch.Generator) -> OccupancyTargets:
 
 def synthetic_meta(task: Task, index: int, seed: int = 0) -> Dict:
     """The ``img_metas`` entry of keyframe ``index`` of the imaginary drive; frame t is keyframe ``index - t``."""
-    keys = ['synthetic/%d/%d/%s' % (seed, index - t, name) for t in range(task.num_frames) for name in task.cameras]
-    return dict(sample_token='synthetic-%d' % index, scene_name='synthetic', index=index, frame_keys=keys)
+    keys = [f'synthetic/{seed}/{index - t}/{name}' for t in range(task.num_frames) for name in task.cameras]
+    return dict(sample_token=f'synthetic-{index}', scene_name='synthetic', index=index, frame_keys=keys)
 
 
 def synthetic_batch(

@@ -83,7 +83,7 @@ def model_of(args, cfg, task):
 
 def batches(cfg, dataset, device):
     """Batches of one sample each, on the device."""
-    from lib.batch import to_device
+    from lib.run.loading import to_device
     from lib.run.loading import make_loader, read_batches
     from loaders import collate
 

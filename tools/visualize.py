@@ -104,8 +104,7 @@ def find_samples(dataset, sample, scene):
     found = [i for i in range(len(dataset)) if dataset.sample_token(i) == sample]
     if not found:
         raise DataError(
-            '%s has no sample %r; give a token in it, or a number from 0 to %d'
-            % (dataset.ann_file, sample, len(dataset) - 1)
+            f'{dataset.ann_file} has no sample {sample!r}; give a token in it, or a number from 0 to {len(dataset) - 1}'
         )
     return found
 

@@ -121,7 +121,7 @@ class OccEvaluator:
         keys = [part.key for part in stats if part.key]
         if len(set(keys)) < len(keys):
             raise ValueError(
-                '%d samples are counted twice; every sample must be evaluated once' % (len(keys) - len(set(keys)))
+                f'{len(keys) - len(set(keys))} samples are counted twice; every sample must be evaluated once'
             )
         scores = {}
         if 'ray_iou' in self.metrics:
@@ -201,8 +201,8 @@ class OccEvaluator:
         lowest, top = int(volume.min()), int(volume.max())
         if lowest < 0 or top > highest:
             raise DataError(
-                '%s: %r holds id %d, allowed are 0..%d; check task.label_set'
-                % (where, name, lowest if lowest < 0 else top, highest)
+                f'{where}: {name!r} holds id {lowest if lowest < 0 else top}, allowed are 0..{highest}; check '
+                'task.label_set'
             )
         return self._convert(volume, keep_type=name == 'instances')
 

@@ -70,7 +70,7 @@ class EvalResult:
         rows += [['mean'] + [_percent(totals['mIoU' if name == 'IoU' else name]) for name in names]]
         lines = [row[0].ljust(width) + ''.join(cell.rjust(10) for cell in row[1:]) for row in rows]
         rule = '-' * len(lines[0])
-        notes = ['%d samples, percent; - : class not there' % self.num_samples]
+        notes = [f'{self.num_samples} samples, percent; - : class not there']
         if len(self.voxel_iou) and not self.camera_mask:
             notes.append('IoU over all voxels: labels have no mask_camera')
         table = [lines[0], rule] + lines[1:-1] + [rule, lines[-1]] + notes
@@ -112,4 +112,4 @@ def _number(value):
 
 
 def _percent(value):
-    return '-' if np.isnan(value) else '%.2f' % (100 * value)
+    return '-' if np.isnan(value) else f'{100 * value:.2f}'

@@ -117,12 +117,12 @@ def _device_type(device):
 def _check(semantics, origins, directions, point_cloud_range, voxel_size, instances):
     """Raise ValueError for arguments that do not fit together; only shapes are looked at."""
     if not 1 <= len(semantics) <= MAX_VOLUMES:
-        raise ValueError('1 to %d volumes can be cast through at once, got %d' % (MAX_VOLUMES, len(semantics)))
+        raise ValueError(f'1 to {MAX_VOLUMES} volumes can be cast through at once, got {len(semantics)}')
     shape = tuple(semantics[0].shape)
     if len(shape) != 3 or 0 in shape or any(tuple(volume.shape) != shape for volume in semantics):
         raise ValueError(
-            'semantics must be volumes [X, Y, Z] of one shape, not empty; got %s'
-            % [tuple(volume.shape) for volume in semantics]
+            'semantics must be volumes [X, Y, Z] of one shape, not empty; got '
+            f'{[tuple(volume.shape) for volume in semantics]}'
         )
     if instances is not None and [tuple(volume.shape) for volume in instances] != [shape] * len(semantics):
         raise ValueError(
@@ -164,7 +164,7 @@ def _to_numpy(value):
 def _check_rays(rays, total):
     rays = np.array(rays, dtype=np.int32)
     if rays.ndim != 1 or (len(rays) and not (rays.min() >= 0 and rays.max() < total)):
-        raise ValueError('rays must be a list of indices in 0..%d' % (total - 1))
+        raise ValueError(f'rays must be a list of indices in 0..{total - 1}')
     return rays
 
 

@@ -25,7 +25,7 @@ def keyframe(token, seconds, x=0.0, yaw=0.0, **extra):
 
 
 def drive(name, begin, count, speed=2.0, **extra):
-    return [keyframe('%s%d' % (name, i), begin + 0.5 * i, speed * i, **extra) for i in range(count)]
+    return [keyframe(f'{name}{i}', begin + 0.5 * i, speed * i, **extra) for i in range(count)]
 
 
 def tokens(infos, scenes):

@@ -35,14 +35,14 @@ def test_any_number_of_processes_learns_the_same_and_scores_the_same(workshop):
     workshop.train(*DETERMINISTIC, work_dir='p1')
     workshop.validate(validation('p1'))
     for count in (2, 3):
-        name = 'p%d' % count
+        name = f'p{count}'
         status, text = workshop.launch(
             ['train'] + workshop.arguments(*DETERMINISTIC, work_dir=name), ['val'] + validation(name), processes=count
         )
         assert status == 0, text
         # float32 sums in another order, carried along for nine steps
         assert workshop.curve(name) == pytest.approx(workshop.curve('p1'), rel=1e-4)
-        assert 'x %d processes' % count in workshop.log(name)
+        assert f'x {count} processes' in workshop.log(name)
         assert text.count('training is complete') == 1  # the main process alone tells
         assert check_scores(name) == check_scores('p1')
 
@@ -90,4 +90,4 @@ def test_sigterm_to_torchrun_saves_once_and_leaves(workshop):
         run.send_signal(signal.SIGTERM)
     text = run.communicate(timeout=60)[0]
     assert run.returncode != 0 and text.count('stopped by SIGTERM after iteration') == 1, text
-    assert [n for n in workshop.files() if n.startswith('iter_')] == ['iter_%d.pth' % max(workshop.records())]
+    assert [n for n in workshop.files() if n.startswith('iter_')] == [f'iter_{max(workshop.records())}.pth']

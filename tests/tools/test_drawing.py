@@ -78,6 +78,6 @@ def test_figure_of_any_number_of_cameras_and_volumes(count, cameras):
     semantics[:, :, 0], semantics[8:10, 3:5, 1] = 11, 4
     instances = (semantics == 4).astype(np.int16)
     images = {name: np.zeros((90, 160, 3), np.uint8) for name in task.cameras[:cameras]}
-    volumes = [Volume('v%d' % i, semantics, instances if i else None) for i in range(count)]
+    volumes = [Volume(f'v{i}', semantics, instances if i else None) for i in range(count)]
     image = draw_figure(task, volumes, images, 'title')
     assert image.dtype == np.uint8 and image.shape[1:] == (1600, 3)

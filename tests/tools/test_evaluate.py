@@ -23,7 +23,7 @@ class SmallDataset:
         return 3
 
     def sample_token(self, index):
-        return 'token%d' % index
+        return f'token{index}'
 
     def ground_truth(self, index):
         rng = np.random.default_rng(index)
@@ -49,7 +49,7 @@ def predictions(tmp_path):
     for index in range(3):
         folder = tmp_path / 'scene' if index == 1 else tmp_path
         prediction = sparse(dataset.ground_truth(index)['semantics'], 17)
-        save_prediction(folder / ('token%d.npz' % index), prediction)
+        save_prediction(folder / (f'token{index}.npz'), prediction)
     return tmp_path
 
 

@@ -551,7 +551,7 @@ def test_scene_names_are_those_of_the_splits():
     [(11, 'both', 'v1.0-mini'), (3, 'val', 'v1.0-mini'), (2, 'train', 'v1.0-test'), (2000, 'both', None)],
 )
 def test_too_many_scenes_are_refused(count, split, version):
-    with pytest.raises(UserError, match='--scenes %d' % count):
+    with pytest.raises(UserError, match=f'--scenes {count}'):
         plan_scenes(count, split, version)
 
 

@@ -167,4 +167,4 @@ def _legend(draw, task, volumes, left):
         draw.rectangle((left, top + 3, left + 30, top + round(step) - 4), fill=colour)
         draw.text((left + 42, top + 2), name, fill=_INK, font=_font(15))
         for x, count in zip(columns, counts):
-            draw.text((x, top + 2), '%d' % count[i], fill=_INK, font=_font(15), anchor='ra')
+            draw.text((x, top + 2), f'{count[i]}', fill=_INK, font=_font(15), anchor='ra')
