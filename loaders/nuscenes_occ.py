@@ -192,7 +192,8 @@ class NuSceneOcc(torch.utils.data.Dataset):
     def used_positions(self) -> List[int]:
         """Indices into ``infos`` of the samples' keyframes and of those their histories reach, ascending."""
         used = set()
-        for position in self._samples:
+        for sample in self._samples:
+            position: Optional[int] = sample
             for _ in range(self.task.num_frames):
                 if position is None:
                     break

@@ -73,8 +73,8 @@ def table(rows) -> str:
     for quantity, found in groups.items():
         worst, file = max(found, key=lambda entry: entry[0].value)
         where = f'{file}, `{worst.name}`' if worst.value > 0 else ''
-        cells = (quantity, len(found), worst.value, where, worst.tolerance, _UNITS.get(quantity, 'relative'))
-        lines.append('| %s | %d | %.2g | %s | %g | %s |' % cells)
+        limit = f'{worst.tolerance:g} | {_UNITS.get(quantity, "relative")}'
+        lines.append(f'| {quantity} | {len(found)} | {worst.value:.2g} | {where} | {limit} |')
     return '\n'.join(lines) + '\n'
 
 

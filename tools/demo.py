@@ -44,7 +44,8 @@ def parse_args(argv=None):
 
 def clock(seconds: float) -> str:
     """12:34 of a number of seconds."""
-    return '%d:%02d' % divmod(int(seconds), 60)
+    minutes, rest = divmod(int(seconds), 60)
+    return f'{minutes}:{rest:02}'
 
 
 @dataclass

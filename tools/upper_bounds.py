@@ -83,8 +83,7 @@ def model_of(args, cfg, task):
 
 def batches(cfg, dataset, device):
     """Batches of one sample each, on the device."""
-    from lib.run.loading import to_device
-    from lib.run.loading import make_loader, read_batches
+    from lib.run.loading import make_loader, read_batches, to_device
     from loaders import collate
 
     order = [[index] for index in range(len(dataset))]

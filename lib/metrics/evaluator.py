@@ -5,7 +5,7 @@ gives the same bits. X, Y, Z: the task's grid; O origins.
 """
 
 from dataclasses import dataclass
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -95,7 +95,7 @@ class OccEvaluator:
         """
         truth = self._volume(ground_truth, 'semantics', key, 'the label', 255)
         predicted = self._volume(prediction, 'semantics', key, 'the prediction', self.task.label_set.free_id)
-        stats = dict(key=key, occupied=int((predicted != self.task.label_set.free_id).sum()))
+        stats: Dict[str, Any] = dict(key=key, occupied=int((predicted != self.task.label_set.free_id).sum()))
         if 'ray_iou' in self.metrics or 'ray_pq' in self.metrics:
             stats.update(self._count_rays(truth, predicted, prediction, ground_truth, origins, key))
         if 'miou' in self.metrics:
@@ -123,7 +123,7 @@ class OccEvaluator:
             raise ValueError(
                 f'{len(keys) - len(set(keys))} samples are counted twice; every sample must be evaluated once'
             )
-        scores = {}
+        scores: Dict[str, Any] = {}
         if 'ray_iou' in self.metrics:
             scores.update(ray_iou=ray_iou([part.rays for part in stats]))
         if 'ray_pq' in self.metrics:
@@ -195,8 +195,8 @@ class OccEvaluator:
             )
         if tuple(volume.shape) != self.task.grid_shape:
             raise DataError(
-                f'{where}: {name!r} has shape {list(volume.shape)}, but the task grid is {list(self.task.grid_shape)}; check task.point_cloud_range and '
-                'task.voxel_size'
+                f'{where}: {name!r} has shape {list(volume.shape)}, but the task grid is {list(self.task.grid_shape)}; '
+                'check task.point_cloud_range and task.voxel_size'
             )
         lowest, top = int(volume.min()), int(volume.max())
         if lowest < 0 or top > highest:

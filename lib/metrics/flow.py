@@ -109,8 +109,8 @@ class OccScore:
         lines = [row[0].ljust(width) + ''.join(cell.rjust(11) for cell in row[1:]) for row in rows]
         rule = '-' * len(lines[0])
         scores = [f'RayIoU {_text(totals["RayIoU"], 100)}']
-        for variant, errors in zip(VARIANTS, ('velocity errors of true positives', 'velocity errors of all rays')):
-            scores.append(f'Occ Score {_text(totals[f"OccScore_{variant}"], 100)} ({errors})')
+        for variant, which in zip(VARIANTS, ('velocity errors of true positives', 'velocity errors of all rays')):
+            scores.append(f'Occ Score {_text(totals[f"OccScore_{variant}"], 100)} ({which})')
         notes = [f'{self.num_samples} samples; RayIoU and Occ Score in percent, AVE in m/s; - : not there']
         return '\n'.join([lines[0], rule] + lines[1:-1] + [rule, lines[-1]] + scores + notes)
 

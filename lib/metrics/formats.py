@@ -111,9 +111,9 @@ def recognise(names: Sequence[str], where: str) -> PredictionForm:
         raise DataError(
             f'{where} holds no prediction (its arrays: {found}); name the class ids [X, Y, Z] pred, arr_0 or semantics'
         )
-    rivals = [two for two in (classed, counted, ['arr_0', 'arr_1'] * ('arr_1' in names)) if len(two) > 1]
-    if rivals:
-        raise DataError(f'{where} holds both {rivals[0][0]!r} and {rivals[0][1]!r}; save the one that is to be scored')
+    pairs = [two for two in (classed, counted, ['arr_0', 'arr_1'] * ('arr_1' in names)) if len(two) > 1]
+    if pairs:
+        raise DataError(f'{where} holds both {pairs[0][0]!r} and {pairs[0][1]!r}; save the one that is to be scored')
     return PredictionForm('.npz', classed[0], ''.join(counted), flow)
 
 

@@ -126,7 +126,8 @@ def _check(semantics, origins, directions, point_cloud_range, voxel_size, instan
         )
     if instances is not None and [tuple(volume.shape) for volume in instances] != [shape] * len(semantics):
         raise ValueError(
-            f'instances have shapes {[tuple(volume.shape) for volume in instances]}, semantics {[shape] * len(semantics)}; they must be equal'
+            f'instances have shapes {[tuple(volume.shape) for volume in instances]}, semantics '
+            f'{[shape] * len(semantics)}; they must be equal'
         )
     for name, points in (('origins', origins), ('directions', directions)):
         if len(points.shape) != 2 or points.shape[1] != 3:

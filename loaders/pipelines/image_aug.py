@@ -97,7 +97,7 @@ class RandomTransformImage:
 
     def __call__(self, sample: Dict) -> Dict:
         training = not sample['test_mode'] if self.training is None else self.training
-        zoom, shift, mirror = sample['rng'].random(3) if training else (None, None, None)
+        zoom, shift, mirror = sample['rng'].random(3) if training else (0.0, 0.0, 0.0)
         mirror = bool(training and self.rand_flip and mirror < 0.5)
         transforms = {}
         for image in sample['img']:

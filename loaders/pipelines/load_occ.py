@@ -56,7 +56,7 @@ def make_targets(semantics: np.ndarray, instances: Optional[np.ndarray], task: T
     segments = classes << 32
     if task.panoptic:
         is_thing = np.isin(classes, task.label_set.thing_ids)
-        segments += np.where(is_thing, instances[counted].astype(np.int64), 0)
+        segments += np.where(is_thing, np.asarray(instances)[counted].astype(np.int64), 0)
     keys, position, sizes = np.unique(segments, return_inverse=True, return_counts=True)
     kept = np.sort(np.argsort(-sizes, kind='stable')[:MAX_INSTANCES])
     target_of = np.full(len(keys), NO_INSTANCE, dtype=np.uint8)

@@ -42,8 +42,9 @@ def test_configs_know_nothing_of_runs():
 def test_importing_the_detector_and_the_data_sets_changes_no_limits_or_signals():
     code = (
         'import resource, signal, random, torch, numpy\n'
-        'def state(): return (resource.getrlimit(resource.RLIMIT_NOFILE), torch.get_num_threads(), torch.initial_seed(),'
-        ' torch.multiprocessing.get_sharing_strategy(), random.getstate(), str(numpy.random.get_state()),'
+        'def state(): return (resource.getrlimit(resource.RLIMIT_NOFILE), torch.get_num_threads(),'
+        ' torch.initial_seed(), torch.multiprocessing.get_sharing_strategy(), random.getstate(),'
+        ' str(numpy.random.get_state()),'
         ' [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],'
         ' torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32)\n'
         'before = state()\n'

@@ -496,7 +496,8 @@ from lib.metrics import OccEvaluator
 from lib.metrics.origins import scene_ray_origins
 from lib.metrics.formats import open_predictions
 from lib.task import Task
-evaluator = OccEvaluator(Task(label_set='occ3d', point_cloud_range=(-2, -2, -1, 2, 2, 1)), ('ray_iou', 'ray_pq', 'miou'))
+task = Task(label_set='occ3d', point_cloud_range=(-2, -2, -1, 2, 2, 1))
+evaluator = OccEvaluator(task, ('ray_iou', 'ray_pq', 'miou'))
 volumes = dict(semantics=np.full((10, 10, 5), 4, np.uint8), instances=np.ones((10, 10, 5), np.int16))
 assert evaluator.summarize([evaluator.process(volumes, volumes, np.zeros((1, 3)))]).as_dict()['RayIoU'] == 1.0
 standard = set(sys.stdlib_module_names) | set(sys.builtin_module_names)

@@ -454,7 +454,7 @@ def test_same_seed_same_bytes(tmp_path):
     one, two = make(tmp_path / 'one', workers=1, **options), make(tmp_path / 'two', workers=2, **options)
     other = make(tmp_path / 'other', seed=SEED + 1, workers=1, **options)
     assert digest(one) == digest(two) and len(digest(one)) > 70
-    assert not set(digest(one).values()) & set(v for k, v in digest(other).items() if k.endswith('.jpg'))
+    assert not set(digest(one).values()) & {v for k, v in digest(other).items() if k.endswith('.jpg')}
 
 
 class Killed(Exception):
@@ -628,7 +628,7 @@ def no_hills():
 def test_rays_end_on_the_surface_of_shapes():
     """Each kind of shape: just before the hit a ray is outside, just after it inside; a miss never enters."""
     rng = np.random.default_rng(4)
-    for i in range(40):
+    for _ in range(40):
         table = random_shapes(rng, 1, 8.0)
         rays = table.centre[0] + rng.uniform(-1, 1, (200, 3)) * table.radius[0]
         rays /= np.linalg.norm(rays, axis=1, keepdims=True)
