@@ -18,21 +18,10 @@ from lib import extension  # noqa: E402
 
 # Extension module -> its sources, relative to this folder. Headers count as dependencies.
 OPERATORS = {
-    '_adaptive_mixing': ['adaptive_mixing/bindings.cpp', 'adaptive_mixing/adaptive_mixing.cu'],
-    '_distance_attention': ['distance_attention/bindings.cpp', 'distance_attention/distance_attention.cu'],
-    '_msmv_sampling': ['msmv_sampling/bindings.cpp', 'msmv_sampling/msmv_sampling.cu'],
+    f'_{name}': [f'{name}/bindings.cpp', f'{name}/{name}.cu']
+    for name in ('adaptive_mixing', 'distance_attention', 'msmv_sampling')
 }
-HEADERS = [
-    'include/device.h',
-    'adaptive_mixing/adaptive_mixing.h',
-    'adaptive_mixing/mixing_kernels.h',
-    'adaptive_mixing/tensor_core_mixing.h',
-    'distance_attention/distance_attention.h',
-    'distance_attention/attention_kernels.h',
-    'msmv_sampling/msmv_sampling.h',
-    'msmv_sampling/sampling_kernels.h',
-    'msmv_sampling/sampling_math.h',
-]
+HEADERS = sorted(path.relative_to(HERE).as_posix() for path in HERE.rglob('*.h'))
 
 
 def cuda_extensions(package='', folder=''):

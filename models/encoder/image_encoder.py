@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from models.csrc.msmv_sampling import select_frames
 from models.cuda_graph import GraphedFunction
 from models.encoder.feature_cache import FeatureCache
-from models.encoder.fused_fpn import can_fuse_neck, run_neck
-from models.encoder.fused_resnet import FusedResNet, can_fuse
+from models.encoder.fused import FusedResNet, can_fuse_backbone, can_fuse_neck, run_neck
 from models.encoder.image_input import ImageInput
 from models.torch_compat import autocast_dtype
 
@@ -66,7 +65,7 @@ class ImageEncoder:
         self.image_input, self.backbone, self.neck = image_input, backbone, neck
         self.num_cameras, self.fuse = num_cameras, fuse
         self.cache = FeatureCache(capacity=num_frames)
-        self._fused_backbone = FusedResNet(backbone) if fuse and can_fuse(backbone) else None
+        self._fused_backbone = FusedResNet(backbone) if fuse and can_fuse_backbone(backbone) else None
         self._graphed = GraphedFunction(self._encode, state=self._backbone_version)
         for part in (backbone, neck):  # the layout that the sampling reads
             part.to(memory_format=torch.channels_last)

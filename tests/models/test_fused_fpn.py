@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.encoder.fused_fpn import add_enlarged, can_fuse_neck, run_neck  # before mmdet: makes it importable
+from models.encoder.fused import add_enlarged, can_fuse_neck, run_neck  # before mmdet: makes it importable
 
 from mmdet.models.builder import build_neck  # isort: skip
 

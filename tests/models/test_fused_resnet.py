@@ -13,7 +13,7 @@ from small_model import small_batch, small_model, small_task
 from torch import nn
 
 from lib.run.loading import to_device
-from models.encoder.fused_resnet import FusedResNet, can_fuse  # before mmdet: makes it importable
+from models.encoder.fused import FusedResNet, can_fuse_backbone  # before mmdet: makes it importable
 
 from mmdet.models.builder import build_backbone  # isort: skip
 
@@ -188,10 +188,10 @@ def test_a_model_with_it_can_be_stored(tmp_path):
     ],
 )
 def test_other_backbones_run_as_they_are(options):
-    assert can_fuse(make_resnet(50))
+    assert can_fuse_backbone(make_resnet(50))
     torch.manual_seed(0)
-    assert not can_fuse(build_backbone(dict(type='ResNet', depth=50, **options)))
-    assert not can_fuse(build_backbone(dict(type='ResNeXt', depth=50, groups=32, base_width=4)))
+    assert not can_fuse_backbone(build_backbone(dict(type='ResNet', depth=50, **options)))
+    assert not can_fuse_backbone(build_backbone(dict(type='ResNeXt', depth=50, groups=32, base_width=4)))
 
 
 def test_on_the_cpu_the_modules_run():

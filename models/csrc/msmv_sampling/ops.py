@@ -22,11 +22,6 @@ MAX_KERNEL_LEVELS = 16
 FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def extension_available() -> bool:
-    """Whether the compiled kernels can run on the current CUDA device."""
-    return torch.cuda.is_available() and find_kernels('_msmv_sampling', torch.device('cuda')) is not None
-
-
 def sample_multi_view(
     features: Sequence[Tensor],
     points: Tensor,
