@@ -101,16 +101,17 @@ class OccScore:
         columns = [f'RayIoU@{at:g}' for at in THRESHOLDS] + ['AVE, TP', 'AVE, all']
         rows = [[''] + columns]
         for position, name in enumerate(self.class_names):
-            errors = [_text(row[position], 1) for row in self.velocity_error]
-            rows.append([name] + [_text(row[position], 100) for row in self.ray_iou] + errors)
+            rays = [_text(row[position], 100) for row in self.ray_iou]
+            rows.append([name] + rays + [_text(row[position], 1) for row in self.velocity_error])
         means = [_text(totals[f'RayIoU@{at:g}'], 100) for at in THRESHOLDS]
         rows.append(['mean'] + means + [_text(totals[f'mAVE_{variant}'], 1) for variant in VARIANTS])
         width = max(len(row[0]) for row in rows)
         lines = [row[0].ljust(width) + ''.join(cell.rjust(11) for cell in row[1:]) for row in rows]
         rule = '-' * len(lines[0])
         scores = [f'RayIoU {_text(totals["RayIoU"], 100)}']
-        for variant, which in zip(VARIANTS, ('velocity errors of true positives', 'velocity errors of all rays')):
-            scores.append(f'Occ Score {_text(totals[f"OccScore_{variant}"], 100)} ({which})')
+        for variant in VARIANTS:
+            of = variant.replace('_', ' ')
+            scores.append(f'Occ Score {_text(totals[f"OccScore_{variant}"], 100)} (velocity errors of {of})')
         notes = [f'{self.num_samples} samples; RayIoU and Occ Score in percent, AVE in m/s; - : not there']
         return '\n'.join([lines[0], rule] + lines[1:-1] + [rule, lines[-1]] + scores + notes)
 
