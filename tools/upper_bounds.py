@@ -8,26 +8,20 @@ stage of the voxel decoder keeps: the fullest ones, as many as ``topk_testing`` 
 those that the trained model keeps. What is cut away counts as free.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import check_files, make_parser, run_main  # noqa: E402
 
 _SCALES = (4, 2, 1)  # voxels per edge of the blocks that the stages keep
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--config', required=True)
-    parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE')
+    parser = make_parser(__doc__, 'config', 'override', 'max-samples', 'device', 'amp', 'tf32', 'trust-weights')
     parser.add_argument('--weights', help='cut to what this checkpoint keeps; default: to the fullest blocks')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), help='of the model (default: cuda if there is one)')
-    parser.add_argument('--max-samples', type=int, help='score this many validation samples only')
     parser.add_argument('--json', help='write the scores to this file as well')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
 
 
@@ -72,15 +66,6 @@ def cuts(truth, kept, free_id):
     return found
 
 
-def model_of(args, cfg, task):
-    """(model, batches) if there are weights."""
-    from lib.run.processes import pick_device
-    from tools.infer import load_model
-
-    args.amp, args.trust_weights = None, False
-    return load_model(args, cfg, task, pick_device(args.device))
-
-
 def batches(cfg, dataset, device):
     """Batches of one sample each, on the device."""
     from lib.run.loading import make_loader, read_batches, to_device
@@ -93,21 +78,28 @@ def batches(cfg, dataset, device):
 
 def main():
     args = parse_args()
+    check_files(args.config, None, args.weights)
     import numpy as np
     import torch
 
     from lib.config import load_config
     from lib.io import write_json
     from lib.metrics import OccEvaluator
-    from lib.task import Task
+    from lib.run import read_task
+    from lib.run.evaluation import load_for_inference
+    from lib.run.processes import pick_device
     from loaders import build_dataset
+    from models import build_model
 
     cfg = load_config(args.config, args.override)
-    task = Task.from_config(cfg.task)
+    task = read_task(cfg)
     dataset = build_dataset(dict(cfg.data.val, max_samples=args.max_samples), task)
     free_id, topk = task.label_set.free_id, cfg.model.pts_bbox_head.transformer.topk_testing
-    model = model_of(args, cfg, task) if args.weights else None
-    stream = batches(cfg, dataset, next(model.parameters()).device) if model else None
+    model = stream = None
+    if args.weights:
+        device = pick_device(args.device)
+        model, _ = load_for_inference(build_model, cfg, task, args, device)
+        stream = batches(cfg, dataset, device)
     stats = {}
     for index in range(len(dataset)):
         truth = dataset.ground_truth(index)
