@@ -27,6 +27,8 @@ RUN_BY = {
     'tools/make_toy_nuscenes.py': 'tests/conftest.py',
     'tools/check_data.py': 'tests/loaders/test_preflight.py',
     'tools/check_env.py': 'tests/test_env.py',
+    'tools/baseline.py': 'tests/tools/test_toybench.py',
+    'tools/upper_bounds.py': 'tests/tools/test_toybench.py',
     'tools/evaluate.py': 'tests/tools/test_evaluate.py',
     'tools/infer.py': 'tests/tools/test_visualize_infer.py',
     'tools/visualize.py': 'tests/tools/test_visualize_infer.py',
