@@ -18,7 +18,7 @@ data = dict(
         ]
     )
 )
-train = dict(amp='bf16')
+train = dict(amp='bf16', cudnn_benchmark=True)
 evaluation = dict(metrics=['ray_iou', 'miou'])
 optimizer = dict(lr=1e-3)
 runner = dict(max_iters=2400)  # 19 passes over the training set
