@@ -60,6 +60,11 @@ _CANNOT_WRITE = frozenset(
 )
 
 
+def expand_path(path: PathLike) -> str:
+    """The path with ``~`` and ``$VARIABLES`` replaced; an unknown variable stays as it is."""
+    return os.path.expandvars(os.path.expanduser(os.fspath(path)))
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
     """Builds plain containers and numpy arrays; refuses every other class or function a pickle names."""
 

@@ -4,29 +4,35 @@
 t = t_sensor2ego · R_ego2global^T + t_ego2global.
 """
 
-from typing import Dict, List
+from typing import Dict, Iterable, List
 
 import numpy as np
 
 from lib.geometry import invert_rigid, pose_to_matrix, quaternion_to_matrix
+from lib.infos import ego_from_lidar, global_from_ego
+from lib.task import NUSCENES_CAMERAS
 
 from ..history import SWEEPS_PER_KEYFRAME
 
 # What published info files record; the data root of the config wins over it.
 RECORDED_ROOT = 'data/nuscenes/'
+_AT_EGO = dict(translation=[0.0, 0.0, 0.0], rotation=[1.0, 0.0, 0.0, 0.0])
 _DROPPED = ('sensor2ego_translation', 'sensor2ego_rotation', 'ego2global_translation', 'ego2global_rotation')
 
 
 def keyframe_info(nusc, sample: Dict) -> Dict:
     """Calibration, poses and boxes of one ``sample`` record, without sweeps.
 
-    Boxes are (x, y, z, l, w, h, yaw) in LIDAR_TOP: z at the centre, yaw about +z.
+    Boxes are (x, y, z, l, w, h, yaw) in LIDAR_TOP: z at the centre, yaw about +z. Tables without LIDAR_TOP give a
+    made-up one at the origin of the ego frame.
     """
-    lidar = nusc.get('sample_data', sample['data']['LIDAR_TOP'])
-    calibration = nusc.get('calibrated_sensor', lidar['calibrated_sensor_token'])
+    names = camera_order(name for name in sample['data'] if name.startswith('CAM'))
+    lidar = nusc.get('sample_data', sample['data'].get('LIDAR_TOP') or sample['data'][names[0]])
+    has_lidar = 'LIDAR_TOP' in sample['data']
+    calibration = nusc.get('calibrated_sensor', lidar['calibrated_sensor_token']) if has_lidar else _AT_EGO
     pose = nusc.get('ego_pose', lidar['ego_pose_token'])
     info = dict(
-        lidar_path=RECORDED_ROOT + lidar['filename'],
+        lidar_path=RECORDED_ROOT + lidar['filename'] if has_lidar else '',
         token=sample['token'],
         lidar2ego_translation=calibration['translation'],
         lidar2ego_rotation=calibration['rotation'],
@@ -34,14 +40,31 @@ def keyframe_info(nusc, sample: Dict) -> Dict:
         ego2global_rotation=pose['rotation'],
         timestamp=sample['timestamp'],
     )
-    lidar_from_global = invert_rigid(_global_from_sensor(nusc, lidar))
+    lidar_from_global = invert_rigid(global_from_ego(info) @ ego_from_lidar(info))
     info['cams'] = {
-        name: _camera(nusc, nusc.get('sample_data', token), lidar_from_global)
-        for name, token in sample['data'].items()
-        if name.startswith('CAM')
+        name: _camera(nusc, nusc.get('sample_data', sample['data'][name]), lidar_from_global) for name in names
     }
-    info.update(_boxes(nusc, sample, lidar['token'], lidar_from_global))
+    if sample['anns']:  # the test split has no annotations
+        boxes = nusc.get_sample_data(lidar['token'])[1] if has_lidar else _boxes_in_ego(nusc, sample, pose)
+        info.update(_annotations(nusc, boxes, lidar_from_global))
     return info
+
+
+def camera_order(names: Iterable[str]) -> List[str]:
+    """nuScenes' cameras in the order that published loaders take from the file, then others as they come."""
+    rank = {name: number for number, name in enumerate(NUSCENES_CAMERAS)}
+    return sorted(names, key=lambda name: rank.get(name, len(rank)))
+
+
+def _boxes_in_ego(nusc, sample, pose) -> List:
+    """The devkit's boxes of a keyframe without LIDAR_TOP, in ego."""
+    from pyquaternion import Quaternion
+
+    boxes = [nusc.get_box(token) for token in sample['anns']]
+    for box in boxes:
+        box.translate(-np.array(pose['translation']))
+        box.rotate(Quaternion(pose['rotation']).inverse)
+    return boxes
 
 
 def _global_from_sensor(nusc, record):
@@ -63,12 +86,10 @@ def _camera(nusc, record, lidar_from_global):
     )
 
 
-def _boxes(nusc, sample, lidar_token, lidar_from_global):
-    if not sample['anns']:  # the test split has no annotations
-        return {}
+def _annotations(nusc, boxes, lidar_from_global) -> Dict:
+    """What an info holds of the devkit's boxes in LIDAR_TOP."""
     from nuscenes.eval.detection.utils import category_to_detection_name
 
-    _, boxes, _ = nusc.get_sample_data(lidar_token)
     annotations = [nusc.get('sample_annotation', box.token) for box in boxes]
     velocities = np.array([nusc.box_velocity(box.token) for box in boxes]) @ lidar_from_global[:3, :3].T
     rows = [np.concatenate([box.center, box.wlh[[1, 0, 2]], box.orientation.yaw_pitch_roll[:1]]) for box in boxes]
@@ -103,8 +124,8 @@ def add_camera_sweeps(nusc, info: Dict) -> Dict:
     """The info with global poses in ``cams`` and camera sweeps in ``sweeps``; the argument stays as it is."""
     sample = nusc.get('sample', info['token'])
     scene = nusc.get('scene', sample['scene_token'])
-    records = {name: nusc.get('sample_data', sample['data'][name]) for name in info['cams']}
-    cams = {name: _complete(entry, camera_entry(nusc, records[name])) for name, entry in info['cams'].items()}
+    records = {name: nusc.get('sample_data', sample['data'][name]) for name in camera_order(info['cams'])}
+    cams = {name: _complete(info['cams'][name], camera_entry(nusc, record)) for name, record in records.items()}
     sweeps = [] if sample['prev'] == '' else _collect_sweeps(nusc, records, cams)
     return dict(info, cams=cams, sweeps=sweeps, scene_token=scene['token'], scene_name=scene['name'])
 

@@ -1,7 +1,7 @@
 """Info files with camera sweeps for every split of a nuScenes version."""
 
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from lib.errors import DataError
 from lib.infos import load_infos
@@ -10,7 +10,7 @@ from lib.io import save_pickle
 from .instances import with_length_first
 from .keyframe_infos import add_camera_sweeps, keyframe_info
 from .parallel import parallel_map
-from .tables import open_tables, split_of_scenes
+from .tables import choose_scenes, open_tables, split_of_scenes
 
 SWEEP_FILE = 'nuscenes_infos_{}_sweep.pkl'
 MMDET3D_FILE = 'nuscenes_infos_{}.pkl'
@@ -30,8 +30,34 @@ class WrittenInfos(NamedTuple):
     keyframes: int
 
 
+class Choice(NamedTuple):
+    """What is written, and where it may replace files.
+
+    Attributes:
+        scenes: names of the scenes taken; None = all.
+        only_present: leave scenes out of which an image does not exist.
+        prefix: what the files' names begin with.
+        overwrite: replace files of another version, and files with more keyframes by some scenes.
+    """
+
+    scenes: Optional[Sequence[str]] = None
+    only_present: bool = False
+    prefix: str = ''
+    overwrite: bool = False
+
+    @property
+    def limited(self) -> bool:
+        """Not all scenes of the tables are wanted."""
+        return self.scenes is not None or self.only_present
+
+
 def write_sweep_infos(
-    data_root, version: str, out_dir, from_infos: Optional[str] = None, processes: Optional[int] = None
+    data_root,
+    version: str,
+    out_dir,
+    from_infos: Optional[str] = None,
+    processes: Optional[int] = None,
+    choice: Optional[Choice] = None,
 ) -> List[WrittenInfos]:
     """Write ``nuscenes_infos_{train,val,test}_sweep.pkl`` for the splits that the version has.
 
@@ -42,19 +68,56 @@ def write_sweep_infos(
         from_infos: folder of MMDetection3D 1.0's ``nuscenes_infos_{split}.pkl`` to extend; None makes the
             infos from the tables alone.
         processes: worker processes; None = all cores.
+        choice: which scenes, and under which names; None = all, the usual ones.
+
+    Raises:
+        DataError: missing or damaged tables, unknown scenes, or a file that would be lost.
     """
+    choice = choice or Choice()
     nusc = open_tables(data_root, version)
+    splits = choose_scenes(nusc, split_of_scenes(nusc), choice)
+    paths = {split: Path(out_dir, choice.prefix + SWEEP_FILE.format(split)) for split in splits}
+    for split, path in paths.items():
+        _check_replaced(path, version, sum(scene['nbr_samples'] for scene in splits[split]), choice)
     written = []
-    for split, scenes in sorted(split_of_scenes(nusc).items()):
+    for split, scenes in sorted(splits.items()):
         if from_infos is None:
             infos = _from_tables(nusc, scenes, split, processes)
         else:
             infos = _extended(nusc, Path(from_infos, MMDET3D_FILE.format(split)), split, processes)
+            kept = {scene['token'] for scene in scenes}
+            infos = [info for info in infos if info['scene_token'] in kept or not choice.limited]
         infos.sort(key=lambda info: info['timestamp'])
-        path = Path(out_dir, SWEEP_FILE.format(split))
-        save_pickle(path, dict(infos=infos, metadata=dict(version=version)))
-        written.append(WrittenInfos(path, len({info['scene_token'] for info in infos}), len(infos)))
+        _note_missing_cameras(infos, split)
+        save_pickle(paths[split], dict(infos=infos, metadata=dict(version=version)))
+        written.append(WrittenInfos(paths[split], len({info['scene_token'] for info in infos}), len(infos)))
     return written
+
+
+def _check_replaced(path, version, keyframes, choice) -> None:
+    """Raise DataError where a file would be lost that this run does not make anew."""
+    if choice.overwrite or not path.is_file():
+        return
+    try:
+        there = load_infos(path)
+    except DataError:
+        return  # nothing of worth
+    remedy = 'give --out-prefix (e.g. --out-prefix mini_) or another --out, or --overwrite to replace it'
+    if there.version != version:
+        raise DataError(f'{path} holds infos of version {there.version or "unknown"}, not {version}; {remedy}')
+    if choice.limited and len(there.infos) > keyframes:
+        raise DataError(f'{path} holds {len(there.infos)} keyframes, the chosen scenes have {keyframes}; {remedy}')
+
+
+def _note_missing_cameras(infos, split) -> None:
+    cameras = {name for info in infos for name in info['cams']}
+    partial = [info for info in infos if len(info['cams']) < len(cameras)]
+    if partial:
+        absent = ', '.join(sorted(cameras - set(partial[0]['cams'])))
+        print(
+            f'note: {len(partial)} of {len(infos)} keyframes of {split} lack a camera in the tables, the first: '
+            f'{partial[0]["token"]} ({absent}); they are used with allow_missing_cameras=True only'
+        )
 
 
 def _from_tables(nusc, scenes, split, processes):
@@ -64,10 +127,16 @@ def _from_tables(nusc, scenes, split, processes):
 
 def _scene_infos(nusc, scene) -> List[Dict]:
     infos, token = [], scene['first_sample_token']
-    while token:
-        sample = nusc.get('sample', token)
-        infos.append(add_camera_sweeps(nusc, keyframe_info(nusc, sample)))
-        token = sample['next']
+    try:
+        while token:
+            sample = nusc.get('sample', token)
+            infos.append(add_camera_sweeps(nusc, keyframe_info(nusc, sample)))
+            token = sample['next']
+    except KeyError as error:
+        raise DataError(
+            f'scene {scene["name"]}: the tables of {nusc.version} lack {error}, which keyframe {token} needs; unpack '
+            'the metadata of nuScenes again'
+        ) from error
     return infos
 
 

@@ -1,11 +1,13 @@
 """The nuScenes tables, and which scenes belong to which split."""
 
+import os
 from pathlib import Path
 from typing import Dict, List
 
 from lib.errors import DataError, UserError
 from lib.io import read_json
 from lib.openmmlab import prepare_openmmlab
+from lib.registry import did_you_mean
 
 _NEEDED = ('scene', 'sample', 'sample_data', 'ego_pose', 'calibrated_sensor', 'sensor')
 
@@ -59,6 +61,48 @@ def split_of_scenes(nusc) -> Dict[str, List[Dict]]:
             )
         scenes.setdefault(split_of[name], []).append(scene)
     return scenes
+
+
+def choose_scenes(nusc, splits: Dict[str, List[Dict]], choice) -> Dict[str, List[Dict]]:
+    """The splits with the scenes that are wanted; those that become empty are left out.
+
+    Args:
+        nusc: the tables.
+        splits: scene records by split.
+        choice: ``scenes`` and ``only_present`` of a ``Choice``.
+
+    Raises:
+        DataError: an unknown scene, or none is left.
+    """
+    names = [scene['name'] for scenes in splits.values() for scene in scenes]
+    for name in choice.scenes or ():
+        if name not in names:
+            raise DataError(f'--scenes: {nusc.version} has no scene {name!r}{did_you_mean(name, names)}')
+    absent = _absent_images(nusc) if choice.only_present else {}
+    chosen = {}
+    for split, scenes in splits.items():
+        wanted = [scene for scene in scenes if choice.scenes is None or scene['name'] in choice.scenes]
+        left_out = [scene['name'] for scene in wanted if scene['token'] in absent]
+        if left_out:
+            print(f'note: {len(left_out)} of {len(wanted)} scenes of {split} lack images: {", ".join(left_out)}')
+        chosen[split] = [scene for scene in wanted if scene['token'] not in absent]
+    if not any(chosen.values()):
+        example = next(iter(absent.values()), 'none')
+        raise DataError(f'{nusc.dataroot}: no scene is whole (missing: {example}, ...); check --data-root and --scenes')
+    return {split: scenes for split, scenes in chosen.items() if scenes}
+
+
+def _absent_images(nusc) -> Dict[str, str]:
+    """{scene token: an image of the scene that does not exist}."""
+    scene_of = {sample['token']: sample['scene_token'] for sample in nusc.sample}
+    absent: Dict[str, str] = {}
+    for record in nusc.sample_data:
+        scene = scene_of[record['sample_token']]
+        if record['channel'].startswith('CAM') and scene not in absent:
+            path = os.path.join(nusc.dataroot, record['filename'])
+            if not os.path.isfile(path):
+                absent[scene] = path
+    return absent
 
 
 def _official_splits(version):

@@ -1,7 +1,9 @@
 """gen_sweep_info: infos from the tables against pyquaternion and a second reading of the tables."""
 
 import copy
+import json
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -11,14 +13,15 @@ from pyquaternion import Quaternion
 
 from lib.cli import run_main
 from lib.errors import DataError, UserError
-from lib.infos import load_infos
+from lib.geometry import make_transform
+from lib.infos import CameraUse, ego_from_lidar, global_from_ego, load_infos
 from lib.io import load_pickle_safe, save_pickle
 from lib.task import NUSCENES_CAMERAS
 from loaders.history import History
 from loaders.infos import global_from_camera
 from loaders.prepare import keyframe_infos
 from loaders.prepare.parallel import parallel_map
-from loaders.prepare.sweep_infos import write_sweep_infos
+from loaders.prepare.sweep_infos import Choice, write_sweep_infos
 
 EXACT = dict(rtol=0, atol=1e-9)  # poses are hundreds of metres: double precision leaves 1e-13 relative
 
@@ -278,6 +281,118 @@ def test_without_recorded_sweeps_the_keyframe_is_repeated_and_history_stays_at_2
     times = [entry['CAM_FRONT']['timestamp'] for entry in entries]
     keys = [info['cams']['CAM_FRONT']['timestamp'] for info in infos]
     assert times == [keys[2]] * 5 + [keys[1]] * 6 + [keys[0]]
+
+
+def test_cameras_stand_in_the_order_that_published_loaders_take_from_the_file(tmp_path):
+    fake = FakeNuScenes(tmp_path, keyframes=2, scenes=SCENES[:1])
+    fake.tables['sample_data'].reverse()
+    fake.write()
+    write_sweep_infos(tmp_path, 'v1.0-mini', tmp_path, processes=1)
+    infos = load_infos(tmp_path / 'nuscenes_infos_train_sweep.pkl').infos
+    for frame in [infos[0]['cams'], infos[1]['cams']] + infos[1]['sweeps']:
+        assert tuple(frame) == NUSCENES_CAMERAS
+    for info in infos:
+        info['cams'] = dict(sorted(info['cams'].items()))
+    save_pickle(tmp_path / 'nuscenes_infos_train.pkl', dict(infos=infos, metadata={}))
+    write_sweep_infos(tmp_path, 'v1.0-mini', tmp_path, from_infos=tmp_path, processes=1)
+    extended = load_infos(tmp_path / 'nuscenes_infos_train_sweep.pkl').infos
+    assert all(tuple(frame) == NUSCENES_CAMERAS for frame in [extended[1]['cams']] + extended[1]['sweeps'])
+
+
+def test_tables_without_lidar_refer_to_ego(fake, infos, tmp_path):
+    bare = copy.deepcopy(fake)
+    bare.root = tmp_path
+    bare.tables['sample_data'] = [r for r in bare.tables['sample_data'] if '/LIDAR_TOP/' not in r['filename']]
+    bare.write()
+    write_sweep_infos(tmp_path, 'v1.0-mini', tmp_path, processes=1)
+    found = load_infos(tmp_path / 'nuscenes_infos_train_sweep.pkl', use=CameraUse(NUSCENES_CAMERAS)).infos
+    point = np.array([4.0, -3.0, 2.0, 1.0])
+    for info, whole in zip(found, infos):
+        assert info['lidar_path'] == '' and (ego_from_lidar(info) == np.eye(4)).all()
+        assert len(info['gt_boxes']) == len(whole['gt_boxes'])
+        centres = [global_from_ego(i) @ ego_from_lidar(i) @ np.append(i['gt_boxes'][0, :3], 1.0) for i in (info, whole)]
+        np.testing.assert_allclose(*centres, **EXACT)
+        for name in NUSCENES_CAMERAS:
+            to_global = global_from_ego(info) @ ego_from_lidar(info) @ np.linalg.inv(_to_camera(info['cams'][name]))
+            np.testing.assert_allclose(to_global @ point, global_from_camera(whole['cams'][name]) @ point, **EXACT)
+
+
+def _to_camera(entry):
+    return np.linalg.inv(make_transform(entry['sensor2lidar_rotation'], entry['sensor2lidar_translation']))
+
+
+@pytest.fixture
+def copied(fake, tmp_path):
+    shutil.copytree(str(fake.root), str(tmp_path / 'data'))
+    for path in (tmp_path / 'data').glob('*.pkl'):
+        path.unlink()
+    return tmp_path / 'data'
+
+
+def _write(root, **choice):
+    written = write_sweep_infos(root, 'v1.0-mini', root, processes=1, choice=Choice(**choice))
+    return {item.path.name: (item.scenes, item.keyframes) for item in written}
+
+
+def test_chosen_scenes_alone_are_written(copied):
+    assert _write(copied, scenes=[SCENES[1]]) == {'nuscenes_infos_train_sweep.pkl': (1, 3)}
+    with pytest.raises(DataError, match="--scenes: v1.0-mini has no scene 'scene-0554'; did you mean 'scene-0553'"):
+        _write(copied, scenes=['scene-0554'])
+
+
+def test_chosen_scenes_of_mmdetection3ds_infos(fake, infos, copied):
+    base = _as_mmdetection3d(fake, infos, dict(data_path='x.bin'))
+    save_pickle(copied / 'nuscenes_infos_train.pkl', dict(infos=base, metadata={}))
+    written = write_sweep_infos(
+        copied, 'v1.0-mini', copied, from_infos=copied, processes=1, choice=Choice(scenes=[SCENES[0]])
+    )
+    assert [(item.scenes, item.keyframes) for item in written] == [(1, 3)]
+
+
+@pytest.mark.parametrize('folder', ['samples', 'sweeps'])
+def test_scenes_that_lack_an_image_may_be_left_out(copied, folder, capsys):
+    next((copied / folder / 'CAM_BACK').glob('scene-0061*')).unlink()
+    assert _write(copied, only_present=True)['nuscenes_infos_train_sweep.pkl'] == (1, 3)
+    assert 'note: 1 of 2 scenes of train lack images: scene-0061' in capsys.readouterr().out
+    shutil.rmtree(str(copied / 'samples'))
+    with pytest.raises(DataError, match='no scene is whole.*samples'):
+        _write(copied, only_present=True)
+
+
+def test_files_of_other_versions_and_of_more_scenes_are_not_replaced(copied):
+    path = copied / 'nuscenes_infos_train_sweep.pkl'
+    _write(copied)
+    whole = path.read_bytes()
+    with pytest.raises(DataError, match=r'holds 6 keyframes, the chosen scenes have 3; give --out-prefix'):
+        _write(copied, scenes=[SCENES[0]])
+    content = load_pickle_safe(path)
+    content['metadata']['version'] = 'v1.0-trainval'
+    save_pickle(path, content)
+    with pytest.raises(DataError, match='train_sweep.pkl holds infos of version v1.0-trainval, not v1.0-mini.*prefix'):
+        _write(copied)
+    assert load_infos(path).version == 'v1.0-trainval'
+    assert _write(copied, scenes=[SCENES[0]], prefix='mini_') == {'mini_nuscenes_infos_train_sweep.pkl': (1, 3)}
+    _write(copied, overwrite=True)
+    assert path.read_bytes() == whole
+    _write(copied)  # the same again needs no word
+
+
+def test_keyframes_that_lack_a_camera_are_counted_and_refused_when_opened(copied, fake, capsys):
+    keyframe, sweep = (_records(fake, 'CAM_BACK', SCENES[0])[number] for number in (6, 8))
+    rows = [row for row in fake.tables['sample_data'] if row['token'] != keyframe['token']]
+    (copied / 'v1.0-mini' / 'sample_data.json').write_text(json.dumps(rows))
+    _write(copied)
+    assert 'note: 1 of 6 keyframes of train lack a camera in the tables, the first: sample-1 (CAM_BACK)' in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(DataError, match="keyframe sample-1 has no camera 'CAM_BACK'"):
+        load_infos(copied / 'nuscenes_infos_train_sweep.pkl', use=CameraUse(NUSCENES_CAMERAS))
+    rows = [row for row in rows if row['token'] != sweep['token']]
+    (copied / 'v1.0-mini' / 'sample_data.json').write_text(json.dumps(rows))
+    with pytest.raises(
+        DataError, match="scene scene-0061: the tables of v1.0-mini lack 'sample_data-.*keyframe sample-2"
+    ):
+        _write(copied)
 
 
 def test_any_version_with_splits_of_its_own(tmp_path):
