@@ -8,16 +8,14 @@ Needs the info files that gen_sweep_info.py writes. May be stopped and started a
 are kept.
 """
 
-import argparse
-
 from lib.classes import LABEL_SETS
-from lib.cli import run_main
+from lib.cli import make_parser, run_main
 from lib.errors import DataError
-from lib.task import Task
+from lib.task import OCC3D_RANGE, Task
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('--data-root', default='data/nuscenes', help='nuScenes folder (default: %(default)s)')
     parser.add_argument(
         '--version', default='v1.0-trainval', help='nuScenes version of the info files (default: %(default)s)'
@@ -35,7 +33,7 @@ def parse_args():
         '--point-cloud-range',
         nargs=6,
         type=float,
-        default=[-40.0, -40.0, -1.0, 40.0, 40.0, 5.4],
+        default=OCC3D_RANGE,
         metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'),
         help='volume of the labels, metres',
     )
@@ -48,7 +46,6 @@ def parse_args():
     )
     parser.add_argument('--overwrite', action='store_true', help='make files anew that are there already')
     parser.add_argument('--processes', type=int, help='worker processes (default: all cores)')
-    parser.add_argument('--debug', action='store_true', help='show tracebacks')
     return parser.parse_args()
 
 

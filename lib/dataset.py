@@ -4,9 +4,11 @@ Any class with these methods will do; none has to inherit from anything here. An
 project is one such class, registered and named in ``data.train.type`` and the like.
 """
 
-from typing import Any, Dict, Mapping, Protocol, Sequence
+from typing import Any, Dict, List, Mapping, Protocol, Sequence
 
 import numpy as np
+
+from .task import Task
 
 
 class Dataset(Protocol):
@@ -52,6 +54,7 @@ class CheckedDataset(ScoredDataset, Protocol):
     """A data set whose files can be looked at before long work.
 
     Attributes:
+        task: what is predicted, from which images.
         infos: what is known of each keyframe without opening its files; the samples are some of them.
         ann_file: where that comes from, for messages.
         version: name of the recordings, for messages; may be empty.
@@ -59,11 +62,12 @@ class CheckedDataset(ScoredDataset, Protocol):
         skips_unreadable: a damaged file costs a sample and not the run.
     """
 
+    task: Task
     infos: Sequence[Mapping[str, Any]]
     ann_file: str
     version: str
     has_labels: bool
     skips_unreadable: bool
 
-    def used_positions(self) -> Sequence[int]:
+    def used_positions(self) -> List[int]:
         """Positions in ``infos`` of all keyframes that samples read, as current or earlier frames."""

@@ -6,6 +6,7 @@ The quick look reads small sets whole and spot-checks large ones, in seconds.
 import sys
 from typing import List, Optional
 
+from lib.dataset import CheckedDataset
 from lib.errors import DataError
 from lib.infos import camera_sweeps, split_scenes
 
@@ -19,9 +20,9 @@ QUICK_IMAGES, QUICK_LABELS, QUICK_KEYFRAMES = 3000, 64, 64
 
 
 def inspect_dataset(
-    dataset, full: bool = False, decode: bool = False, processes: Optional[int] = 1, shown: int = 10
+    dataset: CheckedDataset, full: bool = False, decode: bool = False, processes: Optional[int] = 1, shown: int = 10
 ) -> List[Finding]:
-    """Findings on a ``NuSceneOcc``; damaged files are warnings where it skips unreadable samples.
+    """Findings on a data set; damaged files are warnings where it skips unreadable samples.
 
     Args:
         dataset: the data set.
@@ -43,11 +44,11 @@ def inspect_dataset(
     return findings
 
 
-def preflight(dataset, name: str) -> None:
+def preflight(dataset: CheckedDataset, name: str) -> None:
     """The quick look, before training or evaluation: prints what is doubtful, stops at what is wrong.
 
     Args:
-        dataset: a ``NuSceneOcc``.
+        dataset: with its info file read.
         name: how the user knows it, e.g. ``train``.
 
     Raises:

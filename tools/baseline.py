@@ -7,23 +7,18 @@ The guess is one fixed volume in the ego frame, free included; it is scored on t
 evaluator that val.py uses. A trained model that does not beat it has learned nothing from its cameras.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import make_parser, run_main  # noqa: E402
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--config', required=True)
-    parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE')
+    parser = make_parser(__doc__, 'config', 'override', 'max-samples')
     parser.add_argument('--max-train-samples', type=int, help='count labels of this many training samples only')
-    parser.add_argument('--max-samples', type=int, help='score this many validation samples only')
     parser.add_argument('--json', help='write the scores to this file as well')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
 
 

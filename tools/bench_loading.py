@@ -9,7 +9,6 @@ both steps in one thread, exact and with fast_decode, and by how much the pixels
 of cv2's exact decoding. --json writes the figures to a file.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -17,14 +16,14 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import make_parser, run_main  # noqa: E402
 from lib.errors import ConfigError, DataError  # noqa: E402
 
 IMAGES_PER_KEYFRAME = 6
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('--images', metavar='DIR', help='folder of JPEGs; the first six are used')
     parser.add_argument(
         '--network',
@@ -36,7 +35,6 @@ def parse_args():
     )
     parser.add_argument('--repeats', type=int, default=20, help='keyframes timed (default: %(default)s)')
     parser.add_argument('--json', metavar='FILE', help='write the figures there')
-    parser.add_argument('--debug', action='store_true', help='show tracebacks')
     return parser.parse_args()
 
 

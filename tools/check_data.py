@@ -9,20 +9,17 @@ it too. --full looks at every file on all cores; --decode decodes every image as
 Ends with status 2 if something is missing or damaged.
 """
 
-import argparse
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import make_parser, run_main  # noqa: E402
 from lib.errors import DataError, UserError  # noqa: E402
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--config', required=True, help='config file')
-    parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE', help='changes to the config')
+    parser = make_parser(__doc__, 'config', 'override')
     parser.add_argument(
         '--splits',
         nargs='+',
@@ -34,7 +31,6 @@ def parse_args():
     parser.add_argument('--decode', action='store_true', help='decode the images looked at')
     parser.add_argument('--processes', type=int, help='worker processes (default: all cores)')
     parser.add_argument('--shown', type=int, default=1000, help='most files named per kind (default: %(default)s)')
-    parser.add_argument('--debug', action='store_true', help='show tracebacks')
     return parser.parse_args()
 
 

@@ -11,7 +11,6 @@ Each run has a folder of its own under outputs/demo/; outputs/demo/summary.json 
 latest run.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Dict, List
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import make_parser, run_main  # noqa: E402
 
 CONFIG = 'configs/toy/semantic.py'
 VERSION = 'v1.0-mini'
@@ -31,14 +30,13 @@ TRAINING_STEPS = 320  # fewer than some 230 do not reliably beat the guess
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('--out', default='outputs/demo', help='folder of all runs (default: %(default)s)')
     parser.add_argument('--scenes', type=int, default=10, help='of the toy data; two are held out (default 10)')
     parser.add_argument('--keyframes', type=int, default=8, help='per scene (default 8)')
     parser.add_argument('--image-size', default='640x360', help='of the toy data (default 640x360)')
     parser.add_argument('--max-iters', type=int, default=TRAINING_STEPS, help='training steps (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='of data and training (default 0)')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
 
 

@@ -9,7 +9,6 @@ sparse .npz or .npy, one file a sample (lib/metrics/formats.py lists the forms).
 have one, unless --only-predicted is given. Prints a table.
 """
 
-import argparse
 import sys
 import time
 from collections import deque
@@ -18,25 +17,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import make_parser, run_main  # noqa: E402
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, 'config', 'override', 'split', 'max-samples')
     add = parser.add_argument
-    add('--config', required=True)
     add('--predictions', required=True, metavar='DIR', help='folder or zip, one file a sample')
-    add('--override', nargs='+', default=[], metavar='KEY=VALUE', help='change values of the config')
-    add('--split', default='val', choices=('train', 'val', 'test'), help='section of data (default: val)')
     add('--metrics', nargs='+', choices=('ray_iou', 'ray_pq', 'miou'), help='default: what suits the task')
-    add('--max-samples', type=int, help='at most so many samples (the first)')
     add('--only-predicted', action='store_true', help='leave out samples without a prediction')
     add('--device', default='cpu', help='where rays are cast: cpu (default) or cuda')
     add('--workers', type=int, default=0, help='threads (default: one per CPU)')
     add('--out', metavar='JSON', help='write the figures to this file as well')
-    add('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
 
 

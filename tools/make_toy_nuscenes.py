@@ -11,7 +11,6 @@ gen_instance_info.py make. The same arguments give the same files, byte for byte
 A run that was stopped goes on when it is started again with the same arguments.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -22,7 +21,7 @@ for _name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'):
     os.environ[_name] = '1'
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import make_parser, run_main  # noqa: E402
 from lib.errors import DataError, UserError  # noqa: E402
 from tools.toy.generate import LABEL_SETS, generate  # noqa: E402
 from tools.toy.jobs import Options  # noqa: E402
@@ -48,7 +47,7 @@ PRESETS = {
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('--out', type=Path, required=True, help='data root to write; new or empty')
     parser.add_argument('--preset', choices=sorted(PRESETS), help='a frozen data set: decides everything below it')
     parser.add_argument('--scenes', type=int, default=10, help='number of scenes (default 10)')
@@ -88,7 +87,6 @@ def parse_args():
         action='store_true',
         help='write into a folder that is not empty: replaces files of the same names only',
     )
-    parser.add_argument('--debug', action='store_true', help='show tracebacks')
     args = parser.parse_args()
     if args.preset:
         vars(args).update(PRESETS[args.preset])

@@ -141,3 +141,32 @@ def test_the_limit_is_raised_where_that_is_allowed(monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, 'set_sharing_strategy', lambda name: calls.append(name))
     loading._allow_many_open_files()
     assert calls == [(65536, 100_000)]
+
+
+def test_the_program_s_handling_of_dead_children_stays(monkeypatch):
+    """PyTorch's own handler would raise wherever the program happens to be."""
+
+    def of_the_program(number, frame):
+        """Stands for what a program did before."""
+
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, '_SIGCHLD_handler_set', False)  # as in a new process
+    before = signal.signal(signal.SIGCHLD, of_the_program)
+    try:
+        assert len(list(read_batches(_batches(_Items(), 1)))) == 8
+        assert signal.getsignal(signal.SIGCHLD) is of_the_program
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+class _Workers(_Items):
+    def __getitem__(self, index):
+        return dict(pid=os.getpid())
+
+
+def test_persistent_workers_live_on_when_a_pass_ends_with_its_last_batch():
+    loader, seen = _batches(_Workers(count=3), 1, persistent=True), []
+    for _ in range(2):
+        batches = read_batches(loader)
+        seen += [next(batches)['pid'] for _ in range(3)]
+        del batches
+    assert len(set(seen)) == 1 and os.getpid() not in seen
