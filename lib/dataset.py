@@ -38,6 +38,9 @@ class ScoredDataset(Dataset, Protocol):
     def sample_token(self, index: int) -> str:
         """The sample's name, unique in the data set and good as a file name."""
 
+    def scene_name(self, index: int) -> str:
+        """Name of the sample's scene, '' if it is not known; how sure scores are is found out by scenes."""
+
     def ground_truth(self, index: int) -> Dict[str, np.ndarray]:
         """semantics uint8 [X, Y, Z] (class ids, 255 = ignore), and where there are any instances int [X, Y, Z] (0 =
         none) and mask_camera bool [X, Y, Z]; the task's volume, ego frame of the sample.

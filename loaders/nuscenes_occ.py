@@ -150,6 +150,10 @@ class NuSceneOcc(torch.utils.data.Dataset):
     def sample_token(self, index: int) -> str:
         return self.info(index)['token']
 
+    def scene_name(self, index: int) -> str:
+        """Name of the sample's scene; '' where the info file does not say."""
+        return self.info(index).get('scene_name') or ''
+
     def label_path(self, index: int) -> Path:
         """Path of the sample's label file.
 

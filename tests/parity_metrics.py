@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from lib.infos import load_infos, split_scenes
-from lib.metrics import OccEvaluator, lidar_rays
+from lib.metrics import Evaluator, lidar_rays
 from lib.metrics.origins import scene_ray_origins
 from lib.raycast import cast_rays
 from lib.task import Task
@@ -36,11 +36,12 @@ def check_rayeval(path, device='cpu'):
         for sample in range(len(case['origins']))
     )
     result = _evaluate(case, task, expected, device)
-    np.testing.assert_allclose(result.ray_iou, case['iou_per_threshold'], rtol=0, atol=SCORE_TOLERANCE)
+    ray_iou = result.class_scores.ray_iou
+    np.testing.assert_allclose(ray_iou, case['iou_per_threshold'], rtol=0, atol=SCORE_TOLERANCE)
     scores = result.as_dict()
     score = max(abs(scores[name] - value) for name, value in expected.items())
     assert score <= SCORE_TOLERANCE, f'expected {expected}, got {scores}'
-    iou = float(np.nanmax(np.abs(result.ray_iou - case['iou_per_threshold'])))
+    iou = float(np.nanmax(np.abs(ray_iou - case['iou_per_threshold'])))
     return dict(depth_m=depth, iou=iou, score=score)
 
 
@@ -72,8 +73,7 @@ def _check_rays(case, side, sample, task, device):
 def _evaluate(case, task, expected, device):
     thresholds = sorted(float(name.split('@')[1]) for name in expected if re.match(r'RayIoU@', name))
     metrics = ['ray_iou'] + ['ray_pq'] * ('RayPQ' in expected)
-    evaluator = OccEvaluator(task, metrics, device=device, thresholds=thresholds)
-    stats = []
+    evaluator = Evaluator(task, metrics, device=device, thresholds=thresholds)
     for sample, origins in enumerate(case['origins']):
         prediction, truth = (
             {
@@ -83,8 +83,8 @@ def _evaluate(case, task, expected, device):
             }
             for side in ('pred', 'gt')
         )
-        stats.append(evaluator.process(prediction, truth, origins, key=f'sample {sample}'))
-    return evaluator.summarize(stats)
+        evaluator.update(prediction, truth, origins, f'sample {sample}')
+    return evaluator.compute()
 
 
 def check_origins(path, real_dir):

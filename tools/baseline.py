@@ -44,15 +44,13 @@ def score(volume, dataset, task, metrics, max_samples=None):
     """EvalResult of predicting ``volume`` for every sample of ``dataset``."""
     import numpy as np
 
-    from lib.metrics import OccEvaluator
+    from lib.metrics import Evaluator
 
-    evaluator = OccEvaluator(task, metrics=metrics)
+    evaluator = Evaluator(task, metrics=metrics)
     prediction = dict(semantics=volume, instances=np.zeros(volume.shape, np.int16))
-    stats = [
-        evaluator.process(prediction, dataset.ground_truth(i), dataset.ray_origins(i))
-        for i in range(min(len(dataset), max_samples or len(dataset)))
-    ]
-    return evaluator.summarize(stats)
+    for i in range(min(len(dataset), max_samples or len(dataset))):
+        evaluator.update(prediction, dataset.ground_truth(i), dataset.ray_origins(i), dataset.sample_token(i))
+    return evaluator.compute()
 
 
 def main():

@@ -44,27 +44,26 @@ def score(dataset, indices, predictions, evaluator, workers=1, say=None):
         say: takes progress lines.
     """
 
-    def process(index):
+    def prepare(index):
         token = dataset.sample_token(index)
-        return evaluator.process(
-            predictions.read(token), dataset.ground_truth(index), dataset.ray_origins(index), key=token
+        return evaluator.prepare(
+            predictions.read(token), dataset.ground_truth(index), dataset.ray_origins(index), token
         )
 
     dataset.ray_origins(indices[0])  # once, before threads ask for it together
-    stats, begin, reported = [], time.monotonic(), time.monotonic()
-    for one in results_in_order(process, indices, workers):
-        stats.append(one)
+    begin = reported = time.monotonic()
+    for done, sample in enumerate(results_in_order(prepare, indices, workers), start=1):
+        evaluator.add(sample)
         if say and time.monotonic() - reported > _SECONDS_BETWEEN_LINES:
             reported = time.monotonic()
-            rate = len(stats) / (reported - begin)
-            say(
-                f'scored {len(stats)} of {len(indices)} samples, {rate:.1f} per second, '
-                f'{(len(indices) - len(stats)) / rate:.0f} s left'
-            )
+            rate = done / (reported - begin)
+            left = (len(indices) - done) / rate
+            say(f'scored {done} of {len(indices)} samples, {rate:.1f} per second, {left:.0f} s left')
+    result = evaluator.compute()
     if say:
-        rate = len(stats) / max(time.monotonic() - begin, 1e-9)
-        say(f'scored {len(stats)} samples, {rate:.1f} per second')
-    return evaluator.summarize(stats)
+        rate = len(indices) / max(time.monotonic() - begin, 1e-9)
+        say(f'scored {len(indices)} samples, {rate:.1f} per second')
+    return result
 
 
 def results_in_order(work, items, workers):
@@ -85,9 +84,9 @@ def main():
 
     cfg = load_config(args.config, args.override)
     from lib.io import write_json
-    from lib.metrics import OccEvaluator
+    from lib.metrics import Evaluator
     from lib.metrics.formats import open_predictions
-    from lib.raycast.cpu import num_threads
+    from lib.raycast import num_threads
     from lib.run import default_metrics, read_task
     from loaders import build_dataset
 
@@ -100,7 +99,7 @@ def main():
     indices, note = predictions.choose(tokens, args.only_predicted)
     for line in filter(None, (predictions.describe(), note)):
         print(line, file=sys.stderr, flush=True)
-    evaluator = OccEvaluator(task, metrics, device=args.device, truth_cache_mb=0)
+    evaluator = Evaluator(task, metrics, device=args.device, threads=1)
     result = score(
         dataset,
         indices,

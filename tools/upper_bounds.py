@@ -84,7 +84,7 @@ def main():
 
     from lib.config import load_config
     from lib.io import write_json
-    from lib.metrics import OccEvaluator
+    from lib.metrics import Evaluator
     from lib.run import read_task
     from lib.run.evaluation import load_for_inference
     from lib.run.processes import pick_device
@@ -110,15 +110,15 @@ def main():
         else:
             kept = [fullest_blocks(occupied, scale, count) for scale, count in zip(_SCALES, topk)]
         for name, mask in cuts(truth, kept, free_id).items():
-            evaluator, done, recall = stats.setdefault(name, (OccEvaluator(task, ('ray_iou', 'miou')), [], []))
+            evaluator, recall = stats.setdefault(name, (Evaluator(task, ('ray_iou', 'miou')), []))
             volume = np.where(mask, truth['semantics'], free_id).astype(np.uint8)
             prediction = dict(semantics=volume, instances=np.zeros(volume.shape, np.int16))
-            done.append(evaluator.process(prediction, truth, dataset.ray_origins(index)))
+            evaluator.update(prediction, truth, dataset.ray_origins(index), dataset.sample_token(index))
             recall.append((mask & occupied).sum() / max(occupied.sum(), 1))
     result = {}
     print(f'{len(dataset)} samples, percent        recall  RayIoU    @1    @2    @4   mIoU')
-    for name, (evaluator, done, recall) in stats.items():
-        scores = evaluator.summarize(done).as_dict()
+    for name, (evaluator, recall) in stats.items():
+        scores = evaluator.compute().as_dict()
         result[name] = dict(scores, recall=float(np.mean(recall)))
         columns = [result[name][key] for key in ('recall', 'RayIoU', 'RayIoU@1', 'RayIoU@2', 'RayIoU@4', 'mIoU')]
         print(f'{name:24s}' + ''.join(f'{100 * value:8.2f}' for value in columns))

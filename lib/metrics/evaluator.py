@@ -1,216 +1,343 @@
-"""Evaluation of occupancy, sample by sample: each gives small integer counts, and all counts the scores.
+"""Scores of dense occupancy predictions, sample by sample.
 
-Counts are integers and the few divisions happen at the end in a fixed order, so any number of processes
-gives the same bits. X, Y, Z: the task's grid; O origins.
+    evaluator = Evaluator('occ3d', ['ray_iou', 'miou'])
+    for token, prediction in predictions:  # semantics [200, 200, 16]
+        evaluator.update(prediction, labels[token], origins[token], token=token)
+    print(evaluator.compute().as_table())
+
+Counts are integers and the few divisions happen at the end in a fixed order, so samples in any order and any number
+of processes give the same bits. X, Y, Z: the task's grid; O origins.
 """
 
-from dataclasses import dataclass
-from typing import Any, Dict, Mapping, Optional, Sequence
+import functools
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from ..classes import IGNORE_LABEL, LabelSet, get_label_set
 from ..errors import ConfigError, DataError
-from ..raycast import cast_rays_through, choose_device
+from ..raycast import choose_device
+from ..registry import did_you_mean
 from ..task import Task
-from .comparison import MAX_INSTANCE_ID, RayEnds, group_segments
-from .ray_iou import RayIoUCounts, count_ray_iou, ray_iou
-from .ray_pq import RayPQCounts, count_ray_pq, ray_pq
-from .rays import lidar_rays
-from .result import EvalResult
-from .truth_cache import TruthCache, select_true_rays
-from .voxel_iou import VoxelCounts, count_voxel_iou, voxel_iou
+from .counting import (
+    MAX_INSTANCE_ID,
+    Counts,
+    RayCounter,
+    Volumes,
+    add_counts,
+    count_voxels,
+    rings_and_sectors,
+    whole_plan,
+)
+from .result import MASKS, EvalResult, Scene
+from .scores import tallies, totals
 
 METRICS = ('ray_iou', 'ray_pq', 'miou')
 THRESHOLDS = (1.0, 2.0, 4.0)
+_CUDA_BATCH = 16  # samples that a GPU works on together
+_MASKS_NEEDED = {
+    'camera': ('mask_camera',),
+    'lidar': ('mask_lidar',),
+    'both': ('mask_camera', 'mask_lidar'),
+    'none': (),
+}
 
 
-@dataclass(frozen=True)
-class SampleStats:
-    """What one sample contributes to the scores; small, may be pickled and sent between processes.
+@dataclass
+class Prepared:
+    """A checked sample on its way into an evaluator: counted, but for rays that a GPU will cast."""
 
-    Attributes:
-        key: the sample's token, or '' if it was not given.
-        occupied: voxels predicted as something other than free.
-        camera_mask: ``voxels`` holds the voxels the cameras see, not all (labels without ``mask_camera``).
-        rays, segments, voxels: counts of RayIoU, RayPQ and mIoU; None where the metric was not asked for.
-    """
-
-    key: str
-    occupied: int
-    camera_mask: bool = False
-    rays: Optional[RayIoUCounts] = None
-    segments: Optional[RayPQCounts] = None
-    voxels: Optional[VoxelCounts] = None
+    token: str
+    scene: str
+    counts: Counts
+    mask: Optional[str]
+    volumes: Optional[Volumes] = None
 
 
-class OccEvaluator:
+@dataclass
+class _State:
+    """What an evaluator has seen: counts by scene, tokens, and totals of samples where they are kept."""
+
+    scenes: Dict[str, Counts] = field(default_factory=dict)
+    tokens: Dict[str, str] = field(default_factory=dict)
+    samples: List[Tuple[str, str, Dict[str, float]]] = field(default_factory=list)
+    mask: Optional[str] = None
+
+
+class Evaluator:
     """Scores dense predictions against labels.
 
     Args:
-        task: grid, range and classes of predictions and labels.
+        task: grid, range and classes of predictions and labels; or a label set or its name, with the grid of Occ3D
+            (200 x 200 x 16 voxels of 0.4 m).
         metrics: which of ``'ray_iou'``, ``'ray_pq'`` (needs instances) and ``'miou'``.
         device: where rays are cast and counted, ``'cpu'`` or a CUDA device. Without the CUDA extension the
             CPU does it.
         thresholds: tolerances of depth, metres.
-        truth_cache_mb: memory for true ray ends, which later evaluations with the same evaluator use again
-            (about 1 MB per sample); 0 keeps none.
+        miou_mask: voxels that mIoU counts: ``'camera'`` (Occ3D's tables), ``'lidar'``, ``'both'`` (seen by cameras and
+            LiDAR) or ``'none'`` (all). None takes ``'camera'`` if the first label has ``mask_camera``, else ``'none'``.
+            Labels without the mask are an error: figures of masked and other samples are never mixed.
+        breakdown: also tell apart distance rings and camera sectors.
+        keep_samples: also keep the totals of every sample.
+        threads: to cast the rays of one sample on the CPU; None takes all cores.
     """
 
     def __init__(
         self,
-        task: Task,
+        task: Union[Task, LabelSet, str] = 'occ3d',
         metrics: Sequence[str] = ('ray_iou',),
         device='cpu',
         thresholds: Sequence[float] = THRESHOLDS,
-        truth_cache_mb: int = 256,
+        miou_mask: Optional[str] = None,
+        breakdown: bool = False,
+        keep_samples: bool = False,
+        threads: Optional[int] = None,
     ):
-        unknown = [name for name in metrics if name not in METRICS]
-        if unknown or not metrics:
-            raise ConfigError(
-                'evaluation metrics {} are not known; choose from {}'.format(
-                    unknown or list(metrics), ', '.join(METRICS)
-                )
-            )
-        self.task = task
-        self.metrics = tuple(metrics)
-        self.device = choose_device(device)
-        self.thresholds = tuple(sorted(float(value) for value in thresholds))
-        self._cache = TruthCache(truth_cache_mb * 1024 * 1024)
+        self.task = task if isinstance(task, Task) else Task(get_label_set(task))
+        self.metrics, self.thresholds = _check_metrics(metrics), _check_thresholds(thresholds)
+        if miou_mask is not None and miou_mask not in MASKS:
+            raise ConfigError(f'miou_mask {miou_mask!r} is not known; choose from {", ".join(MASKS)}')
+        self.miou_mask, self.keep_samples, self._threads = miou_mask, keep_samples, threads
+        self.device = choose_device(device) if self._casts else 'cpu'
+        self._regions = (rings_and_sectors if breakdown else whole_plan)(self.task)
+        self._counter = RayCounter(
+            self.task, self.thresholds, self._regions, 'ray_iou' in self.metrics, 'ray_pq' in self.metrics
+        )
+        self.reset()
 
-    def process(
-        self, prediction: Mapping[str, Any], ground_truth: Mapping[str, Any], origins: np.ndarray, key: str = ''
-    ) -> SampleStats:
-        """Count one sample.
+    @property
+    def _casts(self) -> bool:
+        return 'ray_iou' in self.metrics or 'ray_pq' in self.metrics
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        self._state, self._waiting = _State(mask=self.miou_mask), []
+
+    def update(self, prediction, labels, origins=None, token: str = '', scene: str = '') -> None:
+        """Take in one sample.
 
         Args:
-            prediction: ``semantics`` integer [X, Y, Z]; with ``ray_pq`` also ``instances`` integer [X, Y, Z].
-            ground_truth: the same, and ``mask_camera`` [X, Y, Z] for ``miou`` where the labels have it.
-                Voxels labelled 255 count nowhere.
-            origins: float64 [O, 3] metres, ego frame, as ``lib.metrics.origins.scene_ray_origins`` gives them.
-            key: the sample's token. With it the true ray ends are kept for later evaluations: the same key
-                must mean the same labels.
+            prediction: ``semantics`` integer [X, Y, Z]; with ``ray_pq`` also ``instances`` integer [X, Y, Z]; or the
+                semantics alone. Arrays or tensors.
+            labels: the same, and the masks [X, Y, Z] that ``miou`` needs. Voxels labelled 255 count nowhere.
+            origins: float64 [O, 3] metres, ego frame, as :func:`lib.metrics.scene_ray_origins` gives them; for
+                ``ray_iou`` and ``ray_pq``.
+            token: the sample's name.
+            scene: its scene; scores get intervals where samples name theirs.
 
         Raises:
-            DataError: a volume is missing, of the wrong shape, or holds ids that the task does not have.
+            DataError: a volume is missing, of the wrong shape, or holds ids that the task does not have; the sample
+                was there before.
         """
-        truth = self._volume(ground_truth, 'semantics', key, 'the label', 255)
-        predicted = self._volume(prediction, 'semantics', key, 'the prediction', self.task.label_set.free_id)
-        stats: Dict[str, Any] = dict(key=key, occupied=int((predicted != self.task.label_set.free_id).sum()))
-        if 'ray_iou' in self.metrics or 'ray_pq' in self.metrics:
-            stats.update(self._count_rays(truth, predicted, prediction, ground_truth, origins, key))
-        if 'miou' in self.metrics:
-            mask = ground_truth.get('mask_camera')
-            mask = None if mask is None else self._volume(ground_truth, 'mask_camera', key, 'the label', 1)
-            stats.update(
-                camera_mask=mask is not None,
-                voxels=count_voxel_iou(truth, predicted, mask, self.task.label_set.num_classes),
-            )
-        return SampleStats(**stats)
+        self.add(self.prepare(prediction, labels, origins, token, scene))
 
-    def summarize(self, stats: Sequence[SampleStats]) -> EvalResult:
-        """Scores of all samples.
+    def prepare(self, prediction, labels, origins=None, token: str = '', scene: str = '') -> Prepared:
+        """Check and count one sample without taking it in; threads may do so at the same time. See :meth:`update`."""
+        prediction, labels = (one if isinstance(one, Mapping) else dict(semantics=one) for one in (prediction, labels))
+        free, name = self.task.label_set.free_id, f' of sample {token}' if token else ''
+        truth = self._volume(labels, 'semantics', 'the label' + name, IGNORE_LABEL)
+        predicted = self._volume(prediction, 'semantics', 'the prediction' + name, free)
+        instances = rays = segments = voxels = mask = volumes = None
+        if 'ray_pq' in self.metrics:
+            instances = tuple(
+                self._volume(side, 'instances', owner + name, MAX_INSTANCE_ID, np.uint16)
+                for side, owner in ((labels, 'the label'), (prediction, 'the prediction'))
+            )
+        if self._casts:
+            volumes = Volumes((truth, predicted), instances, _check_origins(origins, name))
+            if self.device == 'cpu':
+                (rays, segments), volumes = self._counter.on_cpu(volumes, self._threads), None
+        if 'miou' in self.metrics:
+            mask = self._state.mask or ('camera' if labels.get('mask_camera') is not None else 'none')
+            masks = [self._volume(labels, key, 'the label' + name, 1, bool) for key in _MASKS_NEEDED[mask]]
+            seen = np.logical_and.reduce(masks) if masks else None
+            voxels = count_voxels(truth, predicted, seen, self._regions, free + 1)
+        counts = Counts(1, int(predicted.min() < free), rays, segments, voxels)
+        return Prepared(token, scene, counts, mask, volumes)
+
+    def add(self, sample: Prepared) -> None:
+        """Take in a sample that :meth:`prepare` gave."""
+        self._note_token(sample.token, sample.scene)
+        self._note_mask(sample.mask, sample.token)
+        if sample.volumes is None:
+            self._take_in(sample, sample.counts)
+            return
+        self._waiting.append(sample)
+        if len(self._waiting) >= _CUDA_BATCH:
+            self._flush()
+
+    def merge(self, *others: 'Evaluator') -> None:
+        """Take in what other evaluators with the same settings have seen, e.g. in other processes.
+
+        Raises:
+            DataError: a sample is in two of them, or they count voxels under different masks.
+        """
+        self._flush()
+        for other in others:
+            other._flush()
+            for token, scene in other._state.tokens.items():
+                self._note_token(token, scene)
+            self._note_mask(other._state.mask if other._state.scenes else None, 'another process')
+            for scene, counts in other._state.scenes.items():
+                self._add_to_scene(scene, counts)
+            self._state.samples.extend(other._state.samples)
+
+    def compute(self, night: Optional[Mapping[str, bool]] = None) -> EvalResult:
+        """Scores of all samples so far.
+
+        Args:
+            night: {scene: it is by night}, as far as known.
 
         Raises:
             DataError: no samples.
-            ValueError: a sample is there twice.
         """
-        if not stats:
-            raise DataError(
-                'there is nothing to score: no samples were evaluated; check the data set and --max-samples'
-            )
-        keys = [part.key for part in stats if part.key]
-        if len(set(keys)) < len(keys):
-            raise ValueError(
-                f'{len(keys) - len(set(keys))} samples are counted twice; every sample must be evaluated once'
-            )
-        scores: Dict[str, Any] = {}
-        if 'ray_iou' in self.metrics:
-            scores.update(ray_iou=ray_iou([part.rays for part in stats]))
-        if 'ray_pq' in self.metrics:
-            scores.update(ray_pq=ray_pq([part.segments for part in stats]))
-        if 'miou' in self.metrics:
-            scores.update(
-                voxel_iou=voxel_iou([part.voxels for part in stats]),
-                camera_mask=all(part.camera_mask for part in stats),
-            )
-        only_free = not any(part.occupied for part in stats)
+        self._flush()
+        state, labels = self._state, self.task.label_set
+        if not state.scenes:
+            raise DataError('there is nothing to score: no samples were evaluated; check the data set and its limits')
         return EvalResult(
-            num_samples=len(stats),
-            class_names=self.task.label_set.occupied_names,
+            class_names=labels.occupied_names,
+            thing_ids=labels.thing_ids,
             thresholds=self.thresholds,
-            only_free=only_free,
-            **scores,
+            mask=state.mask if 'miou' in self.metrics else None,
+            counts=functools.reduce(add_counts, state.scenes.values()),
+            regions=self._regions,
+            scenes={
+                name: Scene(counts.samples, tallies(counts)) for name, counts in sorted(state.scenes.items()) if name
+            },
+            night=dict(night or {}),
+            samples=tuple(sorted(state.samples)),
         )
 
-    def _count_rays(self, truth, predicted, prediction, ground_truth, origins, key):
-        panoptic = 'ray_pq' in self.metrics
-        true_ids, predicted_ids = (
-            self._volume(volumes, 'instances', key, owner, MAX_INSTANCE_ID) if panoptic else None
-            for volumes, owner in ((ground_truth, 'the label'), (prediction, 'the prediction'))
-        )
-        true_ends, predicted_ends = self._ray_ends(truth, predicted, true_ids, predicted_ids, origins, key)
-        labels, counts = self.task.label_set, {}
-        if 'ray_iou' in self.metrics:
-            counts['rays'] = count_ray_iou(true_ends, predicted_ends, labels.num_classes, self.thresholds)
-        if panoptic:
-            pairs = group_segments(true_ends, predicted_ends, labels.num_classes, self.thresholds)
-            counts['segments'] = count_ray_pq(pairs, labels.num_classes, labels.thing_ids, len(self.thresholds))
-        return counts
+    def __getstate__(self):
+        self._flush()
+        return self.__dict__
 
-    def _ray_ends(self, truth, predicted, true_ids, predicted_ids, origins, key):
-        """True and predicted ends of the same rays, those with a true class at least."""
-        known = self._cache.find(key, origins) if key else None
-        if known is not None and (true_ids is None or known.ends.instance is not None):
-            return known.ends, self._cast([predicted], [predicted_ids], origins, known.rays)[0]
-        true_ends, predicted_ends = self._cast([truth, predicted], [true_ids, predicted_ids], origins, None)
-        if key and self._cache.has_room(len(true_ends.label)):
-            self._cache.keep(key, origins, select_true_rays(true_ends, self.task.label_set.free_id))
-        return true_ends, predicted_ends
+    def _flush(self):
+        """Count the samples that wait for the GPU."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            counted = self._counter.on_cuda([sample.volumes for sample in waiting], self.device)
+            for sample, (rays, segments) in zip(waiting, counted):
+                self._take_in(sample, sample.counts._replace(rays=rays, segments=segments))
 
-    def _cast(self, semantics, instances, origins, rays):
-        task = self.task
-        instances = None if instances[0] is None else instances
-        hits = cast_rays_through(
-            semantics,
-            origins,
-            lidar_rays(),
-            task.point_cloud_range,
-            task.voxel_size,
-            task.label_set.free_id,
-            instances=instances,
-            rays=rays,
-            device=self.device,
-        )
-        return [RayEnds(one.label, one.distance_m, one.instance) for one in hits]
+    def _take_in(self, sample, counts):
+        self._add_to_scene(sample.scene, counts)
+        if self.keep_samples:
+            sums = totals(tallies(counts), self.thresholds, self.task.label_set.thing_ids)
+            self._state.samples.append(
+                (sample.token, sample.scene, {name: float(value) for name, value in sums.items()})
+            )
 
-    def _volume(self, volumes, name, key, owner, highest):
-        """One checked volume, an array or, on CUDA, a tensor; labels and masks as uint8."""
+    def _add_to_scene(self, scene, counts):
+        known = self._state.scenes.get(scene)
+        self._state.scenes[scene] = counts if known is None else add_counts(known, counts)
+
+    def _note_token(self, token, scene):
+        if token and token in self._state.tokens:
+            raise DataError(f'sample {token} is counted twice; every sample must be evaluated once')
+        if token:
+            self._state.tokens[token] = scene
+
+    def _note_mask(self, mask, where):
+        if mask is not None and self._state.mask not in (None, mask):
+            raise DataError(
+                f'labels of sample {where} have another mask ({MASKS[mask]}) than those before '
+                f'({MASKS[self._state.mask]}), and mIoU never mixes them; choose one with miou_mask'
+            )
+        self._state.mask = self._state.mask or mask
+
+    def _volume(self, volumes, name, owner, highest, dtype=np.uint8):
+        """One checked volume as a contiguous array of the type."""
         volume = volumes.get(name)
-        where = f'{owner} of sample {key}' if key else owner
         if volume is None:
             raise DataError(
-                '{} has no {!r}, which the metrics {} need; evaluate without them, or make it with instances'.format(
-                    where, name, ', '.join(self.metrics)
-                )
+                f'{owner} has no {name!r}, which the metrics {", ".join(self.metrics)} need; evaluate without them, '
+                'choose another mask, or make files that have it'
             )
-        if tuple(volume.shape) != self.task.grid_shape:
+        volume = volume if isinstance(volume, np.ndarray) else _from_tensor(volume)
+        if volume.shape != self.task.grid_shape:
             raise DataError(
-                f'{where}: {name!r} has shape {list(volume.shape)}, but the task grid is {list(self.task.grid_shape)}; '
+                f'{owner}: {name!r} has shape {list(volume.shape)}, but the task grid is {list(self.task.grid_shape)}; '
                 'check task.point_cloud_range and task.voxel_size'
             )
         lowest, top = int(volume.min()), int(volume.max())
         if lowest < 0 or top > highest:
             raise DataError(
-                f'{where}: {name!r} holds id {lowest if lowest < 0 else top}, allowed are 0..{highest}; check '
+                f'{owner}: {name!r} holds id {lowest if lowest < 0 else top}, allowed are 0..{highest}; check '
                 'task.label_set'
             )
-        return self._convert(volume, keep_type=name == 'instances')
+        return np.ascontiguousarray(volume, dtype=dtype)
 
-    def _convert(self, volume, keep_type):
-        if self.device != 'cpu':
-            import torch
 
-            volume = torch.as_tensor(volume, device=self.device)
-            return volume if keep_type else volume.to(torch.uint8)
-        array = volume if isinstance(volume, np.ndarray) else volume.detach().cpu().numpy()
-        return array if keep_type else array.astype(np.uint8, copy=False)
+def evaluate(
+    predictions: Mapping[str, Any],
+    labels: Mapping[str, Any],
+    origins: Optional[Mapping[str, Any]] = None,
+    task: Union[Task, LabelSet, str] = 'occ3d',
+    metrics: Sequence[str] = ('ray_iou', 'miou'),
+    scenes: Optional[Mapping[str, str]] = None,
+    tokens: Optional[Iterable[str]] = None,
+    miou_mask: Optional[str] = None,
+    device='cpu',
+) -> EvalResult:
+    """Scores of predictions that are at hand, by sample token.
+
+    Args:
+        predictions: {token: semantics [X, Y, Z], or a dict with ``semantics`` and ``instances``}. Mappings that read
+            when asked keep memory small.
+        labels: {token: the same, with the masks that ``miou`` needs}.
+        origins: {token: float64 [O, 3]} metres, ego frame; for ``ray_iou`` and ``ray_pq``.
+        scenes: {token: name}, for intervals.
+        tokens: samples to score; None scores all that have labels.
+
+    The other arguments are those of :class:`Evaluator`.
+
+    Raises:
+        DataError: a sample is missing or does not fit.
+    """
+    evaluator = Evaluator(task, metrics, device=device, miou_mask=miou_mask)
+    for token in labels if tokens is None else tokens:
+        for what, where in (('prediction', predictions), ('label', labels), ('ray origins', origins or {})):
+            if token not in where and (what != 'ray origins' or evaluator._casts):
+                raise DataError(f'sample {token} has no {what}; give it, or leave the sample out with tokens')
+        scene = (scenes or {}).get(token, '')
+        evaluator.update(predictions[token], labels[token], (origins or {}).get(token), token=token, scene=scene)
+    return evaluator.compute()
+
+
+def _check_metrics(metrics):
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics or isinstance(metrics, str):
+        wrong = unknown[0] if unknown and not isinstance(metrics, str) else metrics
+        raise ConfigError(
+            f'evaluation metrics: {wrong!r} is not known{did_you_mean(wrong, METRICS)}; give a list of '
+            f'{", ".join(METRICS)}'
+        )
+    return tuple(metrics)
+
+
+def _check_thresholds(thresholds):
+    values = tuple(sorted({float(value) for value in thresholds}))
+    if not values or not values[0] > 0 or not np.isfinite(values[-1]):
+        raise ConfigError(f'thresholds must be positive numbers of metres, got {list(thresholds)}')
+    return values
+
+
+def _check_origins(origins, name):
+    """float64 [O, 3] from what is given."""
+    if origins is None:
+        raise DataError(
+            f'the ray origins{name} are missing, which ray_iou and ray_pq need; give them, or score miou alone'
+        )
+    origins = np.asarray(origins, dtype=np.float64)
+    if origins.ndim != 2 or origins.shape[1] != 3 or not np.isfinite(origins).all():
+        raise DataError(
+            f'the ray origins{name} must be finite numbers [O, 3] in metres, got shape {list(origins.shape)}'
+        )
+    return origins
+
+
+def _from_tensor(volume):
+    return np.asarray(volume.detach().cpu() if hasattr(volume, 'detach') else volume)

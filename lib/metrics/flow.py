@@ -21,9 +21,9 @@ from ..classes import LabelSet
 from ..errors import DataError
 from ..raycast import cast_rays
 from ..task import Task
-from .comparison import RayEnds
-from .ray_iou import RayIoUCounts, count_ray_iou, ray_iou
+from .counting import Counts, count_ends
 from .rays import lidar_rays
+from .scores import class_scores, tallies
 
 VARIANTS = ('true_positives', 'all_rays')
 THRESHOLDS = (1.0, 2.0, 4.0)
@@ -49,12 +49,12 @@ class FlowCounts(NamedTuple):
     """What a sample contributes to the score; sums of these are those of many samples.
 
     Attributes:
-        rays: counts of RayIoU.
+        rays: int64 [1, C, C + 1, T + 1], counts of RayIoU (see ``counting.Counts``).
         error: float64 [2, C], sum of velocity errors, by variant; 0 for classes that do not move.
         counted: int64 [2, C], rays that the sum is over.
     """
 
-    rays: RayIoUCounts
+    rays: np.ndarray
     error: np.ndarray
     counted: np.ndarray
 
@@ -152,11 +152,9 @@ def count_flow(truth: FlowRays, prediction: FlowRays, label_set: LabelSet) -> Fl
             'origins'
         )
     # Half-precision values are compared in single precision, as the challenge's tool does.
-    true_ends, predicted_ends = (
-        RayEnds(rays.label, rays.distance_m.astype(np.float32)) for rays in (truth, prediction)
-    )
-    counts = count_ray_iou(true_ends, predicted_ends, label_set.num_classes, THRESHOLDS)
-    near = np.abs(true_ends.distance_m - predicted_ends.distance_m) < np.float32(FLOW_THRESHOLD)
+    distance = np.stack([truth.distance_m, prediction.distance_m]).astype(np.float32)
+    counts = count_ends(truth.label, prediction.label, distance, label_set.num_occupied, THRESHOLDS)
+    near = np.abs(distance[0] - distance[1]) < np.float32(FLOW_THRESHOLD)
     matched = near & (truth.label == prediction.label)
     true_flow = truth.flow.astype(np.float32)
     known = (truth.label < label_set.free_id) & np.all(np.abs(true_flow) < UNKNOWN_FLOW, axis=1)
@@ -182,8 +180,8 @@ def occ_score(counts: Sequence[FlowCounts], label_set: LabelSet) -> OccScore:
         raise DataError('there is nothing to score: no samples were evaluated; check the data set and the predictions')
     error, counted = (sum(getattr(part, name) for part in counts) for name in ('error', 'counted'))
     velocity_error = np.divide(error, counted, out=np.full(error.shape, np.nan), where=counted > 0)
-    rays = ray_iou([part.rays for part in counts])
-    return OccScore(len(counts), label_set.occupied_names, rays, velocity_error)
+    rays = Counts(len(counts), 0, sum(part.rays for part in counts), None, None)
+    return OccScore(len(counts), label_set.occupied_names, class_scores(tallies(rays)).ray_iou, velocity_error)
 
 
 def _to_numpy(array):

@@ -1,19 +1,30 @@
 """Scores of an evaluation, as numbers for a JSON file and as a table to read."""
 
-import warnings
 from dataclasses import dataclass, field
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
+
+from .counting import Counts, Regions
+from .scores import ClassScores, Tallies, class_scores, interval, mean, resample, tallies, totals
 
 _ONLY_FREE = (
     '!!! EVERY PREDICTION IS FREE EVERYWHERE: the model predicts nothing at all. Check that the '
     'weights are those of this model and that the images are not empty. !!!'
 )
+MASKS = {  # what mIoU counts: the name on the command line, and in results
+    'camera': 'mask_camera',
+    'lidar': 'mask_lidar',
+    'both': 'mask_camera and mask_lidar',
+    'none': 'all',
+}
 
 
-def _no_scores():
-    return np.empty((0, 0))
+class Scene(NamedTuple):
+    """One scene's part of an evaluation."""
+
+    samples: int
+    tallies: Tallies
 
 
 @dataclass(frozen=True)
@@ -23,93 +34,185 @@ class EvalResult:
     A score is NaN where its class does not occur.
 
     Attributes:
-        num_samples: samples scored.
-        class_names: C names.
+        class_names: C names. thing_ids: classes counted one by one.
         thresholds: T tolerances of depth, metres.
-        only_free: no sample has a voxel predicted as something other than free.
-        ray_iou, ray_pq: float64 [T, C]; empty if not asked for.
-        voxel_iou: float64 [C]; empty if not asked for.
-        camera_mask: ``voxel_iou`` counts only voxels the cameras see.
+        mask: which voxels mIoU counts, a key of ``MASKS``; None if it was not asked for.
+        counts: of all samples.
+        regions: parts of the ground plan that were told apart.
+        scenes: by name, where samples named theirs.
+        night: scenes by night, and those by day, as far as known.
+        samples: (token, scene, totals) of every sample, if they were kept.
     """
 
-    num_samples: int
     class_names: Tuple[str, ...]
+    thing_ids: Tuple[int, ...]
     thresholds: Tuple[float, ...]
-    only_free: bool
-    ray_iou: np.ndarray = field(default_factory=_no_scores)
-    ray_pq: np.ndarray = field(default_factory=_no_scores)
-    voxel_iou: np.ndarray = field(default_factory=lambda: np.empty(0))
-    camera_mask: bool = False
+    mask: Optional[str]
+    counts: Counts
+    regions: Regions
+    scenes: Mapping[str, Scene] = field(default_factory=dict)
+    night: Mapping[str, bool] = field(default_factory=dict)
+    samples: Tuple[Tuple[str, str, Dict[str, float]], ...] = ()
 
-    def as_dict(self) -> Dict[str, Any]:
+    @property
+    def num_samples(self) -> int:
+        return self.counts.samples
+
+    @property
+    def only_free(self) -> bool:
+        """No sample has a voxel predicted as something other than free."""
+        return not self.counts.occupied
+
+    @property
+    def class_scores(self) -> ClassScores:
+        """Scores of every class over all samples."""
+        return class_scores(tallies(self.counts))
+
+    @property
+    def totals(self) -> Dict[str, float]:
+        """Means over classes, by name; ``RayIoU`` and ``RayPQ`` also over thresholds."""
+        return self._totals(tallies(self.counts))
+
+    def intervals(self) -> Dict[str, Tuple[float, float]]:
+        """95 % intervals of the totals by a bootstrap over scenes; empty with fewer than two scenes."""
+        if len(self.scenes) < 2:
+            return {}
+        resampled = totals(resample([self.scenes[name].tallies for name in sorted(self.scenes)]), *self._how)
+        bounds = {name: interval(values) for name, values in resampled.items()}
+        return {name: pair for name, pair in bounds.items() if pair is not None}
+
+    def groups(self) -> Dict[str, Dict[str, Dict[str, float]]]:
+        """Totals by ``rings``, ``sectors``, ``conditions`` (day, night) and ``scenes``, as far as told apart."""
+        found = {}
+        for name, parts in self._parts().items():
+            found[name] = {part: self._totals(sums) for part, sums in parts.items()}
+        return found
+
+    def as_dict(self, details: bool = False) -> Dict[str, Any]:
         """Plain numbers, ready for JSON (None for NaN).
 
         Keys: ``num_samples``, ``only_free``, then as far as asked for ``RayIoU``, ``RayIoU@1`` ... (one per
-        threshold), ``RayPQ``, ``RayPQ@1`` ..., ``mIoU``; ``per_class`` holds the same for every class, with
-        ``IoU`` for ``mIoU``.
+        threshold), ``RayPQ``, ``RayPQ@1`` ..., ``RaySQ``, ``RayRQ``, ``RayPQ_things``, ``RayPQ_stuff``, ``mIoU`` with
+        ``mIoU_voxels`` (the mask that it counts), ``binary_IoU``; ``intervals`` has [low, high] of these;
+        ``per_class`` the same for every class, with ``IoU`` for ``mIoU``.
+
+        Args:
+            details: also ``rings``, ``sectors``, ``conditions``, ``scenes``, the totals of parts; ``confusion``, rays
+                and voxels by true (row) and predicted (column) class; and what a comparison of models needs:
+                ``thresholds``, ``things`` and, by scene, ``tallies``.
         """
-        totals = {name: _number(value) for name, value in self._totals().items()}
-        if len(self.voxel_iou):
-            totals['mIoU_voxels'] = 'mask_camera' if self.camera_mask else 'all'
-        per_class = {
-            label: {name: _number(column[position]) for name, column in self._columns().items()}
+        result: Dict[str, Any] = dict(num_samples=self.num_samples, only_free=self.only_free)
+        result.update(_numbers(self.totals))
+        if self.mask is not None:
+            result['mIoU_voxels'] = MASKS[self.mask]
+        result['intervals'] = {name: list(pair) for name, pair in self.intervals().items()}
+        columns = self.columns()
+        result['per_class'] = {
+            label: _numbers({name: column[position] for name, column in columns.items()})
             for position, label in enumerate(self.class_names)
         }
-        return dict(num_samples=self.num_samples, only_free=self.only_free, **totals, per_class=per_class)
+        return dict(result, **self._details()) if details else result
+
+    def _details(self):
+        result: Dict[str, Any] = dict(thresholds=list(self.thresholds), confusion=self._confusion())
+        result['things'] = [self.class_names[label] for label in self.thing_ids]
+        for name, parts in self.groups().items():
+            result[name] = {part: _numbers(values) for part, values in parts.items()}
+        result['tallies'] = {
+            name: dict(samples=scene.samples, **{key: value.tolist() for key, value in scene.tallies.items()})
+            for name, scene in sorted(self.scenes.items())
+        }
+        return result
 
     def as_table(self) -> str:
-        """Text table in percent: one row per class, means last."""
-        columns, totals = self._columns(), self._totals()
+        """Text table in percent: one row per class, means and their intervals last."""
+        columns, sums, bounds = self.columns(), self.totals, self.intervals()
+        total = {name: 'mIoU' if name == 'IoU' else name for name in columns}
         names = list(columns)
-        width = max(len(name) for name in self.class_names + ('mean',))
-        rows = [[''] + names]
-        rows += [
-            [label] + [_percent(columns[name][position]) for name in names]
-            for position, label in enumerate(self.class_names)
-        ]
-        rows += [['mean'] + [_percent(totals['mIoU' if name == 'IoU' else name]) for name in names]]
-        lines = [row[0].ljust(width) + ''.join(cell.rjust(10) for cell in row[1:]) for row in rows]
-        rule = '-' * len(lines[0])
-        notes = [f'{self.num_samples} samples, percent; - : class not there']
-        if len(self.voxel_iou) and not self.camera_mask:
-            notes.append('IoU over all voxels: labels have no mask_camera')
-        table = [lines[0], rule] + lines[1:-1] + [rule, lines[-1]] + notes
-        return '\n'.join([_ONLY_FREE] * self.only_free + table)
+        rows = [[label] + [percent(columns[name][at]) for name in names] for at, label in enumerate(self.class_names)]
+        last = [['mean'] + [percent(sums[total[name]]) for name in names]]
+        if bounds:
+            for which, label in enumerate(('95 % from', '95 % to')):
+                last.append([label] + [percent(bounds.get(total[name], (np.nan,) * 2)[which]) for name in names])
+        lines = text_table([[''] + names], rows, last)
+        return '\n'.join([_ONLY_FREE] * self.only_free + lines + self._notes(sums))
 
-    def _columns(self):
-        """{column: scores [C]}."""
-        columns = {}
-        for name, scores in (('RayIoU', self.ray_iou), ('RayPQ', self.ray_pq)):
-            if len(scores):
-                columns[name] = _mean(scores, axis=0)
-                columns.update((f'{name}@{at:g}', row) for at, row in zip(self.thresholds, scores))
-        if len(self.voxel_iou):
-            columns['IoU'] = self.voxel_iou
+    def columns(self) -> Dict[str, np.ndarray]:
+        """{column of a table: scores [C]}; RayIoU and RayPQ are means over thresholds, then come those of each."""
+        scores, columns = self.class_scores, {}
+        for name, values in (('RayIoU', scores.ray_iou), ('RayPQ', scores.ray_pq)):
+            if values is not None:
+                columns[name] = mean(values, axis=0)
+                columns.update((f'{name}@{at:g}', row) for at, row in zip(self.thresholds, values))
+        if scores.voxel_iou is not None:
+            columns['IoU'] = scores.voxel_iou
         return columns
 
-    def _totals(self):
-        """{score: mean over classes}; RayIoU and RayPQ are means over thresholds of those."""
-        totals = {}
-        for name, scores in (('RayIoU', self.ray_iou), ('RayPQ', self.ray_pq)):
-            if len(scores):
-                means = _mean(scores, axis=1)
-                totals[name] = _mean(means, axis=0)
-                totals.update((f'{name}@{at:g}', mean) for at, mean in zip(self.thresholds, means))
-        if len(self.voxel_iou):
-            totals['mIoU'] = _mean(self.voxel_iou, axis=0)
-        return totals
+    @property
+    def _how(self):
+        return self.thresholds, self.thing_ids
+
+    def _totals(self, sums):
+        return {name: float(value) for name, value in totals(sums, *self._how).items()}
+
+    def _parts(self) -> Dict[str, Dict[str, Tallies]]:
+        parts: Dict[str, Dict[str, Tallies]] = {}
+        members = self.regions.members
+        if len(members) > 1:
+            names = [('rings', name) for name in self.regions.rings]
+            names += [('sectors', name) for name in self.regions.sectors]
+            for part, (kind, name) in enumerate(names, start=1):
+                parts.setdefault(kind, {})[name] = tallies(self.counts, members[part], part)
+        for condition, is_night in (('day', False), ('night', True)):
+            scenes = [scene.tallies for name, scene in self.scenes.items() if self.night.get(name) is is_night]
+            if scenes:
+                parts.setdefault('conditions', {})[condition] = {
+                    name: sum(one[name] for one in scenes) for name in scenes[0]
+                }
+        if self.scenes:
+            parts['scenes'] = {name: scene.tallies for name, scene in sorted(self.scenes.items())}
+        return parts
+
+    def _confusion(self):
+        found = {}
+        if self.counts.rays is not None:
+            found['rays'] = self.counts.rays.sum(axis=(0, 3)).tolist()
+        if self.counts.voxels is not None:
+            found['voxels'] = self.counts.voxels.sum(axis=0).tolist()
+        return found
+
+    def _notes(self, sums) -> List[str]:
+        notes = [f'{self.num_samples} samples, percent; - : class not there']
+        if 'RayPQ' in sums:
+            names = ('RaySQ', 'RayRQ', 'RayPQ_things', 'RayPQ_stuff')
+            notes.append(', '.join(f'{name} {percent(sums[name])}' for name in names))
+        if self.mask is not None:
+            voxels = 'all voxels' if self.mask == 'none' else f'the voxels of {MASKS[self.mask]}'
+            notes.append(f'IoU over {voxels}; occupied or not: {percent(sums["binary_IoU"])}')
+        if self.scenes:
+            bootstrap = '; intervals by a bootstrap over them' if len(self.scenes) > 1 else ''
+            notes.append(f'{len(self.scenes)} scene{"s" * (len(self.scenes) > 1)}{bootstrap}')
+        return notes
 
 
-def _mean(values, axis):
-    """Mean without NaN; NaN where there is nothing else."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', RuntimeWarning)  # mean of an empty slice
-        return np.nanmean(values, axis=axis)
+def text_table(*blocks: List[List[str]]) -> List[str]:
+    """Lines of a table whose blocks of rows are ruled apart; the first column is ranged left."""
+    rows = [row for block in blocks for row in block]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines: List[str] = []
+    for block in blocks:
+        if lines:
+            lines.append('-' * len(lines[0]))
+        for row in block:
+            cells = (cell.rjust(max(width + 2, 10)) for cell, width in zip(row[1:], widths[1:]))
+            lines.append(row[0].ljust(widths[0]) + ''.join(cells))
+    return lines
 
 
-def _number(value):
-    return None if np.isnan(value) else float(value)
+def _numbers(values):
+    return {name: None if np.isnan(value) else float(value) for name, value in values.items()}
 
 
-def _percent(value):
+def percent(value: float) -> str:
+    """A fraction in percent; ``-`` for NaN."""
     return '-' if np.isnan(value) else f'{100 * value:.2f}'

@@ -4,17 +4,83 @@ Amanatides and Woo, "A fast voxel traversal algorithm for ray tracing" (1987), i
 of grazing rays hang on the order of operations, so both versions keep it, and neither may fuse or reorder:
 no fastmath here, no fused multiply-add there.
 
-Units: positions and distances in voxels from the grid's lower corner.
+A batch of rays, the lanes, takes its steps together in loops without branches, which LLVM turns into vector
+instructions. The state of the lanes is one array: at constant distances in it LLVM sees that its rows do not
+overlap, and with unsigned indices that none is counted from the end.
+
+Units: positions and distances in voxels from the grid's lower corner. X, Y, Z the grid, V volumes, O origins,
+R directions, M = O * R rays.
 """
 
 import math
 
 import numpy as np
 
-from ..jit import inlined, jit
+from ..jit import jit
 
+LANES = 384
+MAX_VOLUMES = 7
+BORDER = 128  # bit of the cells around the grid
 MIN_STEP_LIMIT = 1000
 NEVER = np.finfo(np.float64).max  # "distance" to the next border along an axis the ray does not move along
+_STRIDE = 16  # steps between looks for rays that have ended
+_ROWS = 13
+# Rows of the state, float64 [LANES] each. Along each axis: distance to the next border, distance between
+# borders, difference of the cell's index. Then the cell that the ray is in; 1 while it moves, 0 once it has
+# met something; the cell that it left last, and where.
+_TX, _TY, _TZ, _DX, _DY, _DZ, _JX, _JY, _JZ, _CELL, _MOVES, _LEFT_CELL, _LEFT_AT = (
+    np.uint64(row * LANES) for row in range(_ROWS)
+)
+
+
+@jit
+def mark_occupied(volume, free_id, bit, cells):
+    """Set ``bit`` in ``cells``, uint8 [X + 2, Y + 2, Z + 2], inside of which ``volume`` [X, Y, Z] is not free."""
+    for x in range(volume.shape[0]):
+        for y in range(volume.shape[1]):
+            for z in range(volume.shape[2]):
+                cells[x + 1, y + 1, z + 1] |= np.uint8(bit if volume[x, y, z] != free_id else 0)
+
+
+@jit
+def trace_rays(cells, starts, origins, directions, range_min, voxel_size, first, last, voxel_out, distance_out):
+    """Cast the rays ``first`` to ``last`` through all volumes at once; the path is the same for each.
+
+    Args:
+        cells: uint8 [X + 2, Y + 2, Z + 2], bit v set where volume v is not free, ``BORDER`` around the grid.
+        starts: float64 [O, 3], the origins in voxels, rounded to float32 as published.
+        origins: float64 [O, 3], directions: float32 [R, 3], range_min: float64 [3], metres.
+        voxel_size: metres, a float32 value.
+        first, last: ray o * R + r goes from origin o in direction r.
+        voxel_out: int32 [V, M], row-major voxel of [X, Y, Z] that each ray ends in.
+        distance_out: float32 [V, M], metres, where the ray leaves that voxel.
+    """
+    flat = cells.reshape(-1)
+    state = np.empty(_ROWS * LANES)
+    watch = np.empty(LANES, dtype=np.uint8)  # BORDER and the bits of the volumes still to be hit
+    slot = np.empty(LANES, dtype=np.int64)
+    steps = np.empty(LANES, dtype=np.int64)  # that may still be taken
+    metres = np.float32(voxel_size)
+    volumes = (1 << len(voxel_out)) - 1
+    while first < last:
+        count = np.uint64(min(LANES, last - first))
+        _aim(state, count, starts, origins, directions, range_min, voxel_size, first, cells.shape)
+        fewest = _enter(state, watch, steps, slot, count, starts, directions.shape[0], first, cells.shape, volumes)
+        # Steps of a ray that may run out of them are counted one by one.
+        stride = _STRIDE if fewest > _size_sum(cells.shape) + _STRIDE * MAX_VOLUMES else 1
+        first += LANES
+        _look(state, watch, flat, count)
+        count = _collect(state, watch, steps, slot, count, 0, cells, metres, voxel_out, distance_out)
+        while count > 0:
+            for _ in range(stride):
+                _advance(state, count)
+                _look(state, watch, flat, count)
+            count = _collect(state, watch, steps, slot, count, stride, cells, metres, voxel_out, distance_out)
+
+
+@jit
+def _size_sum(shape):
+    return shape[0] + shape[1] + shape[2] - 6
 
 
 @jit
@@ -25,169 +91,168 @@ def _to_voxels(position, range_min, voxel_size):
 
 
 @jit
-def _axis(start, slope):
-    """Voxel, step (+1 or -1), distance to the first border and between borders, along one axis."""
-    cell = int(start)  # towards zero: a start in (-1, 0) counts as inside the first voxel
-    if slope == 0.0:
-        return cell, 1, NEVER, NEVER
-    step = 1 if slope > 0.0 else -1
-    border = cell + 1 if step > 0 else cell
-    return cell, step, (border - start) / slope, step / slope
+def _aim(state, count, starts, origins, directions, range_min, voxel_size, first, shape):
+    """Direct the lanes along the rays from ``first`` on."""
+    o = first // directions.shape[0]
+    r = first - o * directions.shape[0]
+    for lane in range(count):
+        for axis in range(3):
+            row = np.uint64(axis * LANES)
+            state[_TX + row + lane] = origins[o, axis] + directions[r, axis]
+            state[_DX + row + lane] = starts[o, axis]
+        r += 1
+        if r == directions.shape[0]:
+            o, r = o + 1, 0
+    low_x, low_y, low_z = range_min[0], range_min[1], range_min[2]
+    for lane in range(count):
+        x = _to_voxels(state[_TX + lane], low_x, voxel_size) - state[_DX + lane]
+        y = _to_voxels(state[_TY + lane], low_y, voxel_size) - state[_DY + lane]
+        z = _to_voxels(state[_TZ + lane], low_z, voxel_size) - state[_DZ + lane]
+        length = math.sqrt(x * x + y * y + z * z)
+        state[_TX + lane], state[_TY + lane], state[_TZ + lane] = x / length, y / length, z / length
+    _aim_along(state, count, np.uint64(0), np.float64(shape[1] * shape[2]))
+    _aim_along(state, count, np.uint64(LANES), np.float64(shape[2]))
+    _aim_along(state, count, np.uint64(2 * LANES), 1.0)
 
 
 @jit
-def _leaves(cell, step, size):
-    """The voxel lies outside along this axis and the ray moves away."""
-    return (cell < 0 and step < 0) or (cell >= size and step > 0)
+def _aim_along(state, count, axis, jump):
+    """Distances and step along one axis, from the direction and the start that the rows hold."""
+    for lane in range(count):
+        slope, start = state[_TX + axis + lane], state[_DX + axis + lane]
+        step = 1.0 if slope >= 0.0 else -1.0
+        border = np.trunc(start) + (1.0 if slope >= 0.0 else 0.0)
+        state[_TX + axis + lane] = (border - start) / slope if slope != 0.0 else NEVER
+        state[_DX + axis + lane] = step / slope if slope != 0.0 else NEVER
+        state[_JX + axis + lane] = step * jump
 
 
 @jit
-def _voxels_left(cell, step, size):
-    """Voxels between this one and the side of the grid the ray moves to."""
-    return size - 1 - cell if step > 0 else cell
+def _enter(state, watch, steps, slot, count, starts, num_directions, first, shape, volumes):
+    """Put the lanes into their first cells inside the grid; the fewest steps that one of them has left.
+
+    A ray that never comes inside gets the very first cell, outside the grid, to have left it at -1.
+    """
+    limit = max(MIN_STEP_LIMIT, _size_sum(shape))
+    fewest, o, r = limit, first // num_directions, first % num_directions
+    for lane in range(count):
+        slot[lane], steps[lane], watch[lane] = first, limit, BORDER | volumes
+        # towards zero: a start in (-1, 0) counts as inside the first voxel
+        x, y, z = int(starts[o, 0]), int(starts[o, 1]), int(starts[o, 2])
+        if not (0 <= x < shape[0] - 2 and 0 <= y < shape[1] - 2 and 0 <= z < shape[2] - 2):
+            x, y, z, steps[lane] = _walk_inside(state, lane, x, y, z, shape, limit)
+            if steps[lane] == 0:
+                x, y, z, steps[lane] = -1, -1, -1, limit
+            fewest = min(fewest, steps[lane])
+        state[_CELL + lane] = state[_LEFT_CELL + lane] = ((x + 1) * shape[1] + y + 1) * shape[2] + z + 1
+        state[_MOVES + lane], state[_LEFT_AT + lane] = 1.0, -1.0
+        first, r = first + 1, r + 1
+        if r == num_directions:
+            o, r = o + 1, 0
+    return fewest
 
 
 @jit
-def _enter(x, y, z, step_x, step_y, step_z, tx, ty, tz, dx, dy, dz, size_x, size_y, size_z, limit):
-    """Walk from outside to the first voxel inside: it, the next distances and the steps left (0: never)."""
+def _walk_inside(state, lane, x, y, z, shape, limit):
+    """Walk one ray from outside to the first voxel inside: it, and the steps left (0: never)."""
+    size_x, size_y, size_z = shape[0] - 2, shape[1] - 2, shape[2] - 2
     while limit > 0:
         if 0 <= x < size_x and 0 <= y < size_y and 0 <= z < size_z:
             break
+        step_x, step_y, step_z = state[_JX + lane] > 0, state[_JY + lane] > 0, state[_JZ + lane] > 0
         if _leaves(x, step_x, size_x) or _leaves(y, step_y, size_y) or _leaves(z, step_z, size_z):
-            return x, y, z, tx, ty, tz, 0
+            return x, y, z, 0
+        tx, ty, tz = state[_TX + lane], state[_TY + lane], state[_TZ + lane]
         if tx < ty and tx < tz:
-            x += step_x
-            tx += dx
+            x += 1 if step_x else -1
+            state[_TX + lane] += state[_DX + lane]
         elif ty <= tx and ty < tz:
-            y += step_y
-            ty += dy
+            y += 1 if step_y else -1
+            state[_TY + lane] += state[_DY + lane]
         else:
-            z += step_z
-            tz += dz
+            z += 1 if step_z else -1
+            state[_TZ + lane] += state[_DZ + lane]
         limit -= 1
-    return x, y, z, tx, ty, tz, limit
+    return x, y, z, limit
 
 
 @jit
-def _record(slot, hits, voxel, depth, voxel_out, distance_out):
-    for volume in range(voxel_out.shape[0]):
-        if (hits >> volume) & 1:
-            voxel_out[volume, slot] = voxel
-            distance_out[volume, slot] = depth
-
-
-@inlined
-def _walk(
-    cells,
-    voxel,
-    jump_x,
-    jump_y,
-    step_z,
-    left_x,
-    left_y,
-    left_z,
-    tx,
-    ty,
-    tz,
-    dx,
-    dy,
-    dz,
-    steps_left,
-    pending,
-    slot,
-    metres,
-    voxel_out,
-    distance_out,
-):
-    """Walk inside the grid from ``voxel`` until all pending volumes were hit or the ray leaves; record it."""
-    here, t = voxel, 0.0
-    for _ in range(steps_left):
-        t = min(tx, ty)
-        hits = cells[np.uint64(voxel)] & pending  # unsigned: no check for indices from the end
-        if hits:
-            _record(slot, hits, voxel, np.float32(min(t, tz)) * metres, voxel_out, distance_out)
-            pending ^= hits
-            if pending == 0:
-                return
-        here = voxel
-        if t < tz:
-            if tx < ty:
-                voxel += jump_x
-                left_x -= 1
-                tx += dx
-                if left_x < 0:
-                    break
-            else:
-                voxel += jump_y
-                left_y -= 1
-                ty += dy
-                if left_y < 0:
-                    break
-        else:
-            t = tz
-            voxel += step_z
-            left_z -= 1
-            tz += dz
-            if left_z < 0:
-                break
-    _record(slot, pending, here, np.float32(t) * metres, voxel_out, distance_out)
+def _leaves(cell, upwards, size):
+    """The voxel lies outside along this axis and the ray moves away."""
+    return (cell < 0 and not upwards) or (cell >= size and upwards)
 
 
 @jit
-def trace_rays(occupied, origins, directions, range_min, voxel_size, rays, first, last, voxel_out, distance_out):
-    """Cast ``rays[first:last]`` through all volumes at once; the path is the same for each.
+def _advance(state, count):
+    """Take one step with every lane that moves."""
+    for lane in range(count):
+        tx, ty, tz = state[_TX + lane], state[_TY + lane], state[_TZ + lane]
+        dx, dy, dz = state[_DX + lane], state[_DY + lane], state[_DZ + lane]
+        jump_x, jump_y, jump_z = state[_JX + lane], state[_JY + lane], state[_JZ + lane]
+        cell, left_cell, left_at = state[_CELL + lane], state[_LEFT_CELL + lane], state[_LEFT_AT + lane]
+        moves = state[_MOVES + lane] > 0.0
+        x_before_y = tx < ty
+        t = tx if x_before_y else ty
+        before_z = t < tz
+        jump = jump_x if x_before_y else jump_y
+        state[_LEFT_AT + lane] = (t if before_z else tz) if moves else left_at
+        state[_LEFT_CELL + lane] = cell if moves else left_cell
+        state[_CELL + lane] = cell + (jump if before_z else jump_z) if moves else cell
+        state[_TX + lane] = tx + dx if moves & before_z & x_before_y else tx
+        state[_TY + lane] = ty + dy if moves & before_z & (not x_before_y) else ty
+        state[_TZ + lane] = tz + dz if moves & (not before_z) else tz
+
+
+@jit
+def _look(state, watch, flat, count):
+    """Stop the lanes that are in a cell that they watch for."""
+    for lane in range(count):
+        state[_MOVES + lane] = 0.0 if flat[np.uint64(np.int64(state[_CELL + lane]))] & watch[lane] else 1.0
+
+
+@jit
+def _collect(state, watch, steps, slot, count, taken, cells, voxel_size, voxel_out, distance_out):
+    """Record what stopped lanes have met, close the gaps of those that have ended; the lanes left.
 
     Args:
-        occupied: uint8 [X, Y, Z], bit v set where volume v is not free.
-        origins: float64 [O, 3], directions: float32 [R, 3], range_min: float64 [3], metres.
-        voxel_size: metres, a float32 value.
-        rays: int32 [M], ray o * R + r goes from origin o in direction r.
-        voxel_out: int32 [V, M], row-major voxel each ray ends in.
-        distance_out: float32 [V, M], metres, where the ray leaves that voxel.
+        taken: steps since the last time.
     """
-    size_x, size_y, size_z = occupied.shape
-    cells = occupied.reshape(-1)
-    all_volumes = (1 << voxel_out.shape[0]) - 1
-    step_limit = max(MIN_STEP_LIMIT, size_x + size_y + size_z)
-    metres = np.float32(voxel_size)
-    for slot in range(first, last):
-        o = rays[slot] // directions.shape[0]
-        r = rays[slot] - o * directions.shape[0]
-        start_x = _to_voxels(origins[o, 0], range_min[0], voxel_size)
-        start_y = _to_voxels(origins[o, 1], range_min[1], voxel_size)
-        start_z = _to_voxels(origins[o, 2], range_min[2], voxel_size)
-        ray_x = _to_voxels(origins[o, 0] + directions[r, 0], range_min[0], voxel_size) - start_x
-        ray_y = _to_voxels(origins[o, 1] + directions[r, 1], range_min[1], voxel_size) - start_y
-        ray_z = _to_voxels(origins[o, 2] + directions[r, 2], range_min[2], voxel_size) - start_z
-        length = math.sqrt(ray_x * ray_x + ray_y * ray_y + ray_z * ray_z)
-        x, step_x, tx, dx = _axis(start_x, ray_x / length)
-        y, step_y, ty, dy = _axis(start_y, ray_y / length)
-        z, step_z, tz, dz = _axis(start_z, ray_z / length)
-        x, y, z, tx, ty, tz, steps_left = _enter(
-            x, y, z, step_x, step_y, step_z, tx, ty, tz, dx, dy, dz, size_x, size_y, size_z, step_limit
-        )
-        if steps_left == 0:
-            _record(slot, all_volumes, 0, np.float32(-1.0) * metres, voxel_out, distance_out)
+    flat = cells.reshape(-1)
+    lane = np.uint64(0)
+    while lane < count:
+        steps[lane] -= taken
+        if state[_MOVES + lane] > 0.0 and steps[lane] > 0:
+            lane += np.uint64(1)
             continue
-        _walk(
-            cells,
-            (x * size_y + y) * size_z + z,
-            step_x * size_y * size_z,
-            step_y * size_z,
-            step_z,
-            _voxels_left(x, step_x, size_x),
-            _voxels_left(y, step_y, size_y),
-            _voxels_left(z, step_z, size_z),
-            tx,
-            ty,
-            tz,
-            dx,
-            dy,
-            dz,
-            steps_left,
-            all_volumes,
-            slot,
-            metres,
-            voxel_out,
-            distance_out,
-        )
+        met, wanted = np.int64(flat[np.uint64(np.int64(state[_CELL + lane]))]), np.int64(watch[lane])
+        if met & BORDER or steps[lane] == 0:  # the ray ends where it was before
+            met = wanted ^ BORDER
+            cell, depth = state[_LEFT_CELL + lane], state[_LEFT_AT + lane]
+        else:
+            met &= wanted
+            cell, depth = state[_CELL + lane], min(min(state[_TX + lane], state[_TY + lane]), state[_TZ + lane])
+        voxel, distance = _voxel_of(np.uint64(cell), cells.shape), np.float32(depth) * voxel_size
+        for volume in range(len(voxel_out)):
+            if (met >> volume) & 1:
+                voxel_out[volume, slot[lane]] = voxel
+                distance_out[volume, slot[lane]] = distance
+        watch[lane] = wanted ^ met
+        if wanted ^ met != BORDER:
+            state[_MOVES + lane] = 1.0
+            lane += np.uint64(1)
+            continue
+        count -= np.uint64(1)
+        for row in range(_ROWS):
+            state[np.uint64(row * LANES) + lane] = state[np.uint64(row * LANES) + count]
+        watch[lane], steps[lane], slot[lane] = watch[count], steps[count], slot[count]
+    return count
+
+
+@jit
+def _voxel_of(cell, shape):
+    """Row-major voxel of a cell; 0 for the first cell of all, which lies outside the grid."""
+    size_y, size_z = np.uint64(shape[1]), np.uint64(shape[2])
+    row = cell // size_z
+    x = row // size_y
+    y, z = row - x * size_y, cell - row * size_z
+    return max(((np.int64(x) - 1) * (shape[1] - 2) + np.int64(y) - 1) * (shape[2] - 2) + np.int64(z) - 1, 0)

@@ -1,8 +1,8 @@
 """Inference and evaluation: every sample once, whatever the number of processes, and the same figures to the bit.
 
 Each process takes a contiguous block of the data set, so that the features of earlier frames can be reused
-from one keyframe to the next. Counts per sample travel to the main process and are summed in the data set's
-order.
+from one keyframe to the next. Counts travel to the main process; they are integers, so their sums do not depend
+on the order.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -100,10 +100,17 @@ class Evaluation:
         was_training = model.training
         model.eval()
         model.reset_history()
-        stats = self._evaluate_block(model, block_of(len(self.dataset), self.processes))
+        self.evaluator.reset()
+        self._evaluate_block(model, block_of(len(self.dataset), self.processes))
         model.train(was_training)
-        everyone = self.processes.gather(stats)
-        return None if everyone is None else self.evaluator.summarize(in_dataset_order(everyone, len(self.dataset)))
+        everyone = self.processes.gather(self.evaluator)
+        if everyone is None:
+            return None
+        everyone[0].merge(*everyone[1:])
+        result = everyone[0].compute()
+        if result.num_samples != len(self.dataset):
+            raise AssertionError(f'{result.num_samples} of {len(self.dataset)} samples were evaluated')
+        return result
 
     def run_in_training(self, model: nn.Module, iteration: int, folder: Path) -> Optional[Dict[str, float]]:
         """Scores in the main process, None in the others; kept in the run folder as ``evaluation_iter_N.json``.
@@ -121,50 +128,36 @@ class Evaluation:
         write_json(path, dict(result.as_dict(), iteration=iteration))
         return _totals(result.as_dict())
 
-    def _evaluate_block(self, model, indices: Sequence[int]) -> List[Tuple[int, Any]]:
-        """(index, statistics) of the samples of this process; scoring overlaps with the next prediction."""
+    def _evaluate_block(self, model, indices: Sequence[int]) -> None:
+        """Predict the samples of this process; scoring overlaps with the next prediction."""
         device = self.processes.device
         loader = make_loader(self.dataset, [[i] for i in indices], self.components.collate, self.workers, device)
         progress = _Progress(len(indices), self.say)
-        results: List[Tuple[int, Any]] = []
-        waiting: Deque[Tuple[int, Future]] = deque()
+        waiting: Deque[Future] = deque()
         with ThreadPoolExecutor(max_workers=1) as scorer:
             for index, batch in zip(indices, read_batches(loader)):
                 prediction = predict(model, batch, device, self.amp)[0]
-                waiting.append((index, scorer.submit(self._score, index, prediction)))
+                waiting.append(scorer.submit(self._score, index, prediction))
                 while len(waiting) > _WAITING:
-                    results.append(_collect(waiting))
+                    waiting.popleft().result()
                 progress.step()
             while waiting:
-                results.append(_collect(waiting))
+                waiting.popleft().result()
         progress.finish()
-        return results
 
-    def _score(self, index: int, prediction: Dict):
+    def _score(self, index: int, prediction: Dict) -> None:
         """Save and score one prediction (in the scoring thread); a token that is no plain name is refused."""
         token = self.dataset.sample_token(index)
         if self.predictions_folder is not None:
             save_prediction(path_inside(self.predictions_folder, f'{token}.npz'), prediction)
         truth, origins = self.dataset.ground_truth(index), self.dataset.ray_origins(index)
-        return self.evaluator.process(to_dense(prediction, self.task), truth, origins, key=token)
+        scene = self.dataset.scene_name(index)
+        self.evaluator.update(to_dense(prediction, self.task), truth, origins, token=token, scene=scene)
 
 
 def block_of(count: int, processes: Processes) -> range:
     """Indices that this process evaluates."""
     return range(count * processes.rank // processes.world_size, count * (processes.rank + 1) // processes.world_size)
-
-
-def in_dataset_order(everyone: List[List[Tuple[int, Any]]], count: int) -> List:
-    """(index, stats) pairs of all processes -> stats by index; each index must occur once."""
-    pairs = sorted((pair for pairs in everyone for pair in pairs), key=lambda pair: pair[0])
-    if [index for index, _ in pairs] != list(range(count)):
-        raise AssertionError('samples were evaluated twice or not at all')
-    return [stats for _, stats in pairs]
-
-
-def _collect(waiting) -> Tuple[int, Any]:
-    index, future = waiting.popleft()
-    return index, future.result()
 
 
 def _totals(scores) -> Dict[str, float]:

@@ -18,7 +18,7 @@ from slow_caster import cast_all
 
 from lib import raycast
 from lib.extension import Extension
-from lib.raycast import cast_rays, cast_rays_through, casting, cpu, gpu
+from lib.raycast import cast_rays, casting, gpu, kernels, trace
 
 ROOT = Path(__file__).resolve().parents[2]
 FREE = 3
@@ -133,6 +133,19 @@ def test_at_most_a_thousand_steps_from_outside():
     assert far.distance_m[0] == -1.0
 
 
+@pytest.mark.parametrize('steps', [560, 700, *range(982, 1003)])
+def test_steps_run_out_inside_the_grid(steps):
+    """A ray that comes from far away ends where its steps do, whatever is behind; volumes do not cost it steps."""
+    first = np.full((20, 3, 3), FREE, dtype=np.uint8)
+    second = first.copy()
+    first[5], second[7] = 1, 2
+    origin, along_x = np.array([[-steps + 0.5, 1.5, 1.5]]), np.array([[1.0, 0, 0]])
+    together = trace([first, second], origin, along_x, (0, 0, 0), 1.0, FREE)
+    for volume, voxel, depth in zip((first, second), together.voxel, together.distance_m):
+        _, expected_depth, expected_voxel = cast_all(volume, origin, along_x, (0.0, 0.0, 0.0), 1.0, FREE)
+        assert (voxel[0], depth[0]) == (expected_voxel[0], expected_depth[0])
+
+
 def test_a_long_grid_is_crossed_whole():
     semantics = np.full((1500, 1, 1), FREE, dtype=np.uint8)
     semantics[1490] = 1
@@ -151,35 +164,38 @@ def random_case(seed=0, shape=(40, 40, 16), volumes=2):
 
 
 def test_volumes_together_equal_volumes_alone():
-    semantics, *rest = random_case(volumes=8)
-    for volume, together in zip(semantics, cast_rays_through(semantics, *rest)):
+    semantics, *rest = random_case(volumes=7)
+    together = trace(semantics, *rest)
+    for number, volume in enumerate(semantics):
         alone = cast_rays(volume, *rest)
-        for name in ('label', 'distance_m', 'voxel'):
-            np.testing.assert_array_equal(getattr(together, name), getattr(alone, name))
+        np.testing.assert_array_equal(together.voxel[number], alone.voxel)
+        np.testing.assert_array_equal(together.distance_m[number], alone.distance_m)
 
 
-def test_chosen_rays_and_instances():
-    semantics, *rest = random_case(volumes=1)
-    instances = np.arange(semantics[0].size, dtype=np.int32).reshape(semantics[0].shape)
-    rays = np.random.default_rng(1).permutation(5 * 2500)[:3000]
-    everything = cast_rays(semantics[0], *rest, instances=instances)
-    some = cast_rays(semantics[0], *rest, instances=instances, rays=rays)
-    np.testing.assert_array_equal(everything.instance, everything.voxel)
-    for name in ('label', 'distance_m', 'voxel', 'instance'):
-        np.testing.assert_array_equal(getattr(some, name), getattr(everything, name)[rays])
-    assert len(cast_rays(semantics[0], *rest, rays=np.empty(0, np.int32)).label) == 0
+@pytest.mark.parametrize('rays', [1, kernels.LANES - 1, kernels.LANES, kernels.LANES + 1, 3 * kernels.LANES])
+def test_any_number_of_rays(rays):
+    """Rays are cast in batches; the last one need not be full."""
+    semantics, origins, directions, *rest = random_case(volumes=1)
+    everything = cast_rays(semantics[0], origins[:1], directions, *rest)
+    some = cast_rays(semantics[0], origins[:1], directions[:rays], *rest)
+    np.testing.assert_array_equal(some.voxel, everything.voxel[:rays])
+    np.testing.assert_array_equal(some.distance_m, everything.distance_m[:rays])
+    assert len(cast_rays(semantics[0], origins[:0], directions, *rest).voxel) == 0
 
 
 def test_threads_do_not_change_results(monkeypatch):
     semantics, *rest = random_case()
-    results = []
-    for threads in ('1', '3'):
-        monkeypatch.setenv('OMP_NUM_THREADS', threads)
-        monkeypatch.setattr(cpu, '_CHUNK', 700)
-        results.append(cast_rays_through(semantics, *rest))
-    for one, three in zip(*results):
-        np.testing.assert_array_equal(one.label, three.label)
-        np.testing.assert_array_equal(one.distance_m, three.distance_m)
+    monkeypatch.setattr(casting, '_CHUNK', 700)
+    one, three = (trace(semantics, *rest, threads=threads) for threads in (1, 3))
+    np.testing.assert_array_equal(one.voxel, three.voxel)
+    np.testing.assert_array_equal(one.distance_m, three.distance_m)
+
+
+def test_number_of_threads(monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '3')
+    assert raycast.num_threads() == 3
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    assert raycast.num_threads() == len(os.sched_getaffinity(0))
 
 
 def test_any_memory_layout_and_type():
@@ -201,8 +217,6 @@ def test_any_memory_layout_and_type():
         (dict(directions=np.zeros(3)), 'directions'),
         (dict(voxel_size=0), 'voxel_size'),
         (dict(point_cloud_range=(0, 0)), 'point_cloud_range'),
-        (dict(instances=np.zeros((2, 2, 2))), 'instances'),
-        (dict(rays=np.array([5])), r'0\.\.0'),
         (dict(device='tpu'), 'tpu'),
     ],
 )
@@ -244,25 +258,23 @@ def test_import_compiles_nothing():
 def test_handling_of_tensors_around_the_kernel(monkeypatch):
     """The CUDA path but for the kernel, on CPU tensors."""
 
-    def trace(semantics, free_id, origins, directions, range_min, voxel_size, rays):
-        volumes, points = semantics.numpy(), (origins.numpy(), directions.numpy())
-        voxel, distance = cpu.trace(volumes, free_id, *points, range_min, voxel_size, rays.numpy())
-        label = np.stack([volume.reshape(-1)[index] for volume, index in zip(volumes, voxel)])
-        return tuple(torch.from_numpy(array) for array in (label, voxel, distance))
+    def trace_one(semantics, free_id, origins, num_origins, directions, point_cloud_range, voxel_size):
+        assert num_origins.tolist() == [len(origins[0])]
+        volume = semantics[0, 0].numpy()
+        hits = cast_rays(volume, origins[0].numpy(), directions.numpy(), point_cloud_range, voxel_size, free_id)
+        arrays = (hits.label, hits.voxel, hits.distance_m)
+        return tuple(torch.from_numpy(array)[None, None] for array in arrays)
 
-    monkeypatch.setattr(gpu, 'trace', trace)
-    semantics, origins, directions, lower, voxel_size, free_id = random_case()
+    monkeypatch.setattr(gpu, 'trace', trace_one)
+    semantics, origins, directions, *rest = random_case()
     directions.setflags(write=False)
-    instances = [volume.astype(np.int16) + 100 for volume in semantics]
-    for rays in (None, np.array([5, 3, 9000])):
-        arguments = (semantics, origins, directions, lower, voxel_size, free_id, instances, rays)
-        expected = cast_rays_through(*arguments)
-        with warnings.catch_warnings():
-            warnings.simplefilter('error')  # PyTorch warns about read-only arrays
-            hits = casting._cast_cuda(*arguments, 'cpu')
-        for one, other in zip(expected, hits):
-            for name in ('label', 'distance_m', 'voxel', 'instance'):
-                np.testing.assert_array_equal(getattr(one, name), getattr(other, name).numpy())
+    expected = cast_rays(semantics[0], origins, directions, *rest)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # PyTorch warns about read-only arrays
+        hits = gpu.cast_rays(semantics[0], origins, directions, *rest, 'cpu')
+    np.testing.assert_array_equal(expected.label, hits[0].numpy())
+    np.testing.assert_array_equal(expected.distance_m, hits[1].numpy())
+    np.testing.assert_array_equal(expected.voxel, hits[2].numpy())
 
 
 @pytest.fixture(scope='module')
@@ -375,17 +387,32 @@ def test_works_after_a_fork(monkeypatch):
     assert pickle.loads(os.read(reader, 1000)) == expected.sum(dtype=np.float64)
 
 
+def stacked(cases):
+    """Tensors of several cases, as the kernel takes them; the volumes, origins and counts of each differ."""
+    most = max(len(origins) for _, origins in cases)
+    padded = [np.pad(origins, ((0, most - len(origins)), (0, 0))) for _, origins in cases]
+    counts = torch.tensor([len(origins) for _, origins in cases], dtype=torch.int32)
+    return torch.from_numpy(np.array([volumes for volumes, _ in cases])), torch.from_numpy(np.array(padded)), counts
+
+
 @needs_cuda
-@pytest.mark.parametrize('volumes', [1, 2, 8])
+@pytest.mark.parametrize('volumes', [1, 2, 7])
 def test_cuda_equals_cpu(volumes):
-    semantics, *rest = random_case(3, volumes=volumes)
-    rays = np.random.default_rng(2).permutation(5 * 2500)[:4000]
-    for chosen in (None, rays, rays[:0]):
-        on_cpu = cast_rays_through(semantics, *rest, instances=semantics, rays=chosen)
-        on_gpu = cast_rays_through(semantics, *rest, instances=semantics, rays=chosen, device='cuda')
-        for one, other in zip(on_cpu, on_gpu):
-            for name in ('label', 'distance_m', 'voxel', 'instance'):
-                np.testing.assert_array_equal(getattr(one, name), getattr(other, name).cpu().numpy())
+    """Several samples in one launch, with different numbers of origins."""
+    semantics, origins, directions, lower, voxel_size, free_id = random_case(3, volumes=volumes)
+    cases = [(semantics, origins[:count]) for count in (5, 2, 0)] + [(random_case(4, volumes=volumes)[0], origins[1:])]
+    tensors = [tensor.cuda() for tensor in stacked(cases)]
+    rays = torch.from_numpy(directions).cuda()
+    found = gpu.trace(tensors[0], free_id, tensors[1], tensors[2], rays, lower, voxel_size)
+    label, voxel, distance = (tensor.cpu().numpy() for tensor in found)
+    for sample, (of_sample, from_where) in enumerate(cases):
+        known = len(from_where) * len(directions)
+        expected = trace(of_sample, from_where, directions, lower, voxel_size, free_id)
+        np.testing.assert_array_equal(voxel[sample, :, :known], expected.voxel)
+        np.testing.assert_array_equal(distance[sample, :, :known], expected.distance_m)
+        labels = [volume.reshape(-1)[index] for volume, index in zip(of_sample, expected.voxel)]
+        np.testing.assert_array_equal(label[sample, :, :known], labels)
+        assert np.all(label[sample, :, known:] == free_id)
 
 
 @needs_cuda
@@ -399,15 +426,18 @@ def test_cuda_equals_cpu_on_odd_rays(scene):
     np.testing.assert_array_equal(on_cpu.distance_m, on_gpu.distance_m.cpu().numpy())
 
 
-def test_the_kernel_is_kept_from_tensors_on_the_cpu():
-    tensors = dict(
-        semantics=torch.zeros(1, 4, 4, 4, dtype=torch.uint8),
-        origins=torch.zeros(1, 3),
+def kernel_tensors():
+    return dict(
+        semantics=torch.zeros(2, 1, 4, 4, 4, dtype=torch.uint8),
+        origins=torch.zeros(2, 1, 3, dtype=torch.float64),
+        num_origins=torch.ones(2, dtype=torch.int32),
         directions=torch.ones(5, 3),
-        rays=torch.arange(5),
     )
+
+
+def test_the_kernel_is_kept_from_tensors_on_the_cpu():
     with pytest.raises(ValueError, match='semantics is on cpu'):
-        gpu.trace(free_id=0, range_min=(0, 0, 0), voxel_size=1.0, **tensors)
+        gpu.trace(free_id=0, point_cloud_range=(0, 0, 0), voxel_size=1.0, **kernel_tensors())
 
 
 @needs_cuda
@@ -415,25 +445,19 @@ def test_the_kernel_is_kept_from_tensors_on_the_cpu():
     'name, change, words',
     [
         ('semantics', lambda tensor: tensor.int(), 'semantics must be contiguous torch.uint8'),
-        ('semantics', lambda tensor: tensor[0], 'with 4 dimensions'),
+        ('semantics', lambda tensor: tensor[0], 'with 5 dimensions'),
         ('origins', lambda tensor: tensor.float(), 'origins must be contiguous torch.float64'),
         ('directions', lambda tensor: tensor.cpu(), 'directions is on cpu'),
         ('directions', lambda tensor: tensor.t().contiguous().t(), 'directions must be contiguous'),
-        ('rays', lambda tensor: tensor.long(), 'rays must be contiguous torch.int32'),
+        ('num_origins', lambda tensor: tensor.long(), 'num_origins must be contiguous torch.int32'),
     ],
 )
 def test_the_kernel_is_kept_from_wrong_tensors(name, change, words):
-    tensors = dict(
-        semantics=torch.zeros(1, 4, 4, 4, dtype=torch.uint8),
-        origins=torch.zeros(1, 3, dtype=torch.float64),
-        directions=torch.ones(5, 3),
-        rays=torch.arange(5, dtype=torch.int32),
-    )
-    tensors = {key: tensor.cuda() for key, tensor in tensors.items()}
-    gpu.trace(free_id=0, range_min=(0, 0, 0), voxel_size=1.0, **tensors)
+    tensors = {key: tensor.cuda() for key, tensor in kernel_tensors().items()}
+    gpu.trace(free_id=0, point_cloud_range=(0, 0, 0), voxel_size=1.0, **tensors)
     tensors[name] = change(tensors[name])
     with pytest.raises(ValueError, match=words):
-        gpu.trace(free_id=0, range_min=(0, 0, 0), voxel_size=1.0, **tensors)
+        gpu.trace(free_id=0, point_cloud_range=(0, 0, 0), voxel_size=1.0, **tensors)
 
 
 @needs_cuda

@@ -134,6 +134,9 @@ class FakeDataset:
     def sample_token(self, index):
         return f'token{index}'
 
+    def scene_name(self, index):
+        return ''
+
     def ground_truth(self, index):
         return dict(semantics=np.full((4, 4, 2), index % 17, np.uint8))
 
@@ -150,7 +153,7 @@ def collate(samples):
 
 class FakeResult:
     def __init__(self, scores):
-        self.scores = scores
+        self.scores, self.num_samples = scores, len(scores)
 
     def as_dict(self):
         return dict(
@@ -166,12 +169,22 @@ class FakeResult:
 class FakeEvaluator:
     def __init__(self, task, metrics, device):
         self.metrics = metrics
+        self.reset()
 
-    def process(self, prediction, ground_truth, origins, key=''):
-        return float(prediction['semantics'].mean() + 0.01 * ground_truth['semantics'].mean())
+    def reset(self):
+        self.scores = {}
 
-    def summarize(self, stats):
-        return FakeResult(list(stats))
+    def update(self, prediction, labels, origins, token, scene):
+        assert token not in self.scores
+        self.scores[token] = float(prediction['semantics'].mean() + 0.01 * labels['semantics'].mean())
+
+    def merge(self, *others):
+        for other in others:
+            assert not set(other.scores) & set(self.scores)
+            self.scores.update(other.scores)
+
+    def compute(self):
+        return FakeResult([self.scores[token] for token in sorted(self.scores, key=lambda token: int(token[5:]))])
 
 
 def build_model(cfg, task):

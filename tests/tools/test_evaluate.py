@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from lib.metrics import OccEvaluator
+from lib.metrics import Evaluator
 from lib.metrics.formats import open_predictions
 from lib.prediction import save_prediction
 from lib.task import Task
@@ -57,7 +57,7 @@ def predictions(tmp_path):
 def test_true_labels_score_one(predictions, workers):
     dataset, lines = SmallDataset(), []
     found = open_predictions(predictions, dataset.task)
-    evaluator = OccEvaluator(dataset.task, ('ray_iou', 'miou'))
+    evaluator = Evaluator(dataset.task, ('ray_iou', 'miou'))
     result = score(dataset, [0, 1, 2], found, evaluator, workers, lines.append)
     assert (result.num_samples, result.as_dict()['RayIoU'], result.as_dict()['mIoU']) == (3, 1.0, 1.0)
     assert 'scored 3 samples' in lines[-1]

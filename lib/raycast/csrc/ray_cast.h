@@ -10,25 +10,25 @@
 namespace raycast {
 
 // Raised by one whenever a signature or a layout below changes; lib/raycast/gpu.py checks it.
-constexpr int kInterfaceVersion = 1;
+constexpr int kInterfaceVersion = 2;
 
 // Whether this build holds code for the current device's architecture.
 bool runs_on_current_device();
 
 // Device pointers to row-major arrays.
 struct RayArrays {
-  const uint8_t* semantics;  // [V, X, Y, Z]
+  const uint8_t* semantics;  // [S, V, X, Y, Z]
+  int num_samples;           // S
   int num_volumes;           // V, at most 8
   int free_id;
-  const double* origins;    // [O, 3] metres
-  int num_origins;
+  const double* origins;    // [S, O, 3] metres
+  const int* num_origins;   // [S], origins that each sample has
+  int max_origins;          // O
   const float* directions;  // [R, 3] metres
-  int num_directions;
-  const int* rays;          // [M], o * R + r
-  int num_rays;
-  uint8_t* label;           // [V, M] out
-  int* voxel;               // [V, M] out, row-major index
-  float* distance;          // [V, M] out, metres
+  int num_directions;       // R
+  uint8_t* label;           // [S, V, O * R] out
+  int* voxel;               // [S, V, O * R] out, row-major index
+  float* distance;          // [S, V, O * R] out, metres
 };
 
 // Casts the rays on `stream` of the current device.

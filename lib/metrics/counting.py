@@ -1,0 +1,232 @@
+"""From the volumes of samples to the integers that all scores come from, on the CPU and, many samples at once, on
+CUDA.
+
+S samples; X, Y, Z the task's grid; O origins; M rays; C classes without free; T thresholds; G regions of the ground
+plan (distance rings x camera sectors).
+"""
+
+from dataclasses import dataclass
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..raycast import trace
+from ..task import Task
+from .rays import lidar_rays
+
+SAMPLE_BITS, CLASS_BITS, ID_BITS, REGION_BITS, LEVEL_BITS = 8, 7, 16, 5, 4  # of the key of a group of rays: 63
+MAX_INSTANCE_ID = (1 << ID_BITS) - 1
+MIN_SEGMENT_RAYS = 10  # smaller segments are no misses and no false alarms
+EXACT = 2.0**53  # IoUs above one half are whole multiples of 1 / EXACT
+HALF_BITS = 27  # of such a multiple that are summed apart, so that sums fit 64 bits
+MATCHED, IOU_HIGH, IOU_LOW, MISSED, FALSE_ALARMS = range(5)  # columns of the counts of segments
+RING_EDGES = (10.0, 20.0, 40.0)  # metres from the ego origin, in the ground plan
+CAMERA_AZIMUTHS = {  # degrees from x (forward) to y (left) that nuScenes' cameras look along
+    'CAM_FRONT': 0,
+    'CAM_FRONT_LEFT': 55,
+    'CAM_BACK_LEFT': 110,
+    'CAM_BACK': 180,
+    'CAM_BACK_RIGHT': 250,
+    'CAM_FRONT_RIGHT': 305,
+}
+
+
+class Counts(NamedTuple):
+    """What one sample, or many together, contribute to the scores; None where a metric was not asked for.
+
+    Attributes:
+        samples: how many.
+        occupied: samples with a voxel predicted as something other than free.
+        rays: int64 [G, C, C + 1, T + 1], rays with a true class by region, true class, predicted class and number of
+            thresholds that the depth error is below.
+        segments: int64 [P, T, C, 5] (see ``kernels.count_segments``); part 0 is everything, then rings, then sectors.
+        voxels: int64 [G, C + 1, C + 1], voxels by region, true and predicted class.
+    """
+
+    samples: int
+    occupied: int
+    rays: Optional[np.ndarray]
+    segments: Optional[np.ndarray]
+    voxels: Optional[np.ndarray]
+
+
+def add_counts(one: Counts, other: Counts) -> Counts:
+    """Sum of two counts of the same metrics."""
+    rays, segments, voxels = (None if a is None else a + b for a, b in zip(one[2:], other[2:]))
+    return Counts(one.samples + other.samples, one.occupied + other.occupied, rays, segments, voxels)
+
+
+class Regions(NamedTuple):
+    """Parts of the ground plan.
+
+    Attributes:
+        rings, sectors: their names; G = rings x sectors, sectors running faster.
+        of_column: uint8 [X * Y], region of each column of voxels.
+    """
+
+    rings: Tuple[str, ...]
+    sectors: Tuple[str, ...]
+    of_column: np.ndarray
+
+    @property
+    def members(self) -> np.ndarray:
+        """bool [P, G]: which regions make up everything, each ring, and each sector."""
+        ring, sector = np.divmod(np.arange(len(self.rings) * len(self.sectors)), len(self.sectors))
+        parts = [np.ones(len(ring), bool)]
+        if len(ring) > 1:
+            parts += [ring == number for number in range(len(self.rings))]
+            parts += [sector == number for number in range(len(self.sectors))]
+        return np.stack(parts)
+
+
+def whole_plan(task: Task) -> Regions:
+    """One region that is everything."""
+    return Regions(('all',), ('all',), np.zeros(task.grid_shape[0] * task.grid_shape[1], dtype=np.uint8))
+
+
+def rings_and_sectors(task: Task) -> Regions:
+    """Distance rings around the ego origin, and the sectors nearest to the directions of the task's cameras.
+
+    Raises:
+        ConfigError: the direction of a camera is not known.
+    """
+    unknown = [name for name in task.cameras if name not in CAMERA_AZIMUTHS]
+    if unknown:
+        raise ConfigError(
+            f'scores by camera need nuScenes cameras, and {unknown[0]!r} is none; leave the breakdown out'
+        )
+    x, y = (
+        task.point_cloud_range[axis] + (np.arange(task.grid_shape[axis]) + 0.5) * task.voxel_size for axis in (0, 1)
+    )
+    x, y = np.meshgrid(x, y, indexing='ij')
+    ring = np.digitize(np.hypot(x, y), RING_EDGES)
+    azimuth = np.degrees(np.arctan2(y, x))[..., None]
+    apart = np.abs((azimuth - [CAMERA_AZIMUTHS[name] for name in task.cameras] + 180) % 360 - 180)
+    sector = apart.argmin(axis=-1)
+    edges = ('0',) + tuple(f'{edge:g}' for edge in RING_EDGES)
+    rings = tuple(f'{low}-{high} m' for low, high in zip(edges, edges[1:])) + (f'over {edges[-1]} m',)
+    return Regions(rings, task.cameras, (ring * len(task.cameras) + sector).astype(np.uint8).reshape(-1))
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """A sample's checked volumes, truth first; what needs no rays is None.
+
+    Attributes:
+        semantics: uint8 [X, Y, Z] each. instances: uint16 [X, Y, Z] each, or None.
+        origins: float64 [O, 3], metres.
+    """
+
+    semantics: Tuple[np.ndarray, np.ndarray]
+    instances: Optional[Tuple[np.ndarray, np.ndarray]]
+    origins: np.ndarray
+
+
+class RayCounter:
+    """Counts rays, and segments of rays, of samples.
+
+    Args:
+        task: grid and classes.
+        thresholds: tolerances of depth, metres, ascending.
+        regions: parts of the ground plan that are told apart.
+        rays, segments: what to count.
+    """
+
+    def __init__(self, task: Task, thresholds: Sequence[float], regions: Regions, rays: bool, segments: bool):
+        labels = task.label_set
+        if labels.num_classes > 1 << CLASS_BITS or len(thresholds) >= 1 << LEVEL_BITS:
+            raise ConfigError(
+                f'rays are counted for at most {1 << CLASS_BITS} classes and {(1 << LEVEL_BITS) - 1} thresholds, got '
+                f'{labels.num_classes} and {len(thresholds)}'
+            )
+        self._task, self._free = task, labels.free_id
+        self._thresholds = np.asarray(thresholds, dtype=np.float32)
+        self._regions, self._members = regions, regions.members
+        self._rays, self._segments = rays, segments
+        self._is_thing = np.isin(np.arange(labels.num_occupied), labels.thing_ids)
+
+    def on_cpu(self, volumes: Volumes, threads: Optional[int] = None) -> Tuple[Any, Any]:
+        """``rays`` and ``segments`` of one sample's :class:`Counts`."""
+        from .kernels import count_rays, group_rays
+
+        task = self._task
+        ends = trace(
+            volumes.semantics,
+            volumes.origins,
+            lidar_rays(),
+            task.point_cloud_range,
+            task.voxel_size,
+            self._free,
+            threads,
+        )
+        labels = [volume.reshape(-1) for volume in volumes.semantics]
+        where = (*ends, self._regions.of_column, self._thresholds)
+        rays = segments = None
+        if self._rays:
+            rays = self._no_rays()
+            count_rays(*labels, *where, rays)
+        if self._segments:
+            ids = [volume.reshape(-1) for volume in volumes.instances]
+            segments = self._match(*group_rays(*labels, *ids, *where, self._free))
+        return rays, segments
+
+    def on_cuda(self, samples: Sequence[Volumes], device) -> List[Tuple[Any, Any]]:
+        """The same of each of several samples, which the device works on together."""
+        from . import cuda
+
+        task = self._task
+        ends = cuda.trace(samples, lidar_rays(), task, device)
+        levels = cuda.levels(ends, self._thresholds)
+        regions = cuda.regions(ends, self._regions.of_column, task.grid_shape[2])
+        rays = segments = [None] * len(samples)
+        if self._rays:
+            rays = cuda.count_rays(ends, levels, regions, self._no_rays().shape)
+        if self._segments:
+            groups = cuda.group_rays(ends, levels, regions, [sample.instances for sample in samples], self._free)
+            segments = [self._match(*group) for group in groups]
+        return list(zip(rays, segments))
+
+    def _no_rays(self):
+        return np.zeros((self._members.shape[1], self._free, self._free + 1, len(self._thresholds) + 1), dtype=np.int64)
+
+    def _match(self, keys, rays):
+        from .kernels import count_segments
+
+        counts = np.zeros((len(self._members), len(self._thresholds), self._free, 5), dtype=np.int64)
+        count_segments(keys, rays, self._is_thing, self._members, counts)
+        return counts
+
+
+def count_ends(truth, prediction, distance, num_occupied: int, thresholds: Sequence[float]) -> np.ndarray:
+    """``rays`` of one sample's :class:`Counts`, in one region, from the ends of rays alone.
+
+    Args:
+        truth, prediction: uint8 [M], labels that the rays end in.
+        distance: float32 [2, M], metres, to the true and the predicted end.
+        num_occupied: C.
+        thresholds: metres, ascending.
+    """
+    from .kernels import count_rays
+
+    counts = np.zeros((1, num_occupied, num_occupied + 1, len(thresholds) + 1), dtype=np.int64)
+    each = np.tile(np.arange(len(truth), dtype=np.int32), (2, 1))  # as if every ray ended in a voxel of its own
+    one_region = np.zeros(len(truth), dtype=np.uint8)
+    count_rays(truth, prediction, each, distance, one_region, np.asarray(thresholds, dtype=np.float32), counts)
+    return counts
+
+
+def count_voxels(truth, prediction, mask: Optional[np.ndarray], regions: Regions, num_classes: int) -> np.ndarray:
+    """``voxels`` of one sample's :class:`Counts`.
+
+    Args:
+        truth, prediction: uint8 [X, Y, Z]. Truth beyond the classes (255) is ignored.
+        mask: bool [X, Y, Z], voxels to count; None counts all.
+        num_classes: with free.
+    """
+    from .kernels import count_voxels as kernel
+
+    counts = np.zeros((len(regions.rings) * len(regions.sectors), num_classes, num_classes), dtype=np.int64)
+    mask = np.empty(0, dtype=bool) if mask is None else mask.reshape(-1)
+    kernel(truth.reshape(-1), prediction.reshape(-1), mask, regions.of_column, counts)
+    return counts
