@@ -64,7 +64,7 @@ def main():
     task = Task.from_config(cfg.task)
     train = build_dataset(cfg.data.train, task)
     volume = most_frequent_labels(train, task, args.max_train_samples)
-    result = score(volume, build_dataset(cfg.data.val, task), task, ('ray_iou',), args.max_samples)
+    result = score(volume, build_dataset(cfg.data.val, task), task, ('ray_iou', 'miou'), args.max_samples)
     print(
         f'Most frequent label of each voxel over {min(len(train), args.max_train_samples or len(train))} '
         'training samples, scored on the validation set:'
