@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lib.task import Task
-from tools.drawing.figure import Volume, draw_figure
+from tools.drawing.figure import draw_figure
+from tools.drawing.frames import Volume
 from tools.drawing.render import BACKGROUND, Camera, class_colours, instance_colours, render_bird_eye, render_oblique
 
 RANGE_MIN, VOXEL = (-8.0, -8.0, 0.0), 1.0

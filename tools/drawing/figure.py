@@ -4,15 +4,14 @@ Images are uint8 [height, width, 3], RGB; volumes are in the ego frame of the ke
 """
 
 import os
-from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.classes import IGNORE_LABEL
 from lib.task import Task
 
+from .frames import Volume
 from .render import class_colours, instance_colours, render_bird_eye, render_oblique, with_ego
 
 WIDTH = 1600
@@ -22,21 +21,6 @@ _BIRD_EYE = 400
 _INK = (32, 36, 44)
 _PAPER = (255, 255, 255)
 _CAMERA_LAYOUT = ('CAM_FRONT_LEFT', 'CAM_FRONT', 'CAM_FRONT_RIGHT', 'CAM_BACK_LEFT', 'CAM_BACK', 'CAM_BACK_RIGHT')
-
-
-@dataclass(frozen=True)
-class Volume:
-    """Occupancy to be drawn.
-
-    Attributes:
-        title: caption, e.g. ``prediction``.
-        semantics: uint8 [X, Y, Z], class ids; free and 255 (ignore) are not drawn.
-        instances: integer [X, Y, Z], 0 = none; drawn in a picture of its own when given.
-    """
-
-    title: str
-    semantics: np.ndarray
-    instances: Optional[np.ndarray] = None
 
 
 def draw_figure(task: Task, volumes: Sequence[Volume], images: Dict[str, np.ndarray], title: str) -> np.ndarray:
@@ -112,7 +96,7 @@ def _captioned(items: Sequence[Tuple[str, np.ndarray]], columns: int = 0) -> np.
 
 def _coloured(task, volume, by_instance=False):
     """bool [X, Y, Z] occupied and uint8 [X, Y, Z, 3] colours, the ego car included."""
-    occupied = (volume.semantics != task.label_set.free_id) & (volume.semantics != IGNORE_LABEL)
+    occupied = volume.occupied(task)
     colours = class_colours(volume.semantics, task.label_set.palette())
     if by_instance:
         instances = volume.instances if volume.instances is not None else np.zeros_like(volume.semantics)

@@ -120,9 +120,7 @@ def prediction_volume(dense: Dict[str, np.ndarray]) -> Volume:
     return Volume('prediction', dense['semantics'], dense.get('instances'))
 
 
-def read_frame(
-    dataset, index: int, dense: Optional[Dict[str, np.ndarray]] = None, visible_only: bool = False
-) -> Frame:
+def read_frame(dataset, index: int, dense: Optional[Dict[str, np.ndarray]] = None, visible_only: bool = False) -> Frame:
     """Everything that can be drawn of a sample of a data set.
 
     Args:

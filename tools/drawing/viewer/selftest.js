@@ -97,7 +97,12 @@ async function tryInput() {
 }
 
 async function selfTest() {
-  const report = { samples: drive.samples.length, modes: {}, overlays: readOverlays() };
+  const report = {
+    samples: drive.samples.length,
+    modes: {},
+    overlays: readOverlays(),
+    overflow: document.documentElement.scrollWidth - window.innerWidth,
+  };
   for (const mode of hasModes(state.sample)) {
     const begin = performance.now();
     setMode(mode);
@@ -108,6 +113,13 @@ async function selfTest() {
       summary: element('summary').innerText,
     };
     await tick();
+  }
+  if (report.modes.difference) {
+    setMode('difference');
+    report.kinds = Array.from(comparisonOf(state.sample).all.kinds);
+    report.ious = drive.classes.map((_, c) => comparisonOf(state.sample).all.iou(c));
+    report.offsets = comparedItems(state.sample, 'offset').map((item) => item.count);
+    report.rings = comparisonOf(state.sample).rings.map((ring) => Array.from(ring.kinds));
   }
   const first = hasModes(state.sample)[0];
   setMode(first);
