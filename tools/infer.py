@@ -65,6 +65,18 @@ def make_dataset(args, cfg, task):
     return build_dataset(data_cfg, task), task
 
 
+def recorded_override(args, dataset, task):
+    """Changes of the config that make its data.test the data predicted here, for whoever reads the predictions."""
+    changes = list(args.override)
+    if args.own or args.data_root:
+        changes.append(f'data.test.data_root={os.path.abspath(str(dataset.data_root))!r}')
+    if args.own or args.infos:
+        changes.append(f'data.test.ann_file={os.path.abspath(str(dataset.ann_file))!r}')
+    if args.own:
+        changes.append(f'task.cameras={list(task.cameras)!r}')
+    return changes
+
+
 def predict_all(model, dataset, device, amp, out, workers):
     """Predict every sample in order, write its file, and yield (index, prediction)."""
     from lib.io import path_inside
@@ -108,20 +120,22 @@ def main():
     from lib.run.evaluation import load_for_inference
     from lib.run.processes import pick_device
     from models import build_model
-    from tools.visualize import draw_sample, save_image
+    from tools.drawing.figure import draw_frame
+    from tools.drawing.frames import read_frame
+    from tools.drawing.pictures import save_image
 
     cfg, device = load_config(args.config, args.override), pick_device(args.device)
     folder = os.path.join(args.out, 'predictions')
     os.makedirs(folder, exist_ok=True)
     dataset, task = make_dataset(args, cfg, read_task(cfg))
-    write_record(folder, task, config=args.config, weights=args.weights, split=args.own or args.infos or 'test')
+    write_record(folder, task, args.config, args.weights, 'test', recorded_override(args, dataset, task))
     model, _ = load_for_inference(build_model, cfg, task, args, device)
     entries, workers = [], cfg.data.get('workers_per_gpu', 0) if args.workers is None else args.workers
     for index, prediction in predict_all(model, dataset, device, args.amp, folder, workers):
         entries.append(index_entry(dataset, index, prediction, task.label_set.free_id))
         if args.pictures:
             picture = os.path.join(args.out, 'pictures', f'{dataset.sample_token(index)}.png')
-            save_image(picture, draw_sample(dataset, index, task, to_dense(prediction, task)))
+            save_image(picture, draw_frame(read_frame(dataset, index, to_dense(prediction, task)), task))
     about = dict(config=args.config, weights=args.weights, classes=list(task.label_set.class_names))
     volume = dict(point_cloud_range=list(task.point_cloud_range), voxel_size=task.voxel_size)
     write_json(os.path.join(args.out, 'index.json'), dict(about, **volume, samples=entries))

@@ -1,89 +1,74 @@
-"""Draw a sample: six cameras, true and predicted occupancy (obliquely and from above), and a legend.
+"""See samples: as a picture, a film, an interactive page, or in other viewers.
 
-    python tools/visualize.py --config C --sample 0                                   # truth alone
-    python tools/visualize.py --config C --predictions DIR --sample TOKEN --out a.png # beside a prediction
-    python tools/visualize.py --config C --predictions DIR --scene scene-0103 --out drive.mp4
-    python tools/visualize.py --labels labels.npz --out a.png                         # a label file, no data set
+    python tools/visualize.py --predictions DIR --out sample.png            # the first sample, beside its truth
+    python tools/visualize.py --predictions DIR --html drive.html --scene scene-0103
+    python tools/visualize.py --predictions DIR --out drive.mp4 --scene scene-0103
+    python tools/visualize.py --config C --html truth.html --samples 40     # truth alone, the first 40 samples
+    python tools/visualize.py --labels labels.npz --html labels.html        # a label file, no data set
+    python tools/visualize.py --predictions DIR --rerun drive.rrd --ply voxels.ply --gltf voxels.glb
 
-DIR is what val.py --save-predictions or tools/infer.py wrote, or predictions of another project
-(lib/metrics/formats.py lists the forms). Panoptic labels and predictions get a second
-view in which every thing has a colour of its own. The data set may lack labels (test split); then the
-prediction is drawn alone.
+DIR is what val.py --save-predictions or tools/infer.py wrote, and then says itself which config, split and data it is
+of; with predictions of another project (lib/metrics/formats.py lists the forms) give --config. The data set may lack
+labels (test split, own data); then the prediction is shown alone. docs/viewer.md describes the page.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import make_parser, run_main  # noqa: E402
 
 VIDEO_SUFFIXES = ('.mp4', '.gif')
+DEFAULT_PICTURE = 'outputs/pictures/sample.png'
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--config', help='config whose data set holds the sample')
-    parser.add_argument('--override', nargs='+', default=[], metavar='KEY=VALUE')
-    parser.add_argument('--split', choices=('train', 'val', 'test'), default='val', help='data.<split> of the config')
-    parser.add_argument('--predictions', metavar='DIR', help='folder or zip of predictions')
-    parser.add_argument('--sample', default='0', help='sample token, or its number in the data set (default 0)')
-    parser.add_argument('--scene', help='all samples of this scene (name or token), as frames of a video')
-    parser.add_argument('--labels', metavar='FILE', help='draw this labels.npz; no config needed')
-    parser.add_argument('--label-set', default='occ3d', help='with --labels: occ3d (default) or openocc_v2')
-    parser.add_argument('--visible-only', action='store_true', help='leave out true voxels that no camera saw')
-    parser.add_argument('--fps', type=float, default=2.0, help='frames per second of a video (default 2)')
-    parser.add_argument('--out', default='outputs/pictures/sample.png', help='.png or .jpg; .mp4 or .gif with --scene')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    parser = make_parser(__doc__, 'override')
+    what = parser.add_argument_group('what is shown')
+    what.add_argument('--predictions', metavar='DIR', help='folder or zip of predictions')
+    what.add_argument('--config', help='config whose data set holds the samples (default: that of the predictions)')
+    what.add_argument(
+        '--split', choices=('train', 'val', 'test'), help='data.<split> (default: the predicted one, val)'
+    )
+    what.add_argument('--infos', metavar='PKL', help='another info file of this split, absolute or in the data root')
+    what.add_argument('--sample', help='sample token, or its number in the data set (default: the first)')
+    what.add_argument('--samples', type=int, metavar='N', help='the first N samples')
+    what.add_argument('--scene', help='all samples of this scene (name or token)')
+    what.add_argument('--labels', metavar='FILE', help='this labels.npz alone; no config needed')
+    what.add_argument('--label-set', default='occ3d', help='with --labels: occ3d (default) or openocc_v2')
+    what.add_argument('--visible-only', action='store_true', help='leave out true voxels that no camera saw')
+    where = parser.add_argument_group('what is written')
+    where.add_argument('--out', help=f'.png or .jpg, of several samples .mp4 or .gif (default: {DEFAULT_PICTURE})')
+    where.add_argument('--fps', type=float, default=2.0, help='frames per second of a film (default 2)')
+    where.add_argument('--html', metavar='FILE', help='interactive page that needs nothing but a browser')
+    where.add_argument('--rerun', metavar='RRD', help='recording for the Rerun viewer (needs rerun-sdk)')
+    where.add_argument('--ply', metavar='FILE', help='voxels of one sample as a point cloud')
+    where.add_argument('--gltf', metavar='GLB', help='voxels of one sample as a mesh')
+    where.add_argument('--image-width', type=int, default=480, help='of images in pages and recordings (default 480)')
     return parser.parse_args(argv)
 
 
-def truth_volume(labels, task, visible_only):
-    """Volume of a label file's arrays."""
-    from lib.errors import DataError
-    from tools.drawing.figure import Volume
+def check_arguments(args):
+    """Raise UserError for arguments that do not fit together; give --out its default."""
+    from lib.errors import UserError
 
-    semantics = labels['semantics']
-    if visible_only:
-        if 'mask_camera' not in labels:
-            raise DataError('--visible-only needs labels with mask_camera, and these have none; leave it out')
-        semantics = semantics.copy()
-        semantics[labels['mask_camera'] == 0] = task.label_set.free_id
-    return Volume('truth', semantics, labels.get('instances'))
-
-
-def camera_images(info, dataset, task):
-    """RGB per camera of a keyframe; a missing image is left out of the picture."""
-    from lib.errors import DataError
-    from loaders.decode import read_image
-    from loaders.infos import relocate
-
-    images = {}
-    for name in task.cameras:
-        try:
-            images[name] = read_image(relocate(info['cams'][name]['data_path'], dataset.data_root)).pixels[..., ::-1]
-        except DataError as error:
-            print(f'left out: {error}', file=sys.stderr)
-    return images
-
-
-def draw_sample(dataset, index, task, prediction=None, visible_only=False):
-    """Picture of one sample of a data set, and its dense prediction if given, uint8 [height, width, 3] RGB."""
-    from lib.errors import DataError
-    from tools.drawing.figure import Volume, draw_figure
-
-    info = dataset.info(index)
-    volumes = []
-    if dataset.has_labels:
-        volumes.append(truth_volume(dataset.ground_truth(index), task, visible_only))
-    if prediction is not None:
-        volumes.append(Volume('prediction', prediction['semantics'], prediction.get('instances')))
-    if not volumes:
-        raise DataError('nothing to draw: the data set has no labels (occ_gt_root) and no --predictions were given')
-    title = 'sample {}'.format(info['token'])
-    scene = info.get('scene_name') or info.get('scene_token')
-    return draw_figure(task, volumes, camera_images(info, dataset, task), f'{scene}, {title}' if scene else title)
+    several = args.scene is not None or args.samples is not None
+    if sum(value is not None for value in (args.sample, args.samples, args.scene)) > 1:
+        raise UserError('--sample, --samples and --scene each choose samples; give one of them')
+    if args.samples is not None and args.samples < 1:
+        raise UserError(f'--samples must be at least 1, got {args.samples}')
+    if args.labels and (several or args.predictions):
+        raise UserError('--labels shows one label file alone; leave out --predictions, --samples and --scene')
+    if not (args.out or args.html or args.rerun or args.ply or args.gltf):
+        args.out = DEFAULT_PICTURE
+    if args.out and (Path(args.out).suffix in VIDEO_SUFFIXES) != several:
+        raise UserError(
+            f'--scene and --samples write a film (--out with {" or ".join(VIDEO_SUFFIXES)}), one sample a picture '
+            f'(.png or .jpg); got --out {args.out}'
+        )
+    if several and (args.ply or args.gltf):
+        raise UserError('--ply and --gltf write one sample; choose it with --sample')
 
 
 def find_samples(dataset, sample, scene):
@@ -91,11 +76,8 @@ def find_samples(dataset, sample, scene):
     from lib.errors import DataError
 
     if scene:
-        found = [
-            i
-            for i in range(len(dataset))
-            if scene in (dataset.info(i).get('scene_name'), dataset.info(i).get('scene_token'))
-        ]
+        infos = [dataset.info(i) for i in range(len(dataset))]
+        found = [i for i, info in enumerate(infos) if scene in (info.get('scene_name'), info.get('scene_token'))]
         if not found:
             raise DataError(f'no sample of {dataset.ann_file} is in scene {scene!r}')
         return found
@@ -109,89 +91,121 @@ def find_samples(dataset, sample, scene):
     return found
 
 
-def draw_label_file(args):
-    """Picture of a label file alone."""
-    from lib.task import Task
-    from loaders.labels import read_labels
-    from tools.drawing.figure import draw_figure
+def choose_samples(args, dataset, predictions):
+    """Numbers of the samples to show; where several are asked for, those that have a prediction."""
+    from lib.errors import DataError
 
-    task = Task(label_set=args.label_set)
-    labels = read_labels(Path(args.labels), task)
-    return draw_figure(task, [truth_volume(labels, task, args.visible_only)], {}, str(args.labels))
-
-
-def save_image(path, image):
-    """Write an RGB picture; the suffix names the format."""
-    import cv2
-
-    from lib.errors import UserError
-    from lib.io import atomic_write
-
-    with atomic_write(path) as temporary:
-        try:
-            written = cv2.imwrite(str(temporary), image[..., ::-1])
-        except cv2.error as error:
-            raise UserError(f'{path}: no picture format has this suffix; use .png or .jpg') from error
-        if not written:
-            raise UserError(f'{path} cannot be written; check the folder and the space left')
-
-
-def save_video(path, images, fps):
-    """Write RGB pictures of equal size as .mp4 or .gif."""
-    import cv2
-    from PIL import Image
-
-    from lib.errors import UserError
-    from lib.io import atomic_write
-
-    with atomic_write(path) as temporary:
-        if Path(path).suffix == '.gif':
-            frames = [Image.fromarray(image).resize((image.shape[1] // 2, image.shape[0] // 2)) for image in images]
-            frames[0].save(str(temporary), save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0)
-            return
-        height, width = (side // 2 * 2 for side in images[0].shape[:2])
-        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*'mp4v'), fps, (width, height))
-        if not writer.isOpened():
-            raise UserError(f'{path}: this OpenCV cannot write mp4; use a name that ends in .gif')
-        for image in images:
-            writer.write(image[:height, :width, ::-1].copy())
-        writer.release()
-
-
-def main():
-    args = parse_args()
-    from lib.errors import UserError
-
-    if args.labels:
-        save_image(args.out, draw_label_file(args))
-        print(f'wrote {args.out}')
-        return
-    if not args.config:
-        raise UserError('give --config (and --predictions), or --labels FILE')
-    if (Path(args.out).suffix in VIDEO_SUFFIXES) != bool(args.scene):
-        raise UserError(
-            '--scene writes a video (--out with {}), --sample a picture (.png or .jpg); got --out {}'.format(
-                ' or '.join(VIDEO_SUFFIXES), args.out
+    if args.sample is not None:
+        return find_samples(dataset, args.sample, None)
+    chosen = find_samples(dataset, None, args.scene) if args.scene else list(range(len(dataset)))
+    if predictions is not None:
+        chosen = [index for index in chosen if dataset.sample_token(index) in predictions]
+        if not chosen:
+            where = f'scene {args.scene}' if args.scene else f'{dataset.ann_file}'
+            raise DataError(
+                f'none of the {len(predictions)} predictions in {predictions.path} is of {where}; choose the split '
+                'that they are of with --split, or another info file with --infos'
             )
-        )
-    from lib.config import load_config
+    return chosen if args.scene else chosen[: args.samples or 1]
+
+
+def open_data(args):
+    """(task, data set, predictions or None) that the arguments name."""
+    from lib.cli import config_of_predictions
+    from lib.errors import UserError
     from lib.metrics.formats import open_predictions
     from lib.task import Task
     from loaders import build_dataset
 
-    cfg = load_config(args.config, args.override)
+    if not args.config and not args.predictions:
+        raise UserError('give --predictions DIR, --config, or --labels FILE')
+    cfg, split = config_of_predictions(args.predictions, args.config, args.override, args.split)
     task = Task.from_config(cfg.task)
-    dataset = build_dataset(cfg.data[args.split], task)
-    predictions = open_predictions(args.predictions, task) if args.predictions else None
-    images = [
-        draw_sample(dataset, i, task, predictions and predictions.read(dataset.sample_token(i)), args.visible_only)
-        for i in find_samples(dataset, args.sample, args.scene)
-    ]
-    if args.scene:
-        save_video(args.out, images, args.fps)
+    section = dict(cfg.data[split], test_mode=True)
+    if args.infos:
+        section['ann_file'] = args.infos
+    if args.predictions and section.get('occ_gt_root') is None:
+        labels = cfg.data.get('val', {}).get('occ_gt_root')  # predicted without labels: show them all the same
+        section['occ_gt_root'] = labels if labels and Path(section['data_root'], labels).is_dir() else None
+    dataset = build_dataset(section, task)
+    return task, dataset, open_predictions(args.predictions, task) if args.predictions else None
+
+
+class Frames:
+    """Samples of a data set, read anew whenever one goes through them."""
+
+    def __init__(self, dataset, indices, predictions, visible_only, say):
+        self._dataset, self._indices, self._predictions = dataset, indices, predictions
+        self._visible_only, self._say = visible_only, say
+
+    def __iter__(self):
+        from tools.drawing.frames import read_frame
+
+        for index in self._indices:
+            dense = self._predictions.read(self._dataset.sample_token(index)) if self._predictions else None
+            yield read_frame(self._dataset, index, dense, self._visible_only, self._say)
+
+
+def label_frame(args):
+    """(task, [frame]) of a label file alone."""
+    from lib.task import Task
+    from loaders.labels import read_labels
+    from tools.drawing.frames import Frame, truth_volume
+
+    task = Task(label_set=args.label_set)
+    volume = truth_volume(read_labels(Path(args.labels), task), task, args.visible_only)
+    return task, [Frame(token=str(args.labels), truth=volume)]
+
+
+def write_all(args, task, frames, title, say):
+    """Write every kind of file that was asked for; yields a line for each."""
+    from tools.drawing.figure import draw_frame
+    from tools.drawing.html import write_html
+    from tools.drawing.pictures import save_image, save_video
+    from tools.drawing.recording import write_recording
+
+    if args.out:
+        images = [draw_frame(frame, task, say) for frame in frames]
+        if Path(args.out).suffix in VIDEO_SUFFIXES:
+            save_video(args.out, images, args.fps)
+        else:
+            save_image(args.out, images[0])
+        yield f'wrote {args.out}'
+    if args.html:
+        count = write_html(args.html, task, frames, title, args.image_width, say)
+        yield f'wrote {args.html}: {count} samples, {Path(args.html).stat().st_size / 1e6:.1f} MB'
+    if args.rerun:
+        yield f'wrote {args.rerun}: {write_recording(args.rerun, task, frames, title, args.image_width, say)} samples'
+    if args.ply or args.gltf:
+        yield from write_exports(args, task, next(iter(frames)))
+
+
+def write_exports(args, task, frame):
+    """--ply and --gltf of one sample; with truth and prediction each has a file, named after it."""
+    from tools.drawing.export import write_gltf, write_ply
+
+    for path, write, unit in ((args.ply, write_ply, 'points'), (args.gltf, write_gltf, 'faces')):
+        for volume in frame.volumes if path else ():
+            own = Path(path)
+            if len(frame.volumes) > 1:
+                own = own.with_name(f'{own.stem}_{volume.title}{own.suffix}')
+            yield f'wrote {own}: {write(own, task, volume)} {unit}'
+
+
+def main():
+    args = parse_args()
+    check_arguments(args)
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    if args.labels:
+        task, frames = label_frame(args)
+        title = Path(args.labels).name
     else:
-        save_image(args.out, images[0])
-    print(f'wrote {args.out}')
+        task, dataset, predictions = open_data(args)
+        indices = choose_samples(args, dataset, predictions)
+        frames = Frames(dataset, indices, predictions, args.visible_only, say)
+        title = args.scene or ('Predictions' if predictions else 'Labels')
+    for line in write_all(args, task, frames, title, say):
+        print(line, flush=True)
 
 
 if __name__ == '__main__':

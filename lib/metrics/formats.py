@@ -29,7 +29,16 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from ..errors import DataError
-from ..prediction import RECORD_FILE, check_record, class_ids, instance_ids, select_record, to_dense, velocities
+from ..prediction import (
+    RECORD_FILE,
+    check_record,
+    class_ids,
+    instance_ids,
+    read_record,
+    select_record,
+    to_dense,
+    velocities,
+)
 from ..task import Task
 
 _CLASS_NAMES = ('pred', 'arr_0', 'semantics', 'pano_sem')
@@ -222,6 +231,15 @@ def open_predictions(path, task: Task, needs: Sequence[str] = ()) -> PredictionF
     return predictions
 
 
+def find_record(path) -> Optional[dict]:
+    """What the writer of a folder or zip of predictions says about them; None where nothing is said.
+
+    Raises:
+        DataError: there is no such folder or zip, or the record is damaged.
+    """
+    return _open_source(path).record()
+
+
 def read_prediction(path, task: Task) -> Dict[str, np.ndarray]:
     """Dense prediction from one file of any form, as ``lib.prediction`` describes it.
 
@@ -292,9 +310,8 @@ class _Folder:
         return _opened(self.path / name)
 
     def record(self):
-        from ..prediction import read_record
-
-        return read_record(self.path)
+        found = sorted((name for name in self.names() if PurePosixPath(name).name == RECORD_FILE), key=len)
+        return read_record((self.path / found[0]).parent) if found else None
 
 
 class _Zip:

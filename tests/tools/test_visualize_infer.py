@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -11,10 +13,12 @@ import pytest
 import torch
 
 from lib.config import load_config
-from lib.io import load_npz_checked
+from lib.errors import UserError
+from lib.io import load_npz_checked, save_npz
 from lib.prediction import save_prediction
 from lib.task import Task
 from models import build_model
+from tools.drawing.pictures import save_video
 from tools.infer import main as infer_main
 from tools.visualize import find_samples
 from tools.visualize import main as visualize_main
@@ -91,6 +95,21 @@ def test_infer_writes_predictions_index_and_pictures(toy_root, weights, tmp_path
         assert prediction['occ_loc'].shape == (1, 400, 3) and prediction['pano_inst'].dtype == np.int16
         picture = cv2.imread(str(out / 'pictures' / ('{}.png'.format(sample['token']))))
         assert picture.shape[1] == 1600
+    monkeypatch.setattr(sys, 'argv', ['visualize.py', '--predictions', str(out), '--html', str(tmp_path / 'page.html')])
+    visualize_main()  # the record says config, split and data
+    sample = _page(tmp_path / 'page.html')['sample-0']
+    assert sample['token'] == index['samples'][0]['token'] and len(sample['cameras']) == 6
+    assert sample['prediction'] is not None and sample['truth'] is None
+    sys.argv += ['--samples', '5', '--override', 'data.test.occ_gt_root=occ3d_panoptic']
+    visualize_main()
+    page = _page(tmp_path / 'page.html')
+    assert len(page['drive']['samples']) == 2 and page['sample-1']['truth'] is not None
+
+
+def _page(path):
+    """{id: value} of the data in a viewer's page."""
+    found = re.findall(r'<script type="application/json" id="([^"]*)">(.*?)</script>', path.read_text(), re.S)
+    return {name: json.loads(text) for name, text in found}
 
 
 def test_infer_on_own_images(toy_root, weights, tmp_path, monkeypatch):
@@ -130,6 +149,12 @@ def test_infer_on_own_images(toy_root, weights, tmp_path, monkeypatch):
         *SMALL,
     )
     assert load_npz_checked(tmp_path / 'out' / 'predictions' / 'mine_00000.npz')['sem_pred'].shape == (1, 400)
+    arguments = ['--predictions', str(tmp_path / 'out'), '--html', str(tmp_path / 'page.html'), '--out']
+    monkeypatch.setattr(sys, 'argv', ['visualize.py', *arguments, str(tmp_path / 'a.png')])
+    visualize_main()
+    sample = _page(tmp_path / 'page.html')['sample-0']
+    assert [camera['name'] for camera in sample['cameras']] == ['left', 'right'] and sample['truth'] is None
+    assert cv2.imread(str(tmp_path / 'a.png')).shape[1] == 1600
 
 
 def test_infer_without_weights_ends_in_a_sentence(tmp_path):
@@ -185,6 +210,43 @@ def test_picture_of_truth_and_prediction(toy_root, tmp_path, monkeypatch, capsys
     assert find_samples(dataset, '0', dataset.info(0)['scene_name']) == [0, 1, 2]
 
 
+def test_drive_without_all_labels_as_page_and_exports(toy_root, tmp_path, monkeypatch, capsys):
+    """Predictions in folders of another project, dense; one label is missing; one sample has no prediction."""
+    from loaders import build_dataset
+
+    root = tmp_path / 'nuscenes'
+    shutil.copytree(str(toy_root), str(root))
+    cfg = load_config(CONFIG, _at(root))
+    dataset = build_dataset(cfg.data.val, Task.from_config(cfg.task))
+    for index in (0, 1):
+        labels = dataset.ground_truth(index)
+        save_npz(tmp_path / 'dense' / f'{dataset.sample_token(index)}.npz', dict(pred=labels['semantics']))
+    dataset.label_path(1).unlink()
+    scene = dataset.info(0)['scene_name']
+    common = ['--config', CONFIG, '--predictions', str(tmp_path / 'dense'), '--override', *_at(root)]
+    said = _visualize(monkeypatch, capsys, '--scene', scene, '--html', str(tmp_path / 'page.html'), *common)
+    page = _page(tmp_path / 'page.html')
+    assert 'shown alone' in said.err and '2 samples' in said.out
+    assert page['sample-0']['truth'] is not None and page['sample-1']['truth'] is None
+    assert page['drive']['samples'][0]['miou'] == 1.0 and page['drive']['samples'][1]['miou'] is None
+    _visualize(monkeypatch, capsys, '--ply', str(tmp_path / 'a.ply'), '--gltf', str(tmp_path / 'a.glb'), *common)
+    points = [(tmp_path / f'a_{name}.ply').read_bytes().split(b'end_header\n')[1] for name in ('truth', 'prediction')]
+    assert len(points[0]) == len(points[1]) > 500000
+    assert (tmp_path / 'a_truth.glb').read_bytes()[:4] == b'glTF'
+    film = tmp_path / 'drive.mp4'
+    _visualize(monkeypatch, capsys, '--scene', scene, '--out', str(film), *common)
+    video = cv2.VideoCapture(str(film))  # the picture without truth is lower and gets a rim
+    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == 2
+
+
+def test_film_of_pictures_of_different_sizes_keeps_each(tmp_path):
+    images = [np.full((height, width, 3), 200, np.uint8) for height, width in ((101, 200), (151, 160), (80, 221))]
+    save_video(tmp_path / 'a.mp4', images, fps=2)
+    video = cv2.VideoCapture(str(tmp_path / 'a.mp4'))
+    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == 3
+    assert (video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (222, 152)
+
+
 @pytest.mark.parametrize('suffix', ['.gif', '.mp4'])
 def test_video_of_a_scene(toy_root, tmp_path, monkeypatch, capsys, suffix):
     cfg = load_config(CONFIG, _at(toy_root))
@@ -209,8 +271,30 @@ def test_label_file_alone(toy_root, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     'arguments, words',
-    [(['--out', 'a.png'], '--config'), (['--config', CONFIG, '--scene', 'scene-0103', '--out', 'a.png'], '--scene')],
+    [
+        (['--out', 'a.png'], '--config'),
+        (['--config', CONFIG, '--scene', 'scene-0103', '--out', 'a.png'], '--scene'),
+        (['--config', CONFIG, '--sample', '0', '--samples', '3', '--html', 'a.html'], '--samples'),
+        (['--config', CONFIG, '--samples', '3', '--ply', 'a.ply'], '--ply'),
+        (['--predictions', 'nowhere', '--html', 'a.html'], 'nowhere'),
+    ],
 )
-def test_wrong_arguments_end_in_a_sentence(arguments, words):
-    done = _run('visualize.py', *arguments)
-    assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr
+def test_wrong_arguments_end_in_a_sentence(arguments, words, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['visualize.py', *arguments])
+    with pytest.raises(UserError, match=words):
+        visualize_main()
+
+
+def test_predictions_of_no_sample_name_the_ways_out(toy_root, tmp_path, monkeypatch, capsys):
+    save_npz(tmp_path / 'dense' / 'unknown.npz', dict(pred=np.full((200, 200, 16), 17, np.uint8)))
+    with pytest.raises(UserError, match='--split.*--infos'):
+        _visualize(
+            monkeypatch,
+            capsys,
+            '--config',
+            CONFIG,
+            '--predictions',
+            str(tmp_path / 'dense'),
+            '--override',
+            *_at(toy_root),
+        )

@@ -4,14 +4,15 @@ Images are uint8 [height, width, 3], RGB; volumes are in the ego frame of the ke
 """
 
 import os
-from typing import Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lib.errors import DataError
 from lib.task import Task
 
-from .frames import Volume
+from .frames import Frame, Volume
 from .render import class_colours, instance_colours, render_bird_eye, render_oblique, with_ego
 
 WIDTH = 1600
@@ -21,6 +22,18 @@ _BIRD_EYE = 400
 _INK = (32, 36, 44)
 _PAPER = (255, 255, 255)
 _CAMERA_LAYOUT = ('CAM_FRONT_LEFT', 'CAM_FRONT', 'CAM_FRONT_RIGHT', 'CAM_BACK_LEFT', 'CAM_BACK', 'CAM_BACK_RIGHT')
+
+
+def draw_frame(frame: Frame, task: Task, say: Optional[Callable[[str], None]] = None) -> np.ndarray:
+    """Picture of a sample, uint8 [height, WIDTH, 3]; ``say`` takes a line for every image that cannot be read."""
+    images = {}
+    for camera in frame.cameras:
+        try:
+            images[camera.name] = camera.read()
+        except DataError as error:
+            if say:
+                say(f'left out: {error}')
+    return draw_figure(task, frame.volumes, images, frame.title)
 
 
 def draw_figure(task: Task, volumes: Sequence[Volume], images: Dict[str, np.ndarray], title: str) -> np.ndarray:

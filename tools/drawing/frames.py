@@ -5,7 +5,7 @@ forward), *global* (the drive's fixed frame), *image* (pixels of the file, u to 
 """
 
 from dataclasses import dataclass
-from typing import Dict, Optional, Tuple
+from typing import Callable, Dict, Optional, Tuple
 
 import numpy as np
 
@@ -120,12 +120,20 @@ def prediction_volume(dense: Dict[str, np.ndarray]) -> Volume:
     return Volume('prediction', dense['semantics'], dense.get('instances'))
 
 
-def read_frame(dataset, index: int, dense: Optional[Dict[str, np.ndarray]] = None, visible_only: bool = False) -> Frame:
+def read_frame(
+    dataset,
+    index: int,
+    dense: Optional[Dict[str, np.ndarray]] = None,
+    visible_only: bool = False,
+    say: Optional[Callable[[str], None]] = None,
+) -> Frame:
     """Everything that can be drawn of a sample of a data set.
 
     Args:
-        dataset: ``NuSceneOcc``; may lack labels.
+        dataset: ``NuSceneOcc``; may lack labels, and with a prediction single label files may be missing.
         dense: prediction of the sample.
+        visible_only: leave out true voxels that no camera saw.
+        say: takes a line about what is left out.
 
     Raises:
         DataError: there is neither a label nor a prediction, or a file is damaged.
@@ -133,15 +141,29 @@ def read_frame(dataset, index: int, dense: Optional[Dict[str, np.ndarray]] = Non
     info, task = dataset.info(index), dataset.task
     if not dataset.has_labels and dense is None:
         raise DataError('nothing to draw: the data set has no labels (occ_gt_root) and no --predictions were given')
+    has_truth = dataset.has_labels and (dense is None or _has_label_file(dataset, index, say))
     return Frame(
         token=info['token'],
         scene=info.get('scene_name') or info.get('scene_token') or '',
         seconds=info['timestamp'] / 1e6,
         global_from_ego=global_from_ego(info),
-        truth=truth_volume(dataset.ground_truth(index), task, visible_only) if dataset.has_labels else None,
+        truth=truth_volume(dataset.ground_truth(index), task, visible_only) if has_truth else None,
         prediction=None if dense is None else prediction_volume(dense),
         cameras=tuple(_camera_view(info, name, dataset.data_root) for name in task.cameras),
     )
+
+
+def _has_label_file(dataset, index, say) -> bool:
+    try:
+        path = dataset.label_path(index)
+        if path.is_file():
+            return True
+        reason = f'there is no label file {path}'
+    except DataError as error:
+        reason = str(error)
+    if say:
+        say(f'the prediction is shown alone: {reason}')
+    return False
 
 
 def _camera_view(info, name, data_root) -> CameraView:

@@ -264,7 +264,7 @@ function frustumLines() {
   const [ink, accent] = [cssColour('--ink'), cssColour('--accent')];
   for (const camera of state.sample.cameras) {
     const corners = frustumCorners(camera);
-    const [rgb, alpha] = camera.name === state.highlighted ? [accent, 1] : [ink, 0.4];
+    const [rgb, alpha] = camera.name === state.highlighted ? [accent, 1] : [ink, 0.3];
     lines.path([...corners.slice(0, 4), corners[0]], rgb, alpha);
     for (const c of corners.slice(0, 4)) lines.add(corners[4], c, rgb, alpha);
   }
@@ -343,7 +343,7 @@ function draw() {
   layOutPanes();
   const background = cssColour('--scene');
   const width = Math.max(1, element('scene').width / element('scene').clientWidth);
-  const sets = [[groundLines(), 1.2, 0.12], [pathLines(), 2, 0.35], [frustumLines(), 1.4, 0.25]];
+  const sets = [[groundLines(), 1.2, 0.12], [pathLines(), 2, 0.35], [frustumLines(), 1.2, 0.25]];
   for (const pane of panes) {
     const clip = orbit.clipFromEgo(pane.width / pane.height);
     renderer.beginPane(pane, background);

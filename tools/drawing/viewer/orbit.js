@@ -21,7 +21,8 @@ class Orbit {
     if (name === 'above') {
       return { target: [0, 0, 0], azimuth: 0, elevation: Math.PI / 2 - 0.01, away: 1.38 * this.extent * Math.max(1, 1 / aspect) };
     }
-    return { target: [-0.07 * this.extent, 0, 0], azimuth: 0, elevation: 0.6, away: 0.94 * this.extent * fit };
+    const elevation = 0.6 + 0.25 * clamp(1.3 - aspect, 0, 1); // a tall pane has room for more ground
+    return { target: [-0.07 * this.extent, 0, 0], azimuth: 0, elevation, away: 0.94 * this.extent * fit };
   }
 
   /** The pose that sits at a camera. */

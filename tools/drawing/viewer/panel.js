@@ -33,7 +33,7 @@ function updateSummary() {
     tile(percent(all.meanIou()), 'mIoU over classes');
     tile(percent(all.occupiedIou()), 'IoU of occupied');
     element('summary').innerHTML = `<div class="figures">${figures.join('')}</div>
-      <p class="note">Voxel IoU of this sample over ${state.useMask ? 'the voxels that the cameras see' : 'all voxels'}; RayIoU is something else.</p>`;
+      <p class="note">Voxel IoU of this sample over ${state.useMask ? 'the voxels that the cameras see' : 'all voxels'}. Not RayIoU.</p>`;
     return;
   }
   for (const pane of panes) tile(number(pane.voxels), 'voxels shown');
@@ -45,7 +45,7 @@ function updateSummary() {
 /** One row that switches something on and off. */
 function row(kind, key, isShown, colour, label, numbers, only = true) {
   return `<div class="row ${isShown ? '' : 'off'}"><label><input type="checkbox" data-kind="${kind}" data-key="${escapeHtml(key)}"
-    ${isShown ? 'checked' : ''}>${swatch(colour) || ''}<span class="name">${escapeHtml(label)}</span></label>
+    ${isShown ? 'checked' : ''}>${swatch(colour) || ''}<span class="name" title="${escapeHtml(label)}">${escapeHtml(label)}</span></label>
     ${only ? `<button type="button" class="only" data-kind="${kind}" data-key="${escapeHtml(key)}">only</button>` : ''}
     ${numbers.map((n, i) => `<span class="number ${i > 1 ? 'short' : ''}">${n}</span>`).join('')}</div>`;
 }

@@ -46,7 +46,7 @@ void main() {
   uint key = face.y & 65535u;
   colour = texelFetch(palette, ivec2(key & 255u, key >> 8u), 0).rgb;
   light = LIGHT[side] * (0.55 + 0.15 * float(shades[corner]));
-  fog = 0.45 * smoothstep(0.25, 1.0, distance(position, eye) / fogEnd);
+  fog = 0.35 * smoothstep(0.25, 1.0, distance(position, eye) / fogEnd);
   gl_Position = clipFromEgo * vec4(position, 1.0);
 }`;
 
