@@ -54,22 +54,29 @@ def test_plain_values_and_absent_tensors_are_part_of_the_key():
     assert len(graphed._graphs) == 4
 
 
-@needs_cuda
-@pytest.mark.parametrize('precision', [None, torch.float16])
-def test_predictions_are_equal_with_and_without_graphs(precision):
-    """The same kernels in the same order: no tolerance."""
-    task = small_task(panoptic=True)
-    model = small_model(task).cuda().eval()
-    model.history = 'cached'
+@pytest.mark.parametrize('panoptic, history', [(True, 'cached'), (True, 'full'), (False, 'cached')])
+@pytest.mark.parametrize(
+    'device, precision',
+    [
+        ('cpu', None),
+        pytest.param('cuda', None, marks=needs_cuda),
+        pytest.param('cuda', torch.float16, marks=needs_cuda),
+    ],
+)
+def test_predictions_are_equal_with_and_without_graphs(device, precision, panoptic, history):
+    """The same kernels in the same order: no tolerance. On the CPU the graphed functions are called as they are."""
+    task = small_task(panoptic=panoptic)
+    model = small_model(task).to(device).eval()
+    model.history = history
     results = {}
     for graphed in (False, True):
         model.cuda_graph = graphed
         model.reset_history()
         results[graphed] = []
         for index in range(3):
-            data = to_device(synthetic_batch(task, first_index=index), 'cuda')
+            data = to_device(synthetic_batch(task, first_index=index), device)
             data['img_metas'] = [synthetic_meta(task, index)]
-            with torch.autocast('cuda', dtype=precision or torch.float16, enabled=precision is not None):
+            with torch.autocast(device, dtype=precision or torch.float16, enabled=precision is not None):
                 results[graphed].append(model(return_loss=False, **data)[0])
     for plain, replayed in zip(results[False], results[True]):
         assert plain.keys() == replayed.keys()

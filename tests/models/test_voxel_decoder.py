@@ -122,3 +122,11 @@ def test_attention_that_saves_memory_has_the_same_result_and_gradients():
         out.square().sum().backward()
         results.append([out, query.grad, layer.gen_tau.weight.grad])
     assert all(torch.equal(kept, remade) for kept, remade in zip(*results))  # dropout repeats, too
+
+
+@pytest.mark.parametrize('chunk', [0, 16])
+def test_mixing_chunk_decides_what_is_made_again_in_the_backward_pass(chunk):
+    transformer = small_model(mixing_chunk=chunk).pts_bbox_head.transformer
+    first, *_, last = transformer.voxel_decoder.decoder_layers
+    assert first.mixing.chunk == last.mixing.chunk == chunk
+    assert first.self_attn.save_memory == bool(chunk) and last.self_attn is None
