@@ -11,6 +11,7 @@ from mmdet.datasets.builder import DATASETS
 
 from lib.errors import ConfigError, DataError
 from lib.infos import CameraUse, load_infos, split_scenes
+from lib.labels import LabelFolder, read_labels
 from lib.metrics.origins import scene_ray_origins
 from lib.registry import build_checked
 from lib.settings import TrainSettings
@@ -18,7 +19,6 @@ from lib.task import Task
 
 from .formatting import format_sample
 from .history import History, history_limit
-from .labels import LabelFolder, read_labels
 from .pipelines import build_pipeline
 
 _MAX_WORKERS = 1024

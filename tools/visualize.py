@@ -148,8 +148,8 @@ class Frames:
 
 def label_frame(args):
     """(task, [frame]) of a label file alone."""
+    from lib.labels import read_labels
     from lib.task import Task
-    from loaders.labels import read_labels
     from tools.drawing.frames import Frame, truth_volume
 
     task = Task(label_set=args.label_set)

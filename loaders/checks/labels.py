@@ -6,9 +6,9 @@ import numpy as np
 
 from lib.classes import IGNORE_LABEL
 from lib.errors import DataError, UserError
+from lib.labels import read_labels
 from lib.task import Task
 
-from ..labels import read_labels
 from ..prepare.parallel import parallel_map
 from . import ERROR, OK, WARNING, Finding, Look, name_some
 

@@ -8,10 +8,9 @@ from mmdet.datasets.builder import PIPELINES
 
 from lib.classes import IGNORE_LABEL
 from lib.errors import ConfigError
+from lib.labels import read_labels
 from lib.targets import NO_INSTANCE, OccupancyTargets
 from lib.task import Task
-
-from ..labels import read_labels
 
 MAX_INSTANCES = 255
 

@@ -6,9 +6,9 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 from lib.errors import DataError
 from lib.infos import load_infos
 from lib.io import load_npz_checked, save_npz
+from lib.labels import LABEL_FILE, LabelFolder, check_labels
 from lib.task import Task
 
-from ..labels import LABEL_FILE, LabelFolder, check_labels
 from .instances import ego_boxes, make_instances, with_length_first
 from .parallel import parallel_map
 from .sweep_infos import SWEEP_FILE

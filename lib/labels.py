@@ -6,10 +6,10 @@ from typing import Dict, Optional
 
 import numpy as np
 
-from lib.classes import IGNORE_LABEL
-from lib.errors import DataError
-from lib.io import load_npz_checked, path_inside, read_json
-from lib.task import Task
+from .classes import IGNORE_LABEL
+from .errors import DataError
+from .io import load_npz_checked, path_inside, read_json
+from .task import Task
 
 LABEL_FILE = 'labels.npz'
 _MASKS = ('mask_camera', 'mask_lidar')
@@ -36,8 +36,15 @@ class LabelFolder:
         Raises:
             DataError: the scene of the keyframe cannot be found out.
         """
-        scene = info.get('scene_name') or self._look_up_scene(info['token'])
-        return path_inside(self.root, scene, info['token'], LABEL_FILE)
+        return path_inside(self.root, self.scene(info), info['token'], LABEL_FILE)
+
+    def scene(self, info: Dict) -> str:
+        """Name of a keyframe's scene.
+
+        Raises:
+            DataError: it cannot be found out.
+        """
+        return info.get('scene_name') or self._look_up_scene(info['token'])
 
     def _look_up_scene(self, token):
         if self._scene_names is None:
@@ -45,8 +52,8 @@ class LabelFolder:
         if token not in self._scene_names:
             raise DataError(
                 f'no label of keyframe {token} in {self.root}, and neither the info file nor '
-                f'{self._data_root / (self._version or "v1.0-*")} names its scene; check occ_gt_root, or make the info '
-                'file again with gen_sweep_info.py'
+                f'{self._data_root / (self._version or "v1.0-*")} names its scene; check occ_gt_root (--labels), or '
+                'make the info file again with gen_sweep_info.py'
             )
         return self._scene_names[token]
 
@@ -64,7 +71,8 @@ def _scenes_from_folder(root):
     """{sample token: scene name} from the names of the label folders."""
     if not root.is_dir():
         raise DataError(
-            f'label folder {root} does not exist; correct occ_gt_root, or set occ_gt_root=None to run without labels'
+            f'label folder {root} does not exist; correct occ_gt_root (--labels), or set occ_gt_root=None to run '
+            'without labels'
         )
     scenes = {}
     for scene in sorted(os.listdir(str(root))):
@@ -74,17 +82,22 @@ def _scenes_from_folder(root):
     return scenes
 
 
-def read_labels(path, task: Task) -> Dict[str, np.ndarray]:
+def read_labels(path, task: Task, flow: bool = False) -> Dict[str, np.ndarray]:
     """Arrays of a label file, checked against the task.
+
+    Args:
+        flow: also read ``flow``, which must be there.
 
     Returns:
         dict with ``semantics`` uint8 [X, Y, Z], and where the file has them ``instances`` int32 [X, Y, Z]
-        (0 = none), ``mask_camera`` and ``mask_lidar`` bool [X, Y, Z].
+        (0 = none), ``mask_camera`` and ``mask_lidar`` bool [X, Y, Z]; with ``flow`` also ``flow`` float32
+        [X, Y, Z, 2], m/s along x and y of the ego frame.
 
     Raises:
         DataError: missing or damaged file, wrong shape, or ids that the task's label set does not have.
     """
-    arrays = load_npz_checked(path, required=('semantics',), optional=('instances',) + _MASKS)
+    arrays = load_npz_checked(path, ('semantics',) + ('flow',) * flow, optional=('instances',) + _MASKS)
+    velocity = arrays.pop('flow', None)
     if task.panoptic and 'instances' not in arrays:
         raise DataError(
             f'{path} has no instances, which task.panoptic needs; make labels that have them with '
@@ -95,7 +108,18 @@ def read_labels(path, task: Task) -> Dict[str, np.ndarray]:
     if 'instances' in arrays:
         labels['instances'] = arrays['instances'].astype(np.int32)
     labels.update((key, arrays[key].astype(bool)) for key in _MASKS if key in arrays)
+    if velocity is not None:
+        labels['flow'] = _check_flow(path, velocity, task)
     return labels
+
+
+def _check_flow(path, flow, task):
+    if flow.shape != task.grid_shape + (2,) or flow.dtype.kind not in 'fiu' or not np.isfinite(flow).all():
+        raise DataError(
+            f"{path}: 'flow' must be finite numbers {list(task.grid_shape + (2,))}, got {flow.dtype} "
+            f'{list(flow.shape)}; use labels of that grid'
+        )
+    return flow.astype(np.float32)
 
 
 def check_labels(path, arrays: Dict[str, np.ndarray], task: Task) -> None:

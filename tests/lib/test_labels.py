@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from lib import labels as module
 from lib.errors import DataError
 from lib.io import save_npz
+from lib.labels import LabelFolder, read_labels
 from lib.task import Task
-from loaders import labels as module
-from loaders.labels import LabelFolder, read_labels
 from loaders.pipelines.load_occ import make_targets
 
 OCC3D_TASK, PANOPTIC, OPENOCC = Task('occ3d'), Task('occ3d', panoptic=True), Task('openocc_v2', panoptic=True)
