@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import tools.package
 from lib.config import load_config
 from tools.package.__main__ import SCRIPTS as COMMANDS_OF_PACKAGE
 
@@ -176,3 +177,8 @@ def test_links_between_pages_and_files_in_code_exist(page):
         assert '://' in target or (page.parent / target).exists(), f'{page.name} links to {target}'
     for name in re.findall(r'`((?:configs|docs|lib|loaders|models|requirements|tests|tools)/[\w/.-]+)`', text):
         assert (ROOT / name).exists(), f'{page.name} names {name}'
+
+
+def test_the_reference_lists_the_public_names():
+    text = (ROOT / 'docs/reference/index.md').read_text()
+    assert all(f'`{name}' in text for name in tools.package._HOMES)
