@@ -241,7 +241,8 @@ class Installer:
 
     def command(self, verb: str) -> List[str]:
         if self.uv and verb != 'wheel':
-            return [self.uv, 'pip', verb, '-q', '--python', self.python]
+            compiled = ['--compile-bytecode'] if verb == 'install' else []  # as pip does, once and quietly
+            return [self.uv, 'pip', verb, '-q', '--python', self.python, *compiled]
         pip = [self.python, '-m', 'pip', '--disable-pip-version-check', '--no-input', verb, '-q']
         return pip + ['-y'] if verb == 'uninstall' else pip
 

@@ -12,6 +12,7 @@ from lib.metrics.rays import lidar_rays
 from lib.task import Task
 
 OPENOCC = get_label_set('openocc_v2')
+SUM_TOLERANCE = 1e-6  # relative; NumPy's releases add float32 numbers in different orders (3e-8 seen)
 CAR, TRUCK, PEDESTRIAN, ROAD, FREE = (
     OPENOCC.class_names.index(name) for name in ('car', 'truck', 'pedestrian', 'driveable_surface', 'free')
 )
@@ -23,7 +24,8 @@ def rays(labels, distances, flows=None):
 
 
 def test_golden_files(golden_dir):
-    """Every occ_score*.npz: RayIoU, both kinds of velocity error, and the scores, to the last bit but one."""
+    """Every occ_score*.npz: RayIoU, both kinds of velocity error, and the scores, to the last bit but one; what
+    is summed in single precision, to the order that this NumPy adds in."""
     paths = sorted(golden_dir.glob('occ_score*.npz'))
     assert paths
     for path in paths:
@@ -37,9 +39,11 @@ def test_golden_files(golden_dir):
         score = occ_score([count_flow(truth, prediction, OPENOCC) for truth, prediction in ends], OPENOCC)
         np.testing.assert_array_equal(score.ray_iou, arrays['iou_per_threshold'])
         expected = np.stack([arrays['ave_true_positives'], arrays['ave_all_rays']])
-        np.testing.assert_allclose(score.velocity_error, expected, rtol=1e-15)
+        np.testing.assert_allclose(score.velocity_error[0], expected[0], rtol=1e-15)
+        np.testing.assert_allclose(score.velocity_error[1], expected[1], rtol=SUM_TOLERANCE)
         for name, value in json.loads(str(arrays['result'])).items():
-            assert score.totals()[name] == pytest.approx(value, rel=1e-15, abs=0), (path, name)
+            tolerance = SUM_TOLERANCE if 'all_rays' in name else 1e-15
+            assert score.totals()[name] == pytest.approx(value, rel=tolerance, abs=0), (path, name)
             assert score.as_dict()[name] == score.totals()[name]
 
 
