@@ -64,7 +64,7 @@ def config_of_predictions(predictions: Optional[str], config: Optional[str], ove
     """The config and the split (``data.<split>``) that predictions are of.
 
     What the user names comes first; the rest is what the record beside the predictions says, unless the user names
-    another config than the recorded one.
+    another config than the recorded one. Where inference needed no labels, those of ``data.val`` are looked up.
 
     Args:
         predictions: folder or zip, or None.
@@ -89,6 +89,11 @@ def config_of_predictions(predictions: Optional[str], config: Optional[str], ove
     cfg, split = load_config(config, override), split or 'val'
     if split not in cfg.data:
         raise UserError(f'{config} has no data.{split}, which the predictions are said to be of; choose --split')
+    section = cfg.data[split]
+    if predictions and section.get('occ_gt_root') is None:
+        labels = (cfg.data.get('val') or {}).get('occ_gt_root')
+        if labels and os.path.isdir(os.path.join(section['data_root'], labels)):
+            section['occ_gt_root'] = labels
     return cfg, split
 
 

@@ -1,8 +1,8 @@
 """Score saved predictions against the labels: RayIoU, for panoptic models RayPQ, and mIoU.
 
-    python tools/evaluate.py --config C --predictions predictions/
-    python tools/evaluate.py --config C --predictions predictions/ --metrics ray_iou ray_pq --out scores.json
-    python tools/evaluate.py --config C --predictions predictions/ --only-predicted
+    python tools/evaluate.py --predictions predictions/
+    python tools/evaluate.py --predictions predictions/ --metrics ray_iou ray_pq --out scores.json
+    python tools/evaluate.py --config C --predictions theirs/ --split val --only-predicted
 
 Predictions are a folder or zip of val.py --save-predictions, of tools/infer.py, or of another project: dense or
 sparse .npz or .npy, one file a sample (lib/metrics/formats.py lists the forms). Every sample of the data set must
@@ -23,8 +23,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__, 'config', 'override', 'split', 'max-samples')
+    parser = make_parser(__doc__, 'override', 'max-samples')
     add = parser.add_argument
+    add('--config', help='config of the data set (default: what is written beside the predictions)')
+    add('--split', choices=('train', 'val', 'test'), help='section of data (default: that predicted, or val)')
     add('--predictions', required=True, metavar='DIR', help='folder or zip, one file a sample')
     add('--metrics', nargs='+', choices=('ray_iou', 'ray_pq', 'miou'), help='default: what suits the task')
     add('--only-predicted', action='store_true', help='leave out samples without a prediction')
@@ -80,9 +82,9 @@ def results_in_order(work, items, workers):
 
 def main():
     args = parse_args()
-    from lib.config import load_config
+    from lib.cli import config_of_predictions
 
-    cfg = load_config(args.config, args.override)
+    cfg, split = config_of_predictions(args.predictions, args.config, args.override, args.split)
     from lib.io import write_json
     from lib.metrics import Evaluator
     from lib.metrics.formats import open_predictions
@@ -92,7 +94,7 @@ def main():
 
     task = read_task(cfg)
     changes = {} if args.max_samples is None else dict(max_samples=args.max_samples)
-    dataset = build_dataset(dict(cfg.data[args.split], test_mode=True, **changes), task)
+    dataset = build_dataset(dict(cfg.data[split], test_mode=True, **changes), task)
     metrics = args.metrics or default_metrics(task)
     predictions = open_predictions(args.predictions, task, needs=('instances',) if 'ray_pq' in metrics else ())
     tokens = [dataset.sample_token(index) for index in range(len(dataset))]
@@ -110,7 +112,7 @@ def main():
     )
     print(result.as_table())
     if args.out:
-        about = dict(config=args.config, override=list(args.override), predictions=args.predictions, split=args.split)
+        about = dict(config=args.config, override=list(args.override), predictions=args.predictions, split=split)
         write_json(args.out, dict(result.as_dict(), run=about))
 
 

@@ -62,7 +62,21 @@ def make_dataset(args, cfg, task):
         data_cfg['data_root'] = args.data_root
     if args.infos:
         data_cfg['ann_file'] = args.infos
+    check_infos(data_cfg['data_root'], data_cfg['ann_file'])
     return build_dataset(data_cfg, task), task
+
+
+def check_infos(data_root, ann_file):
+    """Raise UserError if the info file is not there, naming those that are."""
+    from lib.errors import UserError
+
+    path = os.path.join(data_root, ann_file)
+    if not os.path.isfile(path):
+        there = (
+            sorted(name for name in os.listdir(data_root) if name.endswith('.pkl')) if os.path.isdir(data_root) else []
+        )
+        choice = f'choose another with --infos (there: {", ".join(there)})' if there else 'name one with --infos'
+        raise UserError(f'info file {path} does not exist; {choice}, or make it with gen_sweep_info.py')
 
 
 def recorded_override(args, dataset, task):
@@ -72,6 +86,8 @@ def recorded_override(args, dataset, task):
         changes.append(f'data.test.data_root={os.path.abspath(str(dataset.data_root))!r}')
     if args.own or args.infos:
         changes.append(f'data.test.ann_file={os.path.abspath(str(dataset.ann_file))!r}')
+    if args.max_samples:
+        changes.append(f'data.test.max_samples={args.max_samples}')
     if args.own:
         changes.append(f'task.cameras={list(task.cameras)!r}')
     return changes

@@ -124,9 +124,6 @@ def open_data(args):
     section = dict(cfg.data[split], test_mode=True)
     if args.infos:
         section['ann_file'] = args.infos
-    if args.predictions and section.get('occ_gt_root') is None:
-        labels = cfg.data.get('val', {}).get('occ_gt_root')  # predicted without labels: show them all the same
-        section['occ_gt_root'] = labels if labels and Path(section['data_root'], labels).is_dir() else None
     dataset = build_dataset(section, task)
     return task, dataset, open_predictions(args.predictions, task) if args.predictions else None
 

@@ -37,7 +37,8 @@ def _validate(args, cfg, components, processes: Processes) -> None:
     model, meta = load_for_inference(components.build_model, cfg, task, args, processes.device)
     folder = make_predictions_folder(args.save_predictions) if args.save_predictions else None
     if folder is not None and processes.is_main:
-        write_record(folder, task, args.config, args.weights, args.split, args.override)
+        limit = [] if args.max_samples is None else [f'data.{args.split}.max_samples={args.max_samples}']
+        write_record(folder, task, args.config, args.weights, args.split, [*args.override, *limit])
     changes = dict(test_mode=True)
     if args.max_samples is not None:
         changes['max_samples'] = args.max_samples

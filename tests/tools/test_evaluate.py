@@ -7,10 +7,14 @@ import sys
 import numpy as np
 import pytest
 
+from lib.config import load_config
+from lib.errors import UserError
+from lib.io import load_pickle_safe
 from lib.metrics import Evaluator
 from lib.metrics.formats import open_predictions
-from lib.prediction import save_prediction
+from lib.prediction import save_prediction, write_record
 from lib.task import Task
+from tools.evaluate import main as evaluate_main
 from tools.evaluate import score
 
 
@@ -85,3 +89,24 @@ def test_script_on_toy_data(toy_root, tmp_path):
     assert 'RayIoU@1' in done.stdout
     scores = json.loads((tmp_path / 'scores.json').read_text())
     assert scores['RayIoU'] == 1.0 and scores['num_samples'] == 3
+
+
+def test_record_beside_predictions_stands_for_config_split_and_data(toy_root, tmp_path, monkeypatch, capsys):
+    """As inference leaves it: data.test, no labels named, files one folder deeper."""
+    infos = load_pickle_safe(toy_root / 'nuscenes_infos_val_sweep.pkl')['infos'][:2]
+    folder = tmp_path / 'out' / 'predictions'
+    folder.mkdir(parents=True)
+    override = [f'data.test.data_root={str(toy_root)!r}', "data.test.ann_file='nuscenes_infos_val_sweep.pkl'"]
+    override += ['data.test.max_samples=2']
+    config = 'configs/toy/semantic.py'
+    write_record(folder, Task.from_config(load_config(config).task), config, 'w.pth', 'test', override)
+    for info in infos:
+        with np.load(str(toy_root / 'occ3d' / info['scene_name'] / info['token'] / 'labels.npz')) as file:
+            save_prediction(folder / f'{info["token"]}.npz', sparse(file['semantics'], 17))
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', '--predictions', str(tmp_path / 'out'), '--metrics', 'miou'])
+    evaluate_main()
+    printed = capsys.readouterr()
+    assert '2 predictions' in printed.err and '100.0' in printed.out
+    (folder / 'predictions.json').unlink()
+    with pytest.raises(UserError, match='--config'):
+        evaluate_main()

@@ -162,6 +162,14 @@ def test_infer_without_weights_ends_in_a_sentence(tmp_path):
     assert done.returncode == 2 and 'no.pth' in done.stderr and 'Traceback' not in done.stderr
 
 
+def test_split_without_info_file_names_those_that_are_there(toy_root, weights, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match='--infos .*nuscenes_infos_val_sweep.pkl'):
+        _infer(
+            monkeypatch,
+            *('--config', CONFIG, '--weights', weights, '--out', str(tmp_path / 'out'), '--data-root', str(toy_root)),
+        )
+
+
 def _visualize(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, 'argv', ['visualize.py'] + list(arguments))
     visualize_main()
