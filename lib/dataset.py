@@ -4,7 +4,7 @@ Any class with these methods will do; none has to inherit from anything here. An
 project is one such class, registered and named in ``data.train.type`` and the like.
 """
 
-from typing import Any, Dict, List, Mapping, Protocol, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence
 
 import numpy as np
 
@@ -59,6 +59,7 @@ class CheckedDataset(ScoredDataset, Protocol):
     Attributes:
         task: what is predicted, from which images.
         infos: what is known of each keyframe without opening its files; the samples are some of them.
+        positions: of each sample's keyframe in ``infos``.
         ann_file: where that comes from, for messages.
         version: name of the recordings, for messages; may be empty.
         has_labels: whether ``ground_truth`` can be asked for.
@@ -67,10 +68,14 @@ class CheckedDataset(ScoredDataset, Protocol):
 
     task: Task
     infos: Sequence[Mapping[str, Any]]
+    positions: List[int]
     ann_file: str
     version: str
     has_labels: bool
     skips_unreadable: bool
+
+    def previous(self, position: int) -> Optional[int]:
+        """Position in ``infos`` of the keyframe before ``infos[position]`` in its scene; None at its start."""
 
     def used_positions(self) -> List[int]:
         """Positions in ``infos`` of all keyframes that samples read, as current or earlier frames."""

@@ -65,6 +65,18 @@ def expand_path(path: PathLike) -> str:
     return os.path.expandvars(os.path.expanduser(os.fspath(path)))
 
 
+def find_under(root: PathLike, value: PathLike) -> Path:
+    """A path of a config: absolute, relative to ``root``, or, as published configs have it, with the root in front.
+
+    >>> find_under('data/nuscenes', 'occ3d'), find_under('data/nuscenes', 'data/nuscenes/occ3d')
+    (PosixPath('data/nuscenes/occ3d'), PosixPath('data/nuscenes/occ3d'))
+    """
+    base, path = Path(expand_path(root)), Path(expand_path(value))
+    under = base / path
+    has_root = path.parts[: len(base.parts)] == base.parts
+    return path if (has_root or path.exists()) and not under.exists() else under
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
     """Builds plain containers and numpy arrays; refuses every other class or function a pickle names."""
 

@@ -13,19 +13,20 @@ from .task import Task
 
 LABEL_FILE = 'labels.npz'
 _MASKS = ('mask_camera', 'mask_lidar')
+_MAX_INSTANCE = np.iinfo(np.int32).max
 
 
 class LabelFolder:
     """Label files of one kind. Nothing is read or listed before the first label is asked for.
 
     Args:
-        root: folder of the scenes' folders.
+        root: folder of the scenes' folders; ``gts`` in it or in its place, as Occ3D is released, is found.
         data_root: nuScenes folder, whose tables name the scene of a sample where the info file does not.
         version: nuScenes version of the info file, e.g. ``v1.0-trainval``; '' if unknown.
     """
 
     def __init__(self, root, data_root, version: str = ''):
-        self.root = Path(root)
+        self.root = _released_layout(Path(root))
         self._data_root = Path(data_root)
         self._version = version
         self._scene_names: Optional[Dict[str, str]] = None
@@ -56,6 +57,14 @@ class LabelFolder:
                 'make the info file again with gen_sweep_info.py'
             )
         return self._scene_names[token]
+
+
+def _released_layout(root):
+    """Occ3D's archives unpack to ``gts``: inside the label folder, or beside where it would be."""
+    beside = root.parent / 'gts'
+    if (root / 'gts').is_dir():
+        return root / 'gts'
+    return beside if root.name == 'occ3d' and not root.exists() and beside.is_dir() else root
 
 
 def _scenes_from_tables(data_root, version):
@@ -123,20 +132,28 @@ def _check_flow(path, flow, task):
 
 
 def check_labels(path, arrays: Dict[str, np.ndarray], task: Task) -> None:
-    """Raise DataError unless all arrays have the task's grid and ``semantics`` only ids of its label set."""
+    """Raise DataError unless all arrays have the task's grid and whole values, and ids are those of its label set."""
     for key, array in arrays.items():
-        _check_shape(path, key, array, task)
-    _check_ids(path, arrays['semantics'], task)
-
-
-def _check_shape(path, key, array, task):
-    if array.shape != task.grid_shape:
-        raise DataError(
-            f'{path}: {key!r} has shape {list(array.shape)}, but the task grid is {list(task.grid_shape)}; use '
-            'labels of that grid, or change task.point_cloud_range and task.voxel_size'
+        if array.shape != task.grid_shape:
+            raise DataError(
+                f'{path}: {key!r} has shape {list(array.shape)}, but the task grid is {list(task.grid_shape)}; use '
+                'labels of that grid, or change task.point_cloud_range and task.voxel_size'
+            )
+        whole = array.dtype.kind in 'biu' or (
+            array.dtype.kind == 'f' and bool(np.isfinite(array).all() and (array == np.floor(array)).all())
         )
-    if not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
-        raise DataError(f'{path}: {key!r} holds {array.dtype}, integers are needed; the file is of another kind')
+        if not whole:
+            raise DataError(
+                f'{path}: {key!r} holds {array.dtype} that are no whole numbers, integers are needed; the file is of '
+                'another kind'
+            )
+    _check_ids(path, arrays['semantics'], task)
+    instances = arrays.get('instances')
+    if instances is not None and not 0 <= instances.min() <= instances.max() <= _MAX_INSTANCE:
+        raise DataError(
+            f"{path}: 'instances' holds ids from {instances.min()} to {instances.max()}; they must be 0 (none) to "
+            f'{_MAX_INSTANCE}: make the labels again with gen_instance_info.py'
+        )
 
 
 def _check_ids(path, semantics, task):

@@ -11,6 +11,7 @@ from mmdet.datasets.builder import DATASETS
 
 from lib.errors import ConfigError, DataError
 from lib.infos import CameraUse, load_infos, split_scenes
+from lib.io import expand_path, find_under
 from lib.labels import LabelFolder, read_labels
 from lib.metrics.origins import scene_ray_origins
 from lib.registry import build_checked
@@ -43,10 +44,11 @@ class NuSceneOcc(torch.utils.data.Dataset):
 
     Args:
         task: what is predicted, from which images.
-        data_root: nuScenes folder; it wins over whatever root the info file recorded.
-        ann_file: info pickle, absolute or relative to ``data_root``.
+        data_root: nuScenes folder; it wins over whatever root the info file recorded. In this and the next two
+            ``~`` and ``$VARIABLES`` are replaced.
+        ann_file: info pickle, absolute, relative to ``data_root``, or with the data root in front.
         pipeline: configs of the steps, e.g. ``[dict(type='LoadMultiViewImageFromMultiSweeps'), ...]``.
-        occ_gt_root: label folder, absolute or relative to ``data_root``; None = no labels (evaluation only).
+        occ_gt_root: label folder, given like ``ann_file``; None = no labels (evaluation only).
         test_mode: evaluation: fixed frames and transforms, no draws.
         load_interval: every so many-th keyframe is a sample; histories still use all keyframes.
         max_samples: at most so many samples (the first); histories still use all keyframes.
@@ -89,8 +91,8 @@ class NuSceneOcc(torch.utils.data.Dataset):
                 f'load_interval and max_samples must be at least 1, got {load_interval!r} and {max_samples!r}'
             )
         self.task = task
-        self.data_root = Path(data_root)
-        self.ann_file = Path(data_root, ann_file)
+        self.data_root = Path(expand_path(data_root))
+        self.ann_file = find_under(data_root, ann_file)
         self.test_mode = test_mode
         self.seed = seed
         use = CameraUse(task.cameras, task.num_frames > 1, allow_missing_cameras)
@@ -98,7 +100,9 @@ class NuSceneOcc(torch.utils.data.Dataset):
         self._samples = list(range(0, len(self.infos), load_interval))[:max_samples]
         self._history = History(self.infos, task.cameras)
         self._labels = (
-            None if occ_gt_root is None else LabelFolder(Path(data_root, occ_gt_root), self.data_root, self.version)
+            None
+            if occ_gt_root is None
+            else LabelFolder(find_under(data_root, occ_gt_root), self.data_root, self.version)
         )
         self._pipeline = build_pipeline(pipeline, task)
         self._skips = SkipCounter(max_skipped) if on_error == 'skip' else None
@@ -142,6 +146,11 @@ class NuSceneOcc(torch.utils.data.Dataset):
     @property
     def has_labels(self) -> bool:
         return self._labels is not None
+
+    @property
+    def positions(self) -> List[int]:
+        """Indices into ``infos`` of the samples' keyframes."""
+        return self._samples
 
     def info(self, index: int) -> Dict:
         """The info of sample ``index``."""

@@ -37,13 +37,12 @@ def parse_args():
 def check_split(cfg, split, task, args) -> int:
     """Print the findings on one data set; number of errors."""
     from loaders import build_dataset
-    from loaders.checks import ERROR, Finding
-    from loaders.preflight import inspect_dataset
+    from loaders.checks import ERROR, Finding, Look
+    from loaders.preflight import inspect_dataset, needs_mask
 
+    look = Look(args.full, args.decode, args.processes, shown=args.shown, needs_mask=needs_mask(cfg, split))
     try:
-        findings = inspect_dataset(
-            build_dataset(cfg.data[split], task), args.full, args.decode, args.processes, args.shown
-        )
+        findings = inspect_dataset(build_dataset(cfg.data[split], task), look)
     except UserError as error:
         findings = [Finding(ERROR, str(error))]
     for finding in findings:

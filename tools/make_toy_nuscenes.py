@@ -164,7 +164,8 @@ def prepare(out, version, processes):
     write_sweep_infos(str(out), version, str(out), None, processes)
     if (out / 'occ3d').is_dir():
         task = Task('occ3d')
-        made = write_panoptic_labels(str(out), version, 'occ3d', 'occ3d_panoptic', task, None, False, processes)
+        panoptic = out / 'occ3d_panoptic'
+        made = write_panoptic_labels(str(out), version, 'occ3d', panoptic, task, None, False, processes)
         if made.failed:
             raise DataError(f'{len(made.failed)} keyframes got no panoptic label; the first: {made.failed[0]}')
 

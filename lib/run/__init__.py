@@ -18,14 +18,14 @@ class Components(NamedTuple):
     build_dataset    (section of ``data``, task) -> data set
     collate          list of samples -> batch
     build_evaluator  (task, metrics=..., device=...) -> evaluator
-    preflight        (data set, name) raises DataError where files are missing; None checks nothing
+    preflight        (data set, name, config) raises DataError where files are missing; None checks nothing
     """
 
     build_model: Callable
     build_dataset: Callable
     collate: Callable
     build_evaluator: Callable
-    preflight: Optional[Callable[[Any, str], None]] = None
+    preflight: Optional[Callable[[Any, str, Any], None]] = None
 
 
 def read_task(cfg) -> Task:
@@ -54,7 +54,7 @@ def open_dataset(components: Components, cfg, split: str, task: Task, changes: d
     if len(dataset) == 0:
         raise DataError(f'data.{split} has no samples; check ann_file, load_interval and max_samples')
     if check_files and components.preflight is not None:
-        components.preflight(dataset, split)
+        components.preflight(dataset, split, cfg)
     return dataset
 
 

@@ -29,6 +29,7 @@ class Look(NamedTuple):
         processes: worker processes; None = all cores.
         level: of a single file that is missing or damaged.
         shown: most files named one by one per kind.
+        needs_mask: labels without ``mask_camera`` cannot be used.
     """
 
     full: bool = False
@@ -36,6 +37,7 @@ class Look(NamedTuple):
     processes: Optional[int] = 1
     level: str = ERROR
     shown: int = 10
+    needs_mask: bool = False
 
 
 def spread(count: int, wanted: int) -> List[int]:

@@ -12,6 +12,10 @@ from lib.task import Task
 from ..prepare.parallel import parallel_map
 from . import ERROR, OK, WARNING, Finding, Look, name_some
 
+MAX_OCCUPIED = 0.5  # of all voxels
+USUAL_OCCUPIED = '5 to 10 %'  # Occ3D and OpenOcc
+RARE, MAX_RARE_SHARE = 0.05, 0.5  # of the occupied voxels: a class usually below the first is never above the second
+
 
 class LabelFacts(NamedTuple):
     """What one label file holds.
@@ -47,9 +51,23 @@ def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
     grid, names = list(dataset.task.grid_shape), ', '.join(sorted(arrays))
     findings.append(Finding(OK, f'{len(usable)} of {len(dataset)} label files read; grid {grid}, arrays: {names}'))
     findings.extend(_histogram(sum(fact.counts for fact in usable), dataset.task))
+    with_path = [(fact, dataset.label_path(index)) for fact, index in zip(facts, samples) if not fact.problem]
+    findings.extend(_masks(with_path, look))
     if dataset.task.panoptic:
         findings.append(_instances(usable))
     return findings
+
+
+def _masks(with_path, look: Look) -> List[Finding]:
+    """Label files without ``mask_camera``, where some have it or all need it."""
+    without = [path for fact, path in with_path if 'mask_camera' not in fact.keys]
+    if not without or (len(without) == len(with_path) and not look.needs_mask):
+        return []
+    text = f'{len(without)} of {len(with_path)} label files, e.g. {without[0]}, have no mask_camera'
+    if look.needs_mask:
+        remedy = 'model.use_mask_camera needs it; use labels that have it, or set it to False'
+        return [Finding(ERROR, f'{text}: {remedy}')]
+    return [Finding(WARNING, f'{text}: their mIoU counts other voxels than that of the others')]
 
 
 def _facts_of_label(dataset, index) -> LabelFacts:
@@ -78,7 +96,22 @@ def _histogram(counts, task: Task) -> List[Finding]:
     absent = [name for name, count in zip(names, counts) if not count]
     if absent:
         findings.append(Finding(WARNING, f'classes that do not occur in the labels looked at: {", ".join(absent)}'))
-    return findings
+    return findings + _implausible(counts, task)
+
+
+def _implausible(counts, task: Task) -> List[Finding]:
+    """Shares that street scenes do not have, as when ids are shifted or free has another id."""
+    labels, occupied = task.label_set, counts[: task.label_set.free_id]
+    doubts = []
+    if occupied.sum() > MAX_OCCUPIED * counts.sum():
+        doubts.append(f'{occupied.sum() / counts.sum():.0%} of the voxels are occupied ({USUAL_OCCUPIED} is usual)')
+    known = sum(labels.voxel_counts.get(name, 0) for name in labels.occupied_names)
+    for name, count in zip(labels.occupied_names, occupied):
+        share, usual = count / occupied.sum(), labels.voxel_counts.get(name, known) / max(known, 1)
+        if share > MAX_RARE_SHARE and usual < RARE:
+            doubts.append(f'{share:.0%} of the occupied voxels are {name} ({usual:.1%} is usual)')
+    remedy = f'are these the ids of label set {labels.name!r}, free = {labels.free_id}?'
+    return [Finding(WARNING, f'implausible labels: {"; ".join(doubts)}; {remedy}')] if doubts else []
 
 
 def _instances(usable) -> Finding:

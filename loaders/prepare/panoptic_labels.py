@@ -5,7 +5,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from lib.errors import DataError
 from lib.infos import load_infos
-from lib.io import load_npz_checked, save_npz
+from lib.io import find_under, load_npz_checked, save_npz
 from lib.labels import LABEL_FILE, LabelFolder, check_labels
 from lib.task import Task
 
@@ -61,7 +61,7 @@ def write_panoptic_labels(
     """Write ``<out>/<scene>/<token>/labels.npz`` for all keyframes with boxes; files that exist are kept.
 
     Args:
-        data_root: nuScenes folder; ``occ_gt_root``, ``out`` and ``info_files`` may be relative to it.
+        data_root: nuScenes folder; ``occ_gt_root`` and ``info_files`` may be relative to it.
         version: nuScenes version the info files must be of.
         occ_gt_root: labels without instances.
         out: folder of the new labels.
@@ -75,7 +75,7 @@ def write_panoptic_labels(
     """
     infos = _gather_infos(Path(data_root), version, info_files)
     job = PanopticJob(
-        infos, LabelFolder(Path(data_root, occ_gt_root), data_root, version), Path(data_root, out), task, overwrite
+        infos, LabelFolder(find_under(data_root, occ_gt_root), data_root, version), Path(out), task, overwrite
     )
     results = list(parallel_map(_write_one, range(len(infos)), job, 'labels', processes))
     failed = [result for result in results if result not in ('written', 'kept')]
@@ -86,7 +86,7 @@ def write_panoptic_labels(
 
 def _gather_infos(data_root, version, info_files):
     usual = [data_root / SWEEP_FILE.format(split) for split in ('train', 'val')]
-    paths = [data_root / name for name in info_files] if info_files else [p for p in usual if p.is_file()]
+    paths = [find_under(data_root, name) for name in info_files] if info_files else [p for p in usual if p.is_file()]
     if not paths:
         raise DataError(
             f'{data_root} holds no info files ({SWEEP_FILE.format("train")}); make them with gen_sweep_info.py, or '

@@ -115,9 +115,51 @@ def test_ignored_voxels_may_be_in_the_file(tmp_path):
     assert read_labels(_write(tmp_path / 'labels.npz', semantics=semantics), OCC3D_TASK)['semantics'][0, 0, 0] == 255
 
 
-def test_labels_that_are_no_integers_are_refused(tmp_path):
-    with pytest.raises(DataError, match='float64, integers are needed'):
-        read_labels(_write(tmp_path / 'labels.npz', semantics=_free(dtype=np.float64)), OCC3D_TASK)
+@pytest.mark.parametrize('dtype', [np.float32, np.float64, np.int64, np.uint64])
+def test_whole_numbers_of_any_type_are_read(tmp_path, dtype):
+    semantics = _free()
+    semantics[0, 0, :3] = [4, 0, 255]
+    mask = np.arange(semantics.size).reshape(GRID) % 2
+    path = _write(
+        tmp_path / 'labels.npz',
+        semantics=semantics.astype(dtype),
+        mask_camera=mask.astype(dtype),
+        instances=mask.astype(dtype),
+    )
+    labels = read_labels(path, OCC3D_TASK)
+    np.testing.assert_array_equal(labels['semantics'], semantics)
+    np.testing.assert_array_equal(labels['mask_camera'], mask == 1)
+    np.testing.assert_array_equal(labels['instances'], mask)
+    assert (labels['semantics'].dtype, labels['mask_camera'].dtype) == (np.uint8, bool)
+
+
+@pytest.mark.parametrize('key', ['semantics', 'mask_camera', 'instances'])
+@pytest.mark.parametrize('value', [0.5, float('nan'), float('inf'), 'x', 1j])
+def test_what_is_no_whole_number_is_refused(tmp_path, key, value):
+    arrays = {name: _free() for name in ('semantics', 'mask_camera', 'instances')}
+    arrays[key] = arrays[key].astype(type(value))
+    arrays[key][0, 0, 0] = value
+    with pytest.raises(DataError, match=f"labels.npz: '{key}' holds .* no whole numbers"):
+        read_labels(_write(tmp_path / 'labels.npz', **arrays), OCC3D_TASK)
+
+
+@pytest.mark.parametrize('value', [-1, 2**31, 2**40, 3e9])
+def test_instance_ids_beyond_the_type_are_refused(tmp_path, value):
+    instances = np.zeros(GRID, type(value))
+    instances[0, 0, 0] = value
+    with pytest.raises(DataError, match=r"labels\.npz: 'instances' holds ids from"):
+        read_labels(_write(tmp_path / 'labels.npz', semantics=_free(), instances=instances), OCC3D_TASK)
+
+
+@pytest.mark.parametrize('place', ['occ3d/gts', 'gts', 'occ3d'])
+def test_the_released_layout_is_found(tmp_path, place):
+    path = tmp_path / place / 'scene-0001' / 'token' / 'labels.npz'
+    path.parent.mkdir(parents=True)
+    _write(path, semantics=_free())
+    folder = LabelFolder(tmp_path / 'occ3d', tmp_path)
+    assert folder.path(dict(scene_name='scene-0001', token='token')) == path
+    assert folder.path(dict(token='token')) == path
+    assert LabelFolder(tmp_path / 'openocc_v2', tmp_path).root.name == 'openocc_v2'
 
 
 def test_panoptic_tasks_say_where_instances_come_from(tmp_path):

@@ -59,10 +59,11 @@ class FakeNuScenes:
         return self.root
 
     def write_labels(self, task, folder='occ3d', **extra):
-        """Random labels of the task's grid for every keyframe, with masks and ``extra`` arrays."""
+        """Random labels of every keyframe, a tenth of the task's grid occupied, with masks and ``extra`` arrays."""
         names = {row['token']: row['name'] for row in self.tables['scene']}
         for sample in self.tables['sample']:
-            semantics = self.rng.integers(0, task.label_set.num_classes, task.grid_shape).astype(np.uint8)
+            semantics = self.rng.integers(0, task.label_set.num_occupied, task.grid_shape).astype(np.uint8)
+            semantics[self.rng.random(task.grid_shape) < 0.9] = task.label_set.free_id
             path = self.root / folder / names[sample['scene_token']] / sample['token'] / 'labels.npz'
             path.parent.mkdir(parents=True, exist_ok=True)
             masks = dict(mask_camera=semantics % 2, mask_lidar=semantics % 3 == 0)

@@ -164,7 +164,7 @@ def prepared(tmp_path):
 
 
 def _run(root, **options):
-    return write_panoptic_labels(root, 'v1.0-mini', 'occ3d', 'occ3d_panoptic', TASK, processes=1, **options)
+    return write_panoptic_labels(root, 'v1.0-mini', 'occ3d', root / 'occ3d_panoptic', TASK, processes=1, **options)
 
 
 def test_files_keep_what_was_there_and_add_instances(prepared):
@@ -198,12 +198,12 @@ def test_one_bad_label_is_named_and_the_others_are_made(prepared):
 
 def test_without_any_label_it_stops(prepared):
     with pytest.raises(DataError, match='not one label of 2 keyframes'):
-        write_panoptic_labels(prepared, 'v1.0-mini', 'nowhere', 'out', TASK, processes=1)
+        write_panoptic_labels(prepared, 'v1.0-mini', 'nowhere', prepared / 'out', TASK, processes=1)
 
 
 def test_info_files_of_another_version_are_refused(prepared):
     with pytest.raises(DataError, match='is of version v1.0-mini, not v1.0-trainval'):
-        write_panoptic_labels(prepared, 'v1.0-trainval', 'occ3d', 'out', TASK)
+        write_panoptic_labels(prepared, 'v1.0-trainval', 'occ3d', prepared / 'out', TASK)
 
 
 def test_without_info_files_it_says_how_to_make_them(tmp_path):

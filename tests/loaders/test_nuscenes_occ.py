@@ -302,6 +302,36 @@ def test_info_and_label_folders_may_be_elsewhere(root, tmp_path):
     assert dataset[0]['targets'].voxel_semantics is not None
 
 
+@pytest.mark.parametrize(
+    'data_root, ann_file, labels',
+    [
+        ('data/nuscenes/', 'INFOS', 'occ3d'),
+        ('data/nuscenes/', 'data/nuscenes/INFOS', 'data/nuscenes/occ3d'),
+        ('./data/nuscenes', './data/nuscenes/INFOS', './data/nuscenes/occ3d/'),
+        ('$WORK/data/nuscenes', '${WORK}/data/nuscenes/INFOS', '~/data/nuscenes/occ3d'),
+        ('~/data/nuscenes', 'INFOS', 'data/nuscenes/occ3d'),
+    ],
+)
+def test_paths_as_users_write_them(root, tmp_path, monkeypatch, data_root, ann_file, labels):
+    (tmp_path / 'data').mkdir()
+    shutil.move(str(root), str(tmp_path / 'data' / 'nuscenes'))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('WORK', str(tmp_path))
+    monkeypatch.setenv('HOME', str(tmp_path))
+    infos = ann_file.replace('INFOS', 'nuscenes_infos_train_sweep.pkl')
+    dataset = _train('x', data_root=data_root, ann_file=infos, occ_gt_root=labels)
+    assert dataset[0]['targets'] is not None
+
+
+def test_a_label_folder_that_is_nowhere_is_named_as_it_was_meant(root, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    dataset = _train('x', data_root='nuscenes/', occ_gt_root='nuscenes/occ3d_other')
+    with pytest.raises(
+        DataError, match='keyframe sample-0: nuscenes/occ3d_other/scene-0061/sample-0/labels.npz does not'
+    ):
+        dataset[0]
+
+
 def test_evaluation_needs_no_labels(root):
     shutil.rmtree(str(root / 'occ3d'))
     for options in (dict(occ_gt_root=None), dict(occ_gt_root=None, pipeline=TRAIN[:2] + TEST[1:]), dict()):
