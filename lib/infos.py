@@ -105,7 +105,11 @@ def load_infos(path, allow_any_pickle: bool = False, use: Optional[CameraUse] = 
         DataError: missing or damaged file, another format, no keyframes, or a value that is not what it must be;
             names file, keyframe, camera and key.
     """
-    content = load_pickle_safe(path, allow_any=allow_any_pickle)
+    return infos_of(load_pickle_safe(path, allow_any=allow_any_pickle), path, use)
+
+
+def infos_of(content, path, use: Optional[CameraUse] = None) -> InfoFile:
+    """The same from what the pickle holds."""
     if isinstance(content, dict) and 'data_list' in content:
         raise DataError(
             f'{path} is in the format of MMDetection3D 1.1 or later (data_list); infos of 1.0 are needed: '
@@ -125,7 +129,8 @@ def load_infos(path, allow_any_pickle: bool = False, use: Optional[CameraUse] = 
     return InfoFile(sorted(infos, key=lambda info: info['timestamp']), str(version))
 
 
-def _check_infos(infos, source, use) -> None:
+def check_keyframes(infos: Sequence, source) -> None:
+    """Raise DataError unless these are keyframes (dicts) with a token of their own, a time and poses."""
     for position, info in enumerate(infos):
         if not isinstance(info, dict):
             raise DataError(f'{source}: entry {position} is a {type(info).__name__}, not a keyframe (dict); {_REMEDY}')
@@ -136,6 +141,11 @@ def _check_infos(infos, source, use) -> None:
             raise DataError(
                 f'{source}: {_name(info)} is there twice (entries {first[info["token"]]} and {position}); remove one'
             )
+
+
+def _check_infos(infos, source, use) -> None:
+    check_keyframes(infos, source)
+    for info in infos:
         _check_structure(info, f'{source}: {_name(info)}')
     if use is not None:
         _check_missing(infos, source, use)

@@ -32,6 +32,21 @@ CAMERA_AZIMUTHS = {  # degrees from x (forward) to y (left) that nuScenes' camer
 }
 
 
+class FlowCounts(NamedTuple):
+    """What samples contribute to the score of occupancy and flow (``lib.metrics.flow``).
+
+    Attributes:
+        rays: int64 [C, C + 1, T + 1], rays with a true class by true class, predicted class and thresholds kept.
+        error: float64 [2, C], m/s, sum of velocity errors, over true positives and over all rays; 0 for classes that
+            do not move.
+        counted: int64 [2, C], rays that the sum is over.
+    """
+
+    rays: np.ndarray
+    error: np.ndarray
+    counted: np.ndarray
+
+
 class Counts(NamedTuple):
     """What one sample, or many together, contribute to the scores; None where a metric was not asked for.
 
@@ -42,6 +57,7 @@ class Counts(NamedTuple):
             thresholds that the depth error is below.
         segments: int64 [P, T, C, 5] (see ``kernels.count_segments``); part 0 is everything, then rings, then sectors.
         voxels: int64 [G, C + 1, C + 1], voxels by region, true and predicted class.
+        flow: of occupancy and flow.
     """
 
     samples: int
@@ -49,12 +65,16 @@ class Counts(NamedTuple):
     rays: Optional[np.ndarray]
     segments: Optional[np.ndarray]
     voxels: Optional[np.ndarray]
+    flow: Optional[FlowCounts] = None
 
 
 def add_counts(one: Counts, other: Counts) -> Counts:
     """Sum of two counts of the same metrics."""
-    rays, segments, voxels = (None if a is None else a + b for a, b in zip(one[2:], other[2:]))
-    return Counts(one.samples + other.samples, one.occupied + other.occupied, rays, segments, voxels)
+    rays, segments, voxels = (None if a is None else a + b for a, b in zip(one[2:5], other[2:5]))
+    flow = (
+        None if one.flow is None or other.flow is None else FlowCounts(*(a + b for a, b in zip(one.flow, other.flow)))
+    )
+    return Counts(one.samples + other.samples, one.occupied + other.occupied, rays, segments, voxels, flow)
 
 
 class Regions(NamedTuple):

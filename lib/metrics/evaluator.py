@@ -30,10 +30,11 @@ from .counting import (
     rings_and_sectors,
     whole_plan,
 )
+from .flow import FlowRays, cast_flow, count_flow
 from .result import MASKS, EvalResult, Scene
 from .scores import tallies, totals
 
-METRICS = ('ray_iou', 'ray_pq', 'miou')
+METRICS = ('ray_iou', 'ray_pq', 'miou', 'occ_score')
 THRESHOLDS = (1.0, 2.0, 4.0)
 _CUDA_BATCH = 16  # samples that a GPU works on together
 _MASKS_NEEDED = {
@@ -71,10 +72,11 @@ class Evaluator:
     Args:
         task: grid, range and classes of predictions and labels; or a label set or its name, with the grid of Occ3D
             (200 x 200 x 16 voxels of 0.4 m).
-        metrics: which of ``'ray_iou'``, ``'ray_pq'`` (needs instances) and ``'miou'``.
+        metrics: which of ``'ray_iou'``, ``'ray_pq'`` (needs instances), ``'miou'`` and ``'occ_score'`` (occupancy and
+            flow; needs ``flow``).
         device: where rays are cast and counted, ``'cpu'`` or a CUDA device. Without the CUDA extension the
             CPU does it.
-        thresholds: tolerances of depth, metres.
+        thresholds: tolerances of depth, metres; the occupancy and flow score has its own.
         miou_mask: voxels that mIoU counts: ``'camera'`` (Occ3D's tables), ``'lidar'``, ``'both'`` (seen by cameras and
             LiDAR) or ``'none'`` (all). None takes ``'camera'`` if the first label has ``mask_camera``, else ``'none'``.
             Labels without the mask are an error: figures of masked and other samples are never mixed.
@@ -99,7 +101,7 @@ class Evaluator:
         if miou_mask is not None and miou_mask not in MASKS:
             raise ConfigError(f'miou_mask {miou_mask!r} is not known; choose from {", ".join(MASKS)}')
         self.miou_mask, self.keep_samples, self._threads = miou_mask, keep_samples, threads
-        self.device = choose_device(device) if self._casts else 'cpu'
+        self.device = choose_device(device) if self.needs_origins else 'cpu'
         self._regions = (rings_and_sectors if breakdown else whole_plan)(self.task)
         self._counter = RayCounter(
             self.task, self.thresholds, self._regions, 'ray_iou' in self.metrics, 'ray_pq' in self.metrics
@@ -107,8 +109,9 @@ class Evaluator:
         self.reset()
 
     @property
-    def _casts(self) -> bool:
-        return 'ray_iou' in self.metrics or 'ray_pq' in self.metrics
+    def needs_origins(self) -> bool:
+        """Rays are cast."""
+        return any(name != 'miou' for name in self.metrics)
 
     def reset(self) -> None:
         """Forget all samples."""
@@ -118,11 +121,12 @@ class Evaluator:
         """Take in one sample.
 
         Args:
-            prediction: ``semantics`` integer [X, Y, Z]; with ``ray_pq`` also ``instances`` integer [X, Y, Z]; or the
-                semantics alone. Arrays or tensors.
+            prediction: ``semantics`` integer [X, Y, Z]; with ``ray_pq`` also ``instances`` integer [X, Y, Z], with
+                ``occ_score`` also ``flow`` [X, Y, Z, 2] (m/s, ego axes); or the semantics alone. Arrays or tensors.
+                For ``occ_score`` alone also :class:`lib.metrics.flow.FlowRays` of a submission.
             labels: the same, and the masks [X, Y, Z] that ``miou`` needs. Voxels labelled 255 count nowhere.
-            origins: float64 [O, 3] metres, ego frame, as :func:`lib.metrics.scene_ray_origins` gives them; for
-                ``ray_iou`` and ``ray_pq``.
+            origins: float64 [O, 3] metres, ego frame, as :func:`lib.metrics.scene_ray_origins` gives them; for all
+                metrics but ``miou``.
             token: the sample's name.
             scene: its scene; scores get intervals where samples name theirs.
 
@@ -134,8 +138,10 @@ class Evaluator:
 
     def prepare(self, prediction, labels, origins=None, token: str = '', scene: str = '') -> Prepared:
         """Check and count one sample without taking it in; threads may do so at the same time. See :meth:`update`."""
-        prediction, labels = (one if isinstance(one, Mapping) else dict(semantics=one) for one in (prediction, labels))
         free, name = self.task.label_set.free_id, f' of sample {token}' if token else ''
+        if isinstance(prediction, FlowRays):
+            return self._prepare_submitted(prediction, labels, origins, token, scene, name)
+        prediction, labels = (one if isinstance(one, Mapping) else dict(semantics=one) for one in (prediction, labels))
         truth = self._volume(labels, 'semantics', 'the label' + name, IGNORE_LABEL)
         predicted = self._volume(prediction, 'semantics', 'the prediction' + name, free)
         instances = rays = segments = voxels = mask = volumes = None
@@ -144,7 +150,7 @@ class Evaluator:
                 self._volume(side, 'instances', owner + name, MAX_INSTANCE_ID, np.uint16)
                 for side, owner in ((labels, 'the label'), (prediction, 'the prediction'))
             )
-        if self._casts:
+        if 'ray_iou' in self.metrics or 'ray_pq' in self.metrics:
             volumes = Volumes((truth, predicted), instances, _check_origins(origins, name))
             if self.device == 'cpu':
                 (rays, segments), volumes = self._counter.on_cpu(volumes, self._threads), None
@@ -153,8 +159,30 @@ class Evaluator:
             masks = [self._volume(labels, key, 'the label' + name, 1, bool) for key in _MASKS_NEEDED[mask]]
             seen = np.logical_and.reduce(masks) if masks else None
             voxels = count_voxels(truth, predicted, seen, self._regions, free + 1)
-        counts = Counts(1, int(predicted.min() < free), rays, segments, voxels)
+        flow = None
+        if 'occ_score' in self.metrics:
+            submitted = self._cast_flow(predicted, prediction, origins, 'the prediction' + name, name)
+            flow = count_flow(
+                self._cast_flow(truth, labels, origins, 'the label' + name, name), submitted, self.task.label_set
+            )
+        counts = Counts(1, int(predicted.min() < free), rays, segments, voxels, flow)
         return Prepared(token, scene, counts, mask, volumes)
+
+    def _prepare_submitted(self, rays, labels, origins, token, scene, name) -> Prepared:
+        """:meth:`prepare` for the rays of a submission."""
+        if self.metrics != ('occ_score',):
+            raise DataError(f'the rays of a submission have no score but occ_score, not {", ".join(self.metrics)}')
+        label_set = self.task.label_set
+        truth = self._volume(labels, 'semantics', 'the label' + name, IGNORE_LABEL)
+        true_rays = self._cast_flow(truth, labels, origins, 'the label' + name, name)
+        flow, occupied = count_flow(true_rays, rays, label_set), bool((rays.label < label_set.free_id).any())
+        return Prepared(token, scene, Counts(1, int(occupied), None, None, None, flow), None)
+
+    def _cast_flow(self, semantics, volumes, origins, owner, name) -> FlowRays:
+        flow = volumes.get('flow')
+        if flow is None or tuple(flow.shape) != self.task.grid_shape + (2,):
+            raise DataError(f"{owner} has no 'flow' {list(self.task.grid_shape + (2,))}, which occ_score needs")
+        return cast_flow(semantics, _to_array(flow), _check_origins(origins, name), self.task, self.device)
 
     def add(self, sample: Prepared) -> None:
         """Take in a sample that :meth:`prepare` gave."""
@@ -256,7 +284,7 @@ class Evaluator:
                 f'{owner} has no {name!r}, which the metrics {", ".join(self.metrics)} need; evaluate without them, '
                 'choose another mask, or make files that have it'
             )
-        volume = volume if isinstance(volume, np.ndarray) else _from_tensor(volume)
+        volume = volume if isinstance(volume, np.ndarray) else _to_array(volume)
         if volume.shape != self.task.grid_shape:
             raise DataError(
                 f'{owner}: {name!r} has shape {list(volume.shape)}, but the task grid is {list(self.task.grid_shape)}; '
@@ -300,7 +328,7 @@ def evaluate(
     evaluator = Evaluator(task, metrics, device=device, miou_mask=miou_mask)
     for token in labels if tokens is None else tokens:
         for what, where in (('prediction', predictions), ('label', labels), ('ray origins', origins or {})):
-            if token not in where and (what != 'ray origins' or evaluator._casts):
+            if token not in where and (what != 'ray origins' or evaluator.needs_origins):
                 raise DataError(f'sample {token} has no {what}; give it, or leave the sample out with tokens')
         scene = (scenes or {}).get(token, '')
         evaluator.update(predictions[token], labels[token], (origins or {}).get(token), token=token, scene=scene)
@@ -339,5 +367,5 @@ def _check_origins(origins, name):
     return origins
 
 
-def _from_tensor(volume):
+def _to_array(volume):
     return np.asarray(volume.detach().cpu() if hasattr(volume, 'detach') else volume)

@@ -1,19 +1,25 @@
 """Where the LiDAR stands in each frame of a scene: the origins of the evaluation's rays (paper section 4.1,
-RayIoU; SPEC section 6).
+RayIoU; SPEC section 6). They come from info files, from a small file of poses, or as they are.
 
 Frames: LIDAR_TOP and ego of one keyframe, global. Metres, quaternions wxyz, timestamps in microseconds.
 """
 
-from typing import Dict, Sequence
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
+from ..errors import DataError
 from ..geometry import invert_rigid, transform_points
-from ..infos import ego_from_lidar, global_from_ego, split_scenes
+from ..infos import check_keyframes, ego_from_lidar, global_from_ego, infos_of, split_scenes
+from ..io import PathLike, load_npz_checked, load_pickle_safe, read_json, save_npz, write_json
 from ..task import OCC3D_RANGE
 
 MAX_ORIGINS = 8
 ORIGIN_MARGIN = 1.0  # metres between an origin and the sides of the volume
+_POSES = ('ego2global_rotation', 'ego2global_translation', 'lidar2ego_rotation', 'lidar2ego_translation')
+_KIND = 'lidar poses'
+_REMEDY = 'make it with "sparseocc-eval origins"'
 
 
 def scene_ray_origins(
@@ -55,3 +61,213 @@ def _choose(positions, point_cloud_range, max_origins):
     if len(kept) <= max_origins:
         return kept
     return kept[np.round(np.linspace(0, len(kept) - 1, max_origins)).astype(np.int64)]
+
+
+class Keyframes(NamedTuple):
+    """Samples of an evaluation, as far as it needs to know them.
+
+    Attributes:
+        origins: {token: float64 [O, 3]}, metres, ego frame; the tokens are those of all samples.
+        scenes: {token: scene}; a scene without a name is called after its first keyframe.
+        night: {scene: it is by night}, where descriptions tell.
+    """
+
+    origins: Dict[str, np.ndarray]
+    scenes: Dict[str, str]
+    night: Dict[str, bool]
+
+
+class Poses(NamedTuple):
+    """Keyframes with their poses, and what is said of their scenes.
+
+    Attributes:
+        infos: keyframes, as in an info pickle.
+        descriptions: {scene: text}.
+    """
+
+    infos: List[Dict]
+    descriptions: Dict[str, str]
+
+
+def read_keyframes(path: PathLike, point_cloud_range: Sequence[float] = OCC3D_RANGE) -> Keyframes:
+    """Keyframes of an info pickle (MMDetection3D 1.0 or later), or of a file of poses or origins.
+
+    Args:
+        path: ``.pkl``; or ``.json`` or ``.npz`` as :func:`write_poses` makes them; or ``.npz`` with the origins
+            themselves: ``token``, ``scene``, ``count`` [n] and ``origins`` [n, 8, 3], of which the first ``count`` are
+            meant.
+        point_cloud_range: as for :func:`scene_ray_origins`.
+
+    Raises:
+        DataError: it is missing, damaged, or of another kind.
+    """
+    path = Path(path)
+    arrays = load_npz_checked(path) if path.suffix == '.npz' else {}
+    if 'origins' in arrays:
+        return _given_origins(arrays, path)
+    infos, descriptions = _read_poses(path, arrays)
+    scenes = name_scenes(infos)
+    night = {name: 'night' in text.lower() for name, text in descriptions.items()}
+    return Keyframes(scene_ray_origins(infos, point_cloud_range), scenes, night)
+
+
+def _read_poses(path, arrays) -> Poses:
+    if path.suffix == '.npz':
+        return _poses_from_arrays(arrays, path)
+    if path.suffix == '.json':
+        return _poses_from_json(read_json(path), path)
+    return Poses(read_infos(path), {})
+
+
+def name_scenes(infos: Sequence[Dict]) -> Dict[str, str]:
+    """{token: scene} of keyframes; a scene without a name is called after its token or its first keyframe."""
+    names = {}
+    for scene in split_scenes(infos):
+        first = infos[scene[0]]
+        name = first.get('scene_name') or first.get('scene_token') or first['token']
+        names.update((infos[index]['token'], name) for index in scene)
+    return names
+
+
+def read_infos(path: PathLike) -> List[Dict]:
+    """Keyframes of an info pickle of MMDetection3D 1.0, or with their poses alone of a later one.
+
+    Raises:
+        DataError: it is missing, damaged, or of another kind.
+    """
+    content = load_pickle_safe(path)
+    if not isinstance(content, dict) or 'data_list' not in content:
+        return infos_of(content, path).infos
+    try:
+        infos = [_from_later_format(entry) for entry in content['data_list']]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f'{path} has a keyframe without token, timestamp, ego2global or lidar_points.lidar2ego '
+            f'({type(error).__name__}: {error}); make it again with MMDetection3D'
+        ) from error
+    check_keyframes(infos, path)
+    return infos
+
+
+def _from_later_format(entry: Mapping[str, Any]) -> Dict[str, Any]:
+    """A keyframe of MMDetection3D 1.1 and later, in which poses are 4x4 matrices and times seconds."""
+    info = dict(token=entry['token'], timestamp=float(entry['timestamp']) * 1e6)
+    for name, matrix in (('ego2global', entry['ego2global']), ('lidar2ego', entry['lidar_points']['lidar2ego'])):
+        matrix = np.asarray(matrix, dtype=np.float64)
+        info[f'{name}_rotation'], info[f'{name}_translation'] = matrix[:3, :3], matrix[:3, 3]
+    info.update((key, entry[key]) for key in ('scene_token', 'scene_name') if entry.get(key))
+    return info
+
+
+def read_tables(folder: PathLike) -> Poses:
+    """Keyframes with their poses from nuScenes tables.
+
+    Args:
+        folder: e.g. ``data/nuscenes/v1.0-trainval``.
+
+    Raises:
+        DataError: a table is missing or damaged.
+    """
+    folder = Path(folder)
+    table = {
+        name: read_json(folder / f'{name}.json')
+        for name in ('scene', 'sample', 'sample_data', 'ego_pose', 'calibrated_sensor')
+    }
+    try:
+        scenes = {scene['token']: scene for scene in table['scene']}
+        samples = {sample['token']: sample for sample in table['sample']}
+        lidar = [one for one in table['sample_data'] if one['is_key_frame'] and '/LIDAR_TOP/' in f'/{one["filename"]}']
+        wanted = {one['ego_pose_token'] for one in lidar}
+        poses = {pose['token']: pose for pose in table['ego_pose'] if pose['token'] in wanted}
+        mounted = {sensor['token']: sensor for sensor in table['calibrated_sensor']}
+        infos = []
+        for one in lidar:
+            sample = samples[one['sample_token']]
+            info = dict(token=sample['token'], timestamp=sample['timestamp'])
+            info['scene_name'] = scenes[sample['scene_token']]['name']
+            for name, pose in (
+                ('ego2global', poses[one['ego_pose_token']]),
+                ('lidar2ego', mounted[one['calibrated_sensor_token']]),
+            ):
+                info[f'{name}_rotation'], info[f'{name}_translation'] = pose['rotation'], pose['translation']
+            infos.append(info)
+        descriptions = {scene['name']: str(scene.get('description', '')) for scene in table['scene']}
+    except (KeyError, TypeError) as error:
+        raise DataError(f'the tables in {folder} lack {error}; unpack the metadata of nuScenes again') from error
+    check_keyframes(infos, folder)
+    return Poses(infos, descriptions)
+
+
+def write_poses(path: PathLike, infos: Sequence[Dict], descriptions: Optional[Mapping[str, str]] = None) -> None:
+    """Write the poses of keyframes, all that ray origins need of them: under 1 kB each, a fifth of it in ``.npz``.
+
+    Args:
+        path: ``.json`` or ``.npz``.
+        infos: keyframes.
+        descriptions: {scene: text}, which may say that it is by night.
+
+    Raises:
+        DataError: another suffix.
+        UserError: the file cannot be written.
+    """
+    scenes, descriptions = name_scenes(infos), dict(descriptions or {})
+    infos = sorted(infos, key=lambda info: info['timestamp'])
+    used = sorted(set(scenes.values()) & set(descriptions))
+    columns: Dict[str, List] = dict(
+        token=[info['token'] for info in infos],
+        scene_name=[scenes[info['token']] for info in infos],
+        timestamp=[float(info['timestamp']) for info in infos],
+        **{name: [np.asarray(info[name], dtype=np.float64).tolist() for info in infos] for name in _POSES},
+    )
+    if Path(path).suffix == '.json':
+        keyframes = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        write_json(
+            path, dict(kind=_KIND, descriptions={name: descriptions[name] for name in used}, keyframes=keyframes)
+        )
+    elif Path(path).suffix == '.npz':
+        arrays = {name: np.asarray(values) for name, values in columns.items()}
+        arrays.update(described=np.asarray(used, dtype=str))
+        arrays.update(description=np.asarray([descriptions[name] for name in used], dtype=str))
+        save_npz(path, arrays)
+    else:
+        raise DataError(f'{path} must end in .json or .npz; choose one of them')
+
+
+def _poses_from_json(value, path):
+    if not isinstance(value, dict) or value.get('kind') != _KIND or not isinstance(value.get('keyframes'), list):
+        raise DataError(f'{path} is no file of poses; {_REMEDY}')
+    descriptions = value.get('descriptions', {})
+    if not isinstance(descriptions, dict) or not all(isinstance(text, str) for text in descriptions.values()):
+        raise DataError(f"{path}: 'descriptions' must be texts by scene; {_REMEDY}")
+    check_keyframes(value['keyframes'], path)
+    return Poses(value['keyframes'], descriptions)
+
+
+def _poses_from_arrays(arrays, path):
+    names = ('token', 'scene_name', 'timestamp') + _POSES
+    missing = [name for name in names if name not in arrays]
+    if missing or len({len(arrays[name]) if arrays[name].ndim else 0 for name in names}) != 1:
+        wrong = f'it lacks {missing[0]!r}' if missing else 'its arrays differ in length'
+        raise DataError(f'{path} holds neither poses nor origins ({wrong}); {_REMEDY}')
+    infos = [dict(zip(names, row)) for row in zip(*(arrays[name].tolist() for name in names))]
+    check_keyframes(infos, path)
+    described, texts = (arrays.get(name, np.empty(0, str)).tolist() for name in ('described', 'description'))
+    return Poses(infos, {str(name): str(text) for name, text in zip(described, texts)})
+
+
+def _given_origins(arrays, path) -> Keyframes:
+    tokens, positions = arrays.get('token', np.empty(0)), arrays['origins']
+    counts = arrays.get('count', np.full(len(tokens), positions.shape[1] if positions.ndim > 1 else 0))
+    scenes = arrays.get('scene', np.full(len(tokens), ''))
+    fits = positions.ndim == 3 and positions.shape[2] == 3 and positions.dtype.kind == 'f'
+    lengths = {len(tokens), len(positions), len(counts), len(scenes)}
+    if not fits or len(lengths) != 1 or not np.isfinite(positions).all() or counts.dtype.kind not in 'iu':
+        raise DataError(
+            f"{path} must hold 'token' [n], 'origins' [n, O, 3] in metres, and perhaps 'count' [n] and 'scene' [n]; "
+            f'{_REMEDY}'
+        )
+    names = [str(token) for token in tokens]
+    origins = {name: of_one[:count].astype(np.float64) for name, of_one, count in zip(names, positions, counts)}
+    if len(origins) != len(names):
+        raise DataError(f'{path} names a sample twice; {_REMEDY}')
+    return Keyframes(origins, dict(zip(names, (str(scene) for scene in scenes))), {})

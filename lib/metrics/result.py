@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 import numpy as np
 
 from .counting import Counts, Regions
-from .scores import ClassScores, Tallies, class_scores, interval, mean, resample, tallies, totals
+from .scores import VARIANTS, ClassScores, Tallies, class_scores, interval, mean, resample, tallies, totals
 
 _ONLY_FREE = (
     '!!! EVERY PREDICTION IS FREE EVERYWHERE: the model predicts nothing at all. Check that the '
@@ -18,6 +18,9 @@ MASKS = {  # what mIoU counts: the name on the command line, and in results
     'both': 'mask_camera and mask_lidar',
     'none': 'all',
 }
+
+
+_TOTAL_OF = {'IoU': 'mIoU', **{f'AVE_{variant}': f'mAVE_{variant}' for variant in VARIANTS}}  # of columns
 
 
 class Scene(NamedTuple):
@@ -93,8 +96,9 @@ class EvalResult:
 
         Keys: ``num_samples``, ``only_free``, then as far as asked for ``RayIoU``, ``RayIoU@1`` ... (one per
         threshold), ``RayPQ``, ``RayPQ@1`` ..., ``RaySQ``, ``RayRQ``, ``RayPQ_things``, ``RayPQ_stuff``, ``mIoU`` with
-        ``mIoU_voxels`` (the mask that it counts), ``binary_IoU``; ``intervals`` has [low, high] of these;
-        ``per_class`` the same for every class, with ``IoU`` for ``mIoU``.
+        ``mIoU_voxels`` (the mask that it counts), ``binary_IoU``, ``OccScore_...`` and ``mAVE_...`` (m/s);
+        ``intervals`` has [low, high] of these; ``per_class`` the same for every class, with ``IoU`` for ``mIoU`` and
+        ``AVE`` for ``mAVE``.
 
         Args:
             details: also ``rings``, ``sectors``, ``conditions``, ``scenes``, the totals of parts; ``confusion``, rays
@@ -125,16 +129,17 @@ class EvalResult:
         return result
 
     def as_table(self) -> str:
-        """Text table in percent: one row per class, means and their intervals last."""
+        """Text table, scores in percent and velocity errors in m/s: a row per class, means and intervals last."""
         columns, sums, bounds = self.columns(), self.totals, self.intervals()
-        total = {name: 'mIoU' if name == 'IoU' else name for name in columns}
-        names = list(columns)
-        rows = [[label] + [percent(columns[name][at]) for name in names] for at, label in enumerate(self.class_names)]
-        last = [['mean'] + [percent(sums[total[name]]) for name in names]]
-        if bounds:
-            for which, label in enumerate(('95 % from', '95 % to')):
-                last.append([label] + [percent(bounds.get(total[name], (np.nan,) * 2)[which]) for name in names])
-        lines = text_table([[''] + names], rows, last)
+        rows = [
+            [label] + [text_of(name, columns[name][at]) for name in columns]
+            for at, label in enumerate(self.class_names)
+        ]
+        last = [['mean'] + [text_of(name, sums[_TOTAL_OF.get(name, name)]) for name in columns]]
+        for which, label in enumerate(('95 % from', '95 % to')):
+            ends = [bounds.get(_TOTAL_OF.get(name, name), (np.nan, np.nan))[which] for name in columns]
+            last += [[label] + [text_of(name, end) for name, end in zip(columns, ends)]] if bounds else []
+        lines = text_table([[''] + list(columns)], rows, last)
         return '\n'.join([_ONLY_FREE] * self.only_free + lines + self._notes(sums))
 
     def columns(self) -> Dict[str, np.ndarray]:
@@ -146,6 +151,9 @@ class EvalResult:
                 columns.update((f'{name}@{at:g}', row) for at, row in zip(self.thresholds, values))
         if scores.voxel_iou is not None:
             columns['IoU'] = scores.voxel_iou
+        if scores.flow_iou is not None and scores.velocity_error is not None:
+            columns['OccScore_RayIoU'] = mean(scores.flow_iou, axis=0)
+            columns.update((f'AVE_{variant}', row) for variant, row in zip(VARIANTS, scores.velocity_error))
         return columns
 
     @property
@@ -185,10 +193,14 @@ class EvalResult:
         notes = [f'{self.num_samples} samples, percent; - : class not there']
         if 'RayPQ' in sums:
             names = ('RaySQ', 'RayRQ', 'RayPQ_things', 'RayPQ_stuff')
-            notes.append(', '.join(f'{name} {percent(sums[name])}' for name in names))
+            notes.append(', '.join(f'{name} {text_of(name, sums[name])}' for name in names))
         if self.mask is not None:
             voxels = 'all voxels' if self.mask == 'none' else f'the voxels of {MASKS[self.mask]}'
-            notes.append(f'IoU over {voxels}; occupied or not: {percent(sums["binary_IoU"])}')
+            notes.append(f'IoU over {voxels}; occupied or not: {text_of("binary_IoU", sums["binary_IoU"])}')
+        if 'OccScore_RayIoU' in sums:
+            for variant in VARIANTS:
+                score, error = (text_of(name, sums[name]) for name in (f'OccScore_{variant}', f'mAVE_{variant}'))
+                notes.append(f'Occ Score {score} (mAVE {error} m/s, {variant.replace("_", " ")})')
         if self.scenes:
             bootstrap = '; intervals by a bootstrap over them' if len(self.scenes) > 1 else ''
             notes.append(f'{len(self.scenes)} scene{"s" * (len(self.scenes) > 1)}{bootstrap}')
@@ -213,6 +225,8 @@ def _numbers(values):
     return {name: None if np.isnan(value) else float(value) for name, value in values.items()}
 
 
-def percent(value: float) -> str:
-    """A fraction in percent; ``-`` for NaN."""
-    return '-' if np.isnan(value) else f'{100 * value:.2f}'
+def text_of(name: str, value: float) -> str:
+    """A score in percent, a velocity error in m/s; ``-`` for NaN."""
+    if np.isnan(value):
+        return '-'
+    return f'{value:.3f}' if 'AVE' in name else f'{100 * value:.2f}'

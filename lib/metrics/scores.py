@@ -14,6 +14,8 @@ from .counting import EXACT, FALSE_ALARMS, HALF_BITS, IOU_HIGH, IOU_LOW, MATCHED
 Tallies = Dict[str, np.ndarray]
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+FLOW_THRESHOLDS = (1.0, 2.0, 4.0)
+VARIANTS = ('true_positives', 'all_rays')  # of the velocity error, see lib.metrics.flow
 _SEED = 0
 
 
@@ -28,7 +30,8 @@ def tallies(counts: Counts, regions=None, part: int = 0) -> Tallies:
         As far as counted: ``rays_true``, ``rays_predicted`` [C], ``rays_matched`` [T, C]; ``segments_iou`` (summed
         over matches), ``segments_matched``, ``segments_missed``, ``segments_false`` [T, C]; ``voxels_true``,
         ``voxels_predicted``, ``voxels_matched`` [C]; ``occupied_true``, ``occupied_predicted``, ``occupied_matched``
-        [] of voxels that are not free.
+        [] of voxels that are not free; of the whole plan alone ``flow_true``, ``flow_predicted`` [C], ``flow_matched``
+        [T, C] of rays, ``flow_error`` (m/s) and ``flow_counted`` [2, C].
     """
     chosen = slice(None) if regions is None else np.asarray(regions)
     result: Tallies = {}
@@ -38,6 +41,10 @@ def tallies(counts: Counts, regions=None, part: int = 0) -> Tallies:
         result.update(_of_segments(counts.segments[part]))
     if counts.voxels is not None:
         result.update(_of_voxels(counts.voxels[chosen].sum(axis=0)))
+    if counts.flow is not None and part == 0:
+        of_rays = _of_rays(counts.flow.rays)
+        result.update({name.replace('rays', 'flow'): value for name, value in of_rays.items()})
+        result.update(flow_error=counts.flow.error, flow_counted=counts.flow.counted)
     return result
 
 
@@ -82,6 +89,9 @@ class ClassScores(NamedTuple):
         ray_iou, ray_pq, ray_sq, ray_rq: float64 [..., T, C]; SQ is 0 where nothing matches.
         voxel_iou: float64 [..., C].
         occupied_iou: float64 [...], of occupied or not.
+        flow_iou: float64 [..., T, C], RayIoU of the challenge's rays.
+        velocity_error: float64 [..., 2, C], m/s, over true positives and over all rays; NaN also where a class does
+            not move.
     """
 
     ray_iou: Optional[np.ndarray] = None
@@ -90,6 +100,8 @@ class ClassScores(NamedTuple):
     ray_rq: Optional[np.ndarray] = None
     voxel_iou: Optional[np.ndarray] = None
     occupied_iou: Optional[np.ndarray] = None
+    flow_iou: Optional[np.ndarray] = None
+    velocity_error: Optional[np.ndarray] = None
 
 
 def class_scores(sums: Tallies) -> ClassScores:
@@ -107,6 +119,10 @@ def class_scores(sums: Tallies) -> ClassScores:
     if 'voxels_true' in sums:
         scores['voxel_iou'] = _iou(*(sums[f'voxels_{name}'] for name in ('true', 'predicted', 'matched')))
         scores['occupied_iou'] = _iou(*(sums[f'occupied_{name}'] for name in ('true', 'predicted', 'matched')))
+    if 'flow_error' in sums:
+        true, predicted = sums['flow_true'][..., None, :], sums['flow_predicted'][..., None, :]
+        scores['flow_iou'] = _iou(true, predicted, sums['flow_matched'])
+        scores['velocity_error'] = _ratio(sums['flow_error'], sums['flow_counted'])
     return ClassScores(**scores)
 
 
@@ -121,9 +137,9 @@ def _ratio(part, whole):
 
 
 def totals(sums: Tallies, thresholds: Sequence[float], thing_ids: Sequence[int]) -> Dict[str, np.ndarray]:
-    """Means over classes and thresholds, float64 of the leading shape of the tallies, by name.
+    """Means over classes and thresholds, float64 of the leading shape of the tallies, by name; fractions of 1.
 
-    RayIoU and RayPQ are means over thresholds of means over the classes that occur.
+    RayIoU and RayPQ are means over thresholds of means over the classes that occur. ``mAVE_...`` is in m/s.
     """
     scores, result = class_scores(sums), {}
     if scores.ray_iou is not None:
@@ -137,6 +153,12 @@ def totals(sums: Tallies, thresholds: Sequence[float], thing_ids: Sequence[int])
             result[name] = mean(mean(scores.ray_pq[..., chosen]))
     if scores.voxel_iou is not None:
         result.update(mIoU=mean(scores.voxel_iou), binary_IoU=scores.occupied_iou)
+    if scores.flow_iou is not None and scores.velocity_error is not None:
+        result.update(_over_thresholds('OccScore_RayIoU', scores.flow_iou, FLOW_THRESHOLDS))
+        for position, variant in enumerate(VARIANTS):
+            error = mean(scores.velocity_error[..., position, :])
+            result[f'mAVE_{variant}'] = error
+            result[f'OccScore_{variant}'] = 0.9 * result['OccScore_RayIoU'] + 0.1 * np.maximum(1 - error, 0.0)
     return result
 
 

@@ -1,10 +1,14 @@
 """Scenes of lists of keyframes, and ray origins, on made-up drives and on real infos."""
 
+import json
+
 import numpy as np
 import pytest
 
-from lib.infos import load_infos, split_scenes
-from lib.metrics.origins import scene_ray_origins
+from lib.errors import DataError
+from lib.infos import ego_from_lidar, global_from_ego, load_infos, split_scenes
+from lib.io import save_npz, save_pickle
+from lib.metrics.origins import name_scenes, read_infos, read_keyframes, read_tables, scene_ray_origins, write_poses
 
 LIDAR = np.array([0.9, 0.1, 1.8])
 
@@ -128,3 +132,104 @@ def test_real_infos(real_dir):
     for token, positions in of_thinned.items():  # each position of the thinned list is one of the full list
         gaps = np.linalg.norm(positions[:, None] - everywhere[token][None], axis=-1).min(axis=1)
         assert gaps.max() == 0
+
+
+# Files of poses
+
+
+@pytest.mark.parametrize('suffix', ['.json', '.npz'])
+def test_a_small_file_of_poses_gives_the_same_origins(tmp_path, suffix):
+    infos = drive('a', 0, 12, scene_name='scene-0001') + drive('b', 100, 9, scene_name='scene-0002')
+    path = tmp_path / f'poses{suffix}'
+    write_poses(path, infos[::-1], {'scene-0001': 'Night, rain', 'scene-0002': 'Parked cars', 'other': 'Night'})
+    found, expected = read_keyframes(path), scene_ray_origins(infos)
+    assert list(found.origins) == list(expected) and found.night == {'scene-0001': True, 'scene-0002': False}
+    assert found.scenes == {info['token']: info['scene_name'] for info in infos}
+    for token, origins in expected.items():
+        np.testing.assert_array_equal(found.origins[token], origins)
+
+
+def test_real_infos_give_the_same_origins_through_a_file(real_dir, tmp_path):
+    infos = load_infos(real_dir / 'nuscenes_mini_infos_val.pkl').infos
+    write_poses(tmp_path / 'poses.json', infos)
+    direct, through = read_keyframes(real_dir / 'nuscenes_mini_infos_val.pkl'), read_keyframes(tmp_path / 'poses.json')
+    assert through.scenes == direct.scenes and len(set(direct.scenes.values())) == 2
+    assert all(np.array_equal(through.origins[token], origins) for token, origins in direct.origins.items())
+    assert (tmp_path / 'poses.json').stat().st_size < 900 * len(infos)
+    assert len(read_keyframes(tmp_path / 'poses.json', (-10, -40, -1, 10, 40, 5.4)).origins) == len(infos)
+
+
+def test_scenes_without_names_are_called_after_their_first_keyframe():
+    assert name_scenes(drive('a', 0, 2) + drive('b', 100, 1)) == {'a0': 'a0', 'a1': 'a0', 'b0': 'b0'}
+
+
+def later_format(info):
+    """The keyframe as MMDetection3D 1.1 and later keep it."""
+    matrices = dict(ego2global=global_from_ego(info).tolist())
+    lidar = dict(lidar2ego=ego_from_lidar(info).tolist())
+    return dict(matrices, lidar_points=lidar, token=info['token'], timestamp=info['timestamp'] / 1e6)
+
+
+def test_infos_of_later_versions_give_the_same_origins(tmp_path):
+    infos = drive('a', 0, 12) + drive('b', 100, 9)
+    save_pickle(tmp_path / 'later.pkl', dict(data_list=[later_format(info) for info in infos], metainfo={}))
+    found, expected = read_keyframes(tmp_path / 'later.pkl'), scene_ray_origins(infos)
+    assert found.scenes == name_scenes(infos)
+    for token, origins in expected.items():
+        np.testing.assert_allclose(found.origins[token], origins, atol=4e-6)  # one unit of the rounding to float32
+    save_pickle(tmp_path / 'later.pkl', dict(data_list=[dict(token='a')]))
+    with pytest.raises(DataError, match='later.pkl has a keyframe without token'):
+        read_keyframes(tmp_path / 'later.pkl')
+
+
+def test_origins_can_be_given_as_they_are(golden_dir):
+    with np.load(str(golden_dir / 'origins.npz')) as file:
+        arrays = {name: file[name] for name in file.files}
+    found = read_keyframes(golden_dir / 'origins.npz')
+    assert list(found.origins) == arrays['token'].tolist()
+    for token, count, origins in zip(arrays['token'], arrays['count'], arrays['origins']):
+        np.testing.assert_array_equal(found.origins[str(token)], origins[:count])
+    assert len(set(found.scenes.values())) == 2
+
+
+def test_tables_give_what_infos_give(toy_root, tmp_path):
+    infos = read_infos(toy_root / 'nuscenes_infos_val_sweep.pkl')
+    poses = read_tables(toy_root / 'v1.0-mini')
+    of_val = [info for info in poses.infos if info['token'] in {info['token'] for info in infos}]
+    assert len(of_val) == len(infos) < len(poses.infos)
+    from_tables, from_infos = scene_ray_origins(poses.infos), scene_ray_origins(infos)
+    for token, origins in from_infos.items():
+        np.testing.assert_allclose(from_tables[token], origins, atol=4e-6)
+    assert set(poses.descriptions) == {info['scene_name'] for info in poses.infos}
+
+
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        ([], 'is no file of poses'),
+        (dict(kind='lidar poses', keyframes=[], descriptions=[]), "'descriptions' must be"),
+        (dict(kind='lidar poses', keyframes=[dict(token='a')]), "keyframe a.*'timestamp' is missing"),
+        (dict(kind='lidar poses', keyframes=[5]), 'entry 0 is a int'),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, content, words):
+    (tmp_path / 'poses.json').write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f'poses.json.*{words}'):
+        read_keyframes(tmp_path / 'poses.json')
+
+
+@pytest.mark.parametrize(
+    'arrays, words',
+    [
+        (dict(token=np.array(['a'])), "lacks 'scene_name'"),
+        (dict(token=np.array(['a']), origins=np.zeros((2, 8, 3))), "must hold 'token'"),
+        (dict(token=np.array(['a', 'a']), origins=np.zeros((2, 8, 3))), 'names a sample twice'),
+        (dict(token=np.array(['a']), origins=np.full((1, 8, 3), np.nan)), "must hold 'token'"),
+    ],
+)
+def test_damaged_arrays_are_named(tmp_path, arrays, words):
+    save_npz(tmp_path / 'poses.npz', arrays)
+    with pytest.raises(DataError, match=words):
+        read_keyframes(tmp_path / 'poses.npz')
+    with pytest.raises(DataError, match='must end in .json or .npz'):
+        write_poses(tmp_path / 'poses.txt', drive('a', 0, 1))

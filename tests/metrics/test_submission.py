@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import DataError, UserError
-from lib.metrics.flow import FlowRays, count_flow, occ_score
+from lib.metrics.counting import Counts
+from lib.metrics.flow import FlowRays, count_flow
 from lib.metrics.formats import open_predictions
+from lib.metrics.scores import tallies, totals
 from lib.metrics.submission import ABOUT, read_submission, write_occ3d_submission, write_submission
 from lib.task import Task
 
@@ -77,8 +79,8 @@ def test_submissions_of_every_protocol_are_read(tmp_path, protocol, kind):
     content = dict(ME, results=kind({'a': entry(1), 'b': entry(2)}))
     _, results = read_submission(save(tmp_path / 's.gz', content, protocol), TASK, {'a': RAYS, 'b': RAYS})
     assert_equal(results['b'], rays(2))
-    score = occ_score([count_flow(rays(1), results['a'], TASK.label_set)], TASK.label_set)
-    assert score.totals()['OccScore_true_positives'] == 1.0
+    counts = Counts(1, 1, None, None, None, count_flow(rays(1), results['a'], TASK.label_set))
+    assert totals(tallies(counts), (), TASK.label_set.thing_ids)['OccScore_true_positives'] == 1.0
 
 
 @pytest.mark.parametrize('core', [b'numpy.core', b'numpy._core'])
