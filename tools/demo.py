@@ -1,17 +1,19 @@
-"""From nothing to a RayIoU in minutes, on two CPU cores: what ``make demo`` runs.
+"""From nothing to pictures and scores in four minutes, on two CPU cores: what ``make demo`` runs.
 
     python tools/demo.py
 
-Makes a toy nuScenes, prepares it as the real one is prepared, trains a small SparseOcc, scores it on scenes it
-has not seen beside a guess that never looks at the images (the most frequent label of each voxel over the
-training set), times it, and draws one sample. Every step is one of the project's own scripts; the command is
-printed, and can be copied.
+Makes three toy scenes that the shipped weights (weights/toybench_small.pth) have never seen, predicts two of them
+and scores the predictions beside a guess that never looks at the images (the most frequent label of each voxel),
+fine-tunes on the third for about a minute and scores again, and draws a sample and a drive. Every step is one of
+the project's own scripts; the command is printed, and can be copied.
 
-Each run has a folder of its own under outputs/demo/; outputs/demo/summary.json and picture.png are those of the
-latest run.
+Each run has a folder of its own under outputs/demo/; outputs/demo/summary.json, picture.png and drive.gif are
+those of the latest run.
 """
 
+import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,28 +24,31 @@ from typing import Dict, List
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib.cli import make_parser, run_main  # noqa: E402
+from lib.cli import run_main  # noqa: E402
+from lib.errors import CheckpointError, UserError  # noqa: E402
 
-CONFIG = 'configs/toy/semantic.py'
-VERSION = 'v1.0-mini'
-TRAINING_STEPS = 320  # fewer than some 230 do not reliably beat the guess
+CONFIG = 'configs/toybench/demo.py'
+WEIGHTS = 'weights/toybench_small.pth'
+STEPS = 8
+PICTURES = ('picture.png', 'drive.gif')
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default='outputs/demo', help='folder of all runs (default: %(default)s)')
-    parser.add_argument('--scenes', type=int, default=10, help='of the toy data; two are held out (default 10)')
-    parser.add_argument('--keyframes', type=int, default=8, help='per scene (default 8)')
-    parser.add_argument('--image-size', default='640x360', help='of the toy data (default 640x360)')
-    parser.add_argument('--max-iters', type=int, default=TRAINING_STEPS, help='training steps (default: %(default)s)')
+    parser.add_argument('--weights', default=WEIGHTS, help='of configs/toybench/small.py (default: %(default)s)')
+    parser.add_argument('--scenes', type=int, default=3, help='of the toy data; all but one are scored (default 3)')
+    parser.add_argument('--keyframes', type=int, default=10, help='per scene (default 10)')
+    parser.add_argument('--image-size', default='800x450', help='of the toy data (default %(default)s)')
+    parser.add_argument('--max-iters', type=int, help='steps of fine-tuning (default: those of the config)')
     parser.add_argument('--seed', type=int, default=0, help='of data and training (default 0)')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
 
 
 def clock(seconds: float) -> str:
     """12:34 of a number of seconds."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f'{minutes}:{rest:02}'
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
 @dataclass
@@ -52,38 +57,38 @@ class Demo:
 
     Attributes:
         folder: of this run.
-        steps: number of steps, for the headings.
+        override: arguments that point the config at this run's data.
         seconds: per finished step.
     """
 
     folder: Path
-    steps: int
+    override: List[str]
     start: float = field(default_factory=time.time)
     seconds: Dict[str, float] = field(default_factory=dict)
 
-    def run(self, name: str, arguments: List[str]) -> None:
+    def run(self, name: str, script: str, *arguments) -> None:
         """Run one of the project's scripts, its output on the screen.
 
         Raises:
             UserError: it failed.
         """
-        from lib.errors import UserError
-
+        command = [script, *map(str, arguments)]
         print(
-            (
-                f'\n=== {len(self.seconds) + 1}/{self.steps} {name} ({clock(time.time() - self.start)} since the '
-                f'start)\n$ python {" ".join(arguments)}'
-            ),
+            f'\n=== {len(self.seconds) + 1}/{STEPS} {name} ({clock(time.time() - self.start)} since the start)\n'
+            f'$ python {" ".join(command)}',
             flush=True,
         )
         begin = time.time()
-        status = subprocess.run([sys.executable] + arguments, cwd=str(ROOT)).returncode
+        status = subprocess.run([sys.executable, *command], cwd=str(ROOT)).returncode
         if status:
             raise UserError(
-                f'the demo stopped: {arguments[0]} ended with status {status}, see above; its files are in '
-                f'{self.folder}'
+                f'the demo stopped: {script} ended with status {status}, see above; its files are in {self.folder}'
             )
         self.seconds[name] = time.time() - begin
+
+    def run_config(self, name: str, script: str, *arguments) -> None:
+        """The same for a script that takes a config."""
+        self.run(name, script, '--config', CONFIG, *arguments, '--override', *self.override)
 
 
 def new_folder(out: str) -> Path:
@@ -99,147 +104,103 @@ def new_folder(out: str) -> Path:
     raise RuntimeError('1000 runs in one second')
 
 
+def check_weights(path: str) -> None:
+    """The weights must be there before work starts."""
+    if not os.path.isfile(path):
+        raise CheckpointError(
+            f'{path} is not there; it belongs to the repository: check it out again, or make it with tools/toybench.sh '
+            'and tools/ship_weights.py (docs/benchmark.md), or name another file with --weights'
+        )
+
+
 def run_steps(demo: Demo, args) -> None:
-    """Data, training, evaluation, baseline, timing, picture."""
-    data, train = str(demo.folder / 'nuscenes'), demo.folder / 'train'
-    override = ['--override'] + [f'data.{split}.data_root={data}' for split in ('train', 'val', 'test')]
-    weights = str(train / 'latest.pth')
-    demo.run(
-        'make a toy nuScenes',
-        [
-            'tools/make_toy_nuscenes.py',
-            '--out',
-            data,
-            '--scenes',
-            str(args.scenes),
-            '--keyframes',
-            str(args.keyframes),
-            '--image-size',
-            args.image_size,
-            '--no-sweeps',
-            '--label-sets',
-            'occ3d',
-            '--seed',
-            str(args.seed),
-        ],
-    )
-    demo.run('prepare it', ['gen_sweep_info.py', '--data-root', data, '--version', VERSION])
-    demo.run(
-        'train',
-        [
-            'train.py',
-            '--config',
-            CONFIG,
-            '--work-dir',
-            str(train),
-            '--no-eval',
-            '--seed',
-            str(args.seed),
-            '--max-iters',
-            str(args.max_iters),
-        ]
-        + override,
-    )
-    demo.run(
-        'evaluate on held-out scenes',
-        [
-            'val.py',
-            '--config',
-            CONFIG,
-            '--weights',
-            weights,
-            '--save-predictions',
-            str(demo.folder / 'predictions'),
-            '--out',
-            str(demo.folder / 'scores.json'),
-        ]
-        + override,
-    )
-    demo.run(
-        'score the guess that never looks',
-        ['tools/baseline.py', '--config', CONFIG, '--json', str(demo.folder / 'baseline.json')] + override,
-    )
-    demo.run(
-        'time it',
-        [
-            'timing.py',
-            '--config',
-            CONFIG,
-            '--weights',
-            weights,
-            '--samples',
-            '6',
-            '--warmup',
-            '1',
-            '--history',
-            'full',
-            '--out',
-            str(demo.folder / 'timing.json'),
-        ]
-        + override,
-    )
-    demo.run(
-        'draw a sample',
-        [
-            'tools/visualize.py',
-            '--config',
-            CONFIG,
-            '--predictions',
-            str(demo.folder / 'predictions'),
-            '--sample',
-            str(args.keyframes // 2),
-            '--out',
-            str(demo.folder / 'picture.png'),
-        ]
-        + override,
-    )
+    """Data, prediction, baseline, fine-tuning, prediction, timing, pictures."""
+    folder, data = demo.folder, demo.folder / 'nuscenes'
+    scenes = ['--scenes', args.scenes, '--held-out', args.scenes - 1, '--keyframes', args.keyframes]
+    world = [*scenes, '--image-size', args.image_size, '--seed', args.seed, '--label-sets', 'occ3d']
+    demo.run('make a toy nuScenes', 'tools/make_toy_nuscenes.py', '--out', data, *world, '--no-sweeps', '--prepare')
+    predictions = folder / 'predictions'
+    saved = ['--save-predictions', predictions, '--out', folder / 'scores.json']
+    demo.run_config('predict unseen scenes and score', 'val.py', '--weights', args.weights, *saved)
+    demo.run_config('score the guess that never looks', 'tools/baseline.py', '--json', folder / 'baseline.json')
+    tuning = ['--load-from', args.weights, '--work-dir', folder / 'train', '--no-eval', '--seed', args.seed]
+    tuning += ['--max-iters', args.max_iters] if args.max_iters else []
+    demo.run_config('fine-tune on another scene', 'train.py', *tuning)
+    tuned = ['--weights', folder / 'train' / 'latest.pth', '--out', folder / 'finetuned_scores.json']
+    demo.run_config('score again', 'val.py', *tuned)
+    timed = ['--samples', 6, '--warmup', 1, '--history', 'full', '--out', folder / 'timing.json']
+    demo.run_config('time it', 'timing.py', '--weights', args.weights, *timed)
+    shown = ['--predictions', predictions]
+    middle = ['--sample', args.keyframes // 2, '--out', folder / 'picture.png']
+    demo.run_config('draw a sample', 'tools/visualize.py', *shown, *middle)
+    drive = ['--scene', 'scene-0103', '--out', folder / 'drive.gif']
+    demo.run_config('draw a drive', 'tools/visualize.py', *shown, *drive)
+
+
+def losses(folder: Path) -> List[float]:
+    """Logged losses of the fine-tuning, in order."""
+    import json
+
+    lines = (folder / 'train' / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+    return [record['loss'] for record in map(json.loads, lines) if 'loss' in record]
 
 
 def summarize(demo: Demo, args) -> Dict:
     """Everything worth keeping of a run."""
     from lib.io import read_json
 
-    scores, baseline = read_json(demo.folder / 'scores.json'), read_json(demo.folder / 'baseline.json')
+    read = lambda name: read_json(demo.folder / f'{name}.json')  # noqa: E731
+    scores, baseline, tuned = read('scores'), read('baseline'), read('finetuned_scores')
+    course = losses(demo.folder)
     return dict(
         rayiou=scores['RayIoU'],
         baseline_rayiou=baseline['RayIoU'],
+        finetuned_rayiou=tuned['RayIoU'],
         miou=scores.get('mIoU'),
         seconds=round(time.time() - demo.start, 1),
         picture=str(demo.folder / 'picture.png'),
+        video=str(demo.folder / 'drive.gif'),
         beats_baseline=scores['RayIoU'] > baseline['RayIoU'],
+        classes_above_zero=sum((row['RayIoU'] or 0) > 0 for row in scores['per_class'].values()),
+        losses=course,
+        loss_fell=len(course) > 1 and course[-1] < course[0],
         num_samples=scores['num_samples'],
         seed=args.seed,
+        weights=args.weights,
         folder=str(demo.folder),
         seconds_per_step={name: round(value, 1) for name, value in demo.seconds.items()},
-        timing=read_json(demo.folder / 'timing.json')['rows'],
+        timing=read('timing')['rows'],
         scores=scores,
         baseline=baseline,
+        finetuned_scores=tuned,
     )
 
 
 def print_table(summary: Dict) -> None:
-    """Model beside guess, per class, and where the time went."""
-    print(f'\n{"RayIoU, percent":<22} {"SparseOcc":>14} {"guess":>14}')
+    """Weights, guess and fine-tuned weights per class, and where the time went."""
+    columns = ('scores', 'baseline', 'finetuned_scores')
     percent = lambda value: '-' if value is None else f'{100 * value:.2f}'  # noqa: E731
-    for name, row in summary['scores']['per_class'].items():
-        print(
-            f'{name:<22} {percent(row["RayIoU"]):>14} {percent(summary["baseline"]["per_class"][name]["RayIoU"]):>14}'
-        )
-    print(f'{"mean":<22} {percent(summary["rayiou"]):>14} {percent(summary["baseline_rayiou"]):>14}')
+    row = lambda name, cells: print(f'{name:22s}' + ''.join(f'{cell:>14s}' for cell in cells))  # noqa: E731
+    print()
+    row('RayIoU, percent', ('SparseOcc', 'guess', 'fine-tuned'))
+    for name in summary['scores']['per_class']:
+        row(name, [percent(summary[column]['per_class'][name]['RayIoU']) for column in columns])
+    row('mean', [percent(summary[column]['RayIoU']) for column in columns])
+    if summary['losses']:
+        print(f'\nfine-tuning: loss {" -> ".join(f"{loss:.1f}" for loss in summary["losses"])}')
     print('\n{}'.format('   '.join(f'{name} {clock(s)}' for name, s in summary['seconds_per_step'].items())))
-    print('in all {}, picture {}'.format(clock(summary['seconds']), summary['picture']))
+    print(f'in all {clock(summary["seconds"])}, picture {summary["picture"]}, drive {summary["video"]}')
 
 
 def publish(demo: Demo, out: str, summary: Dict) -> None:
-    """The latest run's summary and picture, where they are easy to find."""
-    import shutil
-
+    """The latest run's summary and pictures, where they are easy to find."""
     from lib.io import atomic_write, write_json
 
-    latest = Path(out).resolve() / 'picture.png'
-    with atomic_write(latest) as temporary:
-        shutil.copyfile(summary['picture'], str(temporary))
-    summary['picture'] = os.path.relpath(str(latest), str(ROOT))
+    for key, name in zip(('picture', 'video'), PICTURES):
+        latest = Path(out).resolve() / name
+        with atomic_write(latest) as temporary:
+            shutil.copyfile(summary[key], str(temporary))
+        summary[key] = os.path.relpath(str(latest), str(ROOT))
     write_json(demo.folder / 'summary.json', summary)
     write_json(Path(out).resolve() / 'summary.json', summary)
 
@@ -247,14 +208,19 @@ def publish(demo: Demo, out: str, summary: Dict) -> None:
 def main():
     args = parse_args()
     os.chdir(str(ROOT))
-    demo = Demo(new_folder(args.out), steps=7)
+    check_weights(args.weights)
+    if args.scenes < 2:
+        raise UserError(f'--scenes must be at least 2, one of them for fine-tuning, got {args.scenes}')
+    folder = new_folder(args.out)
+    data = folder / 'nuscenes'
+    demo = Demo(folder, [f'data.{split}.data_root={data}' for split in ('train', 'val', 'test')])
     run_steps(demo, args)
     summary = summarize(demo, args)
     print_table(summary)
     publish(demo, args.out, summary)
-    print('figures in {}'.format(os.path.join(args.out, 'summary.json')))
+    print(f'figures in {os.path.join(args.out, "summary.json")}')
     if not summary['beats_baseline']:
-        print('WARNING: the model did not beat the guess; train longer (--max-iters) or with more --scenes')
+        print('WARNING: the model did not beat the guess; are these the weights of configs/toybench/small.py?')
 
 
 if __name__ == '__main__':

@@ -21,8 +21,8 @@ MOST_BYTES = 10 * 1000 * 1000
 _CARD = """# Weights
 
 ## toybench_small.pth
-A small SparseOcc trained on the toy nuScenes, for `make demo` and for trying things out. It has never seen a real image and
-is of no use on real ones.
+A small SparseOcc trained on the toy nuScenes, for `make demo` and for trying things out. It has never seen a real
+image and is of no use on real ones.
 
 | | |
 |---|---|
@@ -43,8 +43,8 @@ Scores on the 10 validation scenes, percent (`val.py`; mIoU over {voxels}):
 
 Per class, RayIoU: {classes}.
 
-Made by `python tools/ship_weights.py --run RUN` from a run of `tools/toybench.sh`. The toy world and these weights are under
-the licence of the project.
+Made by `python tools/ship_weights.py --run RUN` from a run of `tools/toybench.sh`. The toy world and these weights are
+under the licence of the project.
 """
 
 
