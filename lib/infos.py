@@ -244,6 +244,11 @@ def _all_fit(holders: Sequence[Mapping], fields: Mapping[str, Kind]) -> bool:
         return False
 
 
+def fits(value, kind: Kind) -> bool:
+    """The value is of that kind."""
+    return _all_fit([dict(value=value)], dict(value=kind))
+
+
 def _fit(values: List[Any], kind: Kind) -> bool:
     if kind is TEXT:
         return all(isinstance(value, str) and value for value in values) and '\0' not in ''.join(values)

@@ -1,6 +1,7 @@
 """Images and calibration of one's own as nuScenes infos, so that inference runs on them with the same code.
 
-The JSON file (lengths in metres, times in seconds, quaternions w x y z, image paths relative to the file):
+The JSON file (lengths in metres, times in seconds, rotations as quaternions w x y z or 3x3 matrices, image paths
+relative to the file):
 
     {
       "cameras": {
@@ -23,6 +24,7 @@ The JSON file (lengths in metres, times in seconds, quaternions w x y z, image p
 - Ego: x forward, y left, z up, origin on the ground (nuScenes: below the rear axle). Camera: x right, y down,
   z forward. ``camera2ego`` takes camera coordinates to ego coordinates, ``ego2global`` ego to a fixed frame.
 - Intrinsics are those of the image files as they are; resizing is accounted for by the pipeline.
+- A camera without an image at some moment (a dropped frame) is left out of ``images`` or null there.
 - The released models learned from frames half a second apart: give them at about that interval.
 - An image taken noticeably before or after its frame's timestamp may carry the ego pose of its own moment:
   ``{"path": "...", "ego2global": {...}}`` instead of the path alone.
@@ -34,11 +36,14 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from lib.errors import DataError
-from lib.geometry import invert_rigid, pose_to_matrix
+from lib.geometry import invert_rigid, make_transform
+from lib.infos import INTRINSICS, ROTATION, VECTOR, Kind, fits, rotation_matrix
 from lib.io import read_json
+from lib.registry import did_you_mean
 
 from .history import SWEEPS_PER_KEYFRAME
 
+MAX_SECONDS = 4e12  # as microseconds they fit into 62 bits
 _IDENTITY = dict(rotation=[1.0, 0.0, 0.0, 0.0], translation=[0.0, 0.0, 0.0])
 
 
@@ -116,30 +121,32 @@ def _get(mapping, key, kind, where):
     return value
 
 
-def _numbers(mapping, key, shape, where) -> np.ndarray:
-    try:
-        value = np.asarray(_get(mapping, key, list, where), dtype=np.float64)
-    except (ValueError, TypeError):
-        value = np.empty(0)
-    if value.shape != shape or not np.isfinite(value).all():
-        raise DataError(f'{where}: "{key}" must be {" x ".join(map(str, shape))} finite numbers')
-    return value
+def _numbers(mapping, key, kind: Kind, where) -> np.ndarray:
+    value = _get(mapping, key, list, where)
+    if not fits(value, kind):
+        raise DataError(f'{where}: "{key}" must be {kind.said}')
+    return np.asarray(value, dtype=np.float64)
 
 
-def _pose(mapping, key, where) -> Tuple[Dict, np.ndarray]:
-    """A pose as given (lists) and as 4x4."""
+def _pose(mapping, key, where) -> np.ndarray:
+    """A pose as 4x4."""
     pose, where = _get(mapping, key, dict, where), f'{where}.{key}'
-    rotation, translation = _numbers(pose, 'rotation', (4,), where), _numbers(pose, 'translation', (3,), where)
-    if abs(np.linalg.norm(rotation) - 1) > 1e-2:
+    given, translation = _numbers(pose, 'rotation', ROTATION, where), _numbers(pose, 'translation', VECTOR, where)
+    rotation = rotation_matrix(given)
+    if given.ndim == 1 and abs(np.linalg.norm(given) - 1) > 1e-2:
         raise DataError(
-            f'{where}: "rotation" is no unit quaternion (w, x, y, z); its length is {np.linalg.norm(rotation):.3f}'
+            f'{where}: "rotation" is no unit quaternion (w, x, y, z); its length is {np.linalg.norm(given):.3f}'
         )
-    return (dict(rotation=rotation.tolist(), translation=translation.tolist()), pose_to_matrix(rotation, translation))
+    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-2 or np.linalg.det(rotation) < 0:
+        raise DataError(
+            f'{where}: "rotation" is no rotation matrix; rows must be of length 1, at right angles, no mirror'
+        )
+    return make_transform(rotation, translation)
 
 
 def _camera(camera, where) -> Dict:
     return dict(
-        intrinsic=_numbers(camera, 'intrinsic', (3, 3), where), camera2ego=_pose(camera, 'camera2ego', where)[1]
+        intrinsic=_numbers(camera, 'intrinsic', INTRINSICS, where), camera2ego=_pose(camera, 'camera2ego', where)
     )
 
 
@@ -147,16 +154,22 @@ def _sequence_infos(name: str, frames: Sequence, cameras: Mapping, folder: str, 
     infos, last_time = [], -np.inf
     for f, frame in enumerate(frames):
         here = f'{where}.frames[{f}]'
-        seconds = float(_get(frame, 'timestamp', (int, float), here))
-        if not seconds > last_time:
+        seconds = _get(frame, 'timestamp', (int, float), here)
+        if not seconds > last_time or not seconds < MAX_SECONDS:
             raise DataError(f'{here}: timestamp {seconds!r} does not follow the one before; give frames in time order')
         last_time = seconds
-        pose, ego2global = _pose(frame, 'ego2global', here)
+        ego2global = _pose(frame, 'ego2global', here)
         images = _get(frame, 'images', dict, here)
+        unknown = [camera for camera in images if camera not in cameras]
+        if unknown:
+            raise DataError(f'{here}.images: "{unknown[0]}" is not among "cameras"{did_you_mean(unknown[0], cameras)}')
         cams = {
             camera: _camera_entry(images, camera, calibration, ego2global, seconds, folder, here)
             for camera, calibration in cameras.items()
+            if images.get(camera) is not None
         }
+        if not cams:
+            raise DataError(f'{here}.images: no camera has an image; leave the frame out')
         # Earlier frames stand at every sixth place of a history, behind five sweeps.
         sweeps = [infos[-1]['cams']] * SWEEPS_PER_KEYFRAME if infos else []
         infos.append(
@@ -168,8 +181,8 @@ def _sequence_infos(name: str, frames: Sequence, cameras: Mapping, folder: str, 
                 lidar_path='',
                 lidar2ego_rotation=_IDENTITY['rotation'],
                 lidar2ego_translation=_IDENTITY['translation'],
-                ego2global_rotation=pose['rotation'],
-                ego2global_translation=pose['translation'],
+                ego2global_rotation=frame['ego2global']['rotation'],
+                ego2global_translation=frame['ego2global']['translation'],
                 cams=cams,
                 sweeps=sweeps,
             )
@@ -182,9 +195,9 @@ def _camera_entry(images, camera, calibration, ego2global, seconds, folder, wher
     image = _get(images, camera, (str, dict), f'{where}.images')
     where = f'{where}.images.{camera}'
     path = image if isinstance(image, str) else _get(image, 'path', str, where)
-    own_pose = (
-        ego2global if isinstance(image, str) or 'ego2global' not in image else _pose(image, 'ego2global', where)[1]
-    )
+    own_pose = ego2global if isinstance(image, str) or 'ego2global' not in image else _pose(image, 'ego2global', where)
+    if '\\' in path and not os.path.isfile(os.path.join(folder, path)):
+        path = path.replace('\\', '/')  # written on Windows
     path = os.path.normpath(os.path.join(folder, path))
     if not os.path.isfile(path):
         raise DataError(f'{where}: image {path} does not exist; paths are relative to the JSON file')

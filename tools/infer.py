@@ -46,7 +46,8 @@ def own_dataset(path, data_cfg, task, out):
     infos_path = os.path.abspath(os.path.join(out, 'own_infos.pkl'))
     save_pickle(infos_path, dict(infos=own.infos, metadata=dict(version='own')))
     task = replace(task, cameras=own.cameras)
-    return build_dataset(dict(data_cfg, data_root=own.data_root, ann_file=infos_path), task), task
+    changes = dict(data_root=own.data_root, ann_file=infos_path, allow_missing_cameras=True)
+    return build_dataset(dict(data_cfg, **changes), task), task
 
 
 def make_dataset(args, cfg, task):
