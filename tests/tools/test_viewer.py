@@ -222,6 +222,24 @@ def test_classes_are_switched_off_and_on(report):
     assert report['restored'] == switched['before']
 
 
+def test_switches_of_legend_and_display(report):
+    truth, given = _truth(), report['switches']
+    occupied = truth.semantics != FREE
+    assert (given['none'], given['all']) == (0, occupied.sum())
+    assert given['things'] == (truth.semantics == CAR).sum()
+    assert given['withoutGround'] == (occupied & (truth.semantics != ROAD)).sum()
+    assert given['lowestLayer'] == occupied[:, :, 0].sum()
+    assert given['masked'] == (occupied & truth.mask_camera).sum()
+    near = given['nearest']
+    assert near['classId'] == CAR and near['voxels'] == (truth.instances == near['id']).sum()
+    assert given['withoutNearest'] == occupied.sum() - near['voxels']
+    assert given['nearestAlone'] == occupied.sum() - (truth.instances > 0).sum() + near['voxels']
+
+
+def test_playing_goes_on(report):
+    assert report['played'] != 'token0'
+
+
 def test_mouse_fingers_and_keys(report):
     given = report['input']
     assert given['drag']['azimuth'] != 0 and given['drag']['elevation'] != 0 and given['drag']['moved'] == 0

@@ -42,7 +42,10 @@ function loadSample(index) {
   if (!cache.has(index)) {
     const packed = JSON.parse(element(`sample-${index}`).textContent);
     const unpacked = Promise.all([unpackVolume(packed.truth), unpackVolume(packed.prediction)]);
-    cache.set(index, unpacked.then(([truth, prediction]) => prepareSample({ ...packed, truth, prediction })));
+    cache.set(
+      index,
+      unpacked.then(([truth, prediction]) => prepareSample({ ...packed, truth, prediction })),
+    );
     if (cache.size > 12) cache.delete(cache.keys().next().value);
   }
   return cache.get(index);
@@ -51,7 +54,8 @@ function loadSample(index) {
 /** Add what only depends on the sample: colours of its instances, such that matched ones are alike on both sides. */
 function prepareSample(sample) {
   const { truth, prediction } = sample;
-  const matches = truth?.instances && prediction?.instances ? matchInstances(truth.instances, prediction.instances) : new Map();
+  const matches =
+    truth?.instances && prediction?.instances ? matchInstances(truth.instances, prediction.instances) : new Map();
   const highest = truth?.instances ? truth.instances.reduce((a, b) => Math.max(a, b), 0) : 0;
   sample.matches = matches;
   sample.colourId = { truth: (id) => id, prediction: (id) => matches.get(id) || highest + id };
@@ -65,7 +69,12 @@ const maskOf = (sample) => (state.useMask && sample.truth ? sample.truth.mask : 
 function comparisonOf(sample) {
   const name = state.useMask ? 'masked' : 'all';
   if (!sample.comparisons[name]) {
-    sample.comparisons[name] = compareVolumes(grid, sample.truth.semantics, sample.prediction.semantics, maskOf(sample));
+    sample.comparisons[name] = compareVolumes(
+      grid,
+      sample.truth.semantics,
+      sample.prediction.semantics,
+      maskOf(sample),
+    );
   }
   return sample.comparisons[name];
 }
@@ -75,13 +84,16 @@ function comparedValues(sample, mode) {
   const comparison = comparisonOf(sample);
   if (mode === 'difference') return comparison.kinds;
   if (mode === 'offset') {
-    comparison.offsets = comparison.offsets
-      || offsetsOf(grid, sample.truth.semantics, sample.prediction.semantics, comparison.kinds);
+    comparison.offsets =
+      comparison.offsets || offsetsOf(grid, sample.truth.semantics, sample.prediction.semantics, comparison.kinds);
     return comparison.offsets;
   }
-  if (!comparison.ringValues) { // 1 right, else 2 + ring
+  if (!comparison.ringValues) {
+    // 1 right, else 2 + ring
     const columns = columnRings(grid);
-    comparison.ringValues = comparison.kinds.map((kind, i) => (kind > CORRECT ? 2 + columns[Math.floor(i / grid.shape[2])] : kind));
+    comparison.ringValues = comparison.kinds.map((kind, i) =>
+      kind > CORRECT ? 2 + columns[Math.floor(i / grid.shape[2])] : kind,
+    );
   }
   return comparison.ringValues;
 }
@@ -96,7 +108,10 @@ const themeColours = new Map();
 function cssColour(name) {
   if (!themeColours.has(name)) {
     const hex = getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-    themeColours.set(name, [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+    themeColours.set(
+      name,
+      [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)),
+    );
   }
   return themeColours.get(name);
 }
@@ -127,7 +142,13 @@ const mutedColour = (c) => mix(mix(classColour(c), [150, 150, 150], 0.75), cssCo
 
 /** From little (0) to everything (1) wrong. */
 function errorColour(share) {
-  const ramp = [[252, 222, 110], [245, 140, 50], [214, 48, 56], [168, 32, 120], [98, 28, 140]];
+  const ramp = [
+    [252, 222, 110],
+    [245, 140, 50],
+    [214, 48, 56],
+    [168, 32, 120],
+    [98, 28, 140],
+  ];
   const at = clamp(share, 0, 0.999) * (ramp.length - 1);
   return mix(ramp[Math.floor(at)], ramp[Math.floor(at) + 1], at % 1);
 }
@@ -147,12 +168,14 @@ function comparedItems(sample, mode) {
     const colours = [correct, ...[0.05, 0.28, 0.52, 0.8].map(errorColour)];
     return OFFSET_NAMES.map((label, i) => ({ key: i + 1, label, colour: colours[i], count: counts[i + 1] }));
   }
-  return [{ key: 1, label: 'correct', colour: correct, count: counts[1] }].concat(rings.map((ring, r) => ({
-    key: 2 + r,
-    label: `wrong, ${r * RING_METRES}–${(r + 1) * RING_METRES} m`,
-    colour: errorColour(1 - ring.both.reduce((a, b) => a + b, 0) / ring.kinds.reduce((a, b) => a + b, 0)),
-    count: counts[2 + r],
-  })));
+  return [{ key: 1, label: 'correct', colour: correct, count: counts[1] }].concat(
+    rings.map((ring, r) => ({
+      key: 2 + r,
+      label: `wrong, ${r * RING_METRES}–${(r + 1) * RING_METRES} m`,
+      colour: errorColour(1 - ring.both.reduce((a, b) => a + b, 0) / ring.kinds.reduce((a, b) => a + b, 0)),
+      count: counts[2 + r],
+    })),
+  );
 }
 
 /** RGBA by colour key for a pane. */
@@ -176,7 +199,8 @@ function paletteOf(sample, pane) {
 
 // ---------------------------------------------------------------------------------------------- meshes
 
-const classIsShown = () => Uint8Array.from({ length: 256 }, (_, c) => (c < grid.numClasses && !state.hiddenClasses.has(c) ? 1 : 0));
+const classIsShown = () =>
+  Uint8Array.from({ length: 256 }, (_, c) => (c < grid.numClasses && !state.hiddenClasses.has(c) ? 1 : 0));
 
 /** Colour keys of a volume as the switches want it. */
 function volumeKeys(sample, role) {
@@ -184,7 +208,8 @@ function volumeKeys(sample, role) {
   const [mask, shown, depth] = [maskOf(sample), classIsShown(), grid.shape[2]];
   const keys = new Uint16Array(semantics.length);
   const keyOfInstance = new Map();
-  const instanceKey = (id, key) => { // 0 hides
+  const instanceKey = (id, key) => {
+    // 0 hides
     if (!keyOfInstance.has(id)) {
       const hidden = state.hiddenInstances.has(`${role} ${id}`);
       keyOfInstance.set(id, hidden ? 0 : state.byInstance ? INSTANCE_KEY + sample.colourId[role](id) : -1);
@@ -202,7 +227,12 @@ function volumeKeys(sample, role) {
 
 /** Colour keys of a comparison: a voxel is shown if its true or its predicted class is. */
 function comparedKeys(sample, mode) {
-  const [values, hidden, shown, depth] = [comparedValues(sample, mode), state.hiddenKeys[mode], classIsShown(), grid.shape[2]];
+  const [values, hidden, shown, depth] = [
+    comparedValues(sample, mode),
+    state.hiddenKeys[mode],
+    classIsShown(),
+    grid.shape[2],
+  ];
   const keys = new Uint16Array(values.length);
   for (let i = 0; i < values.length; i++) {
     const value = values[i];
@@ -220,7 +250,13 @@ function rebuild() {
   panes = names.map((name) => {
     const keys = MODES[name].compares ? comparedKeys(sample, name) : volumeKeys(sample, name);
     const faces = buildFaces(grid.shape, keys);
-    return { name, keys, faces: faces.faces, voxels: faces.voxels, mesh: renderer && renderer.makeVoxelMesh(faces, paletteOf(sample, name)) };
+    return {
+      name,
+      keys,
+      faces: faces.faces,
+      voxels: faces.voxels,
+      mesh: renderer && renderer.makeVoxelMesh(faces, paletteOf(sample, name)),
+    };
   });
   layOutPanes();
   state.picked = null;
@@ -240,20 +276,28 @@ function recolour() {
 
 // ---------------------------------------------------------------------------------------------- drawing
 
-const CAR = boxTriangles([ // nuScenes' ego frame sits below the rear axle
+const CAR = boxTriangles([
+  // nuScenes' ego frame sits below the rear axle
   { low: [-0.95, -0.92, 0.25], high: [3.55, 0.92, 0.95], colour: [0.95, 0.96, 0.98] },
-  { low: [-0.8, -0.88, 0.95], high: [2.3, 0.88, 1.55], lowTop: [-0.3, -0.7], highTop: [1.5, 0.7], colour: [0.25, 0.29, 0.35] },
+  {
+    low: [-0.8, -0.88, 0.95],
+    high: [2.3, 0.88, 1.55],
+    lowTop: [-0.3, -0.7],
+    highTop: [1.5, 0.7],
+    colour: [0.25, 0.29, 0.35],
+  },
 ]);
 const FRUSTUM_METRES = 1.6;
 
 /** Corners of a camera's view at some depth, ego frame, clockwise from the upper left; the eye last. */
 function frustumCorners(camera) {
   const { focal, centre } = camera;
-  const corner = (u, v) => mapPoint(camera.egoFromCamera, [
-    ((u - centre[0]) / focal[0]) * FRUSTUM_METRES,
-    ((v - centre[1]) / focal[1]) * FRUSTUM_METRES,
-    FRUSTUM_METRES,
-  ]);
+  const corner = (u, v) =>
+    mapPoint(camera.egoFromCamera, [
+      ((u - centre[0]) / focal[0]) * FRUSTUM_METRES,
+      ((v - centre[1]) / focal[1]) * FRUSTUM_METRES,
+      FRUSTUM_METRES,
+    ]);
   const [w, h] = [camera.width, camera.height];
   return [corner(0, 0), corner(w, 0), corner(w, h), corner(0, h), mapPoint(camera.egoFromCamera, [0, 0, 0])];
 }
@@ -281,7 +325,12 @@ function pathLines() {
     .filter((s) => s.scene === here.scene && s.position)
     .map((s) => addScaled(unmapPoint(here.globalFromEgo, s.position), [0, 0, 1], 0.3));
   lines.path(points, accent, 0.9);
-  for (const p of points) lines.path([-1, 1, 1, -1, -1].map((d, i) => addScaled(p, [d, [1, 1, -1, -1, 1][i], 0], 0.3)), accent, 0.9);
+  for (const p of points)
+    lines.path(
+      [-1, 1, 1, -1, -1].map((d, i) => addScaled(p, [d, [1, 1, -1, -1, 1][i], 0], 0.3)),
+      accent,
+      0.9,
+    );
   return lines;
 }
 
@@ -292,13 +341,24 @@ function groundLines() {
   const low = grid.rangeMin;
   const high = low.map((v, axis) => v + grid.shape[axis] * grid.voxelSize);
   const z = low[2];
-  lines.path([[low[0], low[1], z], [high[0], low[1], z], [high[0], high[1], z], [low[0], high[1], z], [low[0], low[1], z]], soft, 0.7);
+  lines.path(
+    [
+      [low[0], low[1], z],
+      [high[0], low[1], z],
+      [high[0], high[1], z],
+      [low[0], high[1], z],
+      [low[0], low[1], z],
+    ],
+    soft,
+    0.7,
+  );
   if (state.mode !== 'distance') return lines;
   const ink = cssColour('--ink');
   for (let r = RING_METRES; r < Math.hypot(high[0], high[1]); r += RING_METRES) {
     const point = (i) => [r * Math.cos((i * Math.PI) / 90), r * Math.sin((i * Math.PI) / 90), 0.4];
     const inside = (p) => p[0] > low[0] && p[0] < high[0] && p[1] > low[1] && p[1] < high[1];
-    for (let i = 0; i < 180; i++) if (inside(point(i)) && inside(point(i + 1))) lines.add(point(i), point(i + 1), ink, 0.8);
+    for (let i = 0; i < 180; i++)
+      if (inside(point(i)) && inside(point(i + 1))) lines.add(point(i), point(i + 1), ink, 0.8);
   }
   return lines;
 }
@@ -343,7 +403,11 @@ function draw() {
   layOutPanes();
   const background = cssColour('--scene');
   const width = Math.max(1, element('scene').width / element('scene').clientWidth);
-  const sets = [[groundLines(), 1.2, 0.12], [pathLines(), 2, 0.35], [frustumLines(), 1.2, 0.25]];
+  const sets = [
+    [groundLines(), 1.2, 0.12],
+    [pathLines(), 2, 0.35],
+    [frustumLines(), 1.2, 0.25],
+  ];
   for (const pane of panes) {
     const clip = orbit.clipFromEgo(pane.width / pane.height);
     renderer.beginPane(pane, background);
@@ -399,7 +463,11 @@ function requestDraw() {
     fitCanvas(quality);
     draw();
     clearTimeout(settle);
-    if (quality < 1) settle = setTimeout(() => { fitCanvas(1); draw(); }, 300);
+    if (quality < 1)
+      settle = setTimeout(() => {
+        fitCanvas(1);
+        draw();
+      }, 300);
   });
 }
 

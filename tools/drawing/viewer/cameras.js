@@ -5,11 +5,16 @@
 function updateCameras() {
   const { cameras } = state.sample;
   element('cameras').hidden = !cameras.length;
-  element('strip').innerHTML = cameras.map((camera, i) => `<button type="button" class="camera" data-camera="${i}" title="Larger (look through: ${i + 1})">
-    <figure style="margin:0"><div class="picture" style="aspect-ratio:${camera.width}/${camera.height}">
-    ${camera.image ? `<img src="${camera.image}" alt="">` : ''}<canvas></canvas></div>
-    <figcaption>${escapeHtml(cameraTitle(camera.name))}${camera.image ? '' : ' (no image)'}</figcaption></figure></button>`).join('');
+  element('strip').innerHTML = cameras.map(cameraTile).join('');
   if (element('large').open) showLarge(Number(element('large').dataset.camera));
+}
+
+function cameraTile(camera, i) {
+  const title = escapeHtml(cameraTitle(camera.name)) + (camera.image ? '' : ' (no image)');
+  return `<button type="button" class="camera" data-camera="${i}" title="Larger (look through: ${i + 1})"><figure>
+    <div class="picture" style="aspect-ratio:${camera.width}/${camera.height}">
+    ${camera.image ? `<img src="${camera.image}" alt="">` : ''}<canvas></canvas></div>
+    <figcaption>${title}</figcaption></figure></button>`;
 }
 
 const cameraTitle = (name) => name.replace(/^CAM_/, '').replace(/_/g, ' ').toLowerCase();
@@ -27,7 +32,9 @@ function drawOverlay(canvas, camera, scale = 1) {
 
 function updateOverlays() {
   if (!renderer) return;
-  element('strip').querySelectorAll('canvas').forEach((canvas, i) => drawOverlay(canvas, state.sample.cameras[i]));
+  element('strip')
+    .querySelectorAll('canvas')
+    .forEach((canvas, i) => drawOverlay(canvas, state.sample.cameras[i]));
   const large = element('large');
   if (large.open) drawOverlay(large.querySelector('canvas'), state.sample.cameras[large.dataset.camera], 2);
 }
@@ -64,10 +71,12 @@ function makeTimeline() {
   const { samples } = drive;
   element('timeline').hidden = samples.length < 2;
   element('time').max = samples.length - 1;
-  element('bars').innerHTML = samples.map((s, i) => {
-    const isStart = i && s.scene !== samples[i - 1].scene;
-    return `<i class="${isStart ? 'scene-start' : ''}" style="height:${s.miou === null ? 30 : 100 * s.miou}%"></i>`;
-  }).join('');
+  element('bars').innerHTML = samples
+    .map((s, i) => {
+      const isStart = i && s.scene !== samples[i - 1].scene;
+      return `<i class="${isStart ? 'scene-start' : ''}" style="height:${s.miou === null ? 30 : 100 * s.miou}%"></i>`;
+    })
+    .join('');
 }
 
 function updateTimeline() {
@@ -75,7 +84,9 @@ function updateTimeline() {
   const now = samples[state.index];
   const first = samples.find((s) => s.scene === now.scene);
   element('time').value = state.index;
-  element('bars').querySelectorAll('i').forEach((bar, i) => bar.classList.toggle('now', i === state.index));
+  element('bars')
+    .querySelectorAll('i')
+    .forEach((bar, i) => bar.classList.toggle('now', i === state.index));
   const seconds = now.seconds === null ? '' : ` · ${(now.seconds - first.seconds).toFixed(1)} s`;
   element('clock').textContent = `${state.index + 1} / ${samples.length}${seconds}`;
   element('clock').title = now.miou === null ? '' : `bars: mIoU of each sample; here ${percent(now.miou)}`;
@@ -87,7 +98,10 @@ let timer = null;
 function setPlaying(playing) {
   state.playing = playing;
   clearTimeout(timer);
-  Object.assign(element('play'), { textContent: playing ? '❚❚' : '▶', title: playing ? 'Pause (space)' : 'Play (space)' });
+  Object.assign(element('play'), {
+    textContent: playing ? '❚❚' : '▶',
+    title: playing ? 'Pause (space)' : 'Play (space)',
+  });
   element('play').setAttribute('aria-label', playing ? 'Pause' : 'Play');
   if (playing) playOn();
 }

@@ -7,18 +7,32 @@ const options = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
 function connectButtons() {
   element('modes').addEventListener('click', (e) => e.target.dataset.mode && setMode(e.target.dataset.mode));
   element('views').addEventListener('click', (e) => e.target.dataset.view && resetView(e.target.dataset.view));
-  element('panel').addEventListener('change', (e) => e.target.dataset.kind && switchRow(e.target.dataset.kind, e.target.dataset.key, false));
+  element('panel').addEventListener(
+    'change',
+    (e) => e.target.dataset.kind && switchRow(e.target.dataset.kind, e.target.dataset.key, false),
+  );
   element('panel').addEventListener('click', (e) => {
     const { chip, colour, kind, key } = e.target.dataset;
     if (chip) applyChip(chip);
     if (colour) setByInstance(colour === 'instance');
     if (e.target.className === 'only') switchRow(kind, key, true);
   });
-  element('mask').addEventListener('change', (e) => { state.useMask = e.target.checked; rebuild(); });
-  element('frusta').addEventListener('change', (e) => { state.frusta = e.target.checked; requestDraw(); });
-  element('cut').addEventListener('input', (e) => { state.cut = Number(e.target.value); rebuild(); });
+  element('mask').addEventListener('change', (e) => {
+    state.useMask = e.target.checked;
+    rebuild();
+  });
+  element('frusta').addEventListener('change', (e) => {
+    state.frusta = e.target.checked;
+    requestDraw();
+  });
+  element('cut').addEventListener('input', (e) => {
+    state.cut = Number(e.target.value);
+    rebuild();
+  });
   element('theme').addEventListener('click', () => setTheme(isDark() ? 'light' : 'dark'));
-  element('overlay').addEventListener('input', (e) => document.documentElement.style.setProperty('--overlay', e.target.value));
+  element('overlay').addEventListener('input', (e) =>
+    document.documentElement.style.setProperty('--overlay', e.target.value),
+  );
   element('time').addEventListener('input', (e) => showSample(Number(e.target.value)));
   element('play').addEventListener('click', () => setPlaying(!state.playing));
   element('previous').addEventListener('click', () => step(-1));
@@ -31,12 +45,21 @@ function connectCameras() {
   const strip = element('strip');
   const tileOf = (event) => event.target.closest('[data-camera]');
   strip.addEventListener('click', (e) => tileOf(e) && showLarge(Number(tileOf(e).dataset.camera)));
-  strip.addEventListener('pointerover', (e) => tileOf(e) && highlightCamera(state.sample.cameras[tileOf(e).dataset.camera].name));
+  strip.addEventListener(
+    'pointerover',
+    (e) => tileOf(e) && highlightCamera(state.sample.cameras[tileOf(e).dataset.camera].name),
+  );
   strip.addEventListener('pointerleave', () => highlightCamera(null));
   const large = element('large');
-  large.addEventListener('click', (e) => e.target.dataset.step && showLarge(Number(large.dataset.camera) + Number(e.target.dataset.step)));
+  large.addEventListener(
+    'click',
+    (e) => e.target.dataset.step && showLarge(Number(large.dataset.camera) + Number(e.target.dataset.step)),
+  );
   element('large-close').addEventListener('click', () => large.close());
-  element('look-through').addEventListener('click', () => { large.close(); lookThrough(Number(large.dataset.camera)); });
+  element('look-through').addEventListener('click', () => {
+    large.close();
+    lookThrough(Number(large.dataset.camera));
+  });
 }
 
 const step = (by) => showSample((state.index + by + drive.samples.length) % drive.samples.length);
@@ -70,16 +93,35 @@ const KEYS = {
   M: () => stepMode(-1),
   c: () => !element('colour-by').hidden && setByInstance(!state.byInstance),
   g: () => applyChip('ground'),
-  f: () => { state.frusta = !state.frusta; updateDisplay(); requestDraw(); },
+  f: () => {
+    state.frusta = !state.frusta;
+    updateDisplay();
+    requestDraw();
+  },
   o: toggleOverlay,
   l: () => setTheme(isDark() ? 'light' : 'dark'),
   r: () => resetView('behind'),
   v: () => resetView('above'),
-  q: () => { orbit.rotate(0.12, 0); requestDraw(); },
-  e: () => { orbit.rotate(-0.12, 0); requestDraw(); },
-  '+': () => { orbit.zoom(0.85); requestDraw(); },
-  '=': () => { orbit.zoom(0.85); requestDraw(); },
-  '-': () => { orbit.zoom(1 / 0.85); requestDraw(); },
+  q: () => {
+    orbit.rotate(0.12, 0);
+    requestDraw();
+  },
+  e: () => {
+    orbit.rotate(-0.12, 0);
+    requestDraw();
+  },
+  '+': () => {
+    orbit.zoom(0.85);
+    requestDraw();
+  },
+  '=': () => {
+    orbit.zoom(0.85);
+    requestDraw();
+  },
+  '-': () => {
+    orbit.zoom(1 / 0.85);
+    requestDraw();
+  },
   '?': () => element('help').showModal(),
 };
 
@@ -88,14 +130,19 @@ function connectKeys() {
     if (event.ctrlKey || event.metaKey || event.altKey || element('help').open) return;
     const large = element('large');
     if (large.open) {
-      if (event.key.startsWith('Arrow')) showLarge(Number(large.dataset.camera) + (event.key === 'ArrowRight' ? 1 : -1));
+      if (event.key.startsWith('Arrow'))
+        showLarge(Number(large.dataset.camera) + (event.key === 'ArrowRight' ? 1 : -1));
       return;
     }
-    const takesKeys = event.target.matches('input[type=range], select') || (event.key === ' ' && event.target.matches('button, input, summary'));
+    const takesKeys =
+      event.target.matches('input[type=range], select') ||
+      (event.key === ' ' && event.target.matches('button, input, summary'));
     if (takesKeys) return;
     const lower = event.key.toLowerCase();
-    if (MOVES[lower] && event.key === lower) { orbit.move(...MOVES[lower]); requestDraw(); }
-    else if (KEYS[event.key]) KEYS[event.key]();
+    if (MOVES[lower] && event.key === lower) {
+      orbit.move(...MOVES[lower]);
+      requestDraw();
+    } else if (KEYS[event.key]) KEYS[event.key]();
     else if (/^[1-9]$/.test(event.key)) lookThrough(Number(event.key) - 1);
     else return;
     event.preventDefault();
@@ -118,6 +165,12 @@ function start3d() {
     if (!hit) return;
     const target = hit.index.map((v, axis) => grid.rangeMin[axis] + (v + 0.5) * grid.voxelSize);
     flyTo({ target, azimuth: orbit.azimuth, elevation: orbit.elevation, away: Math.max(6, orbit.away * 0.5) });
+  });
+  canvas.addEventListener('webglcontextlost', () => {
+    Object.assign(element('message'), {
+      textContent: 'The graphics driver has dropped this page; reload it.',
+      hidden: false,
+    });
   });
   new ResizeObserver(requestDraw).observe(canvas);
 }
@@ -143,7 +196,9 @@ async function start() {
   requestDraw();
 }
 
-start().then(() => options.selftest !== undefined && reportSelfTest()).catch((error) => {
-  Object.assign(element('message'), { textContent: `The page cannot be shown: ${error.message}`, hidden: false });
-  document.body.dataset.report = JSON.stringify({ error: String(error.stack || error) });
-});
+start()
+  .then(() => options.selftest !== undefined && reportSelfTest())
+  .catch((error) => {
+    Object.assign(element('message'), { textContent: `The page cannot be shown: ${error.message}`, hidden: false });
+    document.body.dataset.report = JSON.stringify({ error: String(error.stack || error) });
+  });

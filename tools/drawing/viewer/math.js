@@ -24,17 +24,31 @@ function multiply(a, b) {
 
 /** Clip coordinates [4] of a point. */
 function transform(matrix, p) {
-  return [0, 1, 2, 3].map((row) => matrix[row] * p[0] + matrix[4 + row] * p[1] + matrix[8 + row] * p[2] + matrix[12 + row]);
+  return [0, 1, 2, 3].map(
+    (row) => matrix[row] * p[0] + matrix[4 + row] * p[1] + matrix[8 + row] * p[2] + matrix[12 + row],
+  );
 }
 
 /** A camera that opens `angle` radians from top to bottom. */
 function perspective(angle, aspect, near, far) {
   const f = 1 / Math.tan(angle / 2);
   return new Float32Array([
-    f / aspect, 0, 0, 0,
-    0, f, 0, 0,
-    0, 0, (far + near) / (near - far), -1,
-    0, 0, (2 * far * near) / (near - far), 0,
+    f / aspect,
+    0,
+    0,
+    0,
+    0,
+    f,
+    0,
+    0,
+    0,
+    0,
+    (far + near) / (near - far),
+    -1,
+    0,
+    0,
+    (2 * far * near) / (near - far),
+    0,
   ]);
 }
 
@@ -44,10 +58,22 @@ function lookAlong(eye, forward) {
   const right = unit(cross(forward, upwards));
   const up = cross(right, forward);
   return new Float32Array([
-    right[0], up[0], -forward[0], 0,
-    right[1], up[1], -forward[1], 0,
-    right[2], up[2], -forward[2], 0,
-    -dot(right, eye), -dot(up, eye), dot(forward, eye), 1,
+    right[0],
+    up[0],
+    -forward[0],
+    0,
+    right[1],
+    up[1],
+    -forward[1],
+    0,
+    right[2],
+    up[2],
+    -forward[2],
+    0,
+    -dot(right, eye),
+    -dot(up, eye),
+    dot(forward, eye),
+    1,
   ]);
 }
 

@@ -19,7 +19,12 @@ class Orbit {
   preset(name, aspect) {
     const fit = Math.max(1, (1.5 / aspect) ** 0.6); // step back where the pane is narrow
     if (name === 'above') {
-      return { target: [0, 0, 0], azimuth: 0, elevation: Math.PI / 2 - 0.01, away: 1.38 * this.extent * Math.max(1, 1 / aspect) };
+      return {
+        target: [0, 0, 0],
+        azimuth: 0,
+        elevation: Math.PI / 2 - 0.01,
+        away: 1.38 * this.extent * Math.max(1, 1 / aspect),
+      };
     }
     const elevation = 0.6 + 0.25 * clamp(1.3 - aspect, 0, 1); // a tall pane has room for more ground
     return { target: [-0.07 * this.extent, 0, 0], azimuth: 0, elevation, away: 0.94 * this.extent * fit };
@@ -49,7 +54,10 @@ class Orbit {
 
   clipFromEgo(aspect) {
     const near = Math.max(0.05, this.away / 100);
-    return multiply(perspective(FIELD_OF_VIEW, aspect, near, this.away + 3 * this.extent), lookAlong(this.eye, this.forward));
+    return multiply(
+      perspective(FIELD_OF_VIEW, aspect, near, this.away + 3 * this.extent),
+      lookAlong(this.eye, this.forward),
+    );
   }
 
   /** Direction of the ray through a point of the pane, x and y from -1 to 1. */
@@ -71,7 +79,11 @@ class Orbit {
     const scale = 2 * Math.tan(FIELD_OF_VIEW / 2) * this.away;
     const [c, s] = [Math.cos(this.azimuth), Math.sin(this.azimuth)];
     const ahead = (dy * scale) / Math.max(0.35, Math.sin(this.elevation));
-    this.target = [this.target[0] - dx * scale * s + ahead * c, this.target[1] + dx * scale * c + ahead * s, this.target[2]];
+    this.target = [
+      this.target[0] - dx * scale * s + ahead * c,
+      this.target[1] + dx * scale * c + ahead * s,
+      this.target[2],
+    ];
     const limit = this.extent;
     this.target = this.target.map((v) => clamp(v, -limit, limit));
   }
@@ -81,7 +93,8 @@ class Orbit {
     const before = this.away;
     this.away = clamp(this.away * factor, 2, 6 * this.extent);
     const eye = addScaled(this.target, this.forward, -before);
-    if (ray[2] < -0.05) { // the ray meets the target's level: keep that point where it is on the screen
+    if (ray[2] < -0.05) {
+      // the ray meets the target's level: keep that point where it is on the screen
       const met = addScaled(eye, ray, (this.target[2] - eye[2]) / ray[2]);
       const share = 1 - this.away / before;
       const shift = subtract(met, this.target);
@@ -135,10 +148,14 @@ function attachPointers(canvas, orbit, rayAt, on) {
   for (const type of ['pointerup', 'pointercancel']) canvas.addEventListener(type, release);
   canvas.addEventListener('pointerleave', on.leave);
   canvas.addEventListener('contextmenu', (event) => event.preventDefault());
-  canvas.addEventListener('wheel', (event) => {
-    event.preventDefault();
-    const lines = event.deltaMode === 1 ? 16 : 1;
-    orbit.zoom(Math.exp(clamp(event.deltaY * lines, -240, 240) * 0.0016), rayAt(event.offsetX, event.offsetY));
-    on.changed();
-  }, { passive: false });
+  canvas.addEventListener(
+    'wheel',
+    (event) => {
+      event.preventDefault();
+      const lines = event.deltaMode === 1 ? 16 : 1;
+      orbit.zoom(Math.exp(clamp(event.deltaY * lines, -240, 240) * 0.0016), rayAt(event.offsetX, event.offsetY));
+      on.changed();
+    },
+    { passive: false },
+  );
 }

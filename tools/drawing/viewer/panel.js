@@ -3,7 +3,8 @@
 
 const number = (value) => value.toLocaleString('en');
 const percent = (share) => (Number.isNaN(share) ? '–' : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`);
-const escapeHtml = (text) => String(text).replace(/[&<>"]/g, (c) => ({ '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;' })[c]);
+const escapeHtml = (text) =>
+  String(text).replace(/[&<>"]/g, (c) => ({ '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;' })[c]);
 const className = (c) => drive.classes[c]?.name.replace(/_/g, ' ') ?? (c === IGNORE ? 'ignored' : 'free');
 const swatch = (rgb) => rgb && `<span class="swatch" style="background:${toCss(rgb)}"></span>`;
 
@@ -17,8 +18,12 @@ function updatePanel() {
 
 function updateModes() {
   const possible = hasModes(state.sample);
-  element('modes').innerHTML = possible.map((mode) => `<button type="button" role="radio" data-mode="${mode}"
-    aria-checked="${mode === state.mode}">${MODES[mode].label}</button>`).join('');
+  element('modes').innerHTML = possible
+    .map(
+      (mode) => `<button type="button" role="radio" data-mode="${mode}"
+    aria-checked="${mode === state.mode}">${MODES[mode].label}</button>`,
+    )
+    .join('');
   element('modes').hidden = possible.length < 2;
   element('modes').querySelector('[aria-checked="true"]')?.scrollIntoView({ block: 'nearest', inline: 'nearest' });
 }
@@ -32,8 +37,9 @@ function updateSummary() {
     const { all } = comparisonOf(sample);
     tile(percent(all.meanIou()), 'mIoU over classes');
     tile(percent(all.occupiedIou()), 'IoU of occupied');
+    const which = state.useMask ? 'the voxels that the cameras see' : 'all voxels';
     element('summary').innerHTML = `<div class="figures">${figures.join('')}</div>
-      <p class="note">Voxel IoU of this sample over ${state.useMask ? 'the voxels that the cameras see' : 'all voxels'}. Not RayIoU.</p>`;
+      <p class="note">Voxel IoU of this sample over ${which}. Not RayIoU.</p>`;
     return;
   }
   for (const pane of panes) tile(number(pane.voxels), 'voxels shown');
@@ -42,12 +48,17 @@ function updateSummary() {
   element('summary').innerHTML = `<div class="figures">${figures.join('')}</div>`;
 }
 
+/** Numbers at the end of a row; from the third on they are short. */
+const numberCells = (values) =>
+  values.map((value, i) => `<span class="number ${i > 1 ? 'short' : ''}">${value}</span>`).join('');
+
 /** One row that switches something on and off. */
 function row(kind, key, isShown, colour, label, numbers, only = true) {
-  return `<div class="row ${isShown ? '' : 'off'}"><label><input type="checkbox" data-kind="${kind}" data-key="${escapeHtml(key)}"
-    ${isShown ? 'checked' : ''}>${swatch(colour) || ''}<span class="name" title="${escapeHtml(label)}">${escapeHtml(label)}</span></label>
-    ${only ? `<button type="button" class="only" data-kind="${kind}" data-key="${escapeHtml(key)}">only</button>` : ''}
-    ${numbers.map((n, i) => `<span class="number ${i > 1 ? 'short' : ''}">${n}</span>`).join('')}</div>`;
+  const [name, data] = [escapeHtml(label), `data-kind="${kind}" data-key="${escapeHtml(key)}"`];
+  return `<div class="row ${isShown ? '' : 'off'}"><label>
+    <input type="checkbox" ${data} ${isShown ? 'checked' : ''}>${swatch(colour) || ''}
+    <span class="name" title="${name}">${name}</span></label>
+    ${only ? `<button type="button" class="only" ${data}>only</button>` : ''}${numberCells(numbers)}</div>`;
 }
 
 function updateLegend() {
@@ -57,12 +68,25 @@ function updateLegend() {
     const items = comparedItems(sample, mode);
     const total = items.reduce((sum, item) => sum + item.count, 0);
     html += `<h2>${mode === 'offset' ? 'How far off (nearest voxel of any class)' : 'Voxels'}</h2>`;
-    html += items.map((item) => row('value', item.key, !state.hiddenKeys[mode].has(item.key), item.colour, item.label,
-      [number(item.count), percent(item.count / total)], false)).join('');
-    html += '<h2 style="margin-top:14px">Classes shown</h2>';
+    html += items
+      .map((item) =>
+        row(
+          'value',
+          item.key,
+          !state.hiddenKeys[mode].has(item.key),
+          item.colour,
+          item.label,
+          [number(item.count), percent(item.count / total)],
+          false,
+        ),
+      )
+      .join('');
+    html += '<h2>Classes shown</h2>';
   } else html += '<h2>Classes</h2>';
-  html += `<div class="chips"><button type="button" data-chip="all">all</button><button type="button" data-chip="none">none</button>
-    <button type="button" data-chip="things">things</button>${drive.classes.some((c) => c.ground) ? '<button type="button" data-chip="ground">no ground</button>' : ''}</div>`;
+  const chips = { all: 'all', none: 'none', things: 'things' };
+  if (drive.classes.some((c) => c.ground)) chips.ground = 'no ground';
+  const chip = ([name, text]) => `<button type="button" data-chip="${name}">${text}</button>`;
+  html += `<div class="chips">${Object.entries(chips).map(chip).join('')}</div>`;
   element('legend').innerHTML = html + classRows(sample, mode);
 }
 
@@ -72,14 +96,20 @@ function classRows(sample, mode) {
   const counts = roles.map((role) => countClasses(grid, sample[role].semantics, maskOf(sample)));
   const scores = roles.length === 2 ? comparisonOf(sample).all : null;
   const heads = roles.map((role) => (role === 'truth' ? 'truth' : 'pred.')).concat(scores ? ['IoU'] : []);
-  const head = `<div class="row head"><span class="name"></span>${heads.map((h, i) => `<span class="number ${i > 1 ? 'short' : ''}">${h}</span>`).join('')}</div>`;
+  const head = `<div class="row head"><span class="name"></span>${numberCells(heads)}</div>`;
   const byInstance = state.byInstance && panes.some((pane) => sample[pane.name]?.instances);
   const colour = (c) => (MODES[mode].compares ? null : (byInstance ? mutedColour : classColour)(c));
   const present = drive.classes.map((_, c) => c).filter((c) => counts.some((of) => of[c]));
   const absent = drive.classes.filter((_, c) => !present.includes(c)).map((c) => c.name.replace(/_/g, ' '));
-  const rows = present.map((c) => row('class', c, !state.hiddenClasses.has(c), colour(c), className(c),
-    [...counts.map((of) => number(of[c])), ...(scores ? [percent(scores.iou(c))] : [])]));
-  return head + rows.join('') + (absent.length ? `<p class="note">None here: ${escapeHtml(absent.join(', '))}.</p>` : '');
+  const rows = present.map((c) =>
+    row('class', c, !state.hiddenClasses.has(c), colour(c), className(c), [
+      ...counts.map((of) => number(of[c])),
+      ...(scores ? [percent(scores.iou(c))] : []),
+    ]),
+  );
+  return (
+    head + rows.join('') + (absent.length ? `<p class="note">None here: ${escapeHtml(absent.join(', '))}.</p>` : '')
+  );
 }
 
 /** Right and wrong by distance from the ego. */
@@ -90,15 +120,21 @@ function updateChart() {
     return;
   }
   const colours = ['--correct', '--wrong', '--missed', '--not-there'];
+  const dot = (name) => `<span class="swatch small" style="background:var(${name})"></span>`;
   const rows = comparisonOf(sample).rings.map((ring, r) => {
     const total = ring.kinds.reduce((a, b) => a + b, 0);
-    const parts = colours.map((name, i) => `<span style="width:${(100 * ring.kinds[i + 1]) / total}%;background:var(${name})" title="${KINDS[i]}: ${number(ring.kinds[i + 1])}"></span>`);
-    return `<div class="ring-row"><span>${r * RING_METRES}–${(r + 1) * RING_METRES} m</span><span class="bar">${parts.join('')}</span>
+    const part = (name, i) => {
+      const count = ring.kinds[i + 1];
+      const style = `width:${(100 * count) / total}%;background:var(${name})`;
+      return `<span style="${style}" title="${KINDS[i]}: ${number(count)}"></span>`;
+    };
+    return `<div class="ring-row"><span>${r * RING_METRES}–${(r + 1) * RING_METRES} m</span>
+      <span class="bar">${colours.map(part).join('')}</span>
       <span>${percent(ring.occupiedIou())}</span><span>${percent(ring.meanIou())}</span></div>`;
   });
   element('chart').innerHTML = `<h2>By distance from the car</h2>
     <div class="ring-row head"><span></span><span></span><span>IoU</span><span>mIoU</span></div>${rows.join('')}
-    <p class="note">${colours.map((name, i) => `<span class="swatch" style="display:inline-block;width:10px;height:10px;background:var(${name})"></span> ${KINDS[i]}`).join(' &nbsp; ')}</p>`;
+    <p class="note">${colours.map((name, i) => `${dot(name)} ${KINDS[i]}`).join(' &nbsp; ')}</p>`;
 }
 
 function updateInstances() {
@@ -109,10 +145,17 @@ function updateInstances() {
   const matched = sample.matches.size ? ` · ${sample.matches.size} matched` : '';
   const parts = roles.map((role) => {
     const list = listInstances(grid, sample[role], maskOf(sample));
-    const rows = list.map((one) => row('instance', `${role} ${one.id}`, !state.hiddenInstances.has(`${role} ${one.id}`),
-      state.byInstance ? instanceColour(sample.colourId[role](one.id)) : classColour(one.classId), className(one.classId),
-      [`${Math.round(Math.hypot(...one.centre))} m`, number(one.voxels)]));
-    return `<h2 style="margin-top:8px">${MODES[role].label}: ${list.length}</h2><div class="row head"><span class="name"></span>
+    const rows = list.map((one) =>
+      row(
+        'instance',
+        `${role} ${one.id}`,
+        !state.hiddenInstances.has(`${role} ${one.id}`),
+        state.byInstance ? instanceColour(sample.colourId[role](one.id)) : classColour(one.classId),
+        className(one.classId),
+        [`${Math.round(Math.hypot(...one.centre))} m`, number(one.voxels)],
+      ),
+    );
+    return `<h2>${MODES[role].label}: ${list.length}</h2><div class="row head"><span class="name"></span>
       <span class="number">away</span><span class="number">voxels</span></div>${rows.join('')}`;
   });
   const scrolled = element('instances').querySelector('.list')?.scrollTop || 0;
@@ -131,7 +174,8 @@ function updateDisplay() {
   element('frusta').checked = state.frusta;
   element('frusta').closest('label').hidden = !sample.cameras.length;
   Object.assign(element('cut'), { max: grid.shape[2], value: state.cut });
-  element('cut-text').textContent = state.cut < grid.shape[2] ? `${(grid.rangeMin[2] + state.cut * grid.voxelSize).toFixed(1)} m` : '(off)';
+  element('cut-text').textContent =
+    state.cut < grid.shape[2] ? `${(grid.rangeMin[2] + state.cut * grid.voxelSize).toFixed(1)} m` : '(off)';
 }
 
 // ---------------------------------------------------------------------------------------------- switching
@@ -147,8 +191,20 @@ function switchOne(set, all, key, only) {
 }
 
 function switchRow(kind, key, only) {
-  if (kind === 'class') switchOne(state.hiddenClasses, drive.classes.map((_, c) => c), Number(key), only);
-  if (kind === 'value') switchOne(state.hiddenKeys[state.mode], comparedItems(state.sample, state.mode).map((i) => i.key), Number(key), only);
+  if (kind === 'class')
+    switchOne(
+      state.hiddenClasses,
+      drive.classes.map((_, c) => c),
+      Number(key),
+      only,
+    );
+  if (kind === 'value')
+    switchOne(
+      state.hiddenKeys[state.mode],
+      comparedItems(state.sample, state.mode).map((i) => i.key),
+      Number(key),
+      only,
+    );
   if (kind === 'instance') {
     const role = key.split(' ')[0];
     const all = listInstances(grid, state.sample[role], null).map((one) => `${role} ${one.id}`);
@@ -202,13 +258,15 @@ function describeVoxel({ index, flat }, paneName) {
   const centre = index.map((v, axis) => grid.rangeMin[axis] + (v + 0.5) * grid.voxelSize);
   const of = (role) => {
     const [c, id] = [sample[role].semantics[flat], sample[role].instances?.[flat]];
-    return className(c) + (id ? ` #${id}` : '');
+    return escapeHtml(className(c)) + (id ? ` #${id}` : '');
   };
   const lines = [];
   if (MODES[paneName].compares) {
     const kind = comparisonOf(sample).kinds[flat];
     lines.push(`<b>${KINDS[kind - 1]}</b>`, `truth: ${of('truth')}`, `prediction: ${of('prediction')}`);
   } else lines.push(`<b>${swatch(classColour(sample[paneName].semantics[flat]))}${of(paneName)}</b>`);
-  lines.push(`<small>x ${centre[0].toFixed(1)}, y ${centre[1].toFixed(1)}, z ${centre[2].toFixed(1)} m · ${Math.hypot(centre[0], centre[1]).toFixed(1)} m away</small>`);
+  const [x, y, z] = centre.map((v) => v.toFixed(1));
+  const away = Math.hypot(centre[0], centre[1]).toFixed(1);
+  lines.push(`<small>x ${x}, y ${y}, z ${z} m · ${away} m away</small>`);
   return lines.map((line) => `<div>${line}</div>`).join('');
 }

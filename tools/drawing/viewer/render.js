@@ -136,7 +136,13 @@ function boxTriangles(boxes) {
       (i & 4 ? (i & 2 ? top1 : top0) : i & 2 ? high : low)[1],
       i & 4 ? high[2] : low[2],
     ]);
-    for (const quad of [[1, 3, 5, 7], [2, 0, 6, 4], [3, 2, 7, 6], [0, 1, 4, 5], [4, 5, 6, 7]]) {
+    for (const quad of [
+      [1, 3, 5, 7],
+      [2, 0, 6, 4],
+      [3, 2, 7, 6],
+      [0, 1, 4, 5],
+      [4, 5, 6, 7],
+    ]) {
       const [a, b, c, d] = quad.map((i) => corners[i]);
       const normal = unit(cross(subtract(b, a), subtract(c, a)));
       for (const p of [a, b, c, b, d, c]) numbers.push(...p, ...normal, ...colour);
@@ -181,14 +187,26 @@ class Renderer {
     this.faceIndices = gl.createBuffer();
     this.indexedFaces = 0;
     this.lineBuffer = gl.createBuffer();
-    this.lineArray = this.makeArray(this.lineBuffer, 40, [[0, 3, 0], [1, 3, 12], [2, 4, 24]], 1);
+    this.lineArray = this.makeArray(
+      this.lineBuffer,
+      40,
+      [
+        [0, 3, 0],
+        [1, 3, 12],
+        [2, 4, 24],
+      ],
+      1,
+    );
     gl.enable(gl.CULL_FACE);
   }
 
   makeProgram(vertex, fragment) {
     const { gl } = this;
     const program = gl.createProgram();
-    for (const [type, source] of [[gl.VERTEX_SHADER, vertex], [gl.FRAGMENT_SHADER, fragment]]) {
+    for (const [type, source] of [
+      [gl.VERTEX_SHADER, vertex],
+      [gl.FRAGMENT_SHADER, fragment],
+    ]) {
       const shader = gl.createShader(type);
       gl.shaderSource(shader, source);
       gl.compileShader(shader);
@@ -251,7 +269,9 @@ class Renderer {
     this.indexedFaces = Math.ceil(faces * 1.5);
     const indices = new Uint32Array(this.indexedFaces * 6);
     for (let face = 0; face < this.indexedFaces; face++) {
-      [0, 1, 2, 2, 1, 3].forEach((corner, i) => { indices[face * 6 + i] = face * 4 + corner; });
+      [0, 1, 2, 2, 1, 3].forEach((corner, i) => {
+        indices[face * 6 + i] = face * 4 + corner;
+      });
     }
     gl.bindVertexArray(this.faceArray);
     gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, this.faceIndices);
@@ -285,12 +305,18 @@ class Renderer {
 
   /** Draw a mesh; sides that no eye at this place can see are left out. */
   drawVoxels(mesh, grid, clipFromEgo, eye, background, fogEnd) {
-    const { gl, voxels: { program, uniforms } } = this;
+    const {
+      gl,
+      voxels: { program, uniforms },
+    } = this;
     gl.useProgram(program);
     gl.uniformMatrix4fv(uniforms.clipFromEgo, false, clipFromEgo);
     gl.uniform3fv(uniforms.rangeMin, grid.rangeMin);
     gl.uniform3fv(uniforms.eye, eye);
-    gl.uniform3fv(uniforms.background, background.slice(0, 3).map((c) => c / 255));
+    gl.uniform3fv(
+      uniforms.background,
+      background.slice(0, 3).map((c) => c / 255),
+    );
     gl.uniform1f(uniforms.voxelSize, grid.voxelSize);
     gl.uniform1f(uniforms.fogEnd, fogEnd);
     gl.uniform1i(uniforms.faces, 0);
@@ -311,7 +337,10 @@ class Renderer {
 
   /** Draw line segments, faintly also where something hides them (`behind`, opacity 0..1). */
   drawLines(lines, clipFromEgo, pane, width, behind = 0) {
-    const { gl, lines: { program, uniforms } } = this;
+    const {
+      gl,
+      lines: { program, uniforms },
+    } = this;
     const count = lines.numbers.length / 10;
     if (!count) return;
     gl.useProgram(program);
@@ -344,7 +373,16 @@ class Renderer {
       const buffer = gl.createBuffer();
       gl.bindBuffer(gl.ARRAY_BUFFER, buffer);
       gl.bufferData(gl.ARRAY_BUFFER, triangles, gl.STATIC_DRAW);
-      this.car = this.makeArray(buffer, 36, [[0, 3, 0], [1, 3, 12], [2, 3, 24]], 0);
+      this.car = this.makeArray(
+        buffer,
+        36,
+        [
+          [0, 3, 0],
+          [1, 3, 12],
+          [2, 3, 24],
+        ],
+        0,
+      );
     }
     gl.useProgram(this.solid.program);
     gl.bindVertexArray(this.car);
@@ -358,7 +396,10 @@ class Renderer {
     const target = gl.createFramebuffer();
     const [colour, depth] = [gl.createRenderbuffer(), gl.createRenderbuffer()];
     gl.bindFramebuffer(gl.FRAMEBUFFER, target);
-    for (const [buffer, format, place] of [[colour, gl.RGBA8, gl.COLOR_ATTACHMENT0], [depth, gl.DEPTH_COMPONENT24, gl.DEPTH_ATTACHMENT]]) {
+    for (const [buffer, format, place] of [
+      [colour, gl.RGBA8, gl.COLOR_ATTACHMENT0],
+      [depth, gl.DEPTH_COMPONENT24, gl.DEPTH_ATTACHMENT],
+    ]) {
       gl.bindRenderbuffer(gl.RENDERBUFFER, buffer);
       gl.renderbufferStorage(gl.RENDERBUFFER, format, width, height);
       gl.framebufferRenderbuffer(gl.FRAMEBUFFER, place, gl.RENDERBUFFER, buffer);
@@ -372,7 +413,8 @@ class Renderer {
     gl.deleteRenderbuffer(colour);
     gl.deleteRenderbuffer(depth);
     const image = new ImageData(width, height);
-    for (let row = 0; row < height; row++) { // WebGL's first row is the lowest
+    for (let row = 0; row < height; row++) {
+      // WebGL's first row is the lowest
       image.data.set(pixels.subarray(row * width * 4, (row + 1) * width * 4), (height - 1 - row) * width * 4);
     }
     return image;

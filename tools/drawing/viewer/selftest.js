@@ -48,10 +48,22 @@ function timeFrames(frames) {
 async function tryInput() {
   const canvas = element('scene');
   const box = canvas.getBoundingClientRect();
-  const pose = () => ({ target: [...orbit.target], azimuth: orbit.azimuth, elevation: orbit.elevation, away: orbit.away });
-  const point = (type, id, x, y, more = {}) => canvas.dispatchEvent(new PointerEvent(type, {
-    pointerId: id, clientX: box.left + x * box.width, clientY: box.top + y * box.height, bubbles: true, ...more,
-  }));
+  const pose = () => ({
+    target: [...orbit.target],
+    azimuth: orbit.azimuth,
+    elevation: orbit.elevation,
+    away: orbit.away,
+  });
+  const point = (type, id, x, y, more = {}) =>
+    canvas.dispatchEvent(
+      new PointerEvent(type, {
+        pointerId: id,
+        clientX: box.left + x * box.width,
+        clientY: box.top + y * box.height,
+        bubbles: true,
+        ...more,
+      }),
+    );
   const after = (act) => {
     const before = pose();
     act();
@@ -63,7 +75,8 @@ async function tryInput() {
       zoomed: now.away / before.away,
     };
   };
-  const key = (name) => document.body.dispatchEvent(new KeyboardEvent('keydown', { key: name, bubbles: true, cancelable: true }));
+  const key = (name) =>
+    document.body.dispatchEvent(new KeyboardEvent('keydown', { key: name, bubbles: true, cancelable: true }));
   const drag = (more) => {
     point('pointerdown', 1, 0.5, 0.5, more);
     point('pointermove', 1, 0.6, 0.55);
@@ -80,10 +93,21 @@ async function tryInput() {
       point('pointerup', 1, 0.3, 0.5);
       point('pointerup', 2, 0.7, 0.5);
     }),
-    wheel: after(() => canvas.dispatchEvent(new WheelEvent('wheel', {
-      deltaY: -100, clientX: box.left + box.width / 2, clientY: box.top + box.height / 2, cancelable: true,
-    }))),
-    keys: after(() => { key('w'); key('q'); key('+'); }),
+    wheel: after(() =>
+      canvas.dispatchEvent(
+        new WheelEvent('wheel', {
+          deltaY: -100,
+          clientX: box.left + box.width / 2,
+          clientY: box.top + box.height / 2,
+          cancelable: true,
+        }),
+      ),
+    ),
+    keys: after(() => {
+      key('w');
+      key('q');
+      key('+');
+    }),
   };
   const [mode, theme, token] = [state.mode, isDark(), state.sample.token];
   key('m');
@@ -94,6 +118,50 @@ async function tryInput() {
   await new Promise((resolve) => setTimeout(resolve, 200));
   result.token = [token, state.sample.token];
   return result;
+}
+
+/** Voxels shown after each switch of the legend and the display. */
+function trySwitches() {
+  const shown = (act) => {
+    act();
+    return panes[0].voxels;
+  };
+  const first = panes[0].name;
+  const result = {
+    things: shown(() => applyChip('things')),
+    none: shown(() => applyChip('none')),
+    all: shown(() => applyChip('all')),
+  };
+  result.withoutGround = shown(() => applyChip('ground'));
+  applyChip('all');
+  if (state.sample[first].instances) {
+    const [nearest] = listInstances(grid, state.sample[first], null);
+    result.nearest = nearest;
+    result.withoutNearest = shown(() => switchRow('instance', `${first} ${nearest.id}`, false));
+    result.nearestAlone = shown(() => switchRow('instance', `${first} ${nearest.id}`, true));
+    state.hiddenInstances.clear();
+  }
+  result.lowestLayer = shown(() => {
+    state.cut = 1;
+    rebuild();
+  });
+  state.cut = grid.shape[2];
+  result.masked = shown(() => {
+    state.useMask = true;
+    rebuild();
+  });
+  state.useMask = false;
+  rebuild();
+  return result;
+}
+
+/** Token of the sample that is shown after playing for a while. */
+async function tryPlaying() {
+  await showSample(0);
+  setPlaying(true);
+  await new Promise((resolve) => setTimeout(resolve, 1500));
+  setPlaying(false);
+  return state.sample.token;
 }
 
 async function selfTest() {
@@ -132,7 +200,9 @@ async function selfTest() {
   report.restored = panes[0].voxels;
   const { clientWidth, clientHeight } = element('scene');
   report.picked = pick(clientWidth / 2, clientHeight * 0.6) && element('tip').innerText;
+  report.switches = trySwitches();
   report.input = await tryInput();
+  report.played = await tryPlaying();
   report.frame = timeFrames(Number(options.frames) || 20);
   await showSample(drive.samples.length - 1);
   report.last = { token: state.sample.token, ...readScene() };

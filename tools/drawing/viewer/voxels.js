@@ -112,7 +112,8 @@ function squaredDistances(shape, is) {
   for (let i = 0; i < field.length; i++) field[i] = is(i) ? 0 : far;
   const longest = Math.max(nx, ny, nz);
   const [line, roots, starts] = [new Float32Array(longest), new Int32Array(longest), new Float32Array(longest + 1)];
-  const alongLine = (first, step, n) => { // lower envelope of the parabolas that stand on the line's values
+  const alongLine = (first, step, n) => {
+    // lower envelope of the parabolas that stand on the line's values
     let last = 0;
     for (let i = 0; i < n; i++) line[i] = field[first + i * step];
     roots[0] = 0;
@@ -223,7 +224,8 @@ function buildFaces(shape, keys) {
     const axis = side >> 1;
     const outwards = side & 1 ? -stride[axis] : stride[axis];
     // u, v and the way out form a right-handed frame, so that corners run anticlockwise seen from outside.
-    const [u, v] = side & 1 ? [stride[(axis + 2) % 3], stride[(axis + 1) % 3]] : [stride[(axis + 1) % 3], stride[(axis + 2) % 3]];
+    const [u, v] =
+      side & 1 ? [stride[(axis + 2) % 3], stride[(axis + 1) % 3]] : [stride[(axis + 1) % 3], stride[(axis + 2) % 3]];
     const first = faces;
     for (let x = 0, i = 0; x < nx; x++) {
       for (let y = 0; y < ny; y++) {
@@ -257,7 +259,8 @@ function castRay(grid, keys, origin, direction) {
   const size = grid.shape;
   const start = origin.map((o, a) => (o - grid.rangeMin[a]) / grid.voxelSize);
   let [enter, leave] = [0, Infinity];
-  for (let a = 0; a < 3; a++) { // part of the ray inside the volume
+  for (let a = 0; a < 3; a++) {
+    // part of the ray inside the volume
     const ends = [-start[a] / direction[a], (size[a] - start[a]) / direction[a]].sort((p, q) => p - q);
     enter = Math.max(enter, ends[0]);
     leave = Math.min(leave, ends[1]);
