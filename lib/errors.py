@@ -4,6 +4,14 @@
 value) and the remedy. The scripts print it without a traceback (``lib.cli.run_main``).
 """
 
+_LONGEST_REASON = 200
+
+
+def reason(error: BaseException) -> str:
+    """What an error of another library says, on one line of at most 200 characters; its type if it says nothing."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + '...'
+
 
 class UserError(Exception):
     """Bad input. The message names the file, key or value and what to do about it."""

@@ -251,7 +251,7 @@ def fits(value, kind: Kind) -> bool:
 
 def _fit(values: List[Any], kind: Kind) -> bool:
     if kind is TEXT:
-        return all(isinstance(value, str) and value for value in values) and '\0' not in ''.join(values)
+        return all(isinstance(value, str) and value for value in values) and ''.join(values).isprintable()
     if kind is TIME:
         plain = all(isinstance(value, Real) and not isinstance(value, bool) for value in values)
         return plain and bool((np.abs(np.array(values, dtype=np.float64)) < _LARGEST_TIME).all())

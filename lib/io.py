@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import pickle
@@ -13,27 +14,13 @@ from typing import Dict, Iterable, Iterator, Optional, Union
 
 import numpy as np
 
-from .errors import DataError, UserError
+from .errors import DataError, UserError, reason
+from .pickle_scan import find_damage
 
 PathLike = Union[str, os.PathLike]
 
 _SAFE_BUILTINS = frozenset(
-    (
-        'bool',
-        'bytearray',
-        'bytes',
-        'complex',
-        'dict',
-        'float',
-        'frozenset',
-        'int',
-        'list',
-        'range',
-        'set',
-        'slice',
-        'str',
-        'tuple',
-    )
+    ('bool', 'complex', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'slice', 'str', 'tuple')
 )
 _SAFE_NUMPY = frozenset(('_frombuffer', '_reconstruct', 'dtype', 'ndarray', 'scalar'))
 _SAFE_OTHER = frozenset((('collections', 'OrderedDict'), ('_codecs', 'encode')))
@@ -81,6 +68,8 @@ class _RestrictedUnpickler(pickle.Unpickler):
     """Builds plain containers and numpy arrays; refuses every other class or function a pickle names."""
 
     def find_class(self, module: str, name: str):
+        if module in ('builtins', '__builtin__') and name in ('bytes', 'bytearray'):
+            return functools.partial(_made_of_content, bytes if name == 'bytes' else bytearray)
         if module in ('builtins', '__builtin__') and name in _SAFE_BUILTINS:
             return super().find_class('builtins', name)
         if module in _NUMPY_MODULES and _is_safe_numpy_name(name):
@@ -96,7 +85,14 @@ def _is_safe_numpy_name(name):
     if name in _SAFE_NUMPY:
         return True
     kind = getattr(np, name, None)
-    return isinstance(kind, type) and issubclass(kind, np.generic)
+    return isinstance(kind, type) and issubclass(kind, np.generic) and not issubclass(kind, np.flexible)
+
+
+def _made_of_content(kind, content=b'', *encoding):
+    """``bytes`` or a ``bytearray`` of bytes or of a text; those of a number would take as much memory."""
+    if not isinstance(content, (bytes, str)):
+        raise pickle.UnpicklingError(f'{kind.__name__} are not made of a number')
+    return kind(content, *encoding)
 
 
 def _find_in_numpy(find_class, module, name):
@@ -122,13 +118,16 @@ def load_pickle_safe(path: PathLike, allow_any: bool = False):
             'gen_sweep_info.py'
         )
     try:
+        damage = None if allow_any else find_damage(path)
+        if damage is not None:
+            raise DataError(f'{path} is not a readable pickle (byte {damage} cannot be right); make or fetch it again')
         with open(str(path), 'rb') as stream:
             return (pickle.Unpickler if allow_any else _RestrictedUnpickler)(stream).load()
     except pickle.UnpicklingError as error:
         if 'it names' not in str(error):
-            raise DataError(f'{path} is not a readable pickle ({error}); make or fetch it again') from error
+            raise DataError(f'{path} is not a readable pickle ({reason(error)}); make or fetch it again') from error
         raise DataError(
-            f'{path} was refused: {error}, and only plain data and numpy arrays are read from pickles; if you '
+            f'{path} was refused: {reason(error)}, and only plain data and numpy arrays are read from pickles; if you '
             'trust where the file is from, set allow_any_pickle=True in that section of data'
         ) from error
     except (
@@ -145,7 +144,7 @@ def load_pickle_safe(path: PathLike, allow_any: bool = False):
         UnicodeDecodeError,
     ) as error:
         raise DataError(
-            f'{path} is not a readable pickle ({type(error).__name__}: {error}); make or fetch it again'
+            f'{path} is not a readable pickle ({type(error).__name__}: {reason(error)}); make or fetch it again'
         ) from error
 
 
@@ -226,7 +225,7 @@ def read_json(path: PathLike):
         with open(str(path), encoding='utf-8') as stream:
             return json.load(stream)
     except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f'{path} is not readable JSON ({error}); make or fetch it again') from error
+        raise DataError(f'{path} is not readable JSON ({reason(error)}); make or fetch it again') from error
 
 
 def load_npz_checked(
@@ -259,17 +258,17 @@ def load_npz_checked(
             )
             return {key: archive[key] for key in wanted}
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError, AttributeError) as error:
-        raise DataError(f'{path} is damaged or no .npz file ({error}); make or fetch it again') from error
+        raise DataError(f'{path} is damaged or no .npz file ({reason(error)}); make or fetch it again') from error
 
 
 def path_inside(folder: PathLike, *parts: str) -> Path:
     """``folder/parts...``, where the parts come from data and must be plain names.
 
     Raises:
-        UserError: a part is empty, '.' or '..', or holds a path separator or a zero byte.
+        UserError: a part is empty, '.' or '..', or holds a path separator or what cannot be printed.
     """
     for part in parts:
-        if part in ('', '.', '..') or any(c in part for c in ('/', '\\', '\0')):
+        if part in ('', '.', '..') or '/' in part or '\\' in part or not part.isprintable():
             raise UserError(
                 f'{part!r} is no plain file or folder name, so nothing is read or written under it in {folder}; '
                 'the file that it comes from is damaged'

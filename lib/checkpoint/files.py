@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, UserError, reason
 from ..io import atomic_write
+from ..pickle_scan import find_damage
 from . import torch_pickle
 
 _UNREADABLE = (
@@ -34,7 +35,11 @@ _UNREADABLE = (
     OverflowError,
     MemoryError,
     UnicodeDecodeError,
+    AssertionError,
 )
+
+
+_OLD_PICKLES = 5  # of the older format: magic number, version, system, content, keys of the storages
 
 
 def check_checkpoint_file(path: str) -> None:
@@ -66,11 +71,9 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict:
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, error)) from error
     except _UNREADABLE as error:
-        reason = str(error).strip().splitlines()
         raise CheckpointError(
-            'checkpoint {} is damaged or no PyTorch checkpoint ({}: {}); fetch or write it again'.format(
-                path, type(error).__name__, (reason or [''])[0]
-            )
+            f'checkpoint {path} is damaged or no PyTorch checkpoint ({type(error).__name__}: {reason(error)}); fetch '
+            'or write it again'
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'checkpoint {path} holds a {type(checkpoint).__name__} instead of a dict with weights')
@@ -80,18 +83,23 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict:
 def check_archive(path: str) -> None:
     """Compare the check sums of a zip file (torch >= 1.6): PyTorch itself does not notice a changed byte.
 
+    Of the older format the pickles in front are looked at, which could ask for any amount of memory.
+
     Raises:
         CheckpointError: the file is cut short or a byte in it has changed.
     """
     with open(path, 'rb') as stream:
-        if stream.read(4) != b'PK\x03\x04':
-            return  # PyTorch's old format, or no checkpoint at all
+        start = stream.read(4)
+    if start[:1] == b'\x80' and find_damage(path, _OLD_PICKLES) is not None:
+        raise CheckpointError(f'checkpoint {path} is cut short or damaged; fetch or write it again')
+    if start != b'PK\x03\x04':
+        return  # PyTorch's old format, or no checkpoint at all
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(
-            f'checkpoint {path} is cut short or damaged ({error}); fetch or write it again'
+            f'checkpoint {path} is cut short or damaged ({reason(error)}); fetch or write it again'
         ) from error
     if damaged is not None:
         raise CheckpointError(
@@ -140,7 +148,9 @@ def state_dict_of(checkpoint: Mapping, path: str) -> 'OrderedDict[str, Tensor]':
             state = checkpoint[key]
             break
     weights = OrderedDict(
-        (re.sub(r'^module\.', '', name), value) for name, value in state.items() if isinstance(value, Tensor)
+        (re.sub(r'^module\.', '', name), value)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and isinstance(name, str)
     )
     if not weights:
         raise CheckpointError(

@@ -28,7 +28,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, reason
 from ..prediction import (
     RECORD_FILE,
     check_record,
@@ -373,7 +373,7 @@ def _opened(path):
 
 
 def _damaged(where, error):
-    return DataError(f'{where} is damaged or no prediction file ({error}); make or fetch it again')
+    return DataError(f'{where} is damaged or no prediction file ({reason(error)}); make or fetch it again')
 
 
 def _most_bytes(task):

@@ -12,6 +12,8 @@ from typing import Any, Callable, Dict, List
 
 import numpy as np
 
+from ..errors import reason
+
 _LONGEST_NAME = 200
 
 
@@ -40,7 +42,7 @@ def read_plain_pickle(stream, most_bytes: int, most_instructions: int) -> Any:
                 raise NotPlain('it holds something other than dicts, lists, text, numbers and arrays')
             _INSTRUCTIONS[code](reader)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
-        raise NotPlain(f'it is damaged ({type(error).__name__}: {error})') from error
+        raise NotPlain(f'it is damaged ({type(error).__name__}: {reason(error)})') from error
     raise NotPlain(f'it needs more than {most_instructions} instructions to build')
 
 

@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tup
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, reason
 from ..io import PathLike, atomic_write
 from ..prediction import class_ids
 from ..task import Task
@@ -190,5 +190,5 @@ def _load(path, samples, most_bytes):
         raise DataError(f'{path} was refused: {error}') from error
     except (zlib.error, OSError, EOFError) as error:
         raise DataError(
-            f'{path} is no readable submission ({error}); it must be the gzip of one pickled dict'
+            f'{path} is no readable submission ({reason(error)}); it must be the gzip of one pickled dict'
         ) from error
