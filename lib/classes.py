@@ -5,6 +5,7 @@ config as a dict with the fields of :class:`LabelSet` instead of a registered na
 """
 
 import math
+from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass
 from typing import Dict, Mapping, Tuple, Union
 
@@ -206,12 +207,17 @@ def get_label_set(spec: Union[str, Mapping, LabelSet]) -> LabelSet:
             )
         return LABEL_SETS[spec]
     fields = {'name', 'class_names', 'things', 'colours', 'voxel_counts'}
+    if not isinstance(spec, AnyMapping):
+        raise ConfigError(
+            f'label_set must be one of {sorted(LABEL_SETS)} or a dict with {sorted(fields)}, got {spec!r}'
+        )
     unknown, missing = set(spec) - fields, {'name', 'class_names', 'things'} - set(spec)
     if unknown or missing:
         raise ConfigError(
-            f'label_set: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}; '
+            f'label_set: unknown keys {sorted(unknown, key=str)}, missing keys {sorted(missing)}; '
             f'the fields are {sorted(fields)}'
         )
+    _check_label_set(spec)
     return LabelSet(
         name=spec['name'],
         class_names=tuple(spec['class_names']),
@@ -219,3 +225,34 @@ def get_label_set(spec: Union[str, Mapping, LabelSet]) -> LabelSet:
         colours=dict(spec.get('colours', _COLOURS)),
         voxel_counts=dict(spec.get('voxel_counts', {})),
     )
+
+
+def _check_label_set(spec: Mapping) -> None:
+    """Raise ConfigError unless the fields of a label set are of the right types."""
+    names, things = spec['class_names'], spec['things']
+    colours, counts = spec.get('colours', {}), spec.get('voxel_counts', {})
+    right = {
+        'name': isinstance(spec['name'], str),
+        'class_names': _is_list_of(names, lambda name: isinstance(name, str)),
+        'things': _is_list_of(things, lambda name: isinstance(name, str)),
+        'colours': isinstance(colours, AnyMapping) and all(_is_colour(colour) for colour in colours.values()),
+        'voxel_counts': isinstance(counts, AnyMapping) and all(_is_count(count) for count in counts.values()),
+    }
+    wrong = [name for name, is_right in right.items() if not is_right]
+    if wrong:
+        raise ConfigError(
+            f'label_set.{wrong[0]} is of the wrong type: name is a text, class_names and things are lists of texts, '
+            f'colours are 3 numbers 0..255 by class name, voxel_counts numbers of at least 1; got {spec[wrong[0]]!r}'
+        )
+
+
+def _is_list_of(value, is_right):
+    return isinstance(value, (list, tuple)) and all(map(is_right, value))
+
+
+def _is_colour(value):
+    return _is_list_of(value, lambda part: isinstance(part, int) and 0 <= part <= 255) and len(value) == 3
+
+
+def _is_count(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < 1e18

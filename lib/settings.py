@@ -96,6 +96,8 @@ class EvaluationSettings:
     def __post_init__(self):
         _at_least('evaluation.interval', self.interval, -1)
         if self.metrics is not None:
+            if not isinstance(self.metrics, (list, tuple)) or not all(isinstance(name, str) for name in self.metrics):
+                raise ConfigError(f'evaluation.metrics must be a list of names, got {self.metrics!r}')
             object.__setattr__(self, 'metrics', tuple(self.metrics))
 
     @classmethod

@@ -4,14 +4,36 @@ A config has one top-level ``task`` dict; ``Task.from_config`` checks it, and th
 to the detector, the datasets and the evaluators. Nothing else in a config repeats these numbers.
 """
 
+import math
+from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field, fields
-from typing import Mapping, Tuple
+from numbers import Real
+from typing import Any, Mapping, Tuple
 
 from .classes import LabelSet, get_label_set
 from .errors import ConfigError
 
 OCC3D_RANGE = (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4)  # metres, ego frame
 NUSCENES_CAMERAS = ('CAM_FRONT', 'CAM_FRONT_RIGHT', 'CAM_FRONT_LEFT', 'CAM_BACK', 'CAM_BACK_LEFT', 'CAM_BACK_RIGHT')
+_MOST_VOXELS = 1 << 30
+_LARGEST = 1e9
+
+
+def _numbers(name: str, value: Any, said: str, count: int) -> Tuple[float, ...]:
+    """``count`` finite floats. Raises ConfigError that names the key and what it must be."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else []
+    plain = all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers)
+    if len(numbers) != count or not plain or not all(abs(number) < _LARGEST for number in numbers):
+        raise ConfigError(f'task.{name} must be {said}, got {value[0] if count == 1 else value!r}')
+    return tuple(float(number) for number in numbers)
+
+
+def _whole(name: str, value: Any, said: str, count: int, lowest: int) -> Tuple[int, ...]:
+    """``count`` integers of at least ``lowest``. Raises ConfigError as above."""
+    numbers = _numbers(name, value, said, count)
+    if any(number != int(number) or number < lowest for number in numbers):
+        raise ConfigError(f'task.{name} must be {said}, got {value[0] if count == 1 else value!r}')
+    return tuple(int(number) for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -40,21 +62,22 @@ class Task:
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen dataclass)
         set_('label_set', get_label_set(self.label_set))
-        set_('point_cloud_range', tuple(float(v) for v in self.point_cloud_range))
-        set_('voxel_size', float(self.voxel_size))
-        set_('cameras', tuple(self.cameras))
-        set_('image_size', tuple(int(v) for v in self.image_size))
-        if len(self.point_cloud_range) != 6:
-            given = len(self.point_cloud_range)
-            raise ConfigError(f'task.point_cloud_range needs 6 numbers (x0 y0 z0 x1 y1 z1), got {given}')
+        set_(
+            'point_cloud_range',
+            _numbers('point_cloud_range', self.point_cloud_range, '6 numbers (x0 y0 z0 x1 y1 z1)', 6),
+        )
+        set_('voxel_size', _numbers('voxel_size', [self.voxel_size], 'a positive number of metres', 1)[0])
+        set_('num_frames', _whole('num_frames', [self.num_frames], 'an integer of at least 1', 1, 1)[0])
+        set_('image_size', _whole('image_size', self.image_size, '(height, width), at least 32 each', 2, 32))
+        if not isinstance(self.panoptic, bool):
+            raise ConfigError(f'task.panoptic must be True or False, got {self.panoptic!r}')
         if self.voxel_size <= 0:
-            raise ConfigError(f'task.voxel_size must be positive, got {self.voxel_size:g}')
-        if int(self.num_frames) != self.num_frames or self.num_frames < 1:
-            raise ConfigError(f'task.num_frames must be an integer of at least 1, got {self.num_frames!r}')
-        if not self.cameras or len(set(self.cameras)) != len(self.cameras):
+            raise ConfigError(f'task.voxel_size must be a positive number of metres, got {self.voxel_size:g}')
+        cameras = self.cameras if isinstance(self.cameras, (list, tuple)) else ()
+        named = all(isinstance(name, str) and name for name in cameras)
+        if not cameras or not named or len(set(cameras)) != len(cameras):
             raise ConfigError(f'task.cameras must be different names, got {self.cameras!r}')
-        if len(self.image_size) != 2 or min(self.image_size) < 32:
-            raise ConfigError(f'task.image_size must be (height, width), at least 32 each, got {self.image_size!r}')
+        set_('cameras', tuple(cameras))
         set_('grid_shape', self._grid_shape())
 
     def _grid_shape(self):
@@ -68,6 +91,11 @@ class Task:
                     f'{self.voxel_size:g} m; change the range or task.voxel_size'
                 )
             shape.append(n)
+        if math.prod(shape) > _MOST_VOXELS:
+            raise ConfigError(
+                f'task.voxel_size of {self.voxel_size:g} m makes {math.prod(shape)} voxels of task.point_cloud_range, '
+                f'more than {_MOST_VOXELS}; make the voxels larger or the range smaller'
+            )
         return tuple(shape)
 
     @property
@@ -82,9 +110,11 @@ class Task:
             ConfigError: unknown or missing key, or a value out of range.
         """
         known = {f.name for f in fields(cls) if f.init}
+        if not isinstance(cfg, AnyMapping):
+            raise ConfigError(f'task must be a dict with the keys {sorted(known)}, got {cfg!r}')
         unknown = set(cfg) - known
         if unknown:
-            raise ConfigError(f'task: unknown keys {sorted(unknown)}; the keys are {sorted(known)}')
+            raise ConfigError(f'task: unknown keys {sorted(unknown, key=str)}; the keys are {sorted(known)}')
         if 'label_set' not in cfg:
             raise ConfigError("task: key 'label_set' is missing; give e.g. label_set='occ3d'")
         return cls(**dict(cfg))
