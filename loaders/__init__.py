@@ -4,7 +4,7 @@ from lib.openmmlab import prepare_openmmlab
 
 prepare_openmmlab()
 
-from .formatting import collate  # noqa: E402
 from .nuscenes_occ import NuSceneOcc, build_dataset  # noqa: E402
+from .pipelines import collate  # noqa: E402
 
 __all__ = ['NuSceneOcc', 'build_dataset', 'collate']

@@ -18,9 +18,8 @@ from lib.registry import build_checked
 from lib.settings import TrainSettings
 from lib.task import Task
 
-from .formatting import format_sample
 from .history import History, history_limit
-from .pipelines import build_pipeline
+from .pipelines import build_pipeline, format_sample
 
 _MAX_WORKERS = 1024
 

@@ -1,14 +1,25 @@
-"""The detector and its parts from their configs."""
+"""The detector and its parts from their configs, and the config from a checkpoint's weights."""
 
 import inspect
 import logging
 from typing import Mapping, Optional
 
 from mmdet.models.builder import DETECTORS
+from torch import Tensor
 
+from lib.checkpoint import WeightsKind
 from lib.errors import ConfigError
 from lib.registry import build_checked
 from lib.task import Task
+
+# Another detector's names for the parts: mmdet calls the pyramid 'neck'. Its weights fit where the widths agree.
+PRETRAINED_NAMES = ((r'^neck\.', 'img_neck.'),)
+
+_CONFIGS = {
+    ('1.0', 17): 'configs/r50_nuimg_704x256_8f.py (or _pano.py)',
+    ('1.1', 17): 'configs/r50_nuimg_704x256_8f_v1.1.py (or _v1.1_pano.py)',
+    ('1.1', 16): 'configs/r50_nuimg_704x256_8f_openocc.py',
+}
 
 
 def build_model(cfg: Mapping, task: Task):
@@ -75,3 +86,15 @@ def _init_quietly(model):
         model.init_weights()
     finally:
         logging.disable(previous)
+
+
+def describe_weights(weights: Mapping[str, Tensor]) -> Optional[WeightsKind]:
+    """Release (1.0 scores children by occupancy) and class count, without free; None for another network's weights.
+
+    Semantic and panoptic models have the same weights, so nothing tells these apart.
+    """
+    classifier = [v for k, v in weights.items() if k.endswith('decoder_layer.classifier.weight')]
+    if not classifier:
+        return None
+    release, classes = '1.0' if any('.occ_pred_heads.' in k for k in weights) else '1.1', int(classifier[0].shape[0])
+    return WeightsKind(f'a release {release} model with {classes} classes', _CONFIGS.get((release, classes)))

@@ -16,14 +16,13 @@ from lib.errors import ConfigError, DataError
 from lib.registry import check_keys
 from lib.targets import OccupancyTargets
 from lib.task import Task
-from models.builder import build_part, hand_down
+from models.builder import PRETRAINED_NAMES, build_part, describe_weights, hand_down
 from models.csrc import compiled_operators
 from models.decoders import TransformerOutput
 from models.encoder import ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
 from models.losses import check_targets
 from models.merging import MergedPrediction
-from models.released_weights import PRETRAINED_NAMES, describe_weights
 
 HISTORY = ('full', 'cached')
 _HEAD_KEYS = ('draws', 'merge_stuff', 'overlap_threshold', 'score_threshold')  # of test_cfg, for the head

@@ -11,6 +11,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
+from types import SimpleNamespace
 from typing import Dict, Mapping
 
 import numpy as np
@@ -20,7 +21,6 @@ from torch import Tensor
 from ..errors import CheckpointError, UserError, reason
 from ..io import atomic_write
 from ..pickle_scan import find_damage
-from . import torch_pickle
 
 _UNREADABLE = (
     RuntimeError,
@@ -119,7 +119,7 @@ def _refusal(path, error) -> str:
 
 def _torch_load(path, trust):
     if 'weights_only' not in inspect.signature(torch.load).parameters:  # before torch 1.13
-        return torch.load(path, map_location='cpu', pickle_module=pickle if trust else torch_pickle)
+        return torch.load(path, map_location='cpu', pickle_module=pickle if trust else RESTRICTED_PICKLE)
     if trust:
         return torch.load(path, map_location='cpu', weights_only=False)
     with _numpy_numbers_allowed():
@@ -159,6 +159,61 @@ def state_dict_of(checkpoint: Mapping, path: str) -> 'OrderedDict[str, Tensor]':
             )
         )
     return weights
+
+
+# -- reading with PyTorch releases that have no ``weights_only`` (before 1.13)
+
+_ALLOWED = frozenset(
+    (
+        ('collections', 'OrderedDict'),
+        ('_codecs', 'encode'),
+        ('torch', 'Size'),
+        ('torch', 'device'),
+        ('torch._utils', '_rebuild_tensor'),
+        ('torch._utils', '_rebuild_tensor_v2'),
+        ('torch._utils', '_rebuild_parameter'),
+        ('torch.nn.parameter', 'Parameter'),
+        ('torch.storage', 'UntypedStorage'),
+        ('torch.storage', 'TypedStorage'),
+        ('torch.storage', '_UntypedStorage'),
+        ('torch.storage', '_TypedStorage'),
+        ('numpy', 'dtype'),
+        ('numpy.core.multiarray', 'scalar'),
+        ('numpy._core.multiarray', 'scalar'),
+    )
+)
+_BUILTINS = frozenset(
+    ('bool', 'bytearray', 'complex', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'slice', 'str', 'tuple')
+)
+_TORCH_DTYPES = frozenset(
+    ('float16', 'float32', 'float64', 'bfloat16', 'uint8', 'int8', 'int16', 'int32', 'int64', 'bool')
+)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Rebuilds tensors, plain containers and numbers; every other class or function that a file names is refused."""
+
+    def find_class(self, module, name):
+        is_storage = module in ('torch', 'torch.cuda') and name.endswith('Storage')
+        is_dtype = module == 'torch' and name in _TORCH_DTYPES
+        is_builtin = module in ('builtins', '__builtin__') and name in _BUILTINS
+        if is_storage or is_dtype or is_builtin or (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f'Unsupported global: {module}.{name}')
+
+
+def _no_nested_pickle(data, **options):
+    raise pickle.UnpicklingError('a pickle within the pickle')
+
+
+# What torch.load looks up in its ``pickle_module``.
+RESTRICTED_PICKLE = SimpleNamespace(
+    __name__='pickle',
+    Unpickler=_Unpickler,
+    UnpicklingError=pickle.UnpicklingError,
+    load=lambda file, **options: _Unpickler(file, **options).load(),
+    loads=_no_nested_pickle,
+)
 
 
 # -- writing

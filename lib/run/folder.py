@@ -12,11 +12,14 @@ from typing import Dict, List, Mapping, Optional
 from torch import nn
 
 from ..checkpoint import fit_weights, is_complete, read_checkpoint, save_checkpoint, state_dict_of
+from ..config import dump_config
 from ..errors import CheckpointError, UserError
-from .log import versions
+from .log import RunLog, describe_environment, versions
+from .processes import Processes
 
 OUTPUTS = 'outputs'
 LATEST = 'latest.pth'
+_FACTS_TO_SAY = ('device', 'git', 'torch')
 _NAME = re.compile(r'^(?:epoch_\d+_)?iter_(\d+)\.pth$')
 _LEFTOVER = re.compile(r'^\..*\.tmp\.pth$')
 
@@ -236,3 +239,40 @@ def config_differences(theirs: str, ours: str) -> List[str]:
     return ['- ' + line for line in then if line and line not in now] + [
         '+ ' + line for line in now if line and line not in then
     ]
+
+
+def write_facts(folder: Path, cfg, seed: int, processes: Processes, log: RunLog) -> None:
+    """Files of the run folder that say what was run and on what."""
+    log.say(f'run folder {folder}')
+    if not processes.is_main:
+        return
+    facts = describe_environment(processes.device, processes.world_size)
+    dump_config(cfg, str(_unused(folder, 'config', '.py')))
+    with open(str(_unused(folder, 'environment', '.txt')), 'w', encoding='utf-8') as f:
+        f.write('\n'.join(facts + [f'seed: {seed}']) + '\n')
+    for fact in facts:
+        if fact.split(':')[0] in _FACTS_TO_SAY:
+            log.say(fact)
+
+
+def _unused(folder: Path, stem: str, suffix: str) -> Path:
+    """``stem.suffix``, or ``stem-1.suffix``, ... where a continued run has written one already."""
+    n, path = 0, folder / (stem + suffix)
+    while path.exists():
+        n += 1
+        path = folder / f'{stem}-{n}{suffix}'
+    return path
+
+
+def config_lines(cfg) -> str:
+    """The config as checkpoints hold it: one sorted line per value, without where it was resumed from."""
+    values = cfg._cfg_dict.to_dict()
+    values.pop('resume_from', None)
+    return '\n'.join(sorted(_flatten(values, '')))
+
+
+def _flatten(value, name) -> List[str]:
+    if not isinstance(value, dict) or not value:
+        return [f'{name} = {value!r}']
+    prefix = name + '.' if name else ''
+    return [line for key in value for line in _flatten(value[key], prefix + str(key))]

@@ -1,6 +1,8 @@
 """From the arguments of ``train.py`` to a finished run."""
 
-from typing import Callable, List, Tuple
+import os
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -12,11 +14,18 @@ from ..task import Task
 from . import Components, open_dataset, read_task
 from .batch_plan import BatchPlan, EpochOrder, plan_batch
 from .evaluation import Evaluation
+from .folder import (
+    config_differences,
+    config_lines,
+    create_run_folder,
+    find_checkpoint_to_resume,
+    read_training_state,
+    write_facts,
+)
 from .log import RunLog
-from .numerics import check_precision, describe_precision, seed_everything, set_deterministic, set_tf32
+from .numerics import check_precision, describe_precision, pick_seed, seed_everything, set_deterministic, set_tf32
 from .optimizer import Schedule, build_optimizer, clip_norm
 from .processes import Processes, start_processes
-from .start import Start, choose_seed, config_lines, find_start, make_folder, tell_start, write_facts
 from .stopping import Interrupted, RunStopped
 from .training import Trainer, TrainingJob
 
@@ -65,6 +74,19 @@ def config_changes(args) -> List[str]:
         'resume_from': args.resume,
     }
     return list(args.override) + ['{}={}'.format(*item) for item in named.items() if item[1] is not None]
+
+
+class Start(NamedTuple):
+    """Where a run begins.
+
+    checkpoint  content of the checkpoint to continue from, or None
+    path        its file
+    in_place    the run goes on in the folder of that file
+    """
+
+    checkpoint: Optional[Dict]
+    path: Optional[Path]
+    in_place: bool
 
 
 class Launch:
@@ -193,3 +215,52 @@ def run_length(runner, steps: int) -> Tuple[int, int]:
     if epochs is None:
         return -(-iterations // steps), iterations
     return epochs, min(epochs * steps, iterations or epochs * steps)
+
+
+def find_start(args, resume: Optional[str], processes: Processes) -> Start:
+    """The checkpoint to continue from, if any; the main process looks for it.
+
+    'auto' and a run folder are continued in place, a checkpoint file in a new folder.
+
+    Args:
+        args: arguments of ``train.py``.
+        resume: 'auto', a folder, a file, or None.
+    """
+    path = None
+    if processes.is_main and resume:
+        path = find_checkpoint_to_resume(resume, args.work_dir, args.config)
+        if path is None:
+            print('--resume auto: no checkpoint to continue from; starting anew', flush=True)
+    path = processes.broadcast(path)
+    checkpoint = None if path is None else read_training_state(str(path), args.trust_weights)
+    return Start(checkpoint, path, _continues_in_place(args, resume, path))
+
+
+def _continues_in_place(args, resume, path) -> bool:
+    if path is None or not (resume == 'auto' or os.path.isdir(resume)):
+        return False
+    return not args.work_dir or Path(args.work_dir) == path.parent
+
+
+def make_folder(args, start: Start, processes: Processes) -> Path:
+    """The run folder; the main process makes it, late, so that bad input leaves none behind."""
+    folder = start.path.parent if start.in_place and start.path else None
+    if folder is None and processes.is_main:
+        folder = create_run_folder(args.work_dir, args.config)
+    return processes.broadcast(folder)
+
+
+def choose_seed(args, cfg, start: Start, processes: Processes) -> int:
+    """``--seed``; else the checkpoint's, to go on as before; else the config's, or a random one."""
+    if start.checkpoint is not None and args.seed is None:
+        return int(start.checkpoint['meta']['seed'])
+    return processes.broadcast(pick_seed(cfg.get('seed')))
+
+
+def tell_start(log: RunLog, args, cfg, start: Start, seed: int) -> None:
+    """First lines of the log."""
+    log.say(f'config {args.config}, seed {seed}')
+    if start.checkpoint is not None:
+        log.say(f'continuing from {start.path}')
+        for line in config_differences(start.checkpoint['meta'].get('config', ''), config_lines(cfg)):
+            log.say(f"config differs from the checkpoint's: {line}")

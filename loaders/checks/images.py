@@ -7,7 +7,7 @@ from lib.infos import camera_sweeps
 
 from ..decode import check_whole, read_image
 from ..infos import relocate
-from ..prepare.parallel import parallel_map
+from ..prepare import parallel_map
 from . import OK, Finding, Look, name_some
 
 

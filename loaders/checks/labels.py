@@ -9,7 +9,7 @@ from lib.errors import DataError, UserError
 from lib.labels import read_labels
 from lib.task import Task
 
-from ..prepare.parallel import parallel_map
+from ..prepare import parallel_map
 from . import ERROR, OK, WARNING, Finding, Look, name_some
 
 MAX_OCCUPIED = 0.5  # of all voxels

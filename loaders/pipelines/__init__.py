@@ -1,23 +1,35 @@
-"""The steps that make a sample of a keyframe, registered with mmdet's ``PIPELINES``.
+"""From a keyframe to a sample and on to a batch: the steps, registered with mmdet's ``PIPELINES``, and what follows.
 
 A step takes and returns one dict. It finds there what the data set put in (``info``, ``history``, ``rng``,
-``data_root``, ``label_folder``, ``test_mode``) and what the steps before it added.
+``data_root``, ``label_folder``, ``test_mode``) and what the steps before it added. B samples, T frames, N cameras,
+image index = t*N + n.
 """
 
 import inspect
 from typing import Callable, Dict, List, Mapping, Sequence
 
+import numpy as np
+import torch
 from mmdet.datasets.builder import PIPELINES
 
+from lib.errors import ConfigError
 from lib.registry import build_checked
+from lib.targets import stack_targets
 from lib.task import Task
 
 from .bev_aug import BEVAug
 from .image_aug import RandomTransformImage
-from .load_images import LoadMultiViewImageFromMultiSweeps
-from .load_occ import LoadOccGTFromFile
+from .loading import LoadMultiViewImageFromMultiSweeps, LoadOccGTFromFile
 
-__all__ = ['BEVAug', 'LoadMultiViewImageFromMultiSweeps', 'LoadOccGTFromFile', 'RandomTransformImage', 'build_pipeline']
+__all__ = [
+    'BEVAug',
+    'LoadMultiViewImageFromMultiSweeps',
+    'LoadOccGTFromFile',
+    'RandomTransformImage',
+    'build_pipeline',
+    'collate',
+    'format_sample',
+]
 
 
 def build_pipeline(configs: Sequence[Mapping], task: Task) -> List[Callable[[Dict], Dict]]:
@@ -32,3 +44,60 @@ def build_pipeline(configs: Sequence[Mapping], task: Task) -> List[Callable[[Dic
         takes_task = step_class is not None and 'task' in inspect.signature(step_class).parameters
         steps.append(build_checked(config, PIPELINES, dict(task=task) if takes_task else {}, f'pipeline[{position}]'))
     return steps
+
+
+def format_sample(sample: Dict) -> Dict:
+    """Tensors and metadata of one sample.
+
+    Returns:
+        img uint8 [T*N, 3, H, W] (BGR), lidar2img float32 [T*N, 4, 4], ego2lidar float64 [T*N, 4, 4],
+        img_metas (dict), and where labels were loaded ``targets`` (OccupancyTargets of NumPy arrays).
+    """
+    info = sample['info']
+    formatted = dict(
+        img=torch.from_numpy(_channels_first(sample['img'])),
+        lidar2img=torch.from_numpy(np.ascontiguousarray(sample['lidar2img'], dtype=np.float32)),
+        ego2lidar=torch.from_numpy(np.ascontiguousarray(sample['ego2lidar'], dtype=np.float64)),
+        img_metas=dict(
+            sample_token=info['token'],
+            scene_token=info.get('scene_token'),
+            scene_name=info.get('scene_name'),
+            index=sample['index'],
+            frame_keys=sample['frame_keys'],
+        ),
+    )
+    if 'targets' in sample:
+        formatted['targets'] = sample['targets']
+    return formatted
+
+
+def _channels_first(images: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 [n, 3, H, W] of n images [H, W, 3].
+
+    Raises:
+        ConfigError: they are not of one size.
+    """
+    sizes = sorted({image.shape[:2] for image in images})
+    if len(sizes) > 1:
+        raise ConfigError(
+            f'the images of a sample have different sizes, e.g. {sizes[0][1]}x{sizes[0][0]} and '
+            f'{sizes[1][1]}x{sizes[1][0]}; bring them to one with RandomTransformImage'
+        )
+    stacked = np.empty((len(images), 3) + sizes[0], dtype=np.uint8)
+    for target, image in zip(stacked, images):
+        target[...] = image.transpose(2, 0, 1)
+    return stacked
+
+
+def collate(samples: Sequence[Dict]) -> Dict:
+    """Batch of B samples.
+
+    Returns:
+        The samples' tensors stacked to [B, ...]; ``img_metas`` as a list of B; ``targets`` (OccupancyTargets of
+        tensors) where all samples have them.
+    """
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in ('img', 'lidar2img', 'ego2lidar')}
+    batch['img_metas'] = [sample['img_metas'] for sample in samples]
+    if all('targets' in sample for sample in samples):
+        batch['targets'] = stack_targets([sample['targets'] for sample in samples])
+    return batch

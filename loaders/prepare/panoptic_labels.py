@@ -1,18 +1,39 @@
-"""Panoptic label files: Occ3D's with instance ids added, for every keyframe of the info files."""
+"""Panoptic label files: Occ3D's with instance ids added, for every keyframe of the info files (SPEC "Panoptic labels").
+
+Voxel centres and boxes meet in the ego frame of the keyframe, metres. Id 0 = none.
+"""
 
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
+import numpy as np
+
+from lib.classes import LabelSet
 from lib.errors import DataError
-from lib.infos import load_infos
+from lib.geometry import rotation_z, transform_points, voxel_centers
+from lib.infos import ego_from_lidar, load_infos
 from lib.io import find_under, load_npz_checked, save_npz
 from lib.labels import LABEL_FILE, LabelFolder, check_labels
 from lib.task import Task
 
-from .instances import ego_boxes, make_instances, with_length_first
-from .parallel import parallel_map
-from .sweep_infos import SWEEP_FILE
+from . import parallel_map
+from .sweep_infos import SWEEP_FILE, with_length_first
 
+# Classes that nuScenes annotates with boxes; all others are stuff here, whatever a model counts as things.
+BOX_CLASSES = (
+    'car',
+    'truck',
+    'trailer',
+    'bus',
+    'construction_vehicle',
+    'bicycle',
+    'motorcycle',
+    'pedestrian',
+    'traffic_cone',
+    'barrier',
+)
+ENLARGEMENT = 0.8  # metres added to l, w and h for voxels just outside every box
+MAX_ID = 255  # ids are stored as uint8
 _KEPT = ('semantics', 'mask_lidar', 'mask_camera')
 
 
@@ -119,3 +140,88 @@ def _write_one(job, position) -> str:
         return 'written'
     except DataError as error:
         return str(error)
+
+
+class EgoBox(NamedTuple):
+    """A box in the ego frame.
+
+    Attributes:
+        center: float64 [3], metres.
+        axes: float64 [3, 3], columns are the directions of length, width and height.
+        size: float64 [3], length, width, height, metres.
+        class_id: label id of its class.
+    """
+
+    center: np.ndarray
+    axes: np.ndarray
+    size: np.ndarray
+    class_id: int
+
+    def contains(self, points: np.ndarray, enlargement: float = 0.0) -> np.ndarray:
+        """bool [n]: the points [n, 3] lie in the box, its sizes grown by ``enlargement`` metres in all."""
+        return (np.abs((points - self.center) @ self.axes) <= (self.size + enlargement) / 2).all(axis=-1)
+
+
+def ego_boxes(info: Dict, label_set: LabelSet) -> List[EgoBox]:
+    """The info's boxes of occupancy classes, in order, moved from LIDAR_TOP to ego."""
+    lidar_to_ego = ego_from_lidar(info)
+    boxes = []
+    for name, row in zip(info.get('gt_names', ()), info.get('gt_boxes', ())):
+        if name in BOX_CLASSES and name in label_set.occupied_names:
+            row = np.asarray(row, dtype=np.float64)
+            boxes.append(
+                EgoBox(
+                    center=transform_points(lidar_to_ego, row[:3]),
+                    axes=lidar_to_ego[:3, :3] @ rotation_z(row[6]),
+                    size=row[3:6],
+                    class_id=label_set.class_names.index(str(name)),
+                )
+            )
+    return boxes
+
+
+def make_instances(semantics: np.ndarray, boxes: Sequence[EgoBox], task: Task) -> np.ndarray:
+    """Instance ids uint8 [X, Y, Z] for the labels ``semantics`` [X, Y, Z].
+
+    In order: each box takes the unclaimed voxels of its class whose centre it holds (a box with none gets no
+    id); each other class present takes one id; each voxel left over goes to the nearest box of its class that
+    has an id and holds it once enlarged. More than 255 ids do not fit: the last boxes go without.
+    """
+    index = np.argwhere(semantics != task.label_set.free_id)
+    classes = semantics[tuple(index.T)].astype(np.int64)
+    points = voxel_centers(task.point_cloud_range, task.voxel_size, task.grid_shape, index)
+    stuff = [c for c in np.unique(classes) if not _is_box_class(c, task.label_set)]
+    ids, owners = _claim_by_boxes(points, classes, boxes, MAX_ID - len(stuff))
+    for position, class_id in enumerate(stuff):
+        ids[classes == class_id] = len(owners) + 1 + position
+    _claim_nearby(points, classes, ids, owners)
+    instances = np.zeros(semantics.shape, dtype=np.uint8)
+    instances[tuple(index.T)] = ids
+    return instances
+
+
+def _is_box_class(class_id, label_set):
+    return class_id < label_set.free_id and label_set.class_names[class_id] in BOX_CLASSES
+
+
+def _claim_by_boxes(points, classes, boxes, max_boxes):
+    """(ids int64 [n], boxes that have an id: number i has id i + 1)."""
+    ids, owners = np.zeros(len(points), dtype=np.int64), []
+    for box in boxes:
+        candidates = np.flatnonzero((classes == box.class_id) & (ids == 0))
+        claimed = candidates[box.contains(points[candidates])]
+        if len(claimed) and len(owners) < max_boxes:
+            owners.append(box)
+            ids[claimed] = len(owners)
+    return ids, owners
+
+
+def _claim_nearby(points, classes, ids, owners):
+    left = np.flatnonzero(ids == 0)
+    nearest = np.full(len(left), np.inf)
+    for position, box in enumerate(owners):
+        distance = np.linalg.norm(points[left] - box.center, axis=1)
+        in_reach = (classes[left] == box.class_id) & box.contains(points[left], ENLARGEMENT)
+        taken = in_reach & (distance < nearest)
+        nearest[taken] = distance[taken]
+        ids[left[taken]] = position + 1

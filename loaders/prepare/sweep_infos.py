@@ -1,19 +1,26 @@
-"""Info files with camera sweeps for every split of a nuScenes version."""
+"""Info files with camera sweeps for every split of a nuScenes version.
+
+MMDetection3D 1.0 writes ``gt_boxes`` as (x, y, z, length, width, height, yaw about +z). Files of earlier
+versions, of which many are still around, hold (x, y, z, width, length, height, -yaw - pi/2). Nothing in a file
+says which it is, but cars and buses are longer than wide.
+"""
 
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
+import numpy as np
+
 from lib.errors import DataError
-from lib.infos import load_infos
+from lib.infos import box_array, load_infos
 from lib.io import save_pickle
 
-from .instances import with_length_first
+from . import parallel_map
 from .keyframe_infos import add_camera_sweeps, keyframe_info
-from .parallel import parallel_map
 from .tables import choose_scenes, open_tables, split_of_scenes
 
 SWEEP_FILE = 'nuscenes_infos_{}_sweep.pkl'
 MMDET3D_FILE = 'nuscenes_infos_{}.pkl'
+_LONG_CLASSES = ('car', 'truck', 'bus', 'trailer', 'motorcycle', 'bicycle')
 
 
 class WrittenInfos(NamedTuple):
@@ -156,3 +163,34 @@ def _extended(nusc, path, split, processes):
 def _extend_one(shared, position):
     nusc, infos = shared
     return add_camera_sweeps(nusc, infos[position])
+
+
+def holds_width_first(infos: Sequence[Dict], source='infos') -> bool:
+    """The boxes follow the convention before MMDetection3D 1.0: most vehicles would be wider than long.
+
+    Raises:
+        DataError: boxes that are none, named with ``source``.
+    """
+    wider = longer = 0
+    for info in infos:
+        boxes = box_array(info, source)
+        vehicles = boxes[np.isin(np.asarray(info.get('gt_names', ()), dtype=str), _LONG_CLASSES)]
+        wider += int((vehicles[:, 3] < vehicles[:, 4]).sum())
+        longer += int((vehicles[:, 3] > vehicles[:, 4]).sum())
+    return wider > longer
+
+
+def with_length_first(infos: Sequence[Dict], source='infos') -> List[Dict]:
+    """The infos with boxes in MMDetection3D 1.0's convention; converted, as new dicts, where they are not."""
+    if not holds_width_first(infos, source):
+        return list(infos)
+    print('note: these infos hold boxes as (width, length, height), as before MMDetection3D 1.0; they are converted')
+    return [_converted(info) if len(info.get('gt_boxes', ())) else info for info in infos]
+
+
+def _converted(info: Dict) -> Dict:
+    boxes = np.array(info['gt_boxes'], dtype=np.float64)
+    boxes[:, 3:5] = boxes[:, [4, 3]]
+    turned = -boxes[:, 6] - np.pi / 2
+    boxes[:, 6] = (turned + np.pi) % (2 * np.pi) - np.pi
+    return dict(info, gt_boxes=boxes)

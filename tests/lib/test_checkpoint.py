@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from lib import checkpoint as ckpt
-from lib.checkpoint import torch_pickle
+from lib.checkpoint.files import RESTRICTED_PICKLE
 from lib.errors import CheckpointError, UserError
-from models.released_weights import PRETRAINED_NAMES, describe_weights
+from models.builder import PRETRAINED_NAMES, describe_weights
 
 
 class Runs:
@@ -86,7 +86,7 @@ def test_meta_with_numpy_numbers(saved):
 def load_with_own_unpickler(path):
     """What serves torch < 1.13, whatever the torch at hand."""
     options = {'weights_only': False} if 'weights_only' in inspect.signature(torch.load).parameters else {}
-    return torch.load(path, pickle_module=torch_pickle, **options)
+    return torch.load(path, pickle_module=RESTRICTED_PICKLE, **options)
 
 
 @pytest.mark.parametrize('content', [dict(state_dict={}, x=Runs()), nn.Linear(2, 2)])

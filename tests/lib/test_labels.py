@@ -10,7 +10,7 @@ from lib.errors import DataError
 from lib.io import save_npz
 from lib.labels import LabelFolder, read_labels
 from lib.task import Task
-from loaders.pipelines.load_occ import make_targets
+from loaders.pipelines.loading import make_targets
 
 OCC3D_TASK, PANOPTIC, OPENOCC = Task('occ3d'), Task('occ3d', panoptic=True), Task('openocc_v2', panoptic=True)
 GRID = OCC3D_TASK.grid_shape

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lib.io import load_pickle_safe
-from loaders.prepare.instances import holds_width_first, with_length_first
+from loaders.prepare.sweep_infos import holds_width_first, with_length_first
 
 CAR = [10.0, 2.0, -0.5, 4.6, 1.9, 1.6, 0.3]
 

@@ -11,8 +11,7 @@ from lib.errors import DataError
 from lib.geometry import voxel_centers
 from lib.io import load_npz_checked, save_npz, save_pickle
 from lib.task import Task
-from loaders.prepare.instances import EgoBox, ego_boxes, make_instances
-from loaders.prepare.panoptic_labels import write_panoptic_labels
+from loaders.prepare.panoptic_labels import EgoBox, ego_boxes, make_instances, write_panoptic_labels
 
 TASK = Task('occ3d', point_cloud_range=(-8, -8, -1, 8, 8, 5.4))
 CAR, PEDESTRIAN, CONE, ROAD, TREE, OTHERS, FREE = 4, 7, 8, 11, 16, 0, 17

@@ -17,7 +17,7 @@ from lib.run.loading import make_loader, read_batches
 from lib.task import NUSCENES_CAMERAS, Task
 from loaders import build_dataset, collate
 from loaders import nuscenes_occ as module
-from loaders.pipelines import load_images
+from loaders.pipelines import loading
 from loaders.prepare.sweep_infos import write_sweep_infos
 
 TASK = Task('occ3d', point_cloud_range=(-8, -8, -1, 8, 8, 5.4), image_size=(32, 64), num_frames=3)
@@ -434,7 +434,7 @@ def test_a_mistake_inside_a_constructor_stays_what_it_is(source, monkeypatch):
     with pytest.raises(TypeError, match='unsupported operand'):
         _train(source)
     monkeypatch.undo()
-    monkeypatch.setattr(load_images, 'check_decoder', broken)
+    monkeypatch.setattr(loading, 'check_decoder', broken)
     with pytest.raises(TypeError, match='unsupported operand'):
         _train(source)
 
@@ -500,14 +500,14 @@ def test_keyframes_that_lack_cameras_are_used_without_them(root, lost):
     'error', [MemoryError('no room'), ValueError('odd'), RuntimeError('decoder'), OSError(5, 'disk')]
 )
 def test_skipping_survives_whatever_is_raised_and_stopping_does_not(source, monkeypatch, error, capsys):
-    right = load_images.read_image
+    right = loading.read_image
 
     def broken(path, *args):
         if 'scene-0553' in path:
             raise error
         return right(path, *args)
 
-    monkeypatch.setattr(load_images, 'read_image', broken)
+    monkeypatch.setattr(loading, 'read_image', broken)
     dataset = _train(source, on_error='skip')
     assert dataset[4]['img_metas']['sample_token'] == 'sample-0' and dataset.num_skipped == 4
     assert type(error).__name__ in capsys.readouterr().err

@@ -19,8 +19,7 @@ from lib.io import load_pickle_safe, save_pickle
 from lib.task import NUSCENES_CAMERAS
 from loaders.history import History
 from loaders.infos import global_from_camera
-from loaders.prepare import keyframe_infos
-from loaders.prepare.parallel import parallel_map
+from loaders.prepare import keyframe_infos, parallel_map
 from loaders.prepare.sweep_infos import Choice, write_sweep_infos
 
 EXACT = dict(rtol=0, atol=1e-9)  # poses are hundreds of metres: double precision leaves 1e-13 relative

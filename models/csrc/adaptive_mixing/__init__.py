@@ -1,5 +1,94 @@
-"""The two matrix products and normalisations of adaptive mixing (SPEC: "Adaptive mixing")."""
+"""Public mixing operator, and its definition in plain PyTorch, which training and CPU tensors run.
 
-from models.csrc.adaptive_mixing.ops import adaptive_mix, adaptive_mix_reference
+Shapes: n any leading dimensions, G groups, W channels of a group, p_in sampled points, p_out mixed points.
+"""
 
-__all__ = ['adaptive_mix', 'adaptive_mix_reference']
+from types import ModuleType
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.csrc import find_kernels
+
+# What the kernel is compiled for. Other sizes and types take the reference.
+KERNEL_WIDTH, KERNEL_MAX_IN, KERNEL_MAX_OUT = 64, 32, 128
+KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
+    """Filter the samples of every query and group with the matrices made for them.
+
+    x·M -> LayerNorm over the whole [p_in, W] slab -> ReLU -> S·x -> LayerNorm over [p_out, W] -> ReLU
+    (paper section 3.2). Both LayerNorms are without affine, with eps 1e-5.
+
+    Args:
+        sampled: x, [n, G, p_in, W], n any number of dimensions.
+        generated: [n, G*(W*W + p_out*p_in)], per group M [W, W] then S [p_out, p_in]; dtype as ``sampled``.
+        out_points: p_out.
+
+    Returns:
+        [n, G, p_out, W] in the same dtype.
+
+    Without gradients, one CUDA kernel does all of it when it is built: it reads x, M and S once and writes only
+    the result. It computes in float32; in float16 tensor cores make both products of float16 values, added up in
+    float32. With gradients, on the CPU and for other sizes it is a chain of PyTorch operations. Autocast is off
+    inside.
+    """
+    _check(sampled, generated, out_points)
+    kernels = _kernels_for(sampled, generated, out_points)
+    if kernels is None:
+        return adaptive_mix_reference(sampled, generated, out_points)
+    in_points, width = sampled.shape[-2:]
+    result = kernels.adaptive_mix(
+        sampled.reshape(-1, in_points, width).contiguous(),
+        generated.reshape(-1, width * width + out_points * in_points).contiguous(),
+        out_points,
+    )
+    return result.view(sampled.shape[:-2] + (out_points, width))
+
+
+def adaptive_mix_reference(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
+    """x·M -> LayerNorm [p_in, W] -> ReLU -> S·x -> LayerNorm [p_out, W] -> ReLU; see ``adaptive_mix``."""
+    in_points, width = sampled.shape[-2:]
+    items = sampled.numel() // max(1, in_points * width)
+    with torch.autocast(sampled.device.type, enabled=False):
+        matrices = generated.reshape(items, width * width + out_points * in_points)
+        channel_mix, point_mix = matrices.split([width * width, out_points * in_points], dim=1)
+        mixed = torch.bmm(sampled.reshape(items, in_points, width), channel_mix.view(items, width, width))
+        mixed = F.relu(F.layer_norm(mixed, [in_points, width]), inplace=True)
+        mixed = torch.bmm(point_mix.view(items, out_points, in_points), mixed)
+        mixed = F.relu(F.layer_norm(mixed, [out_points, width]), inplace=True)
+    return mixed.reshape(sampled.shape[:-2] + (out_points, width))
+
+
+def _check(sampled: Tensor, generated: Tensor, out_points: int) -> None:
+    if sampled.dim() < 3:
+        raise ValueError(f'sampled must be [..., G, p_in, W] but is {list(sampled.shape)}')
+    groups, in_points, width = sampled.shape[-3:]
+    expected = tuple(sampled.shape[:-3]) + (groups * (width * width + out_points * in_points),)
+    if tuple(generated.shape) != expected:
+        raise ValueError(
+            f'generated must be {list(expected)} (for p_out = {out_points}) but is {list(generated.shape)}'
+        )
+    if generated.dtype != sampled.dtype or not sampled.dtype.is_floating_point:
+        raise TypeError(
+            f'sampled and generated must have one float dtype but are {sampled.dtype} and {generated.dtype}'
+        )
+    if generated.device != sampled.device:
+        raise ValueError(f'generated must be on the device of sampled, {sampled.device}, but is on {generated.device}')
+
+
+def _kernels_for(sampled: Tensor, generated: Tensor, out_points: int) -> Optional[ModuleType]:
+    """The compiled kernel if it can serve this call."""
+    needs_grad = torch.is_grad_enabled() and (sampled.requires_grad or generated.requires_grad)
+    if not sampled.is_cuda or needs_grad or sampled.dtype not in KERNEL_TYPES:
+        return None
+    in_points, width = sampled.shape[-2:]
+    row_bytes = (width * width + out_points * in_points) * sampled.element_size()
+    aligned = (row_bytes | sampled.data_ptr() | generated.data_ptr()) % 16 == 0
+    fits = width == KERNEL_WIDTH and 0 < in_points <= KERNEL_MAX_IN and 0 < out_points <= KERNEL_MAX_OUT
+    if not fits or not aligned:
+        return None
+    return find_kernels('_adaptive_mixing', sampled.device)

@@ -63,7 +63,7 @@ class SamplingCall(ctypes.Structure):
 
 
 class EmulatedSampling:
-    """The kernels' side of ``models.csrc.msmv_sampling.ops``, with msmv_sampling.h's functions.
+    """The kernels' side of ``models.csrc.msmv_sampling``, with msmv_sampling.h's functions.
 
     Tensors have the layouts that header asks for, on the CPU. ``descending`` runs the threads of a block in
     descending order, ``vector`` chooses 16-byte accesses, ``enough_warps`` how many slots a warp gets.

@@ -10,7 +10,7 @@ from kernel_emulation import EmulatedSampling, compile_harness
 from sampling_cases import Case, Inputs, make_inputs, store_frames
 from torch.autograd import gradcheck
 
-from models.csrc.msmv_sampling.ops import SampleMultiView
+from models.csrc.msmv_sampling import SampleMultiView
 from models.csrc.msmv_sampling.reference import locate_points, sample_multi_view_reference
 
 # Of results of size 1 to 10. Both sides sum the same products in float32 (in another order) and round once.
