@@ -6,7 +6,7 @@ ids uint16.
 
 import numpy as np
 
-from ..raycast.kernels import jit
+from ..jit import jit
 from .counting import (
     CLASS_BITS,
     EXACT,

@@ -14,8 +14,9 @@ R directions, M = O * R rays.
 
 import math
 
-import numba
 import numpy as np
+
+from ..jit import jit
 
 LANES = 384
 MAX_VOLUMES = 7
@@ -30,19 +31,6 @@ _ROWS = 13
 _TX, _TY, _TZ, _DX, _DY, _DZ, _JX, _JY, _JZ, _CELL, _MOVES, _LEFT_CELL, _LEFT_AT = (
     np.uint64(row * LANES) for row in range(_ROWS)
 )
-
-
-def jit(function):
-    """Compile ``function`` on first call, to run without the GIL; keep the result on disk where possible.
-
-    Strict floating point: nothing is reordered or fused, so results do not depend on the machine. A division by
-    zero gives an infinity or NaN as in NumPy: checks for it would keep loops from becoming vector instructions.
-    """
-    options = dict(nogil=True, error_model='numpy')
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder to keep it in can be written
-        return numba.njit(**options)(function)
 
 
 @jit
