@@ -15,8 +15,8 @@ model = dict(
             num_queries=40,
             num_heads=2,
             mixing_chunk=0,
-            topk_training=[2000, 8000, 32000],
-            topk_testing=[2000, 8000, 32000],
+            topk_training=[4000, 16000, 32000],
+            topk_testing=[4000, 16000, 32000],
         ),
     ),
 )
