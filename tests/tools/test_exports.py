@@ -117,6 +117,8 @@ def test_recording_holds_cameras_voxels_boxes_and_the_way(tmp_path):
     for part in chunk.RrdReader(str(tmp_path / 'a.rrd')).stream():
         if not part.entity_path.startswith('/__'):
             rows.setdefault(part.entity_path, []).extend(part.to_record_batch().to_pylist())
+    for of_entity in rows.values():  # chunks come in any order
+        of_entity.sort(key=lambda row: -1 if row.get('sample') is None else row['sample'])
     voxels = rows['/world/ego/truth/driveable_surface']
     assert [len(row['Boxes3D:centers']) for row in voxels] == [16, 16, 16]
     assert [row['sample'] for row in voxels] == [0, 1, 2] and voxels[0]['Boxes3D:half_sizes'] == [[0.25] * 3]
