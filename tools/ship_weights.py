@@ -28,13 +28,13 @@ image and is of no use on real ones.
 |---|---|
 | model | `{config}`, half precision |
 | data | toy benchmark v1 (`tools/make_toy_nuscenes.py --preset toybench-v1`), 50 scenes of 20 keyframes |
-| training | {steps} steps of {batch} samples, seed {seed}, {precision} |
+| training | {steps} steps of {batch} samples, seed {seed}, {precision}{note} |
 | commit | {commit} |
 | machine | {machine} |
 | size | {size:,} bytes |
 | SHA-256 | `{checksum}` |
 
-Scores on the 10 validation scenes, percent (`val.py`; mIoU over {voxels}):
+Scores on {scored_on}, percent (`val.py`; mIoU over {voxels}):
 
 | | RayIoU | @1 m | @2 m | @4 m | mIoU |
 |---|---|---|---|---|---|
@@ -53,6 +53,8 @@ def parse_args(argv=None):
     parser.add_argument('--run', type=Path, required=True, help='folder of the run')
     parser.add_argument('--baseline', type=Path, help='JSON of tools/baseline.py')
     parser.add_argument('--config', default='configs/toybench/small.py', help='what the run trained (%(default)s)')
+    parser.add_argument('--scored-on', default='the 10 validation scenes', help='data of scores.json (%(default)s)')
+    parser.add_argument('--note', default='', help='what else to say about the training')
     parser.add_argument('--out', type=Path, default=Path('weights/toybench_small.pth'), help='default: %(default)s')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
@@ -106,6 +108,8 @@ def card(args, meta) -> str:
         batch=meta.get('total_batch_size'),
         seed=meta.get('seed'),
         precision=load_config(args.config).train.amp,
+        note=args.note and f'; {args.note}',
+        scored_on=args.scored_on,
         commit=environment.get('git', 'unknown'),
         machine=environment.get('device', 'unknown'),
         size=len(content),
