@@ -1,7 +1,8 @@
 """What a sample is trained on: one table of fields, shared by pipelines, collate, losses and made-up batches.
 
-A new field (say, flow) is one line in :class:`OccupancyTargets`; whoever makes it fills it in, whoever needs it
-reads it by its name, and everything between follows the table. X, Y, Z the grid, B batch, n instances.
+A new field (say, flow) is one line in :class:`OccupancyTargets` or in a class of one's own built on it; whoever makes
+it fills it in, whoever needs it reads it by its name, and everything between follows the table. X, Y, Z the grid, B
+batch, n instances.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -66,15 +67,15 @@ class OccupancyTargets:
 
 
 def stack_targets(samples: Sequence[OccupancyTargets]) -> OccupancyTargets:
-    """The targets of a batch, tensors, from those of its samples. A field that a sample lacks is left out."""
-    stacked = {}
-    for item in fields(OccupancyTargets):
+    """The targets of a batch, tensors, from those of its samples, of one class. A field that one lacks is left out."""
+    kind, stacked = type(samples[0]), {}
+    for item in fields(kind):
         values = [getattr(sample, item.name) for sample in samples]
         if any(value is None for value in values):
             continue
         tensors = [torch.from_numpy(np.ascontiguousarray(value, dtype=item.metadata['dtype'])) for value in values]
         stacked[item.name] = torch.stack(tensors) if item.metadata['stacked'] else tensors
-    return OccupancyTargets(**stacked)
+    return kind(**stacked)
 
 
 def _move(value: Optional[Any], device, non_blocking: bool):

@@ -39,6 +39,8 @@ class SparseOccHead(BaseModule):
         draws: test-time draws of the transformer's mask-guided sampling, if its config does not have them.
     """
 
+    prediction_type = MergedPrediction  # what ``merge`` gives per sample: a NamedTuple of tensors with ``to_numpy``
+
     def __init__(
         self,
         task: Task,
@@ -94,9 +96,9 @@ class SparseOccHead(BaseModule):
             return self.merge(self(features))
         inputs, fixed = (features.ego2img, features.frame_index), (features.image_size,)
         if features.frame_index is None:
-            return [MergedPrediction(*self._graphed(*inputs, *features.maps, fixed=fixed))]
+            return [self.prediction_type(*self._graphed(*inputs, *features.maps, fixed=fixed))]
         # stored maps stay where they are, so the graph reads them there
-        return [MergedPrediction(*self._graphed(*inputs, fixed=fixed, in_place=features.maps))]
+        return [self.prediction_type(*self._graphed(*inputs, fixed=fixed, in_place=features.maps))]
 
     def _predict_tensors(
         self, image_size: Tuple[int, int], ego2img: Tensor, frame_index: Optional[Tensor], *maps: Tensor

@@ -96,6 +96,6 @@ def source_columns(task: Task, transform: BEVTransform) -> Tuple[np.ndarray, np.
 
 
 def _take_columns(volume, columns, inside, outside):
-    taken = volume.reshape(-1, volume.shape[2])[columns]
+    taken = volume.reshape((-1,) + volume.shape[2:])[columns]
     taken[~inside] = outside
     return taken
