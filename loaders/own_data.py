@@ -1,7 +1,7 @@
 """Images and calibration of one's own as nuScenes infos, so that inference runs on them with the same code.
 
-The JSON file (lengths in metres, times in seconds, rotations as quaternions w x y z or 3x3 matrices, image paths
-relative to the file):
+The JSON file (lengths in metres, times in seconds, rotations as quaternions w x y z or 3x3 matrices, poses in two
+parts or as 4x4 matrices, image paths relative to the file):
 
     {
       "cameras": {
@@ -43,6 +43,7 @@ from lib.registry import did_you_mean
 
 from .history import SWEEPS_PER_KEYFRAME
 
+POSE_MATRIX = Kind('4x4 finite numbers', ((4, 4),))
 MAX_SECONDS = 4e12  # as microseconds they fit into 62 bits
 _IDENTITY = dict(rotation=[1.0, 0.0, 0.0, 0.0], translation=[0.0, 0.0, 0.0])
 
@@ -70,7 +71,7 @@ def read_own_data(path: str) -> OwnData:
     content = read_json(path)
     folder = os.path.dirname(os.path.abspath(path))
     cameras = {
-        name: _camera(camera, f'{path}: cameras.{name}')
+        name: read_camera(camera, f'{path}: cameras.{name}')
         for name, camera in _get(content, 'cameras', dict, path).items()
     }
     if not cameras:
@@ -122,15 +123,26 @@ def _get(mapping, key, kind, where):
 
 
 def _numbers(mapping, key, kind: Kind, where) -> np.ndarray:
-    value = _get(mapping, key, list, where)
+    value = _get(mapping, key, (list, tuple, np.ndarray), where)
     if not fits(value, kind):
         raise DataError(f'{where}: "{key}" must be {kind.said}')
     return np.asarray(value, dtype=np.float64)
 
 
-def _pose(mapping, key, where) -> np.ndarray:
-    """A pose as 4x4."""
-    pose, where = _get(mapping, key, dict, where), f'{where}.{key}'
+def read_pose(pose, where: str) -> np.ndarray:
+    """Pose as 4x4 float64, metres.
+
+    Args:
+        pose: dict(rotation, translation) as in the format above, or such a matrix.
+        where: what messages call it.
+
+    Raises:
+        DataError: it is no rigid transform.
+    """
+    if not isinstance(pose, Mapping):
+        if not fits(pose, POSE_MATRIX):
+            raise DataError(f'{where} must be {POSE_MATRIX.said}, or have "rotation" and "translation"')
+        pose = dict(rotation=np.asarray(pose)[:3, :3], translation=np.asarray(pose)[:3, 3])
     given, translation = _numbers(pose, 'rotation', ROTATION, where), _numbers(pose, 'translation', VECTOR, where)
     rotation = rotation_matrix(given)
     if given.ndim == 1 and abs(np.linalg.norm(given) - 1) > 1e-2:
@@ -144,10 +156,22 @@ def _pose(mapping, key, where) -> np.ndarray:
     return make_transform(rotation, translation)
 
 
-def _camera(camera, where) -> Dict:
-    return dict(
-        intrinsic=_numbers(camera, 'intrinsic', INTRINSICS, where), camera2ego=_pose(camera, 'camera2ego', where)
-    )
+def read_camera(camera, where: str) -> Dict[str, np.ndarray]:
+    """Calibration of a camera: ``intrinsic`` float64 [3, 3], pixels, and ``camera2ego`` float64 [4, 4], metres.
+
+    Args:
+        camera: dict(intrinsic, camera2ego) as in the format above, in lists or arrays.
+        where: what messages call it.
+
+    Raises:
+        DataError: something is missing or wrong.
+    """
+    intrinsic = _numbers(camera, 'intrinsic', INTRINSICS, where)[:3, :3]
+    return dict(intrinsic=intrinsic, camera2ego=_pose(camera, 'camera2ego', where))
+
+
+def _pose(mapping, key, where) -> np.ndarray:
+    return read_pose(_get(mapping, key, (dict, list, np.ndarray), where), f'{where}.{key}')
 
 
 def _sequence_infos(name: str, frames: Sequence, cameras: Mapping, folder: str, where: str) -> List[Dict]:
@@ -181,8 +205,8 @@ def _sequence_infos(name: str, frames: Sequence, cameras: Mapping, folder: str, 
                 lidar_path='',
                 lidar2ego_rotation=_IDENTITY['rotation'],
                 lidar2ego_translation=_IDENTITY['translation'],
-                ego2global_rotation=frame['ego2global']['rotation'],
-                ego2global_translation=frame['ego2global']['translation'],
+                ego2global_rotation=ego2global[:3, :3],
+                ego2global_translation=ego2global[:3, 3],
                 cams=cams,
                 sweeps=sweeps,
             )

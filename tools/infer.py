@@ -14,7 +14,6 @@ DIR/index.json with one entry per sample, and with --pictures DIR/pictures/<samp
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,23 +35,10 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def own_dataset(path, data_cfg, task, out):
-    """(dataset, task) of a JSON file; its infos are kept in the output folder."""
-    from lib.io import save_pickle
-    from loaders import build_dataset
-    from loaders.own_data import read_own_data
-
-    own = read_own_data(path)
-    infos_path = os.path.abspath(os.path.join(out, 'own_infos.pkl'))
-    save_pickle(infos_path, dict(infos=own.infos, metadata=dict(version='own')))
-    task = replace(task, cameras=own.cameras)
-    changes = dict(data_root=own.data_root, ann_file=infos_path, allow_missing_cameras=True)
-    return build_dataset(dict(data_cfg, **changes), task), task
-
-
 def make_dataset(args, cfg, task):
-    """(dataset without labels, task) that the arguments ask for."""
+    """Dataset without labels that the arguments ask for."""
     from loaders import build_dataset
+    from tools.api.predictor import own_dataset
 
     data_cfg = dict(cfg.data.test, occ_gt_root=None, test_mode=True)
     if args.max_samples:
@@ -64,7 +50,7 @@ def make_dataset(args, cfg, task):
     if args.infos:
         data_cfg['ann_file'] = args.infos
     check_infos(data_cfg['data_root'], data_cfg['ann_file'])
-    return build_dataset(data_cfg, task), task
+    return build_dataset(data_cfg, task)
 
 
 def check_infos(data_root, ann_file):
@@ -80,7 +66,7 @@ def check_infos(data_root, ann_file):
         raise UserError(f'info file {path} does not exist; {choice}, or make it with gen_sweep_info.py')
 
 
-def recorded_override(args, dataset, task):
+def recorded_override(args, dataset):
     """Changes of the config that make its data.test the data predicted here, for whoever reads the predictions."""
     changes = list(args.override)
     if args.own or args.data_root:
@@ -90,40 +76,18 @@ def recorded_override(args, dataset, task):
     if args.max_samples:
         changes.append(f'data.test.max_samples={args.max_samples}')
     if args.own:
-        changes.append(f'task.cameras={list(task.cameras)!r}')
+        changes.append(f'task.cameras={list(dataset.task.cameras)!r}')
     return changes
 
 
-def predict_all(model, dataset, device, amp, out, workers):
-    """Predict every sample in order, write its file, and yield (index, prediction)."""
-    from lib.io import path_inside
-    from lib.prediction import save_prediction
-    from lib.run.evaluation import predict
-    from lib.run.loading import make_loader, read_batches
-    from lib.run.log import Countdown
-    from loaders import collate
-
-    countdown = Countdown(len(dataset))
-    loader = make_loader(dataset, [[index] for index in range(len(dataset))], collate, workers, device)
-    for index, batch in enumerate(read_batches(loader)):
-        (prediction,) = predict(model, batch, device, amp)
-        token = dataset.sample_token(index)
-        save_prediction(path_inside(out, f'{token}.npz'), prediction)
-        countdown.step()
-        print(f'{index + 1}/{len(dataset)}  {token}  {countdown.text()} left', flush=True)
-        yield index, prediction
-
-
-def index_entry(dataset, index, prediction, free_id):
+def index_entry(info, occupancy):
     """What index.json says about a sample."""
-    info = dataset.info(index)
-    labels = prediction['pano_sem' if 'pano_sem' in prediction else 'sem_pred']
     return dict(
         token=info['token'],
         scene=info.get('scene_name') or info.get('scene_token'),
         timestamp_us=int(info['timestamp']),
         file='predictions/{}.npz'.format(info['token']),
-        voxels=int((labels != free_id).sum()),
+        voxels=len(occupancy.voxels),
     )
 
 
@@ -132,27 +96,33 @@ def main():
     check_files(args.config, None, args.weights)
     from lib.config import load_config
     from lib.io import write_json
-    from lib.prediction import to_dense, write_record
+    from lib.prediction import write_record
     from lib.run import read_task
-    from lib.run.evaluation import load_for_inference
-    from lib.run.processes import pick_device
-    from models import build_model
+    from lib.run.log import Countdown
+    from tools.api import SparseOccPredictor
     from tools.drawing.figure import draw_frame
     from tools.drawing.frames import read_frame
     from tools.drawing.pictures import save_image
 
-    cfg, device = load_config(args.config, args.override), pick_device(args.device)
+    cfg = load_config(args.config, args.override)
     folder = os.path.join(args.out, 'predictions')
     os.makedirs(folder, exist_ok=True)
-    dataset, task = make_dataset(args, cfg, read_task(cfg))
-    write_record(folder, task, args.config, args.weights, 'test', recorded_override(args, dataset, task))
-    model, _ = load_for_inference(build_model, cfg, task, args, device)
+    dataset = make_dataset(args, cfg, read_task(cfg))
+    task = dataset.task
+    write_record(folder, task, args.config, args.weights, 'test', recorded_override(args, dataset))
+    predictor = SparseOccPredictor(
+        cfg, args.weights, args.device, args.amp, tf32=args.tf32, trust_weights=args.trust_weights
+    )
     entries, workers = [], cfg.data.get('workers_per_gpu', 0) if args.workers is None else args.workers
-    for index, prediction in predict_all(model, dataset, device, args.amp, folder, workers):
-        entries.append(index_entry(dataset, index, prediction, task.label_set.free_id))
+    countdown = Countdown(len(dataset))
+    for index, occupancy in predictor.predict_dataset(dataset, workers):
+        occupancy.save(folder)
+        entries.append(index_entry(dataset.info(index), occupancy))
+        countdown.step()
+        print(f'{index + 1}/{len(dataset)}  {occupancy.name}  {countdown.text()} left', flush=True)
         if args.pictures:
-            picture = os.path.join(args.out, 'pictures', f'{dataset.sample_token(index)}.png')
-            save_image(picture, draw_frame(read_frame(dataset, index, to_dense(prediction, task)), task))
+            picture = os.path.join(args.out, 'pictures', f'{occupancy.name}.png')
+            save_image(picture, draw_frame(read_frame(dataset, index, occupancy.dense), task))
     about = dict(config=args.config, weights=args.weights, classes=list(task.label_set.class_names))
     volume = dict(point_cloud_range=list(task.point_cloud_range), voxel_size=task.voxel_size)
     write_json(os.path.join(args.out, 'index.json'), dict(about, **volume, samples=entries))

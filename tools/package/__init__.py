@@ -2,8 +2,9 @@
 
     pip install .                # after "make install", which brings PyTorch and OpenMMLab
 
-    import sparseocc
-    config = sparseocc.load_config('configs/r50_nuimg_704x256_8f_v1.1.py')
+    from sparseocc import SparseOccPredictor, load_config
+    predictor = SparseOccPredictor('configs/toybench/small.py', 'weights/toybench_small.pth')
+    occupancy = predictor.predict(images, cameras)
 
 The package holds the folders of the repository, whose modules import one another as ``lib``, ``loaders``, ``models``
 and ``tools``: importing ``sparseocc`` puts its own folder first on Python's path, and a program that uses it has no
@@ -22,6 +23,9 @@ if str(ROOT) not in sys.path:
 from lib import __version__  # noqa: E402
 
 _HOMES = {
+    'SparseOccPredictor': 'tools.api',
+    'Frame': 'tools.api',
+    'Occupancy': 'tools.api',
     'load_config': 'lib.config',
     'UserError': 'lib.errors',
     'Task': 'lib.task',
