@@ -13,8 +13,7 @@ from lib.infos import MAX_KEYFRAME_GAP, camera_sweeps, split_scenes
 
 from .checks import ERROR, OK, WARNING, Finding, Look, spread
 from .checks.calibration import check_calibration
-from .checks.images import check_images, image_paths
-from .checks.labels import check_labels
+from .checks.files import check_images, check_labels, image_paths
 from .history import STEPS_PER_KEYFRAME
 
 MAX_SHORT_HISTORY = 0.5  # of the samples; of nuScenes' it is 17.5 %

@@ -20,7 +20,7 @@ def extension_available(device='cuda') -> bool:
 
 
 def cast_rays(semantics, origins, directions, point_cloud_range, voxel_size, free_id, device):
-    """Label, distance (metres) and voxel, [M] each, of one volume [X, Y, Z]; see ``casting.cast_rays``."""
+    """Label, distance (metres) and voxel, [M] each, of one volume [X, Y, Z]; see ``lib.raycast.cast_rays``."""
     import torch
 
     semantics = torch.as_tensor(semantics, device=device).to(torch.uint8)

@@ -15,8 +15,7 @@ from lib.infos import box_array, load_infos
 from lib.io import save_pickle
 
 from . import parallel_map
-from .keyframe_infos import add_camera_sweeps, keyframe_info
-from .tables import choose_scenes, open_tables, split_of_scenes
+from .tables import add_camera_sweeps, choose_scenes, keyframe_info, open_tables, split_of_scenes
 
 SWEEP_FILE = 'nuscenes_infos_{}_sweep.pkl'
 MMDET3D_FILE = 'nuscenes_infos_{}.pkl'

@@ -1,14 +1,78 @@
-"""The two decoders, sparse voxels and masks over them, and the transformer that runs one after the other."""
+"""Both decoders, one after the other."""
 
-from .mask_decoder import MaskDecoder, MaskPrediction
-from .sparse_voxel_decoder import SparseVoxelDecoder, VoxelStage
-from .transformer import SparseOccTransformer, TransformerOutput
+from typing import List, NamedTuple, Sequence
 
-__all__ = [
-    'MaskDecoder',
-    'MaskPrediction',
-    'SparseOccTransformer',
-    'SparseVoxelDecoder',
-    'TransformerOutput',
-    'VoxelStage',
-]
+from mmcv.runner import BaseModule
+from mmdet.models.utils.builder import TRANSFORMER
+
+from lib.task import Task
+from models.decoders.layers import DecoderSizes
+from models.decoders.mask_decoder import MaskDecoder, MaskPrediction
+from models.decoders.sampling import RandomDraws, build_draws
+from models.decoders.sparse_voxel_decoder import SparseVoxelDecoder, VoxelStage
+from models.encoder import ImageFeatures
+
+
+class TransformerOutput(NamedTuple):
+    """Everything the decoders predict.
+
+    stages  kept voxels of each stage of the voxel decoder, from coarse to fine
+    layers  predictions of the mask decoder over the last stage's voxels, the final one last
+    """
+
+    stages: List[VoxelStage]
+    layers: List[MaskPrediction]
+
+
+@TRANSFORMER.register_module()
+class SparseOccTransformer(BaseModule):
+    """Sparse voxel decoder, then mask decoder.
+
+    Args:
+        task: classes, range, grid, cameras, frames.
+        embed_dims: C.
+        num_layers: applications of the mask decoder's layer (4 in release 1.0, 2 in 1.1).
+        num_groups: G.
+        num_points: P, per group.
+        num_queries: Q, mask queries.
+        num_levels: L, pyramid levels.
+        topk_training, topk_testing: voxels kept by each stage.
+        scoring: 'semantic' (release 1.1) or 'occupancy' (release 1.0).
+        dropout: of the voxel decoder's attention and of the FFNs.
+        draws: test-time draws of the mask-guided sampling, 'even' or 'random'.
+        mixing_chunk: blocks per piece of the mixing whose intermediates (and those of the attention) are made
+            again in the backward pass; 0 keeps all intermediates, which is faster where memory is ample.
+        published_weight_order: keep the level-weight order that released weights were trained with.
+        num_heads: of the attention between blocks; its cost grows with the square of topk_training[0], and 0
+            leaves it out.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        embed_dims: int = 256,
+        num_layers: int = 2,
+        num_groups: int = 4,
+        num_points: int = 4,
+        num_queries: int = 100,
+        num_levels: int = 4,
+        topk_training: Sequence[int] = (4000, 16000, 64000),
+        topk_testing: Sequence[int] = (2000, 8000, 32000),
+        scoring: str = 'semantic',
+        dropout: float = 0.1,
+        draws: str = 'even',
+        mixing_chunk: int = 4096,
+        published_weight_order: bool = True,
+        num_heads: int = 8,
+    ):
+        super().__init__()
+        sizes = DecoderSizes(task, embed_dims, num_groups, num_points, num_levels, dropout, published_weight_order)
+        self.voxel_decoder = SparseVoxelDecoder(sizes, topk_training, topk_testing, scoring, num_heads, mixing_chunk)
+        self.decoder = MaskDecoder(sizes, num_layers, num_queries)
+        self.training_draws, self.testing_draws = RandomDraws(), build_draws(draws)
+
+    def forward(self, features: ImageFeatures) -> TransformerOutput:
+        """Voxels and masks of every sample of the batch."""
+        stages = self.voxel_decoder(features)
+        draws = self.training_draws if self.training else self.testing_draws
+        return TransformerOutput(stages, self.decoder(stages[-1], draws, features))

@@ -1,5 +1,148 @@
-"""From the images of all frames to feature maps: input, backbone and neck, history."""
+"""The image encoder: backbone and neck, fused where they can be, over all frames or only over those not seen before.
 
-from .image_encoder import ImageEncoder, ImageFeatures
+Shapes: B batch, T frames newest first, N cameras, image index t*N + n, L pyramid levels, C channels.
+"""
 
-__all__ = ['ImageEncoder', 'ImageFeatures']
+import functools
+from typing import Hashable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from models.csrc.msmv_sampling import select_frames
+from models.cuda_graph import GraphedFunction
+from models.encoder.feature_cache import FeatureCache
+from models.encoder.fused import FusedResNet, can_fuse_backbone, can_fuse_neck, run_neck
+from models.encoder.image_input import ImageInput
+from models.torch_compat import autocast_dtype
+
+
+class ImageFeatures(NamedTuple):
+    """What a decoder can look at.
+
+    maps         L tensors [B, T*N, H_l, W_l, C], channels last, image index t*N + n; S*N images of stored frames
+                 where there is a frame_index
+    ego2img      [B, T*N, 4, 4] float32, ego (metres) to pixels of the padded image
+    image_size   (height, width) of the padded image, pixels
+    frame_index  int64 [T], where frame t is among the stored frames; None: S = T, in order
+    """
+
+    maps: Sequence[Tensor]
+    ego2img: Tensor
+    image_size: Tuple[int, int]
+    frame_index: Optional[Tensor] = None
+
+    def in_order(self, num_cameras: int) -> 'ImageFeatures':
+        """The same without a frame_index, so that later steps, which write into stored maps, leave it alone."""
+        if self.frame_index is None:
+            return self
+        return self._replace(maps=select_frames(self.maps, self.frame_index, num_cameras), frame_index=None)
+
+
+class ImageEncoder:
+    """Feature maps of the images of a batch; not a module, so that the parts are registered once, in the detector.
+
+    Args:
+        image_input: from uint8 images to the backbone's input.
+        backbone, neck: as mmdet builds them.
+        num_frames: T.
+        num_cameras: N.
+        fuse: compute what can be by ``FusedResNet`` and ``run_neck``; False runs the modules as they are.
+
+    Attributes:
+        cache: feature maps of frames seen before.
+    """
+
+    def __init__(
+        self,
+        image_input: ImageInput,
+        backbone: nn.Module,
+        neck: nn.Module,
+        num_frames: int,
+        num_cameras: int,
+        fuse: bool = True,
+    ):
+        self.image_input, self.backbone, self.neck = image_input, backbone, neck
+        self.num_cameras, self.fuse = num_cameras, fuse
+        self.cache = FeatureCache(capacity=num_frames)
+        self._fused_backbone = FusedResNet(backbone) if fuse and can_fuse_backbone(backbone) else None
+        self._graphed = GraphedFunction(self._encode, state=self._backbone_version)
+        for part in (backbone, neck):  # the layout that the sampling reads
+            part.to(memory_format=torch.channels_last)
+        backbone.keeps_float32 = True  # folded in float32, see lib.run.numerics.convert_weights
+
+    def __call__(
+        self,
+        img: Tensor,
+        lidar2img: Tensor,
+        ego2lidar: Tensor,
+        img_metas: Optional[Sequence[Mapping]] = None,
+        graphed: bool = False,
+    ) -> ImageFeatures:
+        """Features of every image of a batch; tensors as ``SparseOcc.forward`` takes them.
+
+        Args:
+            img_metas: with the ``frame_keys`` (T*N image names) of one sample at test time, the maps of frames seen
+                before are found again and those of new ones kept. Otherwise every image is encoded.
+            graphed: at test time, replay the encoder of one frame as a CUDA graph.
+        """
+        features = self._locate(img, lidar2img, ego2lidar)  # first, so that the GPU need not wait for it later
+        keys = self._frame_keys(img, img_metas)
+        if keys is None:
+            return features._replace(maps=self.encode(img, graphed))
+        frames = img.view((len(keys), -1) + img.shape[2:])
+        stored = self.cache.fetch(keys, lambda t: [level[0] for level in self.encode(frames[t : t + 1], graphed)])
+        return features._replace(
+            maps=[level.flatten(0, 1).unsqueeze(0) for level in stored.maps],
+            frame_index=_index_on(img.device, tuple(stored.slots)),
+        )
+
+    def encode(self, img: Tensor, graphed: bool = False) -> List[Tensor]:
+        """img uint8 [B, n, 3, H, W] BGR -> L feature maps [B, n, H_l, W_l, C], channels last."""
+        one_frame = img.shape[:2] == (1, self.num_cameras)
+        return self._graphed(img) if graphed and one_frame and self._is_testing() else self._encode(img)
+
+    def forget_weights(self):
+        """Drop everything that was made from the weights as they were."""
+        self._graphed.clear()
+        if self._fused_backbone is not None:
+            self._fused_backbone.clear()
+        self.cache.release()
+
+    def _encode(self, img: Tensor) -> List[Tensor]:
+        batch, count = img.shape[:2]
+        images = self.image_input(img.flatten(0, 1), samples=batch)
+        fused = self._fused_backbone
+        stages = fused(images) if fused is not None and fused.serves(images) else self.backbone(images)
+        fuses = self.fuse and images.is_cuda and not torch.is_grad_enabled() and can_fuse_neck(self.neck)
+        maps = run_neck(self.neck, stages) if fuses else self.neck(stages)
+        maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
+        return [level.view((batch, count) + level.shape[1:]) for level in maps]
+
+    def _is_testing(self) -> bool:
+        return not (self.image_input.training or torch.is_grad_enabled())
+
+    def _backbone_version(self) -> int:
+        return 0 if self._fused_backbone is None else self._fused_backbone.version()
+
+    def _frame_keys(self, img: Tensor, img_metas) -> Optional[List[Hashable]]:
+        """A key per frame, or None where the cache cannot be used."""
+        if img.shape[0] != 1 or not img_metas or not self._is_testing():
+            return None
+        names = img_metas[0].get('frame_keys')
+        if not names:
+            return None
+        setting = (str(img.device), autocast_dtype(img.device.type), tuple(img.shape[-2:]))
+        return [(tuple(names[i : i + self.num_cameras]), setting) for i in range(0, len(names), self.num_cameras)]
+
+    def _locate(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
+        """Where the images look, without their maps."""
+        ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
+        return ImageFeatures([], ego2img, self.image_input.padded_size(img.shape[-2:]))
+
+
+@functools.lru_cache(maxsize=64)
+def _index_on(device: torch.device, numbers: Tuple[int, ...]) -> Tensor:
+    """int64 tensor, kept: copying it to a GPU anew would wait for all work there. Not to be written to."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)

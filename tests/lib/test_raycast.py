@@ -18,7 +18,7 @@ from slow_caster import cast_all
 
 from lib import raycast
 from lib.extension import Extension
-from lib.raycast import cast_rays, casting, gpu, kernels, trace
+from lib.raycast import cast_rays, gpu, kernels, trace
 
 ROOT = Path(__file__).resolve().parents[2]
 FREE = 3
@@ -185,7 +185,7 @@ def test_any_number_of_rays(rays):
 
 def test_threads_do_not_change_results(monkeypatch):
     semantics, *rest = random_case()
-    monkeypatch.setattr(casting, '_CHUNK', 700)
+    monkeypatch.setattr(raycast, '_CHUNK', 700)
     one, three = (trace(semantics, *rest, threads=threads) for threads in (1, 3))
     np.testing.assert_array_equal(one.voxel, three.voxel)
     np.testing.assert_array_equal(one.distance_m, three.distance_m)

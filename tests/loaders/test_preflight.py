@@ -262,7 +262,7 @@ def test_labels_that_cannot_be_right_are_a_warning(root, make, messages):
 
 
 def test_real_labels_are_plausible(real_dir):
-    from loaders.checks.labels import _implausible
+    from loaders.checks.files import _implausible
 
     for name, task in (('occ3d', Task('occ3d')), ('openocc', Task('openocc_v2'))):
         for path in real_dir.glob(f'{name}*.npz'):

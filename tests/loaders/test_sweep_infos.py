@@ -19,7 +19,7 @@ from lib.io import load_pickle_safe, save_pickle
 from lib.task import NUSCENES_CAMERAS
 from loaders.history import History
 from loaders.infos import global_from_camera
-from loaders.prepare import keyframe_infos, parallel_map
+from loaders.prepare import parallel_map, tables
 from loaders.prepare.sweep_infos import Choice, write_sweep_infos
 
 EXACT = dict(rtol=0, atol=1e-9)  # poses are hundreds of metres: double precision leaves 1e-13 relative
@@ -94,7 +94,7 @@ def test_sweeps_are_the_five_images_before_each_keyframe_newest_first(infos):
     'mutation', ['one fewer', 'one more', 'oldest first', 'starting at the keyframe', 'across the scene']
 )
 def test_the_sweep_check_notices_a_mistake(fake, tmp_path, monkeypatch, mutation):
-    right = keyframe_infos._collect_sweeps
+    right = tables._collect_sweeps
 
     def wrong(nusc, records, cams):
         if mutation == 'oldest first':
@@ -102,7 +102,7 @@ def test_the_sweep_check_notices_a_mistake(fake, tmp_path, monkeypatch, mutation
         return [cams] + right(nusc, records, cams)[:-1]
 
     if mutation in ('one fewer', 'one more'):
-        monkeypatch.setattr(keyframe_infos, 'SWEEPS_PER_KEYFRAME', 4 if mutation == 'one fewer' else 6)
+        monkeypatch.setattr(tables, 'SWEEPS_PER_KEYFRAME', 4 if mutation == 'one fewer' else 6)
     elif mutation == 'across the scene':
         starts = dict(fake.tables['sample'][3], prev='sample-2')
         monkeypatch.setitem(
@@ -111,7 +111,7 @@ def test_the_sweep_check_notices_a_mistake(fake, tmp_path, monkeypatch, mutation
         monkeypatch.setattr(fake, 'root', tmp_path)
         fake.write()
     else:
-        monkeypatch.setattr(keyframe_infos, '_collect_sweeps', wrong)
+        monkeypatch.setattr(tables, '_collect_sweeps', wrong)
     write_sweep_infos(fake.root, 'v1.0-mini', tmp_path, processes=1)
     with pytest.raises(AssertionError):
         _check_sweeps(load_pickle_safe(tmp_path / 'nuscenes_infos_train_sweep.pkl')['infos'])
