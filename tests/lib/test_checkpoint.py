@@ -184,8 +184,14 @@ def test_another_network_is_recognised(saved):
 
 
 def test_old_files_lack_batch_counters(saved):
-    state = {k: v for k, v in Net().state_dict().items() if not k.endswith('num_batches_tracked')}
-    ckpt.load_model_weights(Net(), saved(state))
+    source, target = Net(), Net()
+    state = {k: v for k, v in source.state_dict().items() if not k.endswith('num_batches_tracked')}
+    assert len(state) == len(source.state_dict()) - 1
+    ckpt.load_model_weights(target, saved(state))
+    assert all(torch.equal(target.state_dict()[name], value) for name, value in state.items())
+    del state['img_backbone.1.running_mean']  # but no other statistic may be missing
+    with pytest.raises(CheckpointError, match='1 missing .img_backbone.1.running_mean'):
+        ckpt.load_model_weights(Net(), saved(state))
 
 
 def test_pretrained_backbone_and_neck(saved):

@@ -1,6 +1,7 @@
 """Which way knowledge flows: lib knows neither models nor data sets; importing changes nothing."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,13 @@ def test_importing_the_detector_and_the_data_sets_changes_no_limits_or_signals()
         'assert state() == before'
     )
     subprocess.run([sys.executable, '-c', code], cwd=str(ROOT), check=True)
+
+
+def test_the_range_of_occ3d_stands_in_one_place():
+    places = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ('lib', 'loaders', 'models', 'configs')
+        for path in sorted((ROOT / folder).rglob('*.py'))
+        if re.search(r'-40(\.0)?, -40(\.0)?, -1', path.read_text())
+    ]
+    assert places == ['lib/task.py']

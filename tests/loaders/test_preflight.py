@@ -326,9 +326,14 @@ def test_only_what_is_used_is_looked_at(root):
     assert _open(root, max_samples=2).used_positions() == [0, 1]
 
 
-def test_evaluation_without_labels_passes(root):
+def test_evaluation_without_labels_passes(root, capsys):
     shutil.rmtree(str(root / 'occ3d'))
-    preflight(_open(root, occ_gt_root=None, test_mode=True), 'test')
+    dataset = _open(root, occ_gt_root=None, test_mode=True)
+    assert not any('label files' in finding.text for finding in inspect_dataset(dataset))
+    preflight(dataset, 'test')
+    assert capsys.readouterr().err == ''
+    with pytest.raises(DataError, match='occ3d'):
+        preflight(_open(root), 'train')
 
 
 def test_a_large_set_is_looked_at_in_seconds(source):
