@@ -1,5 +1,6 @@
 """Metadata, version and CUDA extensions of SparseOcc.
 
+    pip install ".[eval]"                  # the evaluator alone, sparseocc-eval, in any environment
     pip install --no-build-isolation .     # "import sparseocc" and the console commands, see tools/package
     pip install --no-build-isolation -e .  # the same, from this folder (make install brings the packages it needs)
     python setup.py build_ext --inplace    # the CUDA extensions beside their sources (also: make build-ops)
@@ -24,7 +25,9 @@ from lib.extension import reason_not_to_build  # noqa: E402
 
 CONTENT = ('configs', 'lib', 'loaders', 'models', 'tools')  # of the package, beside the scripts
 SCRIPTS = ('train.py', 'val.py', 'timing.py', 'gen_sweep_info.py', 'gen_instance_info.py')
-COMMANDS = ('train', 'val', 'infer', 'eval', 'check-data', 'toy')
+COMMANDS = dict.fromkeys(('train', 'val', 'infer', 'check-data', 'toy'), 'sparseocc.__main__:run_command')
+COMMANDS['eval'] = 'sparseocc.lib.metrics.command:main'  # needs nothing but the packages of EVALUATOR
+EVALUATOR = ['numpy>=1.22', 'numba>=0.56', 'tqdm>=4.60']
 BUILDING = {'build_ext', 'build', 'develop', 'install', 'bdist_wheel', 'editable_wheel'}
 
 
@@ -109,9 +112,9 @@ def main():
         python_requires='>=3.8',
         packages=['sparseocc'],
         package_dir={'sparseocc': 'tools/package', 'sparseocc.models': 'models', 'sparseocc.lib': 'lib'},
-        entry_points=dict(console_scripts=[f'sparseocc-{name} = sparseocc.__main__:run_command' for name in COMMANDS]),
+        entry_points=dict(console_scripts=[f'sparseocc-{name} = {function}' for name, function in COMMANDS.items()]),
         # No install_requires: OpenMMLab 1.x must come without its dependencies, which metadata cannot say.
-        extras_require={'accel': pins('accel.txt'), 'test': pins('test.txt')},
+        extras_require={'eval': EVALUATOR, 'accel': pins('accel.txt'), 'test': pins('test.txt')},
         ext_modules=extensions,
         cmdclass=dict(commands, build_py=BuildPackage),
     )

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Dict, Optional, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from .io import load_npz_checked, path_inside, read_json
 from .task import Task
 
 LABEL_FILE = 'labels.npz'
-_MASKS = ('mask_camera', 'mask_lidar')
+OPTIONAL = ('instances', 'mask_camera', 'mask_lidar')
 _MAX_INSTANCE = np.iinfo(np.int32).max
 
 
@@ -91,21 +91,22 @@ def _scenes_from_folder(root):
     return scenes
 
 
-def read_labels(path, task: Task, flow: bool = False) -> Dict[str, np.ndarray]:
+def read_labels(path, task: Task, names: Sequence[str] = OPTIONAL) -> Dict[str, np.ndarray]:
     """Arrays of a label file, checked against the task.
 
     Args:
-        flow: also read ``flow``, which must be there.
+        names: arrays to read beside ``semantics`` where the file has them; unpacking takes longer than all else.
+            ``flow`` must be there if it is named.
 
     Returns:
         dict with ``semantics`` uint8 [X, Y, Z], and where the file has them ``instances`` int32 [X, Y, Z]
-        (0 = none), ``mask_camera`` and ``mask_lidar`` bool [X, Y, Z]; with ``flow`` also ``flow`` float32
-        [X, Y, Z, 2], m/s along x and y of the ego frame.
+        (0 = none), ``mask_camera`` and ``mask_lidar`` bool [X, Y, Z], ``flow`` float32 [X, Y, Z, 2], m/s along x and
+        y of the ego frame.
 
     Raises:
         DataError: missing or damaged file, wrong shape, or ids that the task's label set does not have.
     """
-    arrays = load_npz_checked(path, ('semantics',) + ('flow',) * flow, optional=('instances',) + _MASKS)
+    arrays = load_npz_checked(path, ('semantics',) + ('flow',) * ('flow' in names), optional=names)
     velocity = arrays.pop('flow', None)
     if task.panoptic and 'instances' not in arrays:
         raise DataError(
@@ -116,7 +117,7 @@ def read_labels(path, task: Task, flow: bool = False) -> Dict[str, np.ndarray]:
     labels = {'semantics': arrays['semantics'].astype(np.uint8)}
     if 'instances' in arrays:
         labels['instances'] = arrays['instances'].astype(np.int32)
-    labels.update((key, arrays[key].astype(bool)) for key in _MASKS if key in arrays)
+    labels.update((key, arrays[key].astype(bool)) for key in OPTIONAL[1:] if key in arrays)
     if velocity is not None:
         labels['flow'] = _check_flow(path, velocity, task)
     return labels

@@ -11,6 +11,7 @@ import pytest
 
 import tools.package
 from lib.config import load_config
+from lib.metrics.command import parse as parse_evaluator
 from tools.package.__main__ import SCRIPTS as COMMANDS_OF_PACKAGE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +98,7 @@ def program(word):
 
 def script_and_arguments(words):
     """The Python script that a command starts, and its arguments; (None, []) for other commands."""
-    if words[0].startswith('sparseocc-'):
+    if words[0].startswith('sparseocc-') and words[0] != 'sparseocc-eval':
         return COMMANDS_OF_PACKAGE[words[0].split('-', 1)[1]], words[1:]
     for index, word in enumerate(words):
         if word == '-m':
@@ -145,6 +146,14 @@ def test_script_takes_these_arguments(page, line, monkeypatch, capsys):
     check_config(args)
 
 
+@pytest.mark.parametrize('page, line', [(page, line) for page, line in COMMANDS if split(line)[0] == 'sparseocc-eval'])
+def test_the_evaluator_takes_these_arguments(page, line, capsys):
+    try:
+        parse_evaluator(split(line)[1:])
+    except SystemExit:
+        pytest.fail(f'{page}: {line}\n{capsys.readouterr().err}')
+
+
 @functools.lru_cache(maxsize=None)
 def parser_of(script):
     return runpy.run_path(str(script)).get('parse_args')
@@ -182,4 +191,4 @@ def test_links_between_pages_and_files_in_code_exist(page):
 
 def test_the_reference_lists_the_public_names():
     text = (ROOT / 'docs/reference/index.md').read_text()
-    assert all(f'`{name}' in text for name in tools.package._HOMES)
+    assert all(f'`{name}' in text for name in [*tools.package._HOMES, *tools.package._EVALUATOR])

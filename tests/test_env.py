@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,74 @@ def test_package_finds_its_configs_and_loads_names_when_they_are_used(package, t
     """
     result = run('env', '-C', tmp_path, sys.executable, '-c', code, PYTHONPATH=str(package))
     assert result.stdout.split() == [__version__, '1', 'build_model'], result.stderr
+
+
+def test_the_evaluator_stands_alone(package, tmp_path):
+    """Another project uses it beside folders of its own that are called lib and models."""
+    for name in ('lib', 'models'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / '__init__.py').write_text('theirs = True')
+    code = """if True:
+        import sys, lib, sparseocc
+        import numpy as np
+        evaluator = sparseocc.Evaluator('occ3d', ['ray_iou', 'miou'])
+        volume = np.full((200, 200, 16), 17)
+        volume[:, :, 2] = 11
+        evaluator.update(volume, volume, np.array([[1.0, 0.0, 1.8]]), token='a')
+        import models
+        assert lib.theirs and models.theirs and 'torch' not in sys.modules and 'mmcv' not in sys.modules
+        print(evaluator.compute().totals['RayIoU'])
+    """
+    result = run('env', '-C', tmp_path, sys.executable, '-c', code, PYTHONPATH=str(package))
+    assert result.stdout.split() == ['1.0'], result.stderr
+
+
+def test_the_evaluators_command_and_what_it_needs(package, tmp_path):
+    text = (package / 'sparseocc.egg-info' / 'entry_points.txt').read_text()
+    assert 'sparseocc-eval = sparseocc.lib.metrics.command:main' in text
+    requires = (package / 'sparseocc.egg-info' / 'requires.txt').read_text().split('[eval]')[1].split('[')[0]
+    assert sorted(map(name_of, requires.split())) == ['numba', 'numpy', 'tqdm']
+    code = 'from sparseocc.lib.metrics.command import main; main()'
+    for words, status, output in (
+        ('--help', 0, 'usage: sparseocc-eval'),
+        ('origins --tables nowhere', 2, 'error: nowhere'),
+    ):
+        command = (sys.executable, '-c', code, *words.split())
+        result = run('env', '-C', tmp_path, *command, PYTHONPATH=str(package))
+        assert result.returncode == status and output in result.stdout + result.stderr
+
+
+def test_source_distribution_makes_the_same_package(package, tmp_path):
+    """A wheel is built from it; nothing that a package needs is left out, nor anything built or tested put in."""
+    tree, out = tmp_path / 'tree', tmp_path / 'out'
+    kept = ('configs', 'lib', 'loaders', 'models', 'requirements', 'tests', 'tools')
+    for name in kept:
+        shutil.copytree(
+            str(ROOT / name), str(tree / name), ignore=shutil.ignore_patterns('__pycache__', '*.so', 'data')
+        )
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(str(path), str(tree / path.name))
+    (tree / 'lib' / 'raycast' / 'raycast_cuda.so').write_text('built')
+    result = run('env', '-C', tree, sys.executable, 'setup.py', '-q', 'sdist', '-d', out)
+    assert result.returncode == 0, result.stderr
+    (archive,) = out.iterdir()
+    shutil.unpack_archive(str(archive), str(tmp_path / 'unpacked'))
+    (unpacked,) = (tmp_path / 'unpacked').iterdir()
+    result = run('env', '-C', unpacked, sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', tmp_path / 'site')
+    assert result.returncode == 0, result.stderr
+    files = [
+        {
+            path.relative_to(folder).as_posix()
+            for path in (folder / 'sparseocc').rglob('*')
+            if path.is_file() and '__pycache__' not in path.parts
+        }
+        for folder in (package, tmp_path / 'site')
+    ]
+    assert files[0] == files[1]
+    for name in ('lib/metrics/command.py', 'lib/raycast/csrc/traversal.h', 'configs/toy/semantic.py', 'train.py'):
+        assert f'sparseocc/{name}' in files[1]
+    assert not any(name.endswith('.so') or '/tests/' in name for name in files[1])
 
 
 # ---- Makefile and installer ----

@@ -90,14 +90,18 @@ class Regions(NamedTuple):
     of_column: np.ndarray
 
     @property
+    def parts(self) -> List[Tuple[str, str]]:
+        """(kind, name) of everything, then of each of several ``rings`` and ``sectors``."""
+        several = [
+            (kind, names) for kind, names in (('rings', self.rings), ('sectors', self.sectors)) if len(names) > 1
+        ]
+        return [('', 'all')] + [(kind, name) for kind, names in several for name in names]
+
+    @property
     def members(self) -> np.ndarray:
-        """bool [P, G]: which regions make up everything, each ring, and each sector."""
-        ring, sector = np.divmod(np.arange(len(self.rings) * len(self.sectors)), len(self.sectors))
-        parts = [np.ones(len(ring), bool)]
-        if len(ring) > 1:
-            parts += [ring == number for number in range(len(self.rings))]
-            parts += [sector == number for number in range(len(self.sectors))]
-        return np.stack(parts)
+        """bool [P, G]: which regions each part is made of."""
+        of_region = [(ring, sector) for ring in self.rings for sector in self.sectors]
+        return np.array([[not kind or name in pair for pair in of_region] for kind, name in self.parts])
 
 
 def whole_plan(task: Task) -> Regions:
@@ -108,25 +112,20 @@ def whole_plan(task: Task) -> Regions:
 def rings_and_sectors(task: Task) -> Regions:
     """Distance rings around the ego origin, and the sectors nearest to the directions of the task's cameras.
 
-    Raises:
-        ConfigError: the direction of a camera is not known.
+    Where the direction of a camera is not known there is one sector.
     """
-    unknown = [name for name in task.cameras if name not in CAMERA_AZIMUTHS]
-    if unknown:
-        raise ConfigError(
-            f'scores by camera need nuScenes cameras, and {unknown[0]!r} is none; leave the breakdown out'
-        )
     x, y = (
         task.point_cloud_range[axis] + (np.arange(task.grid_shape[axis]) + 0.5) * task.voxel_size for axis in (0, 1)
     )
     x, y = np.meshgrid(x, y, indexing='ij')
     ring = np.digitize(np.hypot(x, y), RING_EDGES)
+    sectors = task.cameras if set(task.cameras) <= set(CAMERA_AZIMUTHS) else ('all',)
     azimuth = np.degrees(np.arctan2(y, x))[..., None]
-    apart = np.abs((azimuth - [CAMERA_AZIMUTHS[name] for name in task.cameras] + 180) % 360 - 180)
+    apart = np.abs((azimuth - [CAMERA_AZIMUTHS.get(name, 0) for name in sectors] + 180) % 360 - 180)
     sector = apart.argmin(axis=-1)
     edges = ('0',) + tuple(f'{edge:g}' for edge in RING_EDGES)
     rings = tuple(f'{low}-{high} m' for low, high in zip(edges, edges[1:])) + (f'over {edges[-1]} m',)
-    return Regions(rings, task.cameras, (ring * len(task.cameras) + sector).astype(np.uint8).reshape(-1))
+    return Regions(rings, sectors, (ring * len(sectors) + sector).astype(np.uint8).reshape(-1))
 
 
 @dataclass(frozen=True)

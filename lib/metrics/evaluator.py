@@ -96,7 +96,7 @@ class Evaluator:
         keep_samples: bool = False,
         threads: Optional[int] = None,
     ):
-        self.task = task if isinstance(task, Task) else Task(get_label_set(task))
+        self.task: Task = task if hasattr(task, 'grid_shape') else Task(get_label_set(task))  # type: ignore[assignment]
         self.metrics, self.thresholds = _check_metrics(metrics), _check_thresholds(thresholds)
         if miou_mask is not None and miou_mask not in MASKS:
             raise ConfigError(f'miou_mask {miou_mask!r} is not known; choose from {", ".join(MASKS)}')
@@ -112,6 +112,13 @@ class Evaluator:
     def needs_origins(self) -> bool:
         """Rays are cast."""
         return any(name != 'miou' for name in self.metrics)
+
+    @property
+    def needed(self) -> Tuple[str, ...]:
+        """Volumes that labels should have beside ``semantics``, and predictions as far as they are no masks."""
+        masks = _MASKS_NEEDED[self.miou_mask or 'camera'] if 'miou' in self.metrics else ()
+        extra = [name for metric, name in (('ray_pq', 'instances'), ('occ_score', 'flow')) if metric in self.metrics]
+        return tuple(extra) + masks
 
     def reset(self) -> None:
         """Forget all samples."""

@@ -156,8 +156,12 @@ class PredictionFiles:
             record = ', '.join(f'{key} {self.record[key]}' for key in ('config', 'weights') if self.record.get(key))
         return f'{len(self)} predictions in {self.path}: {self.form.describe()}' + (f'; {record}' if record else '')
 
-    def read(self, token: str) -> Dict[str, np.ndarray]:
+    def read(self, token: str, names: Sequence[str] = ('instances', 'flow')) -> Dict[str, np.ndarray]:
         """Dense prediction of a sample, as ``lib.prediction`` describes it; may be called by several threads.
+
+        Args:
+            token: of the sample.
+            names: arrays to read beside ``semantics`` where the file has them.
 
         Raises:
             DataError: the file is damaged, of another form, or does not fit the task.
@@ -167,7 +171,7 @@ class PredictionFiles:
         name = self._files[token]
         where = self._source.describe(name)
         with self._source.open(name, _most_bytes(self._task)) as stream:
-            return _read(stream, self.form.suffix, self._task, where, self.form)
+            return _read(stream, self.form.suffix, self._task, where, self.form, names)
 
     def choose(self, tokens: Iterable[str], only_predicted: bool = False) -> Tuple[List[int], str]:
         """Which of a data set's samples to score.
@@ -397,10 +401,10 @@ def _array_names(archive, where):
     return names
 
 
-def _read(stream, suffix, task, where, form=None) -> Dict[str, np.ndarray]:
+def _read(stream, suffix, task, where, form=None, extras=('instances', 'flow')) -> Dict[str, np.ndarray]:
     """Dense prediction from an open file; of the given form, or of whatever form it has."""
     try:
-        arrays, found = _arrays(stream, suffix, task, where, form)
+        arrays, found = _arrays(stream, suffix, task, where, form, extras)
     except _BROKEN as error:
         raise _damaged(where, error) from error
     if found.sparse:
@@ -408,7 +412,7 @@ def _read(stream, suffix, task, where, form=None) -> Dict[str, np.ndarray]:
     return _check_dense(arrays, found, task, where)
 
 
-def _arrays(stream, suffix, task, where, form) -> Tuple[Dict[str, np.ndarray], PredictionForm]:
+def _arrays(stream, suffix, task, where, form, extras) -> Tuple[Dict[str, np.ndarray], PredictionForm]:
     if suffix == '.npy':
         return {'': _read_npy(stream, task, where)}, PredictionForm(suffix)
     with zipfile.ZipFile(stream) as archive:
@@ -419,6 +423,9 @@ def _arrays(stream, suffix, task, where, form) -> Tuple[Dict[str, np.ndarray], P
                 f'{where} is of another form ({found.describe()}) than the files before it ({form.describe()}); give a '
                 'folder that holds one kind'
             )
+        if not found.sparse:
+            kept = found.instances if 'instances' in extras else ''
+            found = found._replace(instances=kept, flow=found.flow and 'flow' in extras)
         wanted = ('occ_loc', 'sem_pred', 'pano_sem', 'pano_inst') if found.sparse else (found.classes, found.instances)
         arrays = {}
         for name in wanted + ('flow',) * found.flow:

@@ -1,10 +1,13 @@
 """Scores of an evaluation, as numbers for a JSON file and as a table to read."""
 
+import csv
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 
+from ..io import PathLike, atomic_write, write_json
 from .counting import Counts, Regions
 from .scores import VARIANTS, ClassScores, Tallies, class_scores, interval, mean, resample, tallies, totals
 
@@ -142,6 +145,37 @@ class EvalResult:
         lines = text_table([[''] + list(columns)], rows, last)
         return '\n'.join([_ONLY_FREE] * self.only_free + lines + self._notes(sums))
 
+    def groups_table(self) -> str:
+        """Text tables of the totals by ring, sector and condition, as far as told apart."""
+        lines: List[str] = []
+        for kind, parts in self.groups().items():
+            if kind != 'scenes':
+                names = [name for name in next(iter(parts.values())) if '@' not in name]
+                rows = [[part] + [text_of(name, values[name]) for name in names] for part, values in parts.items()]
+                lines += ['', *text_table([[kind] + names], rows)]
+        return '\n'.join(lines)
+
+    def write_csv(self, path: PathLike) -> None:
+        """Write all scores, one a line: part, name, score, value (fraction of 1 or m/s), and its 95 % interval."""
+        bounds, plain = self.intervals(), self.as_dict()
+        rows: List[List[Any]] = [['part', 'name', 'score', 'value', 'low', 'high']]
+        rows += [['total', '', name, value, *bounds.get(name, ('', ''))] for name, value in self.totals.items()]
+        for label, values in plain['per_class'].items():
+            rows += [['class', label, name, value, '', ''] for name, value in values.items()]
+        for kind, parts in self.groups().items():
+            for part, values in parts.items():
+                rows += [[kind, part, name, value, '', ''] for name, value in values.items()]
+        _write_rows(path, rows)
+
+    def write_samples(self, path: PathLike) -> None:
+        """Write the totals of every sample that was kept, as ``.json``, or else as CSV."""
+        if Path(path).suffix == '.json':
+            write_json(path, [dict(token=one[0], scene=one[1], **_numbers(one[2])) for one in self.samples])
+            return
+        names = list(self.samples[0][2]) if self.samples else []
+        rows = [[token, scene] + [values[name] for name in names] for token, scene, values in self.samples]
+        _write_rows(path, [['token', 'scene'] + names] + rows)
+
     def columns(self) -> Dict[str, np.ndarray]:
         """{column of a table: scores [C]}; RayIoU and RayPQ are means over thresholds, then come those of each."""
         scores, columns = self.class_scores, {}
@@ -165,12 +199,9 @@ class EvalResult:
 
     def _parts(self) -> Dict[str, Dict[str, Tallies]]:
         parts: Dict[str, Dict[str, Tallies]] = {}
-        members = self.regions.members
-        if len(members) > 1:
-            names = [('rings', name) for name in self.regions.rings]
-            names += [('sectors', name) for name in self.regions.sectors]
-            for part, (kind, name) in enumerate(names, start=1):
-                parts.setdefault(kind, {})[name] = tallies(self.counts, members[part], part)
+        for part, ((kind, name), members) in enumerate(zip(self.regions.parts, self.regions.members)):
+            if kind:
+                parts.setdefault(kind, {})[name] = tallies(self.counts, members, part)
         for condition, is_night in (('day', False), ('night', True)):
             scenes = [scene.tallies for name, scene in self.scenes.items() if self.night.get(name) is is_night]
             if scenes:
@@ -219,6 +250,14 @@ def text_table(*blocks: List[List[str]]) -> List[str]:
             cells = (cell.rjust(max(width + 2, 10)) for cell, width in zip(row[1:], widths[1:]))
             lines.append(row[0].ljust(widths[0]) + ''.join(cells))
     return lines
+
+
+def _write_rows(path, rows):
+    """Write rows as CSV; what is not a number is left empty."""
+    with atomic_write(path) as temporary, open(str(temporary), 'w', newline='', encoding='utf-8') as stream:
+        csv.writer(stream).writerows(
+            [['' if value is None or value != value else value for value in row] for row in rows]
+        )
 
 
 def _numbers(values):

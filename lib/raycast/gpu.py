@@ -7,7 +7,7 @@ from ..extension import Extension
 
 MAX_VOLUMES = 7
 EXTENSION = Extension(
-    'lib.raycast.raycast_cuda',
+    f'{__package__}.raycast_cuda',
     interface_version=2,
     build_command='cd lib/raycast && python setup.py build_ext --inplace',
     otherwise='rays are cast on the CPU',

@@ -62,7 +62,7 @@ def _report(result, out, args, meta: Dict, seconds: float, folder: Optional[Path
     print(result.as_table())
     about = {name: getattr(args, name) for name in ('config', 'override', 'weights', 'split', 'amp', 'tf32')}
     about.update(iteration=meta.get('iteration'), seconds=round(seconds, 1))
-    write_json(out, dict(result.as_dict(), run=about))
+    write_json(out, dict(result.as_dict(details=True), run=about))
     saved = f'; predictions in {folder}' if folder else ''
     print(f'evaluated in {duration(seconds)}; figures in {out}{saved}', flush=True)
 

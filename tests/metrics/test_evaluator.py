@@ -286,7 +286,6 @@ def test_function_scores_what_is_at_hand(task):
         (dict(thresholds=[]), 'positive'),
         (dict(thresholds=range(1, 30)), 'at most'),
         (dict(task='occ3'), "unknown label set 'occ3'"),
-        (dict(task=Task('occ3d', cameras=('LEFT',)), breakdown=True), "'LEFT'"),
     ],
 )
 def test_wrong_settings_are_named(change, words):

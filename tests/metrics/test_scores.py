@@ -325,6 +325,8 @@ def test_rings_and_sectors():
     members = regions.members
     assert members.shape == (1 + 4 + 6, 24) and members[0].all()
     assert members[1:5].sum(axis=0).tolist() == members[5:].sum(axis=0).tolist() == [1] * 24
+    other = rings_and_sectors(Task('occ3d', cameras=('LEFT', 'CAM_FRONT')))
+    assert other.sectors == ('all',) and other.members.tolist() == [[True] * 4] + np.eye(4, dtype=bool).tolist()
 
 
 # mIoU

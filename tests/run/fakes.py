@@ -155,7 +155,7 @@ class FakeResult:
     def __init__(self, scores):
         self.scores, self.num_samples = scores, len(scores)
 
-    def as_dict(self):
+    def as_dict(self, details=False):
         return dict(
             RayIoU=sum(self.scores) / len(self.scores),
             order=[float(s) for s in self.scores],

@@ -11,11 +11,12 @@ from lib.config import load_config
 from lib.errors import UserError
 from lib.io import load_pickle_safe
 from lib.metrics import Evaluator
+from lib.metrics.command import score
 from lib.metrics.formats import open_predictions
 from lib.prediction import save_prediction, write_record
 from lib.task import Task
 from tools.evaluate import main as evaluate_main
-from tools.evaluate import score
+from tools.evaluate import samples_of
 
 
 class SmallDataset:
@@ -34,6 +35,9 @@ class SmallDataset:
         occupied = rng.random(self.task.grid_shape) < 0.05
         labels = rng.integers(0, 17, self.task.grid_shape)
         return dict(semantics=np.where(occupied, labels, 17).astype(np.uint8))
+
+    def scene_name(self, index):
+        return 'scene'
 
     def ray_origins(self, index):
         return np.array([[0.0, 0.0, 1.0], [2.0, 1.0, 1.5]])
@@ -58,13 +62,12 @@ def predictions(tmp_path):
 
 
 @pytest.mark.parametrize('workers', [1, 3])
-def test_true_labels_score_one(predictions, workers):
+def test_true_labels_score_one(predictions, workers, capsys):
     dataset, lines = SmallDataset(), []
-    found = open_predictions(predictions, dataset.task)
-    evaluator = Evaluator(dataset.task, ('ray_iou', 'miou'))
-    result = score(dataset, [0, 1, 2], found, evaluator, workers, lines.append)
-    assert (result.num_samples, result.as_dict()['RayIoU'], result.as_dict()['mIoU']) == (3, 1.0, 1.0)
-    assert 'scored 3 samples' in lines[-1]
+    samples = samples_of(dataset, open_predictions(predictions, dataset.task), say=lines.append)
+    result = score(samples, Evaluator(dataset.task, ('ray_iou', 'miou')), workers)
+    assert (result.num_samples, result.totals['RayIoU'], result.totals['mIoU']) == (3, 1.0, 1.0)
+    assert '3 predictions' in lines[0] and 'scored 3 samples' in capsys.readouterr().err
 
 
 def test_script_on_toy_data(toy_root, tmp_path):

@@ -3,7 +3,9 @@
     sparseocc-train --config configs/r50_nuimg_704x256_8f_v1.1.py       # or: python -m sparseocc train --config ...
     torchrun --nproc_per_node 8 -m sparseocc train --config configs/r50_nuimg_704x256_8f_v1.1.py
 
-A config that is not found from the folder at hand is looked for in the package.
+``sparseocc-eval`` is a command of its own (lib/metrics/command.py), which needs no config; ``python -m sparseocc eval``
+is tools/evaluate.py, which takes samples and labels from one. A config that is not found from the folder at hand is
+looked for in the package.
 """
 
 import os
@@ -42,6 +44,7 @@ def run_command() -> None:
 
 def run(command, arguments) -> None:
     script = str(ROOT / SCRIPTS[command])
+    sys.path.insert(0, str(ROOT))
     sys.argv = [script] + [find_config(text) for text in arguments]
     runpy.run_path(script, run_name='__main__')
 
