@@ -53,6 +53,7 @@ NOT_RUN = {
     'apt install': 'needs an administrator',
     'docker': 'needs a container engine',
     'tools/benchmark.py': 'minutes on a GPU',
+    'tools/measure_code.py': 'about the code, not of use to anybody who runs it',
     'tools/benchmark_operators.py': 'minutes on a GPU',
     'tests/parity_table.py': 'minutes; tests/test_parity.py compares the same figures',
     '-m pytest': 'runs the tests themselves',
