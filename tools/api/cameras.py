@@ -21,7 +21,7 @@ from loaders.infos import NOWHERE
 from loaders.own_data import read_camera, read_pose
 from loaders.pipelines import build_pipeline
 from loaders.pipelines.image_aug import RandomTransformImage
-from loaders.pipelines.load_images import LoadMultiViewImageFromMultiSweeps
+from loaders.pipelines.loading import LoadMultiViewImageFromMultiSweeps
 
 Pose = Union[np.ndarray, Mapping]  # 4x4, or dict(rotation=quaternion w x y z or 3x3, translation=3 metres)
 Image = Union[str, os.PathLike, np.ndarray, Mapping, None]
