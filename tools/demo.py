@@ -36,7 +36,7 @@ PICTURES = ('picture.png', 'drive.gif')
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default='outputs/demo', help='folder of all runs (default: %(default)s)')
-    parser.add_argument('--weights', default=WEIGHTS, help='of configs/toybench/small.py (default: %(default)s)')
+    parser.add_argument('--weights', default=WEIGHTS, help='of configs/toybench/demo.py (default: %(default)s)')
     parser.add_argument('--scenes', type=int, default=3, help='of the toy data; all but one are scored (default 3)')
     parser.add_argument('--keyframes', type=int, default=10, help='per scene (default 10)')
     parser.add_argument('--image-size', default='800x450', help='of the toy data (default %(default)s)')
@@ -220,7 +220,7 @@ def main():
     publish(demo, args.out, summary)
     print(f'figures in {os.path.join(args.out, "summary.json")}')
     if not summary['beats_baseline']:
-        print('WARNING: the model did not beat the guess; are these the weights of configs/toybench/small.py?')
+        print('WARNING: the model did not beat the guess; are these the weights of configs/toybench/demo.py?')
 
 
 if __name__ == '__main__':
