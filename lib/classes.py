@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Dict, Mapping, Tuple, Union
 
 from .errors import ConfigError
+from .registry import check_keys, did_you_mean
 
 FREE = 'free'
 IGNORE_LABEL = 255
@@ -202,8 +203,8 @@ def get_label_set(spec: Union[str, Mapping, LabelSet]) -> LabelSet:
     if isinstance(spec, str):
         if spec not in LABEL_SETS:
             raise ConfigError(
-                f'unknown label set {spec!r}; use one of {sorted(LABEL_SETS)}, or a dict with name, class_names '
-                'and things'
+                f'unknown label set {spec!r}{did_you_mean(spec, LABEL_SETS)}; use one of {sorted(LABEL_SETS)}, or a '
+                'dict with name, class_names and things'
             )
         return LABEL_SETS[spec]
     fields = {'name', 'class_names', 'things', 'colours', 'voxel_counts'}
@@ -211,12 +212,10 @@ def get_label_set(spec: Union[str, Mapping, LabelSet]) -> LabelSet:
         raise ConfigError(
             f'label_set must be one of {sorted(LABEL_SETS)} or a dict with {sorted(fields)}, got {spec!r}'
         )
-    unknown, missing = set(spec) - fields, {'name', 'class_names', 'things'} - set(spec)
-    if unknown or missing:
-        raise ConfigError(
-            f'label_set: unknown keys {sorted(unknown, key=str)}, missing keys {sorted(missing)}; '
-            f'the fields are {sorted(fields)}'
-        )
+    check_keys(spec, fields, 'task.label_set')
+    missing = {'name', 'class_names', 'things'} - set(spec)
+    if missing:
+        raise ConfigError(f'task.label_set: keys {sorted(missing)} are missing; the fields are {sorted(fields)}')
     _check_label_set(spec)
     return LabelSet(
         name=spec['name'],

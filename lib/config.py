@@ -5,6 +5,7 @@ and dropped. What a class of a registry takes is checked when it is built (``lib
 """
 
 import ast
+import contextlib
 import importlib
 import os
 import pprint
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Sequence
 
 from .errors import ConfigError
-from .registry import check_keys, did_you_mean, section
+from .registry import check_keys, did_you_mean, said_elsewhere, section
 from .settings import EvaluationSettings, TrainSettings, setting_names
 
 TOP_LEVEL_KEYS = (
@@ -52,7 +53,13 @@ _OPEN_SECTIONS = (
     'optimizer',
     'lr_config',
     'optimizer_config.grad_clip',
+    'task.label_set',
+    'task.label_set.voxel_counts',
+    'optimizer.paramwise_cfg',
+    'optimizer.paramwise_cfg.custom_keys',
     'model.data_aug',
+    'model.data_aug.img_norm_cfg',
+    'model.data_aug.img_pad_cfg',
     'model.test_cfg',
     'published',
 )
@@ -111,13 +118,36 @@ def _read(path) -> dict:
 
     search_path = list(sys.path)
     try:
-        return Config.fromfile(str(path), import_custom_modules=False)._cfg_dict.to_dict()
+        with _dicts_replace_values(Config):
+            return Config.fromfile(str(path), import_custom_modules=False)._cfg_dict.to_dict()
     except Exception as error:  # a config is a program and may raise anything
         message = _describe(error, path)
         _close_temporary_files(error)
     finally:
         sys.path[:] = search_path  # mmcv leaves its temporary folder there when a config fails
     raise ConfigError(message)
+
+
+@contextlib.contextmanager
+def _dicts_replace_values(config_class):
+    """While mmcv merges files, a dict takes the place of a base's text, number or list without ``_delete_``."""
+    merge = config_class._merge_a_into_b
+
+    def merge_marked(a, b, allow_list_keys=False):
+        for key, value in a.items():
+            if isinstance(value, dict):
+                replaces = key in b and not isinstance(b[key], dict)
+                if replaces:
+                    value['_delete_'] = True
+                elif key not in b:
+                    value.pop('_delete_', None)  # there is nothing to delete
+        return merge(a, b, allow_list_keys)
+
+    config_class._merge_a_into_b = staticmethod(merge_marked)
+    try:
+        yield
+    finally:
+        config_class._merge_a_into_b = staticmethod(merge)
 
 
 def _describe(error, path) -> str:
@@ -237,7 +267,7 @@ def _accepts(parent, path, key) -> bool:
         return key in TOP_LEVEL_KEYS
     if dotted in SECTION_KEYS:
         return key in SECTION_KEYS[dotted]
-    return 'type' in parent or dotted in _OPEN_SECTIONS
+    return 'type' in parent or dotted in _OPEN_SECTIONS or dotted.endswith('_cfgs')  # components by names of their own
 
 
 def _index(items, path, part, text):
@@ -251,12 +281,9 @@ def _index(items, path, part, text):
 
 def _unknown_path(parent, path, key, text):
     known = set(map(str, parent)) | set(SECTION_KEYS.get('.'.join(path), () if path else TOP_LEVEL_KEYS))
-    where = '.'.join(path) or 'the config'
-    return ConfigError(
-        'override {!r}: {} has no key {!r}{} (the keys are {})'.format(
-            text, where, key, did_you_mean(key, known), ', '.join(sorted(known))
-        )
-    )
+    where, remedy = '.'.join(path) or 'the config', said_elsewhere([key]) or did_you_mean(key, known)
+    keys = ', '.join(sorted(known))
+    return ConfigError(f'override {text!r}: {where} has no key {key!r}{remedy} (the keys are {keys})')
 
 
 def require_keys(cfg, keys: Sequence[str]) -> None:

@@ -7,11 +7,45 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 from .errors import ConfigError
 
+# Keys of the published code's configs (and of those of its kind), and how the same is said here.
+_TASK = 'stands once, in task (label_set, point_cloud_range, voxel_size, num_frames, cameras, image_size)'
+_SECTIONS = 'is said in data.train, data.val and data.test'
+_NOT_NEEDED = 'is not needed; remove it'
+PUBLISHED_KEYS = dict(
+    dict.fromkeys(('point_cloud_range', 'pc_range', 'occ_size', 'voxel_size', 'num_frames', 'num_classes'), _TASK),
+    **dict.fromkeys(('class_names', 'occ_class_names', 'det_class_names', 'classes', 'sweeps_num'), _TASK),
+    **dict.fromkeys(('dataset_type', 'dataset_root', 'data_root', 'occ_gt_root', 'ann_file'), _SECTIONS),
+    **dict.fromkeys(('train_pipeline', 'test_pipeline'), 'is pipeline in data.train, data.val and data.test'),
+    **dict.fromkeys(('input_modality', 'modality', 'log_level', 'dist_params', 'workflow', 'debug'), _NOT_NEEDED),
+    **dict.fromkeys(('use_grid_mask', 'no_class_weight', 'file_client_args', 'is_train', 'gpu_ids'), _NOT_NEEDED),
+    **dict.fromkeys(('batch_size', 'samples_per_gpu'), 'is total_batch_size, over all GPUs'),
+    **dict.fromkeys(('eval_config', 'eval_interval'), 'is evaluation.interval'),
+    img_norm_cfg='stands in model.data_aug',
+    ida_aug_conf='is task.image_size, and resize_lim and rand_flip of RandomTransformImage',
+    bda_aug_conf='is rot_lim, flip_dx_ratio and flip_dy_ratio of BEVAug',
+    total_epochs='is runner.max_epochs',
+    checkpoint_config='is train.checkpoint_interval and train.max_keep_ckpts',
+    log_config='is train.log_interval',
+    fp16="is train.amp='fp16'",
+    find_unused_parameters='is train.find_unused_parameters',
+    cudnn_benchmark='is train.cudnn_benchmark',
+    work_dir='is --work-dir of train.py',
+    LoadMultiViewImageFromFiles='is done by LoadMultiViewImageFromMultiSweeps',
+    DefaultFormatBundle3D='is done by the data set',
+    Collect3D='is done by the data set',
+)
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` with the known name nearest to ``name``, or an empty string if none is near."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
     return f'; did you mean {near[0]!r}?' if near else ''
+
+
+def said_elsewhere(names: Iterable[str]) -> str:
+    """How to say here what keys of the published code's configs say there; an empty string if none is one."""
+    found = [f'{name} {PUBLISHED_KEYS[name]}' for name in names if name in PUBLISHED_KEYS]
+    return '; as in the published code? Here ' + ', '.join(found) + ' (docs/migration.md)' if found else ''
 
 
 def section(value: Any, where: str) -> Dict:
@@ -28,7 +62,7 @@ def section(value: Any, where: str) -> Dict:
 
 
 def check_keys(given: Mapping, allowed: Iterable[str], where: str) -> None:
-    """Raise ConfigError naming the first key of ``given`` that is not ``allowed``.
+    """Raise ConfigError naming the first key of ``given`` that is not ``allowed``, and what it should have been.
 
     Args:
         given: mapping from a config.
@@ -36,13 +70,10 @@ def check_keys(given: Mapping, allowed: Iterable[str], where: str) -> None:
         where: how the user knows the mapping, e.g. ``train`` or ``configs/a.py``.
     """
     allowed = sorted(allowed)
-    for key in given:
-        if key not in allowed:
-            raise ConfigError(
-                '{}: unknown key {!r}{} (the keys are {})'.format(
-                    where, key, did_you_mean(key, allowed), ', '.join(allowed)
-                )
-            )
+    unknown = [key for key in given if key not in allowed]
+    if unknown:
+        remedy = said_elsewhere(unknown) or did_you_mean(unknown[0], allowed)
+        raise ConfigError(f'{where}: unknown key {unknown[0]!r}{remedy} (the keys are {", ".join(allowed)})')
 
 
 def build_checked(cfg: Mapping, registry, default_args: Optional[Mapping] = None, where: str = ''):
@@ -71,13 +102,29 @@ def build_checked(cfg: Mapping, registry, default_args: Optional[Mapping] = None
 def _registered(name, registry, where):
     if inspect.isclass(name) or inspect.isfunction(name):
         return name
-    cls = registry.get(name)
+    cls = registry.get(name) if isinstance(name, str) else None
     if cls is None:
         raise ConfigError(
-            f'{where}unknown type {name!r}{did_you_mean(name, registry.module_dict)} '
-            f'(not registered as a {registry.name})'
+            f'{where}unknown type {name!r}{said_elsewhere([name]) or did_you_mean(name, registry.module_dict)} '
+            f'(nothing of that name in the registry {registry.name!r})'
         )
     return cls
+
+
+def check_component(cfg: Mapping, registry, where: str, more_keys: Iterable[str] = ()) -> None:
+    """Raise ConfigError unless ``cfg`` names a registered class and only its arguments; nothing is built.
+
+    Args:
+        cfg: config with ``type``.
+        registry: mmcv Registry.
+        where: its key in the config.
+        more_keys: that it may have besides, for whoever builds it.
+    """
+    if 'type' not in cfg:
+        raise ConfigError(f"{where}: key 'type' is missing; got {dict(cfg)!r}")
+    names, _, open_ended = _parameters(_registered(cfg['type'], registry, f'{where}: '))
+    if not open_ended:
+        check_keys(cfg, ['type', *names, *more_keys], where)
 
 
 def _check_arguments(cls, args, added, where):
@@ -88,7 +135,7 @@ def _check_arguments(cls, args, added, where):
             f'{where}{cls.__name__}: key {repeated[0]!r} is filled in by the program; remove it from the config'
         )
     if not open_ended:
-        check_keys(args, [n for n in names if n not in added], where + cls.__name__)
+        check_keys(args, ['type', *(n for n in names if n not in added)], where + cls.__name__)
     missing = [n for n in required if n not in args and n not in added]
     if missing:
         raise ConfigError(

@@ -12,6 +12,7 @@ from typing import Any, Mapping, Tuple
 
 from .classes import LabelSet, get_label_set
 from .errors import ConfigError
+from .registry import check_keys
 
 OCC3D_RANGE = (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4)  # metres, ego frame
 NUSCENES_CAMERAS = ('CAM_FRONT', 'CAM_FRONT_RIGHT', 'CAM_FRONT_LEFT', 'CAM_BACK', 'CAM_BACK_LEFT', 'CAM_BACK_RIGHT')
@@ -112,9 +113,7 @@ class Task:
         known = {f.name for f in fields(cls) if f.init}
         if not isinstance(cfg, AnyMapping):
             raise ConfigError(f'task must be a dict with the keys {sorted(known)}, got {cfg!r}')
-        unknown = set(cfg) - known
-        if unknown:
-            raise ConfigError(f'task: unknown keys {sorted(unknown, key=str)}; the keys are {sorted(known)}')
+        check_keys(cfg, known, 'task')
         if 'label_set' not in cfg:
             raise ConfigError("task: key 'label_set' is missing; give e.g. label_set='occ3d'")
         return cls(**dict(cfg))

@@ -2,15 +2,17 @@
 
 import inspect
 import logging
+import traceback
 from typing import Mapping, Optional
 
 from mmdet.models.builder import DETECTORS
 from torch import Tensor
 
 from lib.checkpoint import WeightsKind
-from lib.errors import ConfigError
+from lib.errors import ConfigError, reason
 from lib.registry import build_checked
 from lib.task import Task
+from models.architecture import check_layers
 
 # Another detector's names for the parts: mmdet calls the pyramid 'neck'. Its weights fit where the widths agree.
 PRETRAINED_NAMES = ((r'^neck\.', 'img_neck.'),)
@@ -38,6 +40,8 @@ def build_model(cfg: Mapping, task: Task):
     if 'task' in cfg:
         raise ConfigError('model.task must not be given: the task comes from the top-level task dict')
     model = build_checked(cfg, DETECTORS, dict(task=task), 'model')
+    if hasattr(model, 'check_parts'):
+        model.check_parts()
     _init_quietly(model)
     return model.train()  # a ResNet fixes its running statistics (norm_eval) only when told to train
 
@@ -55,6 +59,28 @@ def build_part(cfg: Mapping, registry, where: str, task: Optional[Task] = None):
     cls = kind if inspect.isclass(kind) else registry.get(kind) if isinstance(kind, str) else None
     takes_task = cls is not None and 'task' in inspect.signature(cls.__init__).parameters
     return build_checked(cfg, registry, dict(task=task) if takes_task else {}, where)
+
+
+def build_encoder_part(cfg: Mapping, registry, where: str):
+    """A backbone or neck of mmdet's, whose layers are checked first; what its constructor refuses is one sentence.
+
+    Raises:
+        ConfigError: it cannot be built as configured.
+    """
+    if isinstance(cfg, Mapping):
+        check_layers(cfg, where)
+    try:
+        return build_part(cfg, registry, where)
+    except (AssertionError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(f'{where}: {cfg["type"]} cannot be built as configured: {_said(error)}') from error
+
+
+def _said(error: Exception) -> str:
+    """What an exception of another library says; an assertion without words is shown."""
+    if str(error):
+        return reason(error)
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    return f'{type(error).__name__} ({line})'
 
 
 def hand_down(cfg: Mapping, where: str, values: Mapping, source: str) -> Mapping:
@@ -84,6 +110,11 @@ def _init_quietly(model):
     logging.disable(logging.INFO)
     try:
         model.init_weights()
+    except OSError as error:
+        raise ConfigError(
+            f'model: the weights that an init_cfg names cannot be read or fetched ({reason(error)}); give a file that '
+            'is there, or set init_cfg=None'
+        ) from error
     finally:
         logging.disable(previous)
 

@@ -16,7 +16,8 @@ from lib.errors import ConfigError, DataError
 from lib.registry import check_keys
 from lib.targets import OccupancyTargets
 from lib.task import Task
-from models.builder import PRETRAINED_NAMES, build_part, describe_weights, hand_down
+from models.architecture import check_maps
+from models.builder import PRETRAINED_NAMES, build_encoder_part, build_part, describe_weights, hand_down
 from models.csrc import compiled_operators
 from models.decoders import TransformerOutput
 from models.encoder import ImageEncoder, ImageFeatures
@@ -93,14 +94,20 @@ class SparseOcc(BaseModule):
             raise ConfigError(f'model.test_cfg.history must be one of {list(HISTORY)}, got {self.history!r}')
         self.use_mask_camera = use_mask_camera
         self.image_input = ImageInput.from_config(data_aug)
-        self.img_backbone = build_part(img_backbone, BACKBONES, 'model.img_backbone')
-        self.img_neck = build_part(img_neck, NECKS, 'model.img_neck')
+        self.img_backbone = build_encoder_part(img_backbone, BACKBONES, 'model.img_backbone')
+        self.img_neck = build_encoder_part(img_neck, NECKS, 'model.img_neck')
         head = {key: test_cfg[key] for key in _HEAD_KEYS if key in test_cfg}
         head_cfg = hand_down(pts_bbox_head, 'model.pts_bbox_head', head, 'model.test_cfg')
         self.pts_bbox_head = build_part(head_cfg, HEADS, 'model.pts_bbox_head', self.task)
         parts = self.image_input, self.img_backbone, self.img_neck
         self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse=fuse_backbone)
+        self._neck_cfg = dict(img_neck)
         self._register_load_state_dict_pre_hook(self._forget_weights)
+
+    def check_parts(self):
+        """Raise ConfigError unless backbone, neck and head fit together; leaves the former in evaluation mode."""
+        sizes = self.pts_bbox_head.transformer.sizes
+        check_maps(self.img_backbone, self.img_neck, sizes.num_levels, sizes.embed_dims, self._neck_cfg)
 
     def forward(
         self,

@@ -1,5 +1,6 @@
 """Optimizer, learning rate and clipping, from the config."""
 
+import inspect
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, fields
@@ -34,6 +35,8 @@ def build_optimizer(model: nn.Module, cfg: Mapping) -> torch.optim.Optimizer:
                 ', '.join(_OPTIMIZERS), name, did_you_mean(name, _OPTIMIZERS)
             )
         )
+    arguments = [key for key in inspect.signature(_OPTIMIZERS[name]).parameters if key != 'params']
+    check_keys(cfg, ['type', 'paramwise_cfg', *arguments], 'optimizer')
     custom_keys = _custom_keys(cfg.pop('paramwise_cfg', None))
     if 'lr' not in cfg:
         raise ConfigError("optimizer: key 'lr' is missing; give the learning rate")

@@ -67,6 +67,7 @@ class SparseOccTransformer(BaseModule):
     ):
         super().__init__()
         sizes = DecoderSizes(task, embed_dims, num_groups, num_points, num_levels, dropout, published_weight_order)
+        self.sizes = sizes
         self.voxel_decoder = SparseVoxelDecoder(sizes, topk_training, topk_testing, scoring, num_heads, mixing_chunk)
         self.decoder = MaskDecoder(sizes, num_layers, num_queries)
         self.training_draws, self.testing_draws = RandomDraws(), build_draws(draws)

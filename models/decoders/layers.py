@@ -11,10 +11,13 @@ from mmcv.cnn.bricks.transformer import MultiheadAttention
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
+from lib.errors import ConfigError
 from lib.task import Task
 from models.csrc.adaptive_mixing import adaptive_mix, adaptive_mix_reference
 from models.csrc.distance_attention import distance_attention, distance_attention_reference
 from models.torch_compat import recompute
+
+_WHERE = 'model.pts_bbox_head.transformer'
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ class DecoderSizes:
     num_levels: int = 4
     dropout: float = 0.1
     published_weight_order: bool = True
+
+    def __post_init__(self):
+        for name in ('embed_dims', 'num_groups', 'num_points', 'num_levels'):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f'{_WHERE}.{name} must be an integer of at least 1, got {value!r}')
+        if self.embed_dims % self.num_groups:
+            raise ConfigError(
+                f'{_WHERE}.embed_dims {self.embed_dims} is not a multiple of num_groups {self.num_groups}; change one'
+            )
 
 
 class AdaptiveMixing(BaseModule):

@@ -117,6 +117,10 @@ class SparseVoxelDecoder(BaseModule):
                 'transformer.topk_training and topk_testing need one number per stage, got '
                 f'{topk_training!r} and {topk_testing!r}'
             )
+        if num_heads and sizes.embed_dims % num_heads:
+            raise ConfigError(
+                f'transformer.embed_dims {sizes.embed_dims} is not a multiple of num_heads {num_heads}; change one'
+            )
         self.topk_training, self.topk_testing = tuple(topk_training), tuple(topk_testing)
         task, embed_dims = sizes.task, sizes.embed_dims
         self.embed_dims, self.scoring = embed_dims, scoring

@@ -180,3 +180,41 @@ def test_build_checked_names_the_key(cfg, words):
 def test_an_error_inside_a_constructor_is_not_called_a_wrong_key():
     with pytest.raises(TypeError, match='sizze'):
         build_checked(dict(type='Nested', child=dict(sizze=1)), REGISTRY)
+
+
+@pytest.mark.parametrize('value', ["'occ3d'", '3', 'None', '[1, 2]'])
+def test_a_dict_replaces_what_is_none(write, value):
+    write(GOOD.replace("'occ3d'", value), 'base.py')
+    own = "task = dict(label_set=dict(name='own', things=['a']), voxels=dict(_delete_=True, x=1))"
+    cfg = load_config(write(f"_base_ = './base.py'\n{own}\n"))
+    assert cfg.task.label_set == dict(name='own', things=['a']) and cfg.task.voxels == dict(x=1)
+
+
+PUBLISHED = """
+dataset_type = 'NuSceneOcc'
+point_cloud_range = [-40, -40, -1.0, 40, 40, 5.4]
+img_norm_cfg = dict(mean=[1, 2, 3])
+total_epochs = 24
+batch_size = 8
+"""
+
+
+def test_a_published_config_is_recognised(write):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(PUBLISHED))
+    for words in ('published code', 'data.train', 'task (', 'model.data_aug', 'runner.max_epochs', 'total_batch_size'):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'override, words',
+    [
+        ('batch_size=8', 'total_batch_size'),
+        ('data.samples_per_gpu=2', 'total_batch_size'),
+        ('total_epochs=3', 'runner.max_epochs'),
+        ('log_config.interval=1', 'train.log_interval'),
+    ],
+)
+def test_published_keys_in_overrides(write, override, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(write(GOOD), [override])

@@ -1,0 +1,93 @@
+"""Parts that fit together are built and run; those that do not are told in one sentence, with what to set."""
+
+import os
+
+import pytest
+import torch
+
+from lib.config import load_config
+from lib.errors import ConfigError
+from lib.task import Task
+from models import build_model
+from tools.synthetic import synthetic_batch
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+CONFIG = os.path.join(os.path.dirname(__file__), '..', '..', 'configs', 'toy', 'semantic.py')
+SMALL = [
+    'task.num_frames=2',
+    'task.cameras=["CAM_FRONT"]',
+    'task.image_size=[64, 96]',
+    'task.voxel_size=0.8',
+    'task.point_cloud_range=[-16, -16, -1, 16, 16, 5.4]',
+    'model.pts_bbox_head.transformer.topk_training=[50, 100, 200]',
+    'model.pts_bbox_head.transformer.topk_testing=[50, 100, 200]',
+]
+BACKBONE, NECK, HEAD = 'model.img_backbone', 'model.img_neck', 'model.pts_bbox_head'
+SWIN = {'type': 'SwinTransformer', 'embed_dims': 24, 'depths': [1, 1, 1, 1], 'num_heads': [1, 2, 4, 8]}
+
+
+def build(*changes):
+    cfg = load_config(CONFIG, [*SMALL, *changes])
+    task = Task.from_config(cfg.task)
+    return build_model(cfg.model, task), task
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        (f'{BACKBONE}.depth=34',),
+        (f'{BACKBONE}.depth=101', f'{NECK}.in_channels=[256, 512, 1024, 2048]'),
+        (f'{BACKBONE}={SWIN}', f'{NECK}.in_channels=[24, 48, 96, 192]'),
+        (f'{BACKBONE}.norm_cfg={{"type": "GN", "num_groups": 8}}',),
+        (f'{BACKBONE}.norm_cfg.type=SyncBN',),
+        (f'{BACKBONE}.out_indices=[1, 2, 3]', f'{NECK}.in_channels=[128, 256, 512]', f'{NECK}.num_outs=4'),
+        (
+            f'{BACKBONE}.out_indices=[0, 1, 2]',
+            f'{NECK}.in_channels=[64, 128, 256]',
+            f'{NECK}.num_outs=3',
+            f'{HEAD}.transformer.num_levels=3',
+        ),
+    ],
+    ids=lambda changes: changes[0].split('.', 1)[-1][:30],
+)
+def test_it_learns_and_predicts(changes):
+    model, task = build(*changes)
+    losses = model(**synthetic_batch(task, batch_size=1, with_labels=True), return_loss=True)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.img_backbone.parameters())
+    (prediction,) = model.eval()(**synthetic_batch(task), return_loss=False)
+    assert prediction['sem_pred'].shape[1] == 200
+
+
+def test_images_of_full_size():
+    model, task = build('task.image_size=[900, 1600]', 'task.num_frames=1')
+    (prediction,) = model.eval()(**synthetic_batch(task), return_loss=False)
+    assert prediction['sem_pred'].shape[1] == 200
+
+
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        ((f'{BACKBONE}.depth=101',), ['depth 101', 'model.img_neck.in_channels=[256, 512, 1024, 2048]']),
+        ((f'{BACKBONE}={SWIN}',), ['SwinTransformer', 'in_channels=[24, 48, 96, 192]']),
+        ((f'{BACKBONE}.out_indices=[1, 2, 3]',), ['3 maps', 'in_channels=[128, 256, 512]']),
+        ((f'{NECK}.num_outs=5',), ['num_levels is 4', 'num_levels=5']),
+        ((f'{HEAD}.transformer.num_levels=3',), ['gives 4 maps', 'num_outs=3']),
+        ((f'{NECK}.num_outs=3',), ['model.img_neck', 'num_outs']),
+        ((f'{HEAD}.embed_dims=128',), ['out_channels=128']),
+        ((f'{HEAD}.transformer.num_groups=7',), ['num_groups 7']),
+        ((f'{HEAD}.transformer.num_heads=7',), ['num_heads 7']),
+        ((f'{HEAD}.transformer.num_points=0',), ['num_points', '0']),
+        ((f'{BACKBONE}.depth=20',), ['model.img_backbone', 'invalid depth 20']),
+        ((f'{BACKBONE}.norm_cfg.type=SyncBNN',), ['model.img_backbone.norm_cfg', "did you mean 'SyncBN'"]),
+        ((f'{BACKBONE}.norm_cfg.requires_gard=True',), ["did you mean 'requires_grad'"]),
+        ((f'{BACKBONE}.norm_cfg.type=GN',), ['model.img_backbone', 'num_groups']),
+        ((f'{BACKBONE}.init_cfg={{"type": "Pretrained", "checkpoint": "no.pth"}}',), ['init_cfg.checkpoint', 'no.pth']),
+    ],
+)
+def test_what_does_not_fit_is_told(changes, words):
+    with pytest.raises(ConfigError) as error:
+        build(*changes)
+    assert all(word in str(error.value) for word in words), str(error.value)
