@@ -22,7 +22,7 @@ from tools.watch_folder import main as watch_main
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG, WEIGHTS = str(ROOT / 'configs/toybench/small.py'), str(ROOT / 'weights/toybench_small.pth')
+CONFIG, WEIGHTS = str(ROOT / 'configs/toybench/demo.py'), str(ROOT / 'weights/toybench_small.pth')
 SMALL = ['task.image_size=[64, 160]', 'model.pts_bbox_head.transformer.topk_testing=[60, 150, 400]']
 FORWARD, LEFT = [0.5, -0.5, 0.5, -0.5], [0.70710678, -0.70710678, 0.0, 0.0]
 CAMERAS = {
@@ -307,7 +307,7 @@ def test_page_of_the_documentation_runs(tmp_path, monkeypatch):
     """Its Python as it stands, but for the paths of config and weights and a smaller network."""
     text = (ROOT / 'docs/api.md').read_text(encoding='utf-8')
     code = '\n'.join(re.findall(r'^```python\n(.*?)^```$', text, re.M | re.S))
-    made = "SparseOccPredictor('configs/toybench/small.py', 'weights/toybench_small.pth')"
+    made = "SparseOccPredictor('configs/toybench/demo.py', 'weights/toybench_small.pth')"
     assert code.count(made) == 1
     code = code.replace(made, 'SparseOccPredictor(CONFIG, WEIGHTS, override=SMALL)')
     code = code.replace('from sparseocc import', 'from tools.package import')
