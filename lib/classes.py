@@ -136,6 +136,22 @@ class LabelSet:
         return tuple(self.colours.get(name, (128, 128, 128)) for name in self.class_names)
 
 
+# Classes that nuScenes annotates with boxes; all others are stuff in labels, whatever a model counts as things.
+BOX_CLASSES = (
+    'car',
+    'truck',
+    'trailer',
+    'bus',
+    'construction_vehicle',
+    'bicycle',
+    'motorcycle',
+    'pedestrian',
+    'traffic_cone',
+    'barrier',
+)
+_SURROUNDINGS = ('driveable_surface', 'other_flat', 'sidewalk', 'terrain', 'manmade', 'vegetation')
+
+
 def _table(name, class_names):
     return LabelSet(
         name=name, class_names=class_names, things=_THINGS, colours=_COLOURS, voxel_counts=_OCC3D_VOXEL_COUNTS
@@ -156,38 +172,12 @@ OCC3D = _table(
         'traffic_cone',
         'trailer',
         'truck',
-        'driveable_surface',
-        'other_flat',
-        'sidewalk',
-        'terrain',
-        'manmade',
-        'vegetation',
+        *_SURROUNDINGS,
         FREE,
     ),
 )
 
-OPENOCC_V2 = _table(
-    'openocc_v2',
-    (
-        'car',
-        'truck',
-        'trailer',
-        'bus',
-        'construction_vehicle',
-        'bicycle',
-        'motorcycle',
-        'pedestrian',
-        'traffic_cone',
-        'barrier',
-        'driveable_surface',
-        'other_flat',
-        'sidewalk',
-        'terrain',
-        'manmade',
-        'vegetation',
-        FREE,
-    ),
-)
+OPENOCC_V2 = _table('openocc_v2', (*BOX_CLASSES, *_SURROUNDINGS, FREE))
 
 LABEL_SETS: Dict[str, LabelSet] = {s.name: s for s in (OCC3D, OPENOCC_V2)}
 

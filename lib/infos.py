@@ -13,13 +13,15 @@ dicts {CAM: camera entry}, newest first; none for the first keyframe of a scene)
 opened, so that nothing later has to.
 """
 
+import os
 from numbers import Real
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from .errors import DataError
-from .geometry import make_transform, quaternion_to_matrix
+from .geometry import intrinsics_to_matrix, invert_rigid, make_transform, quaternion_to_matrix
 from .io import load_pickle_safe
 
 MAX_KEYFRAME_GAP = 5_000_000  # microseconds; keyframes of one scene are 0.5 s apart
@@ -342,3 +344,57 @@ def split_scenes(infos: Sequence[Dict]) -> List[List[int]]:
 def _begins_scene(previous, info, marked):
     late = info['timestamp'] - previous['timestamp'] > MAX_KEYFRAME_GAP
     return late or (marked and not len(info.get('sweeps', ())))
+
+
+# -- camera entries: their files, poses and projections. Metres and pixels
+
+NOWHERE = np.array([[0.0, 0, 0, -1], [0, 0, 0, -1], [0, 0, 0, 0], [0, 0, 0, 1]])
+"""lidar2img of an image that does not exist: every point has depth 0 and lies far outside, so none is seen there."""
+
+
+def relocate(recorded: str, data_root) -> str:
+    """Path of a data file under ``data_root``, whatever root the info file recorded.
+
+    The part from the last ``samples/`` or ``sweeps/`` folder on is kept. A path without such a folder is
+    taken as it is when absolute, else as relative to ``data_root``.
+    """
+    parts = Path(str(recorded).replace('\\', '/')).parts
+    for position in range(len(parts) - 1, -1, -1):
+        if parts[position] in ('samples', 'sweeps'):
+            return os.path.join(str(data_root), *parts[position:])
+    return os.path.join(str(data_root), recorded)
+
+
+def frame_key(recorded: str) -> str:
+    """Identity of an image, the same for every root: its path from ``samples/`` or ``sweeps/`` on."""
+    return relocate(recorded, '').replace(os.sep, '/')
+
+
+def global_from_camera(entry: Dict) -> np.ndarray:
+    """4x4 float64: camera to global at the time of the image, metres.
+
+    Reads ``sensor2global_*`` (rows: p_global = p_camera · R + t) or, in files of MMDetection3D, the
+    calibration and the ego pose.
+    """
+    if 'sensor2global_rotation' in entry:
+        return make_transform(
+            np.asarray(entry['sensor2global_rotation'], dtype=np.float64).T, entry['sensor2global_translation']
+        )
+    ego = make_transform(rotation_matrix(entry['sensor2ego_rotation']), entry['sensor2ego_translation'])
+    return make_transform(rotation_matrix(entry['ego2global_rotation']), entry['ego2global_translation']) @ ego
+
+
+def current_lidar2img(entry: Dict) -> np.ndarray:
+    """4x4 float64: LIDAR_TOP of the keyframe to pixels of one of the keyframe's own images."""
+    camera = make_transform(rotation_matrix(entry['sensor2lidar_rotation']), entry['sensor2lidar_translation'])
+    return _intrinsics(entry) @ invert_rigid(camera)
+
+
+def past_lidar2img(info: Dict, entry: Dict) -> np.ndarray:
+    """4x4 float64: LIDAR_TOP of keyframe ``info`` to pixels of an earlier image ``entry``."""
+    camera_from_global = invert_rigid(global_from_camera(entry))
+    return _intrinsics(entry) @ camera_from_global @ global_from_ego(info) @ ego_from_lidar(info)
+
+
+def _intrinsics(entry) -> np.ndarray:
+    return intrinsics_to_matrix(np.asarray(entry['cam_intrinsic'])[:3, :3])

@@ -121,7 +121,7 @@ def test_an_output(carry_out, tmp_path):
     dense = to_dense(prediction, task)
     assert dense['flow'].shape == task.grid_shape + (2,)
     evaluator = Evaluator(task, ('occ_score',))
-    evaluator.update(dense, read_labels(tmp_path / 'labels.npz', task, flow=True), np.array([[0.0, 0.0, 1.0]]))
+    evaluator.update(dense, read_labels(tmp_path / 'labels.npz', task, ('flow',)), np.array([[0.0, 0.0, 1.0]]))
     assert evaluator.compute().num_samples == 1
 
 

@@ -5,10 +5,10 @@
     python tools/measure_code.py --tree ../other_checkout --data-root data/toy
 
 Files and lines are those that git tracks in lib, loaders and models and the five scripts. A function is long if it has
-over 40 lines from its ``def`` to its end. A sample (ResNet-18, 2 frames of 6 cameras, a training pass on the CPU) passes
-a file if a function there is called; ``img`` and ``labels.npz`` pass it if the function is given or returns, itself or
-within a dict, list or object, an image or a tensor computed from images, or a volume of the grid. Another checkout is
-measured as it is, if it has ``tests/models/small_model.py``.
+over 40 lines, from ``def`` to its end. A sample (ResNet-18, 2 frames of 6 cameras, one training step without update, on
+the CPU) passes a file if a function there is called; ``img`` and ``labels.npz`` pass it if the function is given or
+returns, itself or within a dict, list or object, an image or a tensor computed from images, or a volume of the grid.
+Another checkout is measured as it is, if it has ``tests/models/small_model.py``.
 """
 
 import argparse

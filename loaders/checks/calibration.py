@@ -4,10 +4,18 @@ from typing import Callable, Dict, List
 
 import numpy as np
 
-from lib.infos import camera_sweeps, ego_from_lidar, global_from_ego, has_pose, rotation_matrix
+from lib.infos import (
+    camera_sweeps,
+    current_lidar2img,
+    ego_from_lidar,
+    global_from_camera,
+    global_from_ego,
+    has_pose,
+    past_lidar2img,
+    rotation_matrix,
+)
 
 from ..history import SWEEPS_PER_KEYFRAME
-from ..infos import current_lidar2img, global_from_camera, past_lidar2img
 from . import OK, WARNING, Finding, Look, name_some
 
 MAX_PIXEL_DISAGREEMENT = 3.0  # between the two ways into a keyframe's own image

@@ -6,12 +6,11 @@ import numpy as np
 
 from lib.classes import IGNORE_LABEL
 from lib.errors import DataError, UserError
-from lib.infos import camera_sweeps
+from lib.infos import camera_sweeps, relocate
 from lib.labels import read_labels
 from lib.task import Task
 
 from ..decode import check_whole, read_image
-from ..infos import relocate
 from ..prepare import parallel_map
 from . import ERROR, OK, WARNING, Finding, Look, name_some
 

@@ -10,14 +10,13 @@ from mmdet.datasets.builder import PIPELINES
 from lib.classes import IGNORE_LABEL
 from lib.errors import ConfigError
 from lib.geometry import invert_rigid
-from lib.infos import ego_from_lidar
+from lib.infos import NOWHERE, current_lidar2img, ego_from_lidar, frame_key, past_lidar2img, relocate
 from lib.labels import read_labels
 from lib.targets import NO_INSTANCE, OccupancyTargets
 from lib.task import Task
 
 from ..decode import DecodedImage, check_decoder, read_image
 from ..history import choose_test_frames, choose_train_frames
-from ..infos import NOWHERE, current_lidar2img, frame_key, past_lidar2img, relocate
 
 MAX_INSTANCES = 255
 

@@ -8,7 +8,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from lib.classes import LabelSet
+from lib.classes import BOX_CLASSES, LabelSet
 from lib.errors import DataError
 from lib.geometry import rotation_z, transform_points, voxel_centers
 from lib.infos import ego_from_lidar, load_infos
@@ -19,19 +19,6 @@ from lib.task import Task
 from . import parallel_map
 from .sweep_infos import SWEEP_FILE, with_length_first
 
-# Classes that nuScenes annotates with boxes; all others are stuff here, whatever a model counts as things.
-BOX_CLASSES = (
-    'car',
-    'truck',
-    'trailer',
-    'bus',
-    'construction_vehicle',
-    'bicycle',
-    'motorcycle',
-    'pedestrian',
-    'traffic_cone',
-    'barrier',
-)
 ENLARGEMENT = 0.8  # metres added to l, w and h for voxels just outside every box
 MAX_ID = 255  # ids are stored as uint8
 _KEPT = ('semantics', 'mask_lidar', 'mask_camera')

@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / 'loaders'))
 from mutations import JUNK, mutate_array, mutate_bytes, mutate_value  # noqa: E402
 
 from lib.labels import read_labels  # noqa: E402
-from lib.metrics.flow import FlowRays, count_flow, occ_score  # noqa: E402
+from lib.metrics.flow import FlowRays, count_flow  # noqa: E402
 from lib.metrics.formats import open_predictions, read_prediction  # noqa: E402
 from lib.metrics.submission import ABOUT, read_submission  # noqa: E402
 from lib.prediction import write_record  # noqa: E402
@@ -172,8 +172,9 @@ class Submissions:
 
     def read(self, path):
         results = read_submission(path, self.task, {'a': 40, 'b': 40}).results
-        counts = [count_flow(self.truth, results[token], self.task.label_set) for token in 'ab']
-        assert occ_score(counts, self.task.label_set).num_samples == 2
+        for token in 'ab':
+            counts = count_flow(self.truth, results[token], self.task.label_set)
+            assert all(np.isfinite(part).all() for part in counts)
 
 
 class Labels:
@@ -264,7 +265,7 @@ class OwnData:
         return path
 
     def read(self, path):
-        from loaders.infos import current_lidar2img, past_lidar2img
+        from lib.infos import current_lidar2img, past_lidar2img
         from loaders.own_data import read_own_data
 
         own = read_own_data(str(path))

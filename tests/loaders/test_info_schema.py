@@ -10,11 +10,19 @@ from hypothesis import strategies as st
 from pyquaternion import Quaternion
 
 from lib.errors import DataError
-from lib.infos import CAMERA, CAMERA_TO_GLOBAL, CURRENT_CAMERA, KEYFRAME, CameraUse, load_infos
+from lib.infos import (
+    CAMERA,
+    CAMERA_TO_GLOBAL,
+    CURRENT_CAMERA,
+    KEYFRAME,
+    CameraUse,
+    current_lidar2img,
+    load_infos,
+    past_lidar2img,
+)
 from lib.io import save_pickle
 from lib.task import NUSCENES_CAMERAS
 from loaders.history import History
-from loaders.infos import current_lidar2img, past_lidar2img
 
 USE = CameraUse(NUSCENES_CAMERAS)
 RNG = np.random.default_rng(0)

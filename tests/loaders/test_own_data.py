@@ -12,10 +12,10 @@ from projection import project_points
 
 from lib.errors import DataError
 from lib.geometry import quaternion_to_matrix
+from lib.infos import current_lidar2img, past_lidar2img
 from lib.io import save_pickle
 from lib.task import Task
 from loaders import build_dataset
-from loaders.infos import current_lidar2img, past_lidar2img
 from loaders.own_data import read_own_data
 
 FORWARD = [0.5, -0.5, 0.5, -0.5]  # camera (x right, y down, z forward) to ego (x forward, y left, z up)

@@ -14,11 +14,10 @@ from pyquaternion import Quaternion
 from lib.cli import run_main
 from lib.errors import DataError, UserError
 from lib.geometry import make_transform
-from lib.infos import CameraUse, ego_from_lidar, global_from_ego, load_infos
+from lib.infos import CameraUse, ego_from_lidar, global_from_camera, global_from_ego, load_infos
 from lib.io import load_pickle_safe, save_pickle
 from lib.task import NUSCENES_CAMERAS
 from loaders.history import History
-from loaders.infos import global_from_camera
 from loaders.prepare import parallel_map, tables
 from loaders.prepare.sweep_infos import Choice, write_sweep_infos
 

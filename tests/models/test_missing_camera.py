@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_model import small_batch, small_model, small_task
 
-from loaders.infos import NOWHERE
+from lib.infos import NOWHERE
 from loaders.pipelines.image_aug import ImageTransform
 
 

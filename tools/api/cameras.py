@@ -14,10 +14,10 @@ import torch
 
 from lib.errors import ConfigError, DataError
 from lib.geometry import intrinsics_to_matrix, invert_rigid
+from lib.infos import NOWHERE
 from lib.io import read_json
 from lib.registry import did_you_mean
 from loaders.decode import DecodedImage, read_image
-from loaders.infos import NOWHERE
 from loaders.own_data import read_camera, read_pose
 from loaders.pipelines import build_pipeline
 from loaders.pipelines.image_aug import RandomTransformImage

@@ -167,7 +167,7 @@ def _has_label_file(dataset, index, say) -> bool:
 
 
 def _camera_view(info, name, data_root) -> CameraView:
-    from loaders.infos import relocate
+    from lib.infos import relocate
 
     entry = info['cams'][name]
     rotation = np.asarray(entry['sensor2lidar_rotation'], dtype=np.float64)
