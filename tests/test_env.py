@@ -347,3 +347,16 @@ def test_failed_download_is_plain_and_not_taken_as_installed(tmp_path):
     assert result.returncode != 0
     assert 'error: could not install build tools' in result.stderr, result.stderr
     assert not list(venv.glob('.installed*'))
+
+
+def test_badges_name_what_was_tested():
+    pythons = sorted({version for stack in install.STACKS.values() for version in stack.pythons})
+    torch = [dict(check_env.pins_of(stack.path(stack.torch)))['torch'] for stack in install.STACKS.values()]
+    releases = [version.split('.')[:2] for version in torch]
+    oldest, newest = (find(releases, key=lambda release: tuple(map(int, release))) for find in (min, max))
+    assert '{}.{} | '.format(*pythons[0]) in badge('python') and ' - {}.{}<'.format(*pythons[-1]) in badge('python')
+    assert f'>{".".join(oldest)} - {".".join(newest)}<' in badge('pytorch')
+
+
+def badge(name):
+    return (ROOT / 'docs' / 'images' / f'{name}.svg').read_text()
