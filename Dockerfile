@@ -17,7 +17,10 @@ WORKDIR /sparseocc
 # The environment first: it changes less often than the code.
 COPY Makefile ./
 COPY requirements requirements
+COPY setup.py setup.py
 COPY tools/install.py tools/install.py
+COPY tools/setup_shim tools/setup_shim
+COPY tools/package tools/package
 COPY lib lib
 RUN make install
 

@@ -76,6 +76,8 @@ def cuda_build():
 
 def why_not_by_the_way():
     """An installation compiles only for GPUs that are here or named; '' if there are."""
+    if os.environ.get('SPARSEOCC_BUILD_OPS') == '0':
+        return 'They are not asked for ("make build-ops" builds them).'
     import torch
 
     if torch.cuda.is_available() or os.environ.get('TORCH_CUDA_ARCH_LIST'):

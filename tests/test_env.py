@@ -297,9 +297,10 @@ def commands(monkeypatch):
 @pytest.mark.parametrize('uv, start', [(False, ['py', '-m', 'pip']), (True, ['/opt/uv', 'pip', 'install'])])
 def test_pip_and_uv_install_the_same_files(commands, uv, start):
     install.Installer('py', install.STACKS['torch2.14'], uv).install(cpu=False, mmcv_ops=False)
-    assert [command[: len(start)] for command in commands] == [start] * 3
+    assert [command[: len(start)] for command in commands] == [start] * 4
+    assert commands[-1][-2:] == ['-e', '.']
     files = [[part for part in command if part.endswith('.txt')] for command in commands]
-    names = [['build.txt'], ['torch.txt', 'base.txt', 'test.txt', 'lock.txt'], ['mmcv.txt', 'openmmlab.txt']]
+    names = [['build.txt'], ['torch.txt', 'base.txt', 'test.txt', 'lock.txt'], ['mmcv.txt', 'openmmlab.txt'], []]
     assert files == [['requirements/torch2.14/' + name for name in step] for step in names]
 
 

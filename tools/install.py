@@ -32,6 +32,7 @@ class Stack(NamedTuple):
     torch: str  # file of PyTorch's pins
     lock: str  # file with the version of every package that the others bring along
     pythons: Tuple[Tuple[int, int], ...]
+    editable: bool = True  # its setuptools can install this project from its folder
 
     def path(self, name: str) -> str:
         """A file of the stack, relative to the repository."""
@@ -42,8 +43,8 @@ CURRENT = 'current'
 STACKS = {  # newest first: 'current' is the first that was tested with the Python at hand
     'torch2.14': Stack('torch2.14', 'torch.txt', 'lock.txt', ((3, 11), (3, 12), (3, 13), (3, 14))),
     'torch2.11': Stack('torch2.11', 'torch.txt', 'lock.txt', ((3, 10), (3, 11), (3, 12))),
-    'py38-torch2.0.0': Stack('py38', 'torch-2.0.0.txt', 'lock-2.0.0.txt', ((3, 8),)),
-    'py38-torch1.10.2': Stack('py38', 'torch-1.10.2.txt', 'lock-1.10.2.txt', ((3, 8),)),
+    'py38-torch2.0.0': Stack('py38', 'torch-2.0.0.txt', 'lock-2.0.0.txt', ((3, 8),), editable=False),
+    'py38-torch1.10.2': Stack('py38', 'torch-1.10.2.txt', 'lock-1.10.2.txt', ((3, 8),), editable=False),
 }
 SETUP_SHIM = os.path.join(ROOT, 'tools', 'setup_shim')  # for old setup.py files on new Pythons: see the module there
 TORCH_CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
@@ -181,6 +182,8 @@ class Installer:
             MMCV_WITH_OPS='0',
             PYTHONPATH=SETUP_SHIM,
         )
+        if self.stack.editable:
+            self.step('import sparseocc, its commands', 'install', *unresolved, '-e', '.', SPARSEOCC_BUILD_OPS='0')
         if mmcv_ops and not compiled:
             self.compile_mmcv()
         self.check_imports()
