@@ -1,4 +1,4 @@
-"""Compiled extensions: building them in place, and loading them on first use.
+"""Compiled code: extensions, built in place and loaded on first use, and loops that Numba compiles on their first call.
 
 Without an extension its caller runs a slower version, and one clear sentence says so. Nothing here imports
 PyTorch before an extension is built or asked for: the ``setup.py`` files use this module too.
@@ -78,6 +78,24 @@ class Extension:
         _said.add((self.build_command, problem))
         text = f'{self.name} {problem}, so {self.otherwise}; to build it: {self.build_command}'
         warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+# -- loops
+
+
+def jit(function):
+    """Compile ``function`` on first call, to run without the GIL; keep the result on disk where possible.
+
+    Strict floating point: nothing is reordered or fused, so results do not depend on the machine. A division by
+    zero gives an infinity or NaN as in NumPy: checks for it would keep loops from becoming vector instructions.
+    """
+    import numba  # not when an extension is built
+
+    options = dict(nogil=True, error_model='numpy')
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep it in can be written
+        return numba.njit(**options)(function)
 
 
 # -- building

@@ -94,6 +94,6 @@ def find_damage(path, pickles: int = 1) -> Optional[int]:
 
 @functools.lru_cache(maxsize=1)
 def _compiled_scan():
-    from .jit import jit
+    from .extension import jit
 
     return jit(_scan)

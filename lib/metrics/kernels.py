@@ -6,7 +6,7 @@ ids uint16.
 
 import numpy as np
 
-from ..jit import jit
+from ..extension import jit
 from .counting import (
     CLASS_BITS,
     EXACT,

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from ..jit import jit
+from ..extension import jit
 
 LANES = 384
 MAX_VOLUMES = 7
