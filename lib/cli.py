@@ -100,7 +100,8 @@ def config_of_predictions(predictions: Optional[str], config: Optional[str], ove
 def run_main(main: Callable[[], object]) -> None:
     """Run a script's ``main``; print a :class:`UserError` as one line and exit 2.
 
-    With ``--debug`` on the command line or ``SPARSEOCC_DEBUG=1`` the traceback is shown instead.
+    With ``--debug`` on the command line or ``SPARSEOCC_DEBUG=1`` the traceback is shown instead. Where the reader of
+    the output goes away, the script ends in silence with the shell's status for it, 141.
     """
     debug = '--debug' in sys.argv or os.environ.get('SPARSEOCC_DEBUG', '') not in ('', '0')
     try:
@@ -113,3 +114,6 @@ def run_main(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print('stopped by the user', file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # what reads the output has enough, as "| head" has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(141)
