@@ -184,23 +184,21 @@ def _leaves(cell, upwards, size):
 
 @jit
 def _advance(state, count):
-    """Take one step with every lane that moves."""
+    """Take one step with every lane that moves. A step along an axis is a product with 1, no step one with 0."""
     for lane in range(count):
         tx, ty, tz = state[_TX + lane], state[_TY + lane], state[_TZ + lane]
-        dx, dy, dz = state[_DX + lane], state[_DY + lane], state[_DZ + lane]
-        jump_x, jump_y, jump_z = state[_JX + lane], state[_JY + lane], state[_JZ + lane]
         cell, left_cell, left_at = state[_CELL + lane], state[_LEFT_CELL + lane], state[_LEFT_AT + lane]
-        moves = state[_MOVES + lane] > 0.0
-        x_before_y = tx < ty
-        t = tx if x_before_y else ty
-        before_z = t < tz
-        jump = jump_x if x_before_y else jump_y
-        state[_LEFT_AT + lane] = (t if before_z else tz) if moves else left_at
-        state[_LEFT_CELL + lane] = cell if moves else left_cell
-        state[_CELL + lane] = cell + (jump if before_z else jump_z) if moves else cell
-        state[_TX + lane] = tx + dx if moves & before_z & x_before_y else tx
-        state[_TY + lane] = ty + dy if moves & before_z & (not x_before_y) else ty
-        state[_TZ + lane] = tz + dz if moves & (not before_z) else tz
+        moves = state[_MOVES + lane]
+        t = min(tx, ty)
+        in_plane = moves if t < tz else 0.0
+        x = in_plane if tx < ty else 0.0
+        y, z = in_plane - x, moves - in_plane
+        state[_LEFT_AT + lane] = min(t, tz) if moves > 0.0 else left_at
+        state[_LEFT_CELL + lane] = cell if moves > 0.0 else left_cell
+        state[_CELL + lane] = cell + (state[_JX + lane] * x + state[_JY + lane] * y + state[_JZ + lane] * z)
+        state[_TX + lane] = tx + state[_DX + lane] * x
+        state[_TY + lane] = ty + state[_DY + lane] * y
+        state[_TZ + lane] = tz + state[_DZ + lane] * z
 
 
 @jit
