@@ -4,13 +4,14 @@ Everything works in a single process, where torch.distributed is not initialised
 """
 
 import contextlib
-from typing import Iterator, NamedTuple, Optional
+from typing import Dict, Iterator, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
 _share = None  # this process's part of the samples being processed by all; None: equal parts
+_counted = None  # where count_share writes to; None: nobody asks
 _draws = None  # where batch_rand takes its numbers from; None: the default generator
 
 
@@ -105,3 +106,36 @@ def batch_rand(batch: int, *shape: int, device: Optional[torch.device] = None) -
         raise ValueError(f'drawing for {batch} samples, but this forward pass holds {_draws.end - _draws.begin}')
     numbers = torch.rand(_draws.total, *shape, device=device, generator=_draws.generator)
     return numbers[_draws.begin : _draws.end]
+
+
+# -- what losses count on the way
+
+Number = Union[Tensor, float]
+Counted = Tuple[Number, Number]  # (how many, of how many)
+
+
+@contextlib.contextmanager
+def counting_shares(wanted: bool = True) -> Iterator[Dict[str, Counted]]:
+    """Context in which ``count_share`` is written down; if it is not ``wanted``, nothing is counted."""
+    global _counted
+    before, _counted = _counted, {} if wanted else None
+    try:
+        yield {} if _counted is None else _counted
+    finally:
+        _counted = before
+
+
+def shares_are_counted() -> bool:
+    """Whether anybody asks, so that counting is worth its time."""
+    return _counted is not None
+
+
+def count_share(name: str, part: Number, whole: Number) -> None:
+    """Note a share, such as of occupied voxels that were kept; sums over all processes are divided later.
+
+    Args:
+        name: ``a`` or ``a/b``; every process must note the same ones.
+        part, whole: scalars.
+    """
+    if _counted is not None:
+        _counted[name] = (part, whole)

@@ -6,6 +6,8 @@ from typing import Mapping, Optional, Tuple, Union
 from .errors import ConfigError
 from .registry import check_keys, section
 
+SCORES = ('RayIoU', 'RayPQ', 'mIoU')  # that a best checkpoint may be chosen by
+
 
 def _choice(where, value, choices):
     if value not in choices:
@@ -87,18 +89,39 @@ class EvaluationSettings:
 
     Attributes:
         interval: epochs between two evaluations during training; 0 evaluates at the end only, -1 never.
+        interval_iters: optimizer steps between two evaluations; 0 goes by ``interval`` alone.
+        save_best: score whose best checkpoint is kept as best.pth, e.g. 'RayIoU' or 'mIoU'; 'auto' takes RayIoU
+            where a run is evaluated more than once, None keeps none.
         metrics: names that the evaluator knows; None takes what suits the task.
     """
 
     interval: int = 0
+    interval_iters: int = 0
+    save_best: Optional[str] = 'auto'
     metrics: Optional[Tuple[str, ...]] = None
 
     def __post_init__(self):
         _at_least('evaluation.interval', self.interval, -1)
+        _at_least('evaluation.interval_iters', self.interval_iters, 0)
+        if self.interval < 0 < self.interval_iters:
+            raise ConfigError('evaluation.interval=-1 never evaluates; remove it or evaluation.interval_iters')
+        _choice('evaluation.save_best', self.save_best, (None, 'auto', *SCORES))
         if self.metrics is not None:
             if not isinstance(self.metrics, (list, tuple)) or not all(isinstance(name, str) for name in self.metrics):
                 raise ConfigError(f'evaluation.metrics must be a list of names, got {self.metrics!r}')
             object.__setattr__(self, 'metrics', tuple(self.metrics))
+
+    @property
+    def best_by(self) -> Optional[str]:
+        """Score that the best checkpoint is chosen by, or None."""
+        if self.save_best != 'auto':
+            return self.save_best
+        return SCORES[0] if self.interval > 0 or self.interval_iters else None
+
+    def is_due(self, iteration: int, epochs: Optional[int] = None) -> bool:
+        """Whether to evaluate after an iteration, which ended so many epochs (None: it is inside one)."""
+        by_epoch = epochs is not None and self.interval > 0 and epochs % self.interval == 0
+        return by_epoch or (self.interval_iters > 0 and iteration % self.interval_iters == 0)
 
     @classmethod
     def from_config(cls, cfg: Optional[Mapping]) -> 'EvaluationSettings':

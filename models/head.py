@@ -81,7 +81,7 @@ class SparseOccHead(BaseModule):
         with torch.autocast(targets.voxel_semantics.device.type, enabled=False):
             losses = {}
             for i, stage in enumerate(output.stages):
-                for name, value in self.voxel_losses(stage, targets).items():
+                for name, value in self.voxel_losses(stage, targets, i).items():
                     losses[f'{name}_{i}'] = value
             losses.update(self.loss_mask2former(output.layers, output.stages[-1], targets))
             return losses

@@ -155,6 +155,21 @@ class Evaluation:
         self.evaluator.update(to_dense(prediction, self.task), truth, origins, token=token, scene=scene)
 
 
+def score_text(name: str, value: float) -> str:
+    """A score for people: percent, but for velocity errors (m/s)."""
+    return f'{value:.3f} m/s' if name.startswith('mAVE') else f'{100 * value:.2f} %'
+
+
+def scores_of_run(folder: Path, name: str) -> Dict[int, float]:
+    """A score by iteration, from the evaluations in a run folder; those without it are left out."""
+    scores = {}
+    for path in folder.glob('evaluation_iter_*.json'):
+        content = read_json(path)
+        if isinstance(content.get(name), float):
+            scores[int(content['iteration'])] = content[name]
+    return scores
+
+
 def block_of(count: int, processes: Processes) -> range:
     """Indices that this process evaluates."""
     return range(count * processes.rank // processes.world_size, count * (processes.rank + 1) // processes.world_size)

@@ -5,9 +5,11 @@ Random numbers need no state: they are a function of seed and iteration (``lib.r
 
 import os
 import re
+import shlex
+import shutil
 import time
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from torch import nn
 
@@ -19,6 +21,8 @@ from .processes import Processes
 
 OUTPUTS = 'outputs'
 LATEST = 'latest.pth'
+BEST = 'best.pth'
+ELSEWHERE = 'runs_elsewhere.txt'  # in the experiment folder: run folders chosen with --work-dir
 _FACTS_TO_SAY = ('device', 'git', 'torch')
 _NAME = re.compile(r'^(?:epoch_\d+_)?iter_(\d+)\.pth$')
 _LEFTOVER = re.compile(r'^\..*\.tmp\.pth$')
@@ -56,17 +60,38 @@ def experiment_folder(config_path: str) -> Path:
     return Path(OUTPUTS) / Path(config_path).stem
 
 
-def find_checkpoint_to_resume(resume: str, work_dir: Optional[str], config_path: str) -> Optional[Path]:
+def note_folder(folder: Path, config_path: str) -> None:
+    """Write down where a run of the config lies, if not with the others, so that ``--resume auto`` finds it."""
+    runs = experiment_folder(config_path)
+    if folder.resolve().parent == runs.resolve():
+        return
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        with open(runs / ELSEWHERE, 'a', encoding='utf-8') as f:
+            f.write(f'{folder.resolve()}\n')
+    except OSError as error:
+        print(f'warning: cannot note the run folder in {runs / ELSEWHERE} ({error.strerror})', flush=True)
+
+
+class Resumable(NamedTuple):
+    """What ``--resume`` means.
+
+    path    checkpoint to continue from, or None
+    looked  folders that were looked at for it
+    """
+
+    path: Optional[Path]
+    looked: List[str]
+
+
+def find_checkpoint_to_resume(resume: str, work_dir: Optional[str], config_path: str) -> Resumable:
     """Checkpoint that ``--resume`` means.
 
     Args:
-        resume: 'auto' (newest whole checkpoint of ``work_dir``, or of the config's newest run that has one),
-            a folder, or a file.
+        resume: 'auto' (newest whole checkpoint of ``work_dir`` and the folders numbered after it, or else of the
+            config's newest run that has one, wherever it lies), a folder, or a file.
         work_dir: ``--work-dir``.
         config_path: of the run to start.
-
-    Returns:
-        None with 'auto' where there is none.
 
     Raises:
         CheckpointError: a named file or folder does not exist or holds no whole checkpoint.
@@ -78,16 +103,56 @@ def find_checkpoint_to_resume(resume: str, work_dir: Optional[str], config_path:
         found = newest_checkpoint(path) if path.is_dir() else path
         if found is None:
             raise CheckpointError(f'run folder {resume} (--resume) holds no whole checkpoint')
-        return found
-    if work_dir:
-        return newest_checkpoint(Path(work_dir))
-    runs = experiment_folder(config_path)
-    folders = [p for p in runs.iterdir() if p.is_dir()] if runs.is_dir() else []
-    for folder in sorted(folders, key=lambda p: p.stat().st_mtime, reverse=True):
+        return Resumable(found, [resume])
+    places = _run_folders_of(Path(work_dir)) if work_dir else _runs_of(config_path)
+    for folder in sorted(places, key=lambda p: p.stat().st_mtime, reverse=True):
         found = newest_checkpoint(folder)
         if found is not None:
-            return found
-    return None
+            return Resumable(found, [str(folder)])
+    nowhere = [work_dir] if work_dir else [str(experiment_folder(config_path))]
+    return Resumable(None, sorted(map(str, places)) or nowhere)
+
+
+def _run_folders_of(work_dir: Path) -> List[Path]:
+    """The folder and those that later runs with the same --work-dir got."""
+    numbered = re.compile(re.escape(work_dir.name) + r'(-\d+)?$')
+    parent = work_dir.parent
+    return [p for p in parent.iterdir() if p.is_dir() and numbered.match(p.name)] if parent.is_dir() else []
+
+
+def _runs_of(config_path: str) -> List[Path]:
+    """Run folders of a config: in its experiment folder, and those noted there."""
+    runs = experiment_folder(config_path)
+    folders = [p for p in runs.iterdir() if p.is_dir()] if runs.is_dir() else []
+    if (runs / ELSEWHERE).is_file():
+        noted = [Path(line) for line in (runs / ELSEWHERE).read_text(encoding='utf-8').splitlines() if line]
+        folders += [p for p in noted if p.is_dir() and p not in folders]
+    return folders
+
+
+def resume_command(argv: Sequence[str], folder: Path, environment: Mapping[str, str]) -> str:
+    """What to type to continue the run in ``folder``.
+
+    Args:
+        argv: of the run: script and arguments.
+        folder: of the run.
+        environment: variables that torchrun sets, if it started the run.
+    """
+    kept, skip = [], False
+    for word in argv[1:]:
+        name, equals, _ = word.partition('=')
+        if name in ('--resume', '--work-dir'):
+            skip = not equals
+        elif skip:
+            skip = False
+        else:
+            kept.append(word)
+    local, world = environment.get('LOCAL_WORLD_SIZE'), environment.get('WORLD_SIZE')
+    launcher = ['python']
+    if local and world:
+        nodes = int(world) // int(local)
+        launcher = ['torchrun', *(['--nnodes', str(nodes)] if nodes > 1 else []), '--nproc_per_node', local]
+    return ' '.join(map(shlex.quote, [*launcher, argv[0], *kept, '--resume', str(folder)]))
 
 
 def checkpoints(folder: Path) -> List[Path]:
@@ -97,6 +162,12 @@ def checkpoints(folder: Path) -> List[Path]:
     matches = [(_NAME.match(path.name), path) for path in folder.iterdir()]
     found = [(int(match.group(1)), path) for match, path in matches if match]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def checkpoint_iteration(path: Path) -> int:
+    """Iteration in a checkpoint's name; -1 for another file."""
+    match = _NAME.match(path.name)
+    return int(match.group(1)) if match else -1
 
 
 def newest_checkpoint(folder: Path) -> Optional[Path]:
@@ -130,6 +201,31 @@ class CheckpointKeeper:
         self._point_latest_at(path)
         self._remove_old(path)
         return path
+
+    def holds(self, iteration: int) -> bool:
+        """Whether there is a checkpoint of that iteration."""
+        return any(checkpoint_iteration(path) == iteration for path in checkpoints(self.folder))
+
+    def mark_best(self, iteration: int) -> None:
+        """Keep the checkpoint of an iteration as ``best.pth``, whatever becomes of its own file.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        path = next((p for p in checkpoints(self.folder) if checkpoint_iteration(p) == iteration), None)
+        if path is None:
+            raise UserError(f'{self.folder} holds no checkpoint of iteration {iteration} to keep as {BEST}')
+        temporary = self.folder / '.best.tmp.pth'
+        try:
+            if temporary.exists():
+                temporary.unlink()
+            try:
+                os.link(str(path), str(temporary))  # the same bytes under a second name
+            except OSError:
+                shutil.copyfile(str(path), str(temporary))
+            os.replace(str(temporary), str(self.folder / BEST))
+        except OSError as error:
+            raise UserError(f'cannot write {self.folder / BEST}: {error.strerror}; free some space') from error
 
     def remove_leftovers(self) -> None:
         """Delete temporary files of a process that was killed while it wrote a checkpoint."""

@@ -2,13 +2,15 @@
 
 import contextlib
 import math
+import time
 from typing import Dict, List, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..dist import all_reduce_sum, share_of_batch, shared_draws
+from ..dist import Counted, all_reduce_sum, counting_shares, share_of_batch, shared_draws
 from .batch_plan import BatchPlan
+from .health import shares
 from .loading import to_device
 from .numerics import autocast, mix, seed_step
 from .processes import Processes
@@ -22,10 +24,14 @@ class StepResult(NamedTuple):
 
     losses     means over the total batch; ``loss`` is their sum
     grad_norm  before clipping; not finite where the fp16 scaler skipped the step
+    shares     what the losses counted, see ``count_share``; empty where nobody asked
+    seconds    of ``forward_backward`` (with the exchange between processes) and of ``update``
     """
 
     losses: Dict[str, float]
     grad_norm: float
+    shares: Dict[str, float]
+    seconds: Dict[str, float]
 
 
 class Stepper:
@@ -58,24 +64,32 @@ class Stepper:
         self._parameters = [p for group in optimizer.param_groups for p in group['params']]
         self._skipped_in_a_row = 0
 
-    def run(self, iteration: int, batches: Sequence[Dict]) -> StepResult:
+    def run(self, iteration: int, batches: Sequence[Dict], count: bool = False) -> StepResult:
         """One step on this process's micro-batches.
 
         Args:
             iteration: 0-based; seeds the draws.
             batches: one per accumulation step, on the CPU.
+            count: let the losses count shares.
 
         Raises:
             NonFinite: before any weight is changed.
         """
+        begin = time.monotonic()
         self.optimizer.zero_grad()
         terms: List[Dict[str, Tensor]] = []
+        counted: List[Dict[str, Counted]] = []
         for micro_step, batch in enumerate(batches):
-            terms.append(self._backward(iteration, micro_step, batch))
+            with counting_shares(count) as of_pass:
+                terms.append(self._backward(iteration, micro_step, batch))
+            counted.append(of_pass)
         losses = self._reduce(terms)
         if not all(math.isfinite(value) for value in losses.values()):
             raise NonFinite('the loss is not finite', losses)
-        return StepResult(losses, self._update(losses))
+        middle = time.monotonic()  # the losses have arrived, so a GPU has done its part
+        norm = self._update(losses)
+        seconds = dict(forward_backward=middle - begin, update=time.monotonic() - middle)
+        return StepResult(losses, norm, shares(counted), seconds)
 
     def _backward(self, iteration, micro_step, batch) -> Dict[str, Tensor]:
         """Backward of one micro-batch; its losses, weighted for the mean over the total batch."""

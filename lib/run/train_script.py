@@ -1,8 +1,9 @@
 """From the arguments of ``train.py`` to a finished run."""
 
 import os
+import sys
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -15,11 +16,14 @@ from . import Components, open_dataset, read_task
 from .batch_plan import BatchPlan, EpochOrder, plan_batch
 from .evaluation import Evaluation
 from .folder import (
+    Resumable,
     config_differences,
     config_lines,
     create_run_folder,
     find_checkpoint_to_resume,
+    note_folder,
     read_training_state,
+    resume_command,
     write_facts,
 )
 from .log import RunLog
@@ -82,11 +86,13 @@ class Start(NamedTuple):
     checkpoint  content of the checkpoint to continue from, or None
     path        its file
     in_place    the run goes on in the folder of that file
+    looked      folders that --resume auto looked at
     """
 
     checkpoint: Optional[Dict]
     path: Optional[Path]
     in_place: bool
+    looked: Sequence[str] = ()
 
 
 class Launch:
@@ -128,7 +134,7 @@ class Launch:
         folder = make_folder(self.args, start, self.processes)
         self.log.open(str(folder), self.settings.tensorboard)
         write_facts(folder, self.cfg, self.seed, self.processes, self.log)
-        trainer.use_folder(folder)
+        trainer.use_folder(folder, resume_command(sys.argv, folder, os.environ))
         return trainer
 
     def _set_backends(self) -> None:
@@ -189,7 +195,7 @@ class Launch:
             processes=self.processes,
             log=self.log,
             evaluation=evaluation,
-            evaluation_interval=self.evaluation.interval,
+            evaluated=self.evaluation,
             meta=dict(
                 seed=self.seed, total_batch_size=self.plan.total, num_samples=len(dataset), config=config_lines(cfg)
             ),
@@ -226,20 +232,18 @@ def find_start(args, resume: Optional[str], processes: Processes) -> Start:
         args: arguments of ``train.py``.
         resume: 'auto', a folder, a file, or None.
     """
-    path = None
+    found = Resumable(None, [])
     if processes.is_main and resume:
-        path = find_checkpoint_to_resume(resume, args.work_dir, args.config)
-        if path is None:
-            print('--resume auto: no checkpoint to continue from; starting anew', flush=True)
-    path = processes.broadcast(path)
+        found = find_checkpoint_to_resume(resume, args.work_dir, args.config)
+    path, looked = processes.broadcast(tuple(found))
     checkpoint = None if path is None else read_training_state(str(path), args.trust_weights)
-    return Start(checkpoint, path, _continues_in_place(args, resume, path))
+    return Start(checkpoint, path, _continues_in_place(args, resume, path), looked)
 
 
 def _continues_in_place(args, resume, path) -> bool:
     if path is None or not (resume == 'auto' or os.path.isdir(resume)):
         return False
-    return not args.work_dir or Path(args.work_dir) == path.parent
+    return resume == 'auto' or not args.work_dir or Path(args.work_dir) == path.parent
 
 
 def make_folder(args, start: Start, processes: Processes) -> Path:
@@ -247,6 +251,7 @@ def make_folder(args, start: Start, processes: Processes) -> Path:
     folder = start.path.parent if start.in_place and start.path else None
     if folder is None and processes.is_main:
         folder = create_run_folder(args.work_dir, args.config)
+        note_folder(folder, args.config)
     return processes.broadcast(folder)
 
 
@@ -260,6 +265,8 @@ def choose_seed(args, cfg, start: Start, processes: Processes) -> int:
 def tell_start(log: RunLog, args, cfg, start: Start, seed: int) -> None:
     """First lines of the log."""
     log.say(f'config {args.config}, seed {seed}')
+    if start.path is None and start.looked:
+        log.say(f'--resume auto: no checkpoint to continue from in {", ".join(start.looked)}; starting anew')
     if start.checkpoint is not None:
         log.say(f'continuing from {start.path}')
         for line in config_differences(start.checkpoint['meta'].get('config', ''), config_lines(cfg)):

@@ -11,10 +11,11 @@ from torch import nn
 
 from ..dataset import Dataset
 from ..errors import DataError, UserError
-from ..settings import TrainSettings
+from ..settings import EvaluationSettings, TrainSettings
 from .batch_plan import BatchPlan, EpochOrder, RankBatches
-from .evaluation import Evaluation
-from .folder import CheckpointKeeper, capture, restore
+from .evaluation import Evaluation, score_text, scores_of_run
+from .folder import BEST, CheckpointKeeper, capture, restore
+from .health import HealthWatch, describe_health
 from .loading import make_loader, read_batches
 from .log import Countdown, RunLog, WindowAverage, duration, peak_memory_mib
 from .numerics import make_scaler
@@ -25,7 +26,13 @@ from .stopping import Interrupted, NonFinite, RunStopped, StopRequest, report_no
 
 _LINE = (
     'epoch {epoch} iteration {iteration}/{of}  loss {loss:.4f}  lr {lr:.3g}  grad {grad_norm:.3g}  {time:.3f} s '
-    '(data {data_time:.3f})  memory {memory_mib:.0f} MiB  left {left}  |  {terms}'
+    '(data {data_time:.3f}, update {update_time:.3f})  {samples_per_s:.2f} samples/s  memory {memory_mib:.0f} MiB  '
+    'left {left}  |  {terms}'
+)
+_MEANS = (
+    'numbers of a line are means over the iterations since the line before; lr and the shares in percent (recall: of '
+    'the occupied voxels kept by each stage; right class: of the instances whose query scores their class highest; '
+    'empty masks: of all queries) are of its iteration (docs/training.md)'
 )
 _LONG_WAIT = 0.2  # share of the time spent waiting for data that is worth a hint
 
@@ -49,7 +56,7 @@ class TrainingJob:
         log: where to tell.
         meta: plain facts for checkpoints: seed, total_batch_size, num_samples, config, ...
         evaluation: what the model is scored by, or None.
-        evaluation_interval: epochs between two evaluations; 0 at the end only, -1 never.
+        evaluated: when, and what the best checkpoint is known by.
     """
 
     model: nn.Module
@@ -68,7 +75,7 @@ class TrainingJob:
     log: RunLog
     meta: Mapping
     evaluation: Optional[Evaluation] = None
-    evaluation_interval: int = 0
+    evaluated: EvaluationSettings = EvaluationSettings()
 
 
 class Trainer:
@@ -93,9 +100,9 @@ class Trainer:
         self.window.load_state_dict(progress['window'])
         self._saved = self.iteration
 
-    def use_folder(self, folder: Path) -> None:
-        """Write checkpoints and scores there (before ``run``)."""
-        self.folder = folder
+    def use_folder(self, folder: Path, resume_command: str = '--resume auto') -> None:
+        """Write checkpoints and scores there (before ``run``); the command that goes on there is told on stopping."""
+        self.folder, self._resume_command = folder, resume_command
         self.keeper = CheckpointKeeper(folder, self.job.settings.max_keep_ckpts)
         if self.job.processes.is_main:
             self.keeper.remove_leftovers()
@@ -124,8 +131,12 @@ class Trainer:
         )
         if self.iteration:
             job.log.say(f'continuing at iteration {self.iteration}')
+        job.log.say(_MEANS)
+        self._health = HealthWatch()
         self._countdown = Countdown(job.max_iterations, self.iteration)
         with StopRequest() as self._stop_request:
+            if job.processes.broadcast(self.keeper.holds(self.iteration)):
+                self._evaluate_if_due()  # the run may have been cut off right before
             while self.iteration < job.max_iterations:
                 self._train_epoch(self.iteration // job.order.steps)
                 self._evaluate_if_due()
@@ -169,20 +180,26 @@ class Trainer:
             self._leave()
         data_time = time.monotonic() - begin
         set_learning_rate(job.optimizer, job.schedule.factor(self.iteration))
+        logged = self._is_logged(self.iteration + 1)
         try:
-            result = self._stepper.run(self.iteration, micro_batches)
+            result = self._stepper.run(self.iteration, micro_batches, count=logged)
         except NonFinite as error:
             raise self._report(error, micro_batches) from error
         self.iteration += 1
         self._countdown.step()
-        self.window.add(
-            dict(result.losses, grad_norm=result.grad_norm, time=time.monotonic() - begin, data_time=data_time)
-        )
-        if self.iteration % job.settings.log_interval == 0 or self.iteration in (1, job.max_iterations):
-            self._log_window()
+        times = dict(time=time.monotonic() - begin, data_time=data_time, update_time=result.seconds['update'])
+        self.window.add(dict(result.losses, grad_norm=result.grad_norm, **times))
+        if logged:
+            self._log_window(result.shares)
         interval = job.settings.checkpoint_interval_iters
-        if interval and self.iteration % interval == 0 and self.iteration % job.order.steps:
-            self._save()
+        if self.iteration % job.order.steps:  # what is due at the end of an epoch is done there
+            if interval and self.iteration % interval == 0:
+                self._save()
+            if job.evaluated.is_due(self.iteration):
+                self._evaluate_if_due()
+
+    def _is_logged(self, iteration: int) -> bool:
+        return iteration % self.job.settings.log_interval == 0 or iteration in (1, self.job.max_iterations)
 
     def _fetch(self, batches):
         """The step's micro-batches. Where any process cannot read its data all stop, after saving."""
@@ -200,15 +217,19 @@ class Trainer:
             raise RunStopped(f'{messages[0]} (stopped after iteration {self.iteration}; {saved})')
         return fetched
 
-    def _log_window(self) -> None:
+    def _log_window(self, shares: Mapping[str, float]) -> None:
+        """A line with the averages since the one before, and the shares of this step."""
         job = self.job
         values = self.window.take()
         values.update(
             epoch=(self.iteration - 1) // job.order.steps + 1,
             lr=highest_learning_rate(job.optimizer),
             memory_mib=peak_memory_mib(job.processes.device),
+            samples_per_s=job.plan.total / max(values['time'], 1e-9),
+            **shares,
         )
         terms = ' '.join(f'{name[5:]} {value:.4g}' for name, value in values.items() if name.startswith('loss_'))
+        terms += f'  |  {describe_health(shares)}' if shares else ''
         values.setdefault('grad_norm', 0.0)  # fp16 skipped every step of the window
         skipped = getattr(job.dataset, 'num_skipped', 0)
         if skipped:
@@ -217,6 +238,8 @@ class Trainer:
         progress = dict(iteration=self.iteration, of=job.max_iterations, left=self._countdown.text())
         job.log.say(_LINE.format(**dict(values, **progress, terms=terms)))
         job.log.record('train', self.iteration, values)
+        for warning in self._health.look(values):
+            job.log.say(f'WARNING: {warning}')
         self._windows += 1
         if self._windows == 3:  # workers have warmed up
             self._note_waiting(values['data_time'] / values['time'])
@@ -260,7 +283,7 @@ class Trainer:
         if not self.job.processes.is_main:
             return 'the main process holds the checkpoints'
         if self._save():
-            return 'continue from its checkpoint with --resume auto'
+            return f'continue with: {self._resume_command}'
         return 'no new checkpoint could be written'
 
     def _leave(self) -> None:
@@ -289,23 +312,40 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         """Evaluate where the interval says so, after saving what would be lost if that went wrong."""
         job = self.job
-        at_end = self.iteration >= job.max_iterations
-        epochs_done, rest = divmod(self.iteration, job.order.steps)
-        interval = job.evaluation_interval
-        due = interval >= 0 and (at_end or (interval > 0 and rest == 0 and epochs_done % interval == 0))
+        at_end, settings = self.iteration >= job.max_iterations, job.evaluated
+        epochs, rest = divmod(self.iteration, job.order.steps)
+        due = settings.interval >= 0 and (at_end or settings.is_due(self.iteration, None if rest else epochs))
         if job.evaluation is None or not due or self.evaluated == self.iteration:
             return
         self._save()
         begin = time.monotonic()
-        self._stop_request.at_once = f'stopped while evaluating; the checkpoint of iteration {self.iteration} is saved'
+        saved = f'the checkpoint of iteration {self.iteration} is saved'
+        self._stop_request.at_once = f'stopped while evaluating; {saved}; continue with: {self._resume_command}'
         figures = job.evaluation.run_in_training(job.model, self.iteration, self.folder)
         self._stop_request.at_once = None
         self.evaluated = self.iteration
         self._countdown.pause(time.monotonic() - begin)
         if figures is not None:
-            job.log.say(
-                'evaluated in {}: {}'.format(
-                    duration(time.monotonic() - begin), '  '.join('{} {:.4f}'.format(*item) for item in figures.items())
-                )
-            )
+            text = '  '.join(f'{name} {score_text(name, value)}' for name, value in figures.items())
+            job.log.say(f'evaluated in {duration(time.monotonic() - begin)}: {text}')
             job.log.record('eval', self.iteration, figures)
+            self._keep_best()
+
+    def _keep_best(self) -> None:
+        """Keep this iteration's checkpoint as best.pth if it has the best score of the run folder's."""
+        name = self.job.evaluated.best_by
+        if name is None:
+            return
+        scores = scores_of_run(self.folder, name)
+        if self.iteration not in scores:
+            self.job.log.say(
+                f'WARNING: evaluation gave no {name} (evaluation.save_best); no checkpoint is kept as best'
+            )
+        elif scores[self.iteration] >= max(scores.values()):
+            try:
+                self.keeper.mark_best(self.iteration)
+            except UserError as error:
+                self.job.log.say(f'WARNING: {error}')
+                return
+            text = score_text(name, scores[self.iteration])
+            self.job.log.say(f'best so far by {name}, {text}: kept as {self.folder / BEST}')

@@ -12,8 +12,9 @@ from mmdet.models.builder import LOSSES
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lib.dist import reduce_mean
+from lib.dist import count_share, reduce_mean, shares_are_counted
 from lib.targets import OccupancyTargets
+from lib.task import Task
 from models.decoders import MaskPrediction, VoxelStage
 from models.losses.voxel import take_blocks
 
@@ -50,6 +51,7 @@ class Mask2FormerLoss(BaseModule):
     """Binary cross-entropy and dice of the matched masks, focal loss of all classes.
 
     Args:
+        task: names of the classes.
         loss_cls_weight: factor of ``loss_class`` (and of its matching cost), besides the focal loss's own.
         loss_mask_weight: factor of ``loss_mask`` and its matching cost.
         loss_dice_weight: factor of ``loss_dice_mask`` and its matching cost.
@@ -58,12 +60,14 @@ class Mask2FormerLoss(BaseModule):
 
     def __init__(
         self,
+        task: Optional[Task] = None,
         loss_cls_weight: float = 2.0,
         loss_mask_weight: float = 5.0,
         loss_dice_weight: float = 5.0,
         focal_weight: float = 2.0,
     ):
         super().__init__()
+        self.class_names = () if task is None else task.label_set.occupied_names
         self.loss_cls_weight = loss_cls_weight * focal_weight
         self.loss_mask_weight, self.loss_dice_weight = loss_mask_weight, loss_dice_weight
 
@@ -79,7 +83,24 @@ class Mask2FormerLoss(BaseModule):
         for i, layer in enumerate(layers):
             for name, value in self._layer_losses(layer, samples, matchings[i]).items():
                 losses[f'{name}_{i}'] = value / normalizer
+        if shares_are_counted():
+            self._count(layers[-1], samples, matchings[-1])
         return losses
+
+    def _count(self, layer: MaskPrediction, samples: Sequence[MaskTargets], matchings: Sequence[Matching]) -> None:
+        """Shares of the last prediction: masks without a voxel; instances whose query scores their class highest."""
+        empty = (layer.mask_logits.detach() <= 0).all(-1)
+        count_share('empty_masks', empty.sum(), empty.numel())
+        true, right = [], []
+        for b, (sample, matching) in enumerate(zip(samples, matchings)):
+            queries, instances = matching.queries.to(empty.device), matching.instances.to(empty.device)
+            of_class = sample.class_ids[instances]
+            true.append(of_class)
+            right.append(of_class[layer.class_logits[b][queries].argmax(-1) == of_class])
+        count_share('right_class', sum(map(len, right)), sum(map(len, true)))
+        every = [torch.cat(ids) for ids in (right, true)]
+        for c, name in enumerate(self.class_names):
+            count_share(f'right_class/{name}', *((ids == c).sum() for ids in every))
 
     def _match(self, layers: Sequence[MaskPrediction], samples: Sequence[MaskTargets]) -> List[List[Matching]]:
         """Matchings [layer][sample]; all costs leave the device together."""

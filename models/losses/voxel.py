@@ -12,6 +12,7 @@ from mmdet.models.builder import LOSSES
 from torch import Tensor
 
 from lib.classes import IGNORE_LABEL
+from lib.dist import count_share, shares_are_counted
 from lib.errors import ConfigError, DataError
 from lib.targets import OccupancyTargets
 from lib.task import Task
@@ -95,11 +96,18 @@ class VoxelLosses(BaseModule):
                     f'{scoring!r}; remove it (in a config that builds on another: {name}=None does so)'
                 )
 
-    def forward(self, stage: VoxelStage, targets: OccupancyTargets) -> Dict[str, Tensor]:
-        """Each term by its name without the stage number."""
+    def forward(self, stage: VoxelStage, targets: OccupancyTargets, number: int = 0) -> Dict[str, Tensor]:
+        """Each term by its name without the stage's number, which counts from 0."""
         counts = count_labels(targets, stage.coords, stage.scale, self.num_classes)
+        if shares_are_counted():
+            count_share(f'recall_{number}', counts[..., :-1].sum(), self._occupied(targets))
         labels = StageLabels(counts, targets)
         return {name: term(stage, labels) for name, term in self.terms.items()}
+
+    def _occupied(self, targets: OccupancyTargets) -> Tensor:
+        """Number of occupied voxels that count."""
+        occupied = targets.voxel_semantics < self.num_classes - 1
+        return (occupied if targets.mask_camera is None else occupied & targets.mask_camera).sum()
 
 
 def _all_terms(loss_cfgs: Mapping, scoring: str, where: str) -> Dict[str, Mapping]:

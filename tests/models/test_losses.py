@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from small_model import LOSSES, small_task
+from small_model import LOSSES, small_batch, small_model, small_task
 
+from lib.dist import counting_shares
 from lib.errors import ConfigError
 from lib.targets import OccupancyTargets
 from models.decoders import MaskPrediction, VoxelStage
@@ -331,3 +332,34 @@ def test_ground_truth_is_left_as_it_was():
     after = (targets.voxel_semantics, targets.voxel_instances, targets.mask_camera)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert targets.instance_class_ids is class_ids and all(ids.tolist() == [0, 1, 2, 3] for ids in class_ids)
+
+
+@pytest.mark.parametrize('visible', [False, True])
+def test_shares_that_the_losses_count(visible):
+    """Kept occupied voxels by stage, counted one by one; empty masks; matched queries by class."""
+    task = small_task()
+    model, batch = small_model(task), small_batch(task, 2)
+    model.use_mask_camera = visible
+    with counting_shares() as counted:
+        model(**batch, return_loss=True)
+    targets, labels = batch['targets'], batch['targets'].voxel_semantics
+    matters = (labels < task.label_set.free_id) & (targets.mask_camera if visible else torch.ones_like(labels).bool())
+    raw = model.predict_raw(batch['img'], batch['lidar2img'], batch['ego2lidar'])
+    for number, stage in enumerate(raw.output.stages):
+        kept = torch.zeros_like(matters)
+        for b, block in [(b, block) for b in range(2) for block in stage.coords[b].tolist()]:
+            x, y, z = [slice(stage.scale * i, stage.scale * i + stage.scale) for i in block]
+            kept[b, x, y, z] = True
+        assert tuple(map(int, counted[f'recall_{number}'])) == (int((kept & matters).sum()), int(matters.sum()))
+    of_class = [counted[f'right_class/{name}'] for name in task.label_set.occupied_names]
+    assert sum(int(whole) for _, whole in of_class) == counted['right_class'][1] > 0
+    assert sum(int(part) for part, _ in of_class) == counted['right_class'][0]
+    assert 0 <= int(counted['empty_masks'][0]) <= counted['empty_masks'][1] == 2 * 8
+
+
+def test_nothing_is_counted_unless_asked_for():
+    model, batch = small_model(small_task()), small_batch(small_task())
+    model(**batch, return_loss=True)
+    with counting_shares(False) as counted:
+        model(**batch, return_loss=True)
+    assert counted == {}

@@ -47,9 +47,16 @@ class Workshop:
         """Evaluate in this process; the exit status."""
         return run_validation(val_script.parse_args(arguments), fakes.components)
 
-    def start(self, *runs, processes: int = 0, **options) -> subprocess.Popen:
-        """Begin runs, each a list ``[script, *arguments]``, one after the other in processes of their own."""
-        launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    def start(self, *runs, processes: int = 0, node=None, **options) -> subprocess.Popen:
+        """Begin runs, each a list ``[script, *arguments]``, one after the other in processes of their own.
+
+        node: (rank, nodes, port) where several torchruns make one run.
+        """
+        where = ['--standalone']
+        if node is not None:
+            rank, count, port = map(str, node)
+            where = ['--nnodes', count, '--node_rank', rank, '--master_addr', '127.0.0.1', '--master_port', port]
+        launcher = ['-m', 'torch.distributed.run', *where, '--nproc_per_node', str(processes)]
         text = ' + '.join(' '.join(map(shlex.quote, run)) for run in runs)
         return subprocess.Popen(
             [sys.executable, *(launcher if processes else []), str(HERE / 'fakes.py'), text],

@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from lib.cli import run_main  # noqa: E402
-from lib.dist import reduce_mean  # noqa: E402
+from lib.dist import count_share, reduce_mean  # noqa: E402
 from lib.errors import ConfigError, DataError, UserError  # noqa: E402
 from lib.run import Components  # noqa: E402
 from lib.run.processes import start_processes  # noqa: E402
@@ -50,13 +50,16 @@ seed = 5
 
 
 class FakeModel(nn.Module):
-    """A small network. nan_at: samples whose loss is NaN; normed: with the loss that is not linear."""
+    """A small network.
 
-    def __init__(self, dropout=0.3, nan_at=(), normed=True):
+    nan_at: samples whose loss is NaN; normed: with the loss that is not linear; shares: recall, empty masks.
+    """
+
+    def __init__(self, dropout=0.3, nan_at=(), normed=True, shares=None):
         super().__init__()
         self.first, self.slow, self.last = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
         self.dropout, self.nan_at = nn.Dropout(dropout), set(nan_at)
-        self.history, self.normed = 'full', normed
+        self.history, self.normed, self.shares = 'full', normed, shares
 
     def forward(self, img, lidar2img, ego2lidar, img_metas=None, targets=None, return_loss=True):
         out = self.last(self.dropout(torch.relu(self.slow(torch.relu(self.first(img))))))
@@ -69,6 +72,11 @@ class FakeModel(nn.Module):
         if any(meta['index'] in self.nan_at for meta in img_metas):
             errors = errors * float('nan')
         losses = dict(loss_mean=errors.mean())
+        if self.shares:
+            count_share('recall_0', self.shares[0] * len(img), len(img))
+            count_share('empty_masks', torch.tensor(self.shares[1]), 1)
+            count_share('right_class/car', counts.sum() * 0 + 1, 2)
+            count_share('right_class/bus', 0, 0)
         if self.normed:
             losses['loss_normed'] = (errors * counts).sum() / reduce_mean(counts.sum()).clamp(1)
         return losses

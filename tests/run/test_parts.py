@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import fakes
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from lib.errors import CheckpointError, ConfigError, UserError
-from lib.run.folder import CheckpointKeeper, checkpoints, create_run_folder, find_checkpoint_to_resume
+from lib.run.folder import CheckpointKeeper, checkpoints, create_run_folder, find_checkpoint_to_resume, resume_command
+from lib.run.health import HealthWatch, shares
 from lib.run.loading import make_loader, read_batches
 from lib.run.log import Countdown, RunLog, WindowAverage, duration
 from lib.run.numerics import mix, seed_step
@@ -78,6 +80,22 @@ def test_wrong_settings(cfg, words):
         TrainSettings.from_config(cfg)
 
 
+@pytest.mark.parametrize(
+    'cfg, iteration, epochs, due',
+    [
+        (dict(), 4, 1, False),
+        (dict(interval=2), 8, 2, True),
+        (dict(interval=2), 8, None, False),
+        (dict(interval_iters=4), 8, None, True),
+        (dict(interval_iters=4), 9, 3, False),
+    ],
+)
+def test_when_to_evaluate(cfg, iteration, epochs, due):
+    settings = EvaluationSettings.from_config(cfg)
+    assert settings.is_due(iteration, epochs) == due
+    assert settings.best_by == ('RayIoU' if cfg else None)
+
+
 def test_evaluation_settings():
     assert EvaluationSettings.from_config(None).interval == 0
     assert EvaluationSettings.from_config(dict(metrics=['miou'])).metrics == ('miou',)
@@ -95,14 +113,14 @@ def write_run(folder, *iterations):
 
 def test_auto_resume_takes_the_newest_run_that_has_a_whole_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_checkpoint_to_resume('auto', None, 'c.py') is None
+    assert find_checkpoint_to_resume('auto', None, 'c.py') == (None, [os.path.join('outputs', 'c')])
     old = write_run(tmp_path / 'outputs' / 'c' / '20240101_000000', 5, 12, 9)
     empty = tmp_path / 'outputs' / 'c' / '20240102_000000'
     empty.mkdir()
     os.utime(str(old), (1, 1))
-    assert find_checkpoint_to_resume('auto', None, 'c.py').name == 'iter_12.pth'
+    assert find_checkpoint_to_resume('auto', None, 'c.py').path.name == 'iter_12.pth'
     (old / 'iter_12.pth').write_bytes(b'PK\x03\x04 cut short')
-    assert find_checkpoint_to_resume('auto', None, 'c.py').name == 'iter_9.pth'
+    assert find_checkpoint_to_resume('auto', None, 'c.py').path.name == 'iter_9.pth'
     assert [p.name for p in checkpoints(old)] == ['iter_12.pth', 'iter_9.pth', 'iter_5.pth']
     with pytest.raises(CheckpointError, match='holds no whole checkpoint'):
         find_checkpoint_to_resume(str(empty), None, 'c.py')
@@ -161,3 +179,44 @@ def test_other_processes_are_silent(tmp_path, capsys):
     log.say('one')
     log.record('train', 1, dict(a=1))
     assert capsys.readouterr().out == '' and not list(tmp_path.iterdir())
+
+
+def test_command_to_resume_with():
+    """Old --resume and --work-dir go, whatever their form; quoted; as torchrun started it."""
+    folder = Path('outputs/my run')
+    argv = ['train.py', '--config', 'c.py', '--work-dir', 'x', '--resume=auto', '--override', 'a.b=[1, 2]']
+    wanted = "train.py --config c.py --override 'a.b=[1, 2]' --resume 'outputs/my run'"
+    assert resume_command(argv, folder, {}) == 'python ' + wanted
+    two = dict(LOCAL_WORLD_SIZE='2', WORLD_SIZE='2')
+    assert resume_command(argv, folder, two) == 'torchrun --nproc_per_node 2 ' + wanted
+    assert resume_command(argv, folder, dict(two, WORLD_SIZE='4')).startswith('torchrun --nnodes 2 --nproc_per_node 2')
+
+
+def windows(watch, count, **values):
+    """Number of warnings in so many log lines; a value may be a function of the line's number."""
+    return sum(len(watch.look({k: v(i) if callable(v) else v for k, v in values.items()})) for i in range(count))
+
+
+def test_a_run_that_goes_well_is_not_warned_about():
+    falling = dict(loss=lambda i: 50 / (1 + i), recall_0=0.9, recall_2=lambda i: 0.5 + i / 200, empty_masks=0.5)
+    assert windows(HealthWatch(), 60, **falling) == 0
+
+
+@pytest.mark.parametrize(
+    'values, words',
+    [
+        (dict(empty_masks=1.0), 'only free'),
+        (dict(recall_2=lambda i: 0.9 - i / 50), 'keeps fewer'),
+        (dict(loss=lambda i: 50 + i % 2), 'where it began'),
+    ],
+)
+def test_a_run_that_goes_wrong_is_told_once(values, words):
+    watch = HealthWatch()
+    lines = [watch.look({k: v(i) if callable(v) else v for k, v in values.items()}) for i in range(40)]
+    (warning,) = [text for texts in lines for text in texts]
+    assert words in warning and 'docs/training.md' in warning
+
+
+def test_shares_over_passes():
+    passes = [dict(a=(1, 2), b=(torch.tensor(0), 0)), dict(a=(torch.tensor(2.0), 2), b=(0, 0))]
+    assert shares(passes) == dict(a=0.75) and shares([{}]) == {}

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_trouble_in_one_process_stops_all_with_one_sentence(workshop):
     (facts,) = workshop.files('nonfinite*.json')
     facts = json.loads((workshop.folder / 'run' / facts).read_text())
     assert [len(passes[0]) for passes in facts['sample_tokens_by_process_and_pass']] == [4, 4]
-    assert text.count('error: images/a.jpg is damaged') == 1 and '--resume auto' in text
+    assert text.count('error: images/a.jpg is damaged') == 1 and 'continue with: torchrun --nproc_per_node 2 ' in text
     assert any(name.startswith('iter_') for name in workshop.files(work_dir='bad'))
 
 
@@ -91,3 +92,22 @@ def test_sigterm_to_torchrun_saves_once_and_leaves(workshop):
     text = run.communicate(timeout=60)[0]
     assert run.returncode != 0 and text.count('stopped by SIGTERM after iteration') == 1, text
     assert [n for n in workshop.files() if n.startswith('iter_')] == [f'iter_{max(workshop.records())}.pth']
+
+
+def test_two_nodes_learn_as_one_process(workshop):
+    """The commands of docs/training.md ("Several machines"), the nodes being two torchruns on the loopback."""
+    workshop.train(*DETERMINISTIC, work_dir='one')
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    nodes = [
+        workshop.start(
+            ['train'] + workshop.arguments(*DETERMINISTIC, work_dir='two'), processes=1, node=(rank, 2, port)
+        )
+        for rank in (0, 1)
+    ]
+    texts = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    assert workshop.curve('two') == pytest.approx(workshop.curve('one'), rel=1e-4)
+    assert [text.count('training is complete') for text in texts] == [1, 0]
+    assert 'x 2 processes' in workshop.log('two')

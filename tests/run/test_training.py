@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 
 import fakes
 import pytest
@@ -13,7 +14,7 @@ from lib.errors import CheckpointError, ConfigError, DataError
 from lib.run.stopping import RunStopped
 from lib.run.train_script import run_training
 
-NOT_RESUMED = ('time', 'data_time', 'memory_mib')
+NOT_RESUMED = ('time', 'data_time', 'update_time', 'samples_per_s', 'memory_mib')
 
 
 def without_times(records):
@@ -44,6 +45,38 @@ def test_a_run_and_what_it_leaves(workshop):
     assert scores['num_samples'] == 7
 
 
+def test_best_checkpoint_is_kept_beside_the_newest(workshop):
+    """By epochs and by iterations; which is best is read from the scores in the folder, so resuming changes nothing."""
+    options = ('evaluation.interval=1', 'evaluation.interval_iters=2')
+    workshop.train(*options, 'runner.max_iters=5')
+    workshop.train(*options, more=('--resume', 'auto'))
+    scores = workshop.records(kind='eval')
+    assert sorted(scores) == [2, 3, 4, 5, 6, 8, 9]
+    best = max(scores, key=lambda i: (scores[i]['RayIoU'], i))
+    assert workshop.load('best.pth')['progress']['iteration'] == best
+    assert workshop.files() == ['best.pth', 'epoch_3_iter_9.pth', 'latest.pth']
+    assert 'kept as' in workshop.log() and f'RayIoU {100 * scores[9]["RayIoU"]:.2f} %' in workshop.log()
+
+
+def test_no_best_checkpoint_where_there_is_one_evaluation(workshop):
+    workshop.train()
+    assert 'best.pth' not in workshop.files()
+
+
+def test_a_score_that_there_is_not_is_told(workshop):
+    workshop.train('evaluation.save_best=RayPQ')
+    assert 'evaluation gave no RayPQ' in workshop.log() and 'best.pth' not in workshop.files()
+
+
+def test_shares_and_warnings_are_logged(workshop):
+    workshop.train('model.shares=[0.25, 1.0]')
+    record = workshop.records()[9]
+    assert (record['recall_0'], record['empty_masks'], record['right_class/car']) == (0.25, 1.0, 0.5)
+    log = workshop.log()
+    assert 'recall 25 %, empty masks 100 %' in log and log.count('WARNING: almost every mask is empty') == 1
+    assert 'numbers of a line are means' in log and record['samples_per_s'] > 0 and record['update_time'] > 0
+
+
 def test_waiting_for_data_is_worth_a_note(workshop):
     workshop.train('data.train.delay=0.01', 'runner.max_epochs=2', work_dir='slow')
     assert workshop.log('slow').count('of the time goes into waiting for data; data.workers_per_gpu is 0') == 1
@@ -52,7 +85,7 @@ def test_waiting_for_data_is_worth_a_note(workshop):
 def test_no_folder_is_overwritten(workshop):
     for _ in range(3):
         workshop.train('runner.max_epochs=1', work_dir='run')
-    folders = sorted(p.name for p in workshop.folder.iterdir() if p.is_dir())
+    folders = sorted(p.name for p in workshop.folder.glob('run*'))
     assert folders == ['run', 'run-1', 'run-2']
     assert workshop.curve('run') == workshop.curve('run-1') == workshop.curve('run-2')
 
@@ -114,9 +147,37 @@ def test_resume_from_a_file_goes_to_a_new_folder(workshop):
     assert workshop.curve('a')[3:] == [workshop.records('b')[i]['loss'] for i in range(4, 10)]
 
 
-def test_auto_without_a_checkpoint_starts_anew(workshop, capsys):
+def test_auto_without_a_checkpoint_starts_anew(workshop):
+    """The log says so, and where it was looked for."""
     workshop.train(more=('--resume', 'auto'))
-    assert 'no checkpoint to continue from' in capsys.readouterr().out and len(workshop.curve()) == 9
+    (line,) = [line for line in workshop.log().splitlines() if 'no checkpoint to continue from' in line]
+    assert str(workshop.folder / 'run') in line and 'starting anew' in line and len(workshop.curve()) == 9
+
+
+def test_auto_finds_a_run_that_lies_elsewhere(workshop):
+    """Without --work-dir, and with it where the run got a number because the folder was there already."""
+    (workshop.folder / 'run').mkdir()
+    (workshop.folder / 'run' / 'note').write_text('')
+    workshop.train('runner.max_iters=4')
+    arguments = ['--config', str(workshop.config), '--resume', 'auto']
+    assert run_training(train.parse_args([*arguments, '--max-iters', '6']), fakes.components) == 0
+    assert workshop.train('runner.max_iters=9', more=('--resume', 'auto')) == 0
+    assert len(workshop.curve('run-1')) == 9 and workshop.files('*', 'run') == ['note']
+
+
+def test_the_command_that_is_printed_goes_on(workshop, capsys, monkeypatch):
+    arguments = workshop.arguments(
+        "data.train.trouble={4: 'sigterm'}", 'data.train.trouble_epoch=1', work_dir='my run', more=('--resume=auto',)
+    )
+    monkeypatch.setattr('sys.argv', ['train.py', *arguments])
+    assert run_training(train.parse_args(arguments), fakes.components) == 143
+    printed = capsys.readouterr().out.strip().splitlines()[-1].split('continue with: ')[1]
+    program, script, *again = shlex.split(printed)
+    assert (program, script) == ('python', 'train.py') and again.count('--resume') == 1
+    args = train.parse_args([*again, '--max-iters', '9'])
+    args.override = []  # the trouble is over
+    assert run_training(args, fakes.components) == 0
+    assert len(workshop.curve('my run')) == 9
 
 
 def test_resuming_a_finished_run_does_nothing(workshop):
@@ -207,7 +268,9 @@ def test_infinite_gradient_stops_before_the_step(workshop, monkeypatch):
 
 
 def test_unreadable_sample_stops_after_saving(workshop):
-    with pytest.raises(RunStopped, match=r'a.jpg is damaged.*stopped after iteration [12];.*--resume auto'):
+    with pytest.raises(
+        RunStopped, match=r'a.jpg is damaged.*stopped after iteration [12];.*continue with: .* --resume .*run'
+    ):
         workshop.train("data.train.trouble={4: 'unreadable'}", 'seed=11')
     assert any(name.startswith('iter_') for name in workshop.files())
 
