@@ -15,6 +15,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+from emulated_ray_kernel import EmulatedExtension
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slow_caster import cast_all
@@ -407,14 +408,12 @@ def stacked(cases):
     return torch.from_numpy(np.array([volumes for volumes, _ in cases])), torch.from_numpy(np.array(padded)), counts
 
 
-@needs_cuda
-@pytest.mark.parametrize('volumes', [1, 2, 7])
-def test_cuda_equals_cpu(volumes):
-    """Several samples in one launch, with different numbers of origins."""
+def check_kernel(volumes, device):
+    """Several samples in one launch, with different numbers of origins, against the CPU."""
     semantics, origins, directions, lower, voxel_size, free_id = random_case(3, volumes=volumes)
     cases = [(semantics, origins[:count]) for count in (5, 2, 0)] + [(random_case(4, volumes=volumes)[0], origins[1:])]
-    tensors = [tensor.cuda() for tensor in stacked(cases)]
-    rays = torch.from_numpy(directions).cuda()
+    tensors = [tensor.to(device) for tensor in stacked(cases)]
+    rays = torch.from_numpy(directions).to(device)
     found = gpu.trace(tensors[0], free_id, tensors[1], tensors[2], rays, lower, voxel_size)
     label, voxel, distance = (tensor.cpu().numpy() for tensor in found)
     for sample, (of_sample, from_where) in enumerate(cases):
@@ -425,6 +424,20 @@ def test_cuda_equals_cpu(volumes):
         labels = [volume.reshape(-1)[index] for volume, index in zip(of_sample, expected.voxel)]
         np.testing.assert_array_equal(label[sample, :, :known], labels)
         assert np.all(label[sample, :, known:] == free_id)
+
+
+@needs_cuda
+@pytest.mark.parametrize('volumes', [1, 2, 7])
+def test_cuda_equals_cpu(volumes):
+    check_kernel(volumes, 'cuda')
+
+
+@pytest.mark.parametrize('volumes', [1, 2, 7])
+def test_kernel_equals_cpu_by_emulation(volumes, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, '_check', lambda *tensors: None)
+    monkeypatch.setattr(gpu.EXTENSION, 'find', lambda device: extension)
+    extension = EmulatedExtension(tmp_path)
+    check_kernel(volumes, 'cpu')
 
 
 @needs_cuda

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emulated_ray_kernel import EmulatedExtension
 
 from lib import raycast
 from lib.errors import ConfigError, DataError
 from lib.metrics import Evaluator, cuda, evaluate
+from lib.raycast import gpu
 from lib.task import Task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -349,34 +351,33 @@ def test_real_labels_against_themselves_score_one(real_dir, file, label_set):
 # On a GPU
 
 
-def test_samples_wait_for_each_other_on_a_gpu(task, monkeypatch):
-    """The CUDA path but for the kernel and the copies, on CPU tensors."""
-
-    def trace(samples, directions, task, device):
-        hits = []
-        for sample in samples:
-            ends = raycast.trace(
-                sample.semantics, sample.origins, directions, task.point_cloud_range, task.voxel_size, FREE
-            )
-            labels = [volume.reshape(-1)[index] for volume, index in zip(sample.semantics, ends.voxel)]
-            hits.append([np.stack(labels), *ends])
-        return cuda.RayEnds(*(torch.from_numpy(np.stack(rows)) for rows in zip(*hits)))
+def test_samples_wait_for_each_other_on_a_gpu(task, tmp_path, monkeypatch):
+    """All of the CUDA path but the copies to the device, with the kernel compiled for the CPU."""
 
     def to_device(name, pairs, device):
-        return torch.from_numpy(np.stack([np.stack(pair).view(np.int16) for pair in pairs]))
+        volumes = np.array(pairs)
+        return torch.from_numpy(volumes.view(np.int16) if volumes.dtype == np.uint16 else volumes)
 
-    monkeypatch.setattr(cuda, 'trace', trace)
+    extension = EmulatedExtension(tmp_path)
+    monkeypatch.setattr(gpu, '_check', lambda *tensors: None)
+    monkeypatch.setattr(gpu.EXTENSION, 'find', lambda device: extension)
     monkeypatch.setattr(cuda, '_to_device', to_device)
     monkeypatch.setattr('lib.metrics.evaluator._CUDA_BATCH', 3)
-    waiting = Evaluator(task, ALL, keep_samples=True)
-    waiting.device = 'cuda'
+    waiting = Evaluator(task, ALL, keep_samples=True, breakdown=True)
+    waiting.device, on_cuda = 'cuda', waiting._counter.on_cuda
+    monkeypatch.setattr(waiting._counter, 'on_cuda', lambda samples, device: on_cuda(samples, 'cpu'))
     for seed in range(4):
         scene = ('one', 'two')[seed % 2]
-        waiting.update(street(task, seed + 100), street(task, seed), ORIGINS + 0.1 * seed, str(seed), scene)
+        origins = (ORIGINS + 0.1 * seed)[: 3 - seed % 3]
+        waiting.update(street(task, seed + 100), street(task, seed), origins, str(seed), scene)
     assert len(waiting._waiting) == 1
-    assert len(pickle.loads(pickle.dumps(waiting))._state.tokens) == 4  # nothing waits in what is sent
-    assert figures(waiting) == figures(scored(task))
-    assert waiting.compute().samples == scored(task, keep_samples=True).compute().samples
+    expected = Evaluator(task, ALL, keep_samples=True, breakdown=True)
+    for seed in range(4):
+        scene = ('one', 'two')[seed % 2]
+        origins = (ORIGINS + 0.1 * seed)[: 3 - seed % 3]
+        expected.update(street(task, seed + 100), street(task, seed), origins, str(seed), scene)
+    assert figures(waiting) == figures(expected)
+    assert waiting.compute().samples == expected.compute().samples
 
 
 @needs_cuda
@@ -424,6 +425,7 @@ import numpy as np
 from lib.infos import load_infos, split_scenes
 from lib.metrics import Evaluator, scene_ray_origins
 from lib.metrics.formats import open_predictions
+from lib.raycast import gpu
 from lib.task import Task
 evaluator = Evaluator(Task('occ3d', point_cloud_range=(-2, -2, -1, 2, 2, 1)), ('ray_iou', 'ray_pq', 'miou'))
 volumes = dict(semantics=np.full((10, 10, 5), 4, np.uint8), instances=np.ones((10, 10, 5), np.int16))
