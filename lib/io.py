@@ -8,17 +8,18 @@ import os
 import pickle
 import re
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, Optional, Union
 
 import numpy as np
 
 from .errors import DataError, UserError, reason
+from .npy import PLAIN, UNREADABLE, array_names, read_npy
 from .pickle_scan import find_damage
 
 PathLike = Union[str, os.PathLike]
 
+MOST_VALUES = 1 << 27  # of an array in a file where nothing more is known: 1 GiB in double precision
 _SAFE_BUILTINS = frozenset(
     ('bool', 'complex', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'slice', 'str', 'tuple')
 )
@@ -229,7 +230,10 @@ def read_json(path: PathLike):
 
 
 def load_npz_checked(
-    path: PathLike, required: Iterable[str] = (), optional: Optional[Iterable[str]] = None
+    path: PathLike,
+    required: Iterable[str] = (),
+    optional: Optional[Iterable[str]] = None,
+    most_values: int = MOST_VALUES,
 ) -> Dict[str, np.ndarray]:
     """Arrays of an ``.npz`` file; objects in it are never unpickled.
 
@@ -237,28 +241,28 @@ def load_npz_checked(
         path: file to read.
         required: keys that must be there.
         optional: further keys to read where present; None reads everything.
+        most_values: that one array may have.
 
     Raises:
-        DataError: missing or damaged file, or a required key is not in it.
+        DataError: missing or damaged file, a required key is not in it, or an array is larger.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f'{path} does not exist; check the path, or fetch the file')
+    arrays = {}
     try:
-        with np.load(str(path), allow_pickle=False) as archive:
-            missing = [key for key in required if key not in archive.files]
+        with zipfile.ZipFile(str(path)) as archive:
+            names = array_names(archive, str(path))
+            missing = [key for key in required if key not in names]
             if missing:
-                raise DataError(
-                    '{} has no {!r} (it holds {}); is it a file of another kind?'.format(
-                        path, missing[0], ', '.join(sorted(archive.files)) or 'nothing'
-                    )
-                )
-            wanted = (
-                archive.files if optional is None else [k for k in archive.files if k in set(required) | set(optional)]
-            )
-            return {key: archive[key] for key in wanted}
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError, AttributeError) as error:
+                found = ', '.join(sorted(names)) or 'nothing'
+                raise DataError(f'{path} has no {missing[0]!r} (it holds {found}); is it a file of another kind?')
+            for name in names if optional is None else [k for k in names if k in set(required) | set(optional)]:
+                with archive.open(f'{name}.npy') as stream:
+                    arrays[name] = read_npy(stream, f'{path}: {name!r}', most_values, PLAIN).copy()
+    except UNREADABLE as error:
         raise DataError(f'{path} is damaged or no .npz file ({reason(error)}); make or fetch it again') from error
+    return arrays
 
 
 def path_inside(folder: PathLike, *parts: str) -> Path:

@@ -106,7 +106,8 @@ def read_labels(path, task: Task, names: Sequence[str] = OPTIONAL) -> Dict[str, 
     Raises:
         DataError: missing or damaged file, wrong shape, or ids that the task's label set does not have.
     """
-    arrays = load_npz_checked(path, ('semantics',) + ('flow',) * ('flow' in names), optional=names)
+    required, most_values = ('semantics',) + ('flow',) * ('flow' in names), 2 * int(np.prod(task.grid_shape))
+    arrays = load_npz_checked(path, required, names, most_values)
     velocity = arrays.pop('flow', None)
     if task.panoptic and 'instances' not in arrays:
         raise DataError(

@@ -17,7 +17,7 @@ from .io import PathLike, read_json, save_npz, write_json
 from .task import Task
 
 RECORD_FILE = 'predictions.json'
-MAX_INSTANCE_ID = (1 << 20) - 1
+MAX_INSTANCE_ID = (1 << 16) - 1  # as many as scores tell apart
 _RECORD_KIND = 'occupancy predictions'
 _SPARSE = ('sem_pred', 'pano_sem', 'pano_inst', 'flow')
 
@@ -120,11 +120,10 @@ def _without_batch_axis(arrays, where):
 
 def _voxels(occ_loc, task, where):
     """Row-major voxel numbers int64 [K] of indices [K, 3]."""
-    columns = [
-        _whole_numbers(occ_loc[:, axis], 'occ_loc', size - 1, f'voxels along {"xyz"[axis]}', where).astype(np.int64)
-        for axis, size in enumerate(task.grid_shape)
-    ]
-    voxels = np.ravel_multi_index(columns, task.grid_shape)
+    for axis, size in enumerate(task.grid_shape):
+        _whole_numbers(occ_loc[:, axis], 'occ_loc', size - 1, f'voxels along {"xyz"[axis]}', where)
+    indices = occ_loc.astype(np.int64)
+    voxels = (indices[:, 0] * task.grid_shape[1] + indices[:, 1]) * task.grid_shape[2] + indices[:, 2]
     seen = np.zeros(task.grid_shape, dtype=bool).reshape(-1)
     seen[voxels] = True
     if np.count_nonzero(seen) < len(voxels):

@@ -11,12 +11,13 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from ..errors import ConfigError
+from ..prediction import MAX_INSTANCE_ID
 from ..raycast import trace
 from ..task import Task
 from .rays import lidar_rays
 
-SAMPLE_BITS, CLASS_BITS, ID_BITS, REGION_BITS, LEVEL_BITS = 8, 7, 16, 5, 4  # of the key of a group of rays: 63
-MAX_INSTANCE_ID = (1 << ID_BITS) - 1
+ID_BITS = MAX_INSTANCE_ID.bit_length()
+SAMPLE_BITS, CLASS_BITS, REGION_BITS, LEVEL_BITS = 8, 7, 5, 4  # of the key of a group of rays; with two ids 63
 MIN_SEGMENT_RAYS = 10  # smaller segments are no misses and no false alarms
 EXACT = 2.0**53  # IoUs above one half are whole multiples of 1 / EXACT
 HALF_BITS = 27  # of such a multiple that are summed apart, so that sums fit 64 bits

@@ -15,20 +15,17 @@ have a batch axis of 1 in front. Files are data: objects in them are never unpic
 larger than the grid allows. X, Y, Z the task's grid.
 """
 
-import ast
 import io
 import json
-import lzma
 import os
-import struct
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ..errors import DataError, reason
+from ..npy import UNREADABLE, array_names, read_npy
 from ..prediction import (
     RECORD_FILE,
     check_record,
@@ -52,24 +49,6 @@ _SPARSE_PARTNERS = (
 _SUFFIXES = ('.npz', '.npy')
 _NAMED_BY_FOLDER = ('pred', 'labels')
 _MOST_BYTES_PER_VOXEL = 256  # of one file in a zip: all arrays in 64 bits, and others' extra arrays
-_MOST_HEADER_BYTES = 65536
-_BROKEN = (
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    struct.error,
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    TypeError,
-    KeyError,
-    IndexError,
-    RuntimeError,  # encrypted, or a compression that zipfile lacks
-    RecursionError,
-    MemoryError,
-    OverflowError,
-)
 
 
 class PredictionForm(NamedTuple):
@@ -328,7 +307,7 @@ class _Zip:
         if self._opened[0] != os.getpid():
             try:
                 self._opened = (os.getpid(), zipfile.ZipFile(str(self.path)))
-            except _BROKEN as error:
+            except UNREADABLE as error:
                 raise _damaged(self.path, error) from error
         return self._opened[1]
 
@@ -349,7 +328,7 @@ class _Zip:
         try:
             with self._archive().open(name) as stream:
                 content = stream.read(most_bytes + 1)
-        except _BROKEN as error:
+        except UNREADABLE as error:
             raise _damaged(where, error) from error
         if len(content) > most_bytes:
             raise DataError(
@@ -380,6 +359,10 @@ def _damaged(where, error):
     return DataError(f'{where} is damaged or no prediction file ({reason(error)}); make or fetch it again')
 
 
+def _most_values(task):
+    return 3 * int(np.prod(task.grid_shape))  # as many as indices of every voxel
+
+
 def _most_bytes(task):
     return int(np.prod(task.grid_shape)) * _MOST_BYTES_PER_VOXEL + (1 << 20)
 
@@ -389,23 +372,16 @@ def _form_of(stream, suffix, where) -> PredictionForm:
         return PredictionForm(suffix)
     try:
         with zipfile.ZipFile(stream) as archive:
-            return recognise(_array_names(archive, where), where)
-    except _BROKEN as error:
+            return recognise(array_names(archive, where), where)
+    except UNREADABLE as error:
         raise _damaged(where, error) from error
-
-
-def _array_names(archive, where):
-    names = [name[: -len('.npy')] for name in archive.namelist() if name.endswith('.npy')]
-    if len(set(names)) < len(names):
-        raise DataError(f'{where} holds two arrays of one name; save it again')
-    return names
 
 
 def _read(stream, suffix, task, where, form=None, extras=('instances', 'flow')) -> Dict[str, np.ndarray]:
     """Dense prediction from an open file; of the given form, or of whatever form it has."""
     try:
         arrays, found = _arrays(stream, suffix, task, where, form, extras)
-    except _BROKEN as error:
+    except UNREADABLE as error:
         raise _damaged(where, error) from error
     if found.sparse:
         return to_dense(arrays, task, where)
@@ -414,9 +390,9 @@ def _read(stream, suffix, task, where, form=None, extras=('instances', 'flow')) 
 
 def _arrays(stream, suffix, task, where, form, extras) -> Tuple[Dict[str, np.ndarray], PredictionForm]:
     if suffix == '.npy':
-        return {'': _read_npy(stream, task, where)}, PredictionForm(suffix)
+        return {'': read_npy(stream, where, _most_values(task))}, PredictionForm(suffix)
     with zipfile.ZipFile(stream) as archive:
-        names = _array_names(archive, where)
+        names = array_names(archive, where)
         found = recognise(names, where)
         if form is not None and found != form:
             raise DataError(
@@ -431,48 +407,8 @@ def _arrays(stream, suffix, task, where, form, extras) -> Tuple[Dict[str, np.nda
         for name in wanted + ('flow',) * found.flow:
             if name in names:
                 with archive.open(name + '.npy') as member:
-                    arrays[name] = _read_npy(member, task, f'{where}: {name!r}')
+                    arrays[name] = read_npy(member, f'{where}: {name!r}', _most_values(task))
     return arrays, found
-
-
-def _read_npy(stream, task, where) -> np.ndarray:
-    """Array of an ``.npy`` stream. Its size is known to be no larger than the grid allows before it is read."""
-    shape, fortran_order, dtype = _read_header(stream, where)
-    most = 3 * int(np.prod(task.grid_shape))
-    count = 1
-    for length in shape:
-        count *= length
-    if count > most or len(shape) > 5:
-        raise DataError(
-            f'{where} has shape {list(shape)}, larger than the task grid {list(task.grid_shape)} allows; check '
-            'task.point_cloud_range and task.voxel_size'
-        )
-    content = stream.read(count * dtype.itemsize)
-    if len(content) < count * dtype.itemsize:
-        raise DataError(f'{where} ends after {len(content)} of {count * dtype.itemsize} bytes; make or fetch it again')
-    if stream.read(1):  # at its end a zip compares the checksum
-        raise DataError(f'{where} is longer than its shape {list(shape)} says; make or fetch it again')
-    return np.frombuffer(content, dtype).reshape(shape, order='F' if fortran_order else 'C')
-
-
-def _read_header(stream, where):
-    """(shape, Fortran order, plain number type) of an ``.npy`` stream."""
-    start = stream.read(8)
-    width = {1: 2, 2: 4, 3: 4}.get(start[6] if len(start) == 8 else 0)
-    if start[:6] != b'\x93NUMPY' or width is None:
-        raise DataError(f'{where} is no array of NumPy; save it with numpy.save or numpy.savez_compressed')
-    length = int.from_bytes(stream.read(width), 'little')
-    if length > _MOST_HEADER_BYTES:
-        raise DataError(f'{where} has a header of {length} bytes; it is damaged, make or fetch it again')
-    header = ast.literal_eval(stream.read(length).decode('latin1').strip())
-    shape, fortran_order, dtype = header['shape'], header['fortran_order'], header['descr']
-    if not isinstance(dtype, str) or np.dtype(dtype).kind not in 'biuf':
-        raise DataError(
-            f'{where} holds {dtype!r}, not plain numbers; objects and records are never read from predictions'
-        )
-    if not isinstance(shape, tuple) or any(type(length) is not int or length < 0 for length in shape):
-        raise DataError(f'{where} has shape {shape!r} in its header; it is damaged, make or fetch it again')
-    return shape, bool(fortran_order), np.dtype(dtype)
 
 
 def _check_dense(arrays, form, task, where) -> Dict[str, np.ndarray]:

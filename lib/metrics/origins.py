@@ -256,15 +256,15 @@ def _poses_from_arrays(arrays, path):
 
 
 def _given_origins(arrays, path) -> Keyframes:
-    tokens, positions = arrays.get('token', np.empty(0)), arrays['origins']
-    counts = arrays.get('count', np.full(len(tokens), positions.shape[1] if positions.ndim > 1 else 0))
-    scenes = arrays.get('scene', np.full(len(tokens), ''))
-    fits = positions.ndim == 3 and positions.shape[2] == 3 and positions.dtype.kind == 'f'
-    lengths = {len(tokens), len(positions), len(counts), len(scenes)}
-    if not fits or len(lengths) != 1 or not np.isfinite(positions).all() or counts.dtype.kind not in 'iu':
+    tokens, positions = arrays.get('token', np.empty(())), arrays['origins']
+    number, most = (positions.shape + (0, 0))[:2]
+    counts, scenes = arrays.get('count', np.full(number, most)), arrays.get('scene', np.full(number, ''))
+    fits = positions.shape == (number, most, 3) and positions.dtype.kind == 'f' and np.isfinite(positions).all()
+    same_length = all(array.shape == (number,) for array in (tokens, counts, scenes))
+    if not fits or not same_length or counts.dtype.kind not in 'iu' or not ((counts >= 0) & (counts <= most)).all():
         raise DataError(
-            f"{path} must hold 'token' [n], 'origins' [n, O, 3] in metres, and perhaps 'count' [n] and 'scene' [n]; "
-            f'{_REMEDY}'
+            f"{path} must hold 'token' [n], 'origins' [n, O, 3] in metres, and perhaps 'count' [n] of 0..O and 'scene' "
+            f'[n]; {_REMEDY}'
         )
     names = [str(token) for token in tokens]
     origins = {name: of_one[:count].astype(np.float64) for name, of_one, count in zip(names, positions, counts)}

@@ -159,7 +159,7 @@ BAD_FILES = {
     'no occ_loc': (changed(S, occ_loc=None), "has 'sem_pred' but no 'occ_loc'"),
     'no sem_pred': (changed(S, sem_pred=None), "has 'occ_loc' but no 'sem_pred'"),
     'negative instance': (changed(S, pano_inst=with_value(S['pano_inst'], -3)), "'pano_inst' holds -3"),
-    'instance too large': (changed(S, pano_inst=with_value(S['pano_inst'], 1 << 20)), "'pano_inst' holds 1048576"),
+    'instance too large': (changed(S, pano_inst=with_value(S['pano_inst'], 1 << 16)), "'pano_inst' holds 65536"),
     'infinite flow': (changed(S, flow=S['flow'] * np.inf), "'flow' holds velocities that are not finite"),
     'flow of one axis': (changed(S, flow=S['flow'][..., :1]), r'do not fit together.*flow \[1, K, 2\]'),
     'sparse and dense': (dict(S, **D), "and 'pred'; save one form"),
@@ -177,7 +177,7 @@ BAD_FILES = {
     'scalar': ({'pred': np.uint8(3)}, r'shape \[\]'),
     'instances of other shape': (dict(P, pano_inst=P['pano_inst'][:, :2]), "'pano_inst' has shape"),
     'dense flow of other shape': (dict(D, flow=np.zeros(GRID)), "'flow' has shape"),
-    'larger than the grid': ({'pred': np.zeros((500, 500, 16), np.uint8)}, 'larger than the task grid'),
+    'larger than the grid': ({'pred': np.zeros((500, 500, 16), np.uint8)}, 'more than the 120 values'),
     'objects': ({'pred': np.array([{}, []], dtype=object)}, 'objects and records are never read'),
     'records': ({'pred': np.zeros(GRID, dtype=[('a', 'u1')])}, 'objects and records are never read'),
 }
@@ -209,7 +209,7 @@ BAD_BYTES = {
         'cut in its header': (NPY[:40], 'damaged'),
         'cut': (NPY[:-1], 'ends after 39 of 40 bytes'),
         'longer': (NPY + b'x', 'longer than its shape'),
-        'huge': (npy_with_header(HUGE), 'larger than the task grid'),
+        'huge': (npy_with_header(HUGE), 'more than the 120 values'),
         'huge header': (b'\x93NUMPY\x02\x00\xff\xff\xff\xff', 'a header of 4294967295 bytes'),
         'negative shape': (
             npy_with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-5, -8)}"),
