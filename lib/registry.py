@@ -2,10 +2,15 @@
 
 import difflib
 import inspect
+import numbers
+import typing
 from collections.abc import Mapping as AnyMapping
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from collections.abc import Sequence as AnySequence
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
-from .errors import ConfigError
+from .errors import ConfigError, reason
+
+_LARGEST = 1e18  # of a number in a config
 
 # Keys of the published code's configs (and of those of its kind), and how the same is said here.
 _TASK = 'stands once, in task (label_set, point_cloud_range, voxel_size, num_frames, cameras, image_size)'
@@ -86,7 +91,8 @@ def build_checked(cfg: Mapping, registry, default_args: Optional[Mapping] = None
         where: where in the config the component stands, for the message.
 
     Raises:
-        ConfigError: no or unknown ``type``, an unknown key, or a required key that is missing.
+        ConfigError: no or unknown ``type``, an unknown key, a required key that is missing, or a value of another
+            type than the constructor's annotations ask for.
     """
     where = f'{where}: ' if where else ''
     if not isinstance(cfg, AnyMapping) or 'type' not in cfg:
@@ -95,11 +101,23 @@ def build_checked(cfg: Mapping, registry, default_args: Optional[Mapping] = None
     added = dict(default_args or {})
     cls = _registered(cfg['type'], registry, where)
     _check_arguments(cls, args, added, where)
+    hints = _hints(cls)
+    _check_values(args, hints, where + cls.__name__)
     args.update(added)
-    return cls(**args)  # what goes wrong inside is told as it is
+    if hints:
+        return cls(**args)  # what goes wrong inside is told as it is
+    try:  # classes of other libraries, which find out themselves what is wrong with their values
+        return cls(**args)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f'{where}{cls.__name__} cannot be built with these values ({type(error).__name__}: {reason(error)}); '
+            'correct them'
+        ) from error
 
 
 def _registered(name, registry, where):
+    if not isinstance(name, (str, type)) and not inspect.isfunction(name):
+        raise ConfigError(f"{where}'type' must be the name of a {registry.name}, got {name!r}")
     if inspect.isclass(name) or inspect.isfunction(name):
         return name
     cls = registry.get(name) if isinstance(name, str) else None
@@ -141,6 +159,57 @@ def _check_arguments(cls, args, added, where):
         raise ConfigError(
             '{}{}: key {!r} is missing; its keys are {}'.format(where, cls.__name__, missing[0], ', '.join(names))
         )
+
+
+def _hints(cls) -> Dict[str, Any]:
+    """Annotations of a class's constructor, or of a function; none where they cannot be made out."""
+    try:
+        return typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls)
+    except (AttributeError, NameError, TypeError):
+        return {}
+
+
+def _check_values(args: Mapping, hints: Mapping, where: str) -> None:
+    for key, value in args.items():
+        if key in hints and not _fits(value, hints[key]):
+            raise ConfigError(f'{where}: key {key!r} must be {_said(hints[key])}, got {value!r}')
+
+
+_PLAIN = {str: 'a text', bool: 'True or False', int: 'an integer', float: 'a finite number', type(None): 'None'}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a config is what an annotation says; annotations that say something else fit all."""
+    origin, inner = getattr(hint, '__origin__', None), getattr(hint, '__args__', None) or ()
+    if origin is Union:
+        return any(_fits(value, one) for one in inner)
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < _LARGEST
+    if hint in _PLAIN:
+        return isinstance(value, hint)
+    if inspect.isclass(origin) and issubclass(origin, AnyMapping):
+        return isinstance(value, AnyMapping)
+    if inspect.isclass(origin) and issubclass(origin, (AnySequence, tuple)):
+        items = inner[:1] * len(value) if _is_list(value) and (origin is not tuple or inner[-1:] == (...,)) else inner
+        return _is_list(value) and len(items) == len(value) and all(map(_fits, value, items))
+    return True
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _said(hint) -> str:
+    """An annotation in words."""
+    origin, inner = getattr(hint, '__origin__', None), getattr(hint, '__args__', None) or ()
+    if origin is Union:
+        return ' or '.join(_said(one) for one in inner)
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    if inspect.isclass(origin) and issubclass(origin, AnyMapping):
+        return 'a dict'
+    return f'a list ({_said(inner[0])}, each)' if inner else 'a list'
 
 
 def _parameters(cls) -> Tuple[List[str], List[str], bool]:

@@ -1,5 +1,8 @@
 """Configs: what is allowed, how overrides are typed, and that every mistake is named."""
 
+from typing import Dict, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
 import pytest
 from mmcv.utils import Registry
 
@@ -151,7 +154,7 @@ class Widget:
 
 @REGISTRY.register_module()
 class Nested:
-    def __init__(self, child):
+    def __init__(self, child: dict):
         self.child = Widget(task=1, **child)
 
 
@@ -175,6 +178,86 @@ def test_build_checked_names_the_key(cfg, words):
         build_checked(cfg, REGISTRY, dict(task='t'), where='model.part')
     for word in words + ['model.part']:
         assert word in str(error.value)
+
+
+@REGISTRY.register_module()
+class Typed:
+    """With annotations of every kind that configs have."""
+
+    def __init__(
+        self,
+        number: float = 1.0,
+        count: Optional[int] = None,
+        name: str = 'x',
+        flag: bool = False,
+        sizes: Sequence[int] = (),
+        pair: Tuple[int, str] = (1, 'a'),
+        steps: Sequence[Dict] = (),
+        either: Union[str, Sequence[float]] = 'a',
+        part: Optional[Mapping] = None,
+        anything=None,
+    ):
+        self.given = (number, count, name, flag, sizes, pair, steps, either, part, anything)
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        dict(number=1),
+        dict(number=np.float32(2)),
+        dict(count=None),
+        dict(count=np.int64(3)),
+        dict(sizes=[1, 2]),
+        dict(sizes=()),
+        dict(pair=[1, 'b']),
+        dict(steps=[dict(type='x')]),
+        dict(either=[1, 2.5]),
+        dict(part={}),
+        dict(anything=object()),
+    ],
+)
+def test_values_of_the_right_type_are_taken(value):
+    assert list(value.values())[0] in build_checked(dict(value, type='Typed'), REGISTRY).given
+
+
+@pytest.mark.parametrize(
+    'value, words',
+    [
+        (dict(number='1'), "part: Typed: key 'number' must be a finite number, got '1'"),
+        (dict(number=True), 'a finite number'),
+        (dict(number=float('nan')), 'a finite number'),
+        (dict(count=1.5), 'an integer or None'),
+        (dict(count=False), 'an integer or None'),
+        (dict(name=3), 'a text'),
+        (dict(flag=1), 'True or False'),
+        (dict(flag=None), 'True or False'),
+        (dict(sizes=3), 'a list .an integer, each'),
+        (dict(sizes='12'), 'a list'),
+        (dict(sizes=[1, '2']), 'a list'),
+        (dict(pair=[1]), 'a list'),
+        (dict(pair=['b', 1]), 'a list'),
+        (dict(steps=[3]), 'a list .a dict, each'),
+        (dict(either=3), 'a text or a list'),
+        (dict(part=[]), 'a dict or None'),
+    ],
+)
+def test_values_of_another_type_than_annotated_are_named(value, words):
+    with pytest.raises(ConfigError, match=words):
+        build_checked(dict(value, type='Typed'), REGISTRY, where='part')
+
+
+@pytest.mark.parametrize('kind', [3, None, ['Typed'], {}])
+def test_a_type_that_is_no_name_is_named(kind):
+    with pytest.raises(ConfigError, match="'type' must be the name of a"):
+        build_checked(dict(type=kind), REGISTRY)
+
+
+def test_what_a_class_without_annotations_says_of_its_values_is_passed_on():
+    def picky(depth):
+        raise KeyError(f'invalid depth {depth}')
+
+    with pytest.raises(ConfigError, match="part: picky cannot be built .*'invalid depth 19'.; correct"):
+        build_checked(dict(type=picky, depth=19), REGISTRY, where='part')
 
 
 def test_an_error_inside_a_constructor_is_not_called_a_wrong_key():

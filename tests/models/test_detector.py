@@ -326,7 +326,7 @@ def test_builds_through_mmdet_with_the_task_as_a_dict():
         (dict(img_neck=dict(type='FPN', in_channels=[64], num_out=1)), "model.img_neck: FPN: unknown key 'num_out'"),
         (dict(img_neck=dict(type='FPN', in_channels=[64])), "model.img_neck: FPN: key 'out_channels' is missing"),
         (dict(img_backbone=dict(type='ResNett', depth=18)), "model.img_backbone: unknown type 'ResNett'"),
-        (dict(img_backbone=None), "model.img_backbone: .* needs a dict with key 'type'"),
+        (dict(img_backbone=None), "model: SparseOcc: key 'img_backbone' must be a dict, got None"),
         (dict(data_aug=dict(img_color_aug=True)), 'img_norm_cfg needs mean and std'),
     ],
 )
@@ -363,10 +363,10 @@ def test_settings_of_an_inner_part_are_heeded_where_no_outer_one_gives_them():
 
 
 def test_an_error_inside_a_part_is_told_as_it_is():
-    """A depth that mmdet does not know is no matter of a wrong key."""
+    """A depth that mmdet does not know is no matter of a wrong key, but of its value."""
     cfg = small_config()
     cfg['img_backbone']['depth'] = 19
-    with pytest.raises(KeyError, match='invalid depth 19'):
+    with pytest.raises(ConfigError, match='model.img_backbone: ResNet cannot be built .*KeyError: .invalid depth 19'):
         build_model(cfg, small_task())
 
 
