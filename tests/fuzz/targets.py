@@ -23,6 +23,7 @@ from mutations import JUNK, mutate_array, mutate_bytes, mutate_value  # noqa: E4
 from lib.labels import read_labels  # noqa: E402
 from lib.metrics.flow import FlowRays, count_flow  # noqa: E402
 from lib.metrics.formats import open_predictions, read_prediction  # noqa: E402
+from lib.metrics.origins import read_keyframes, write_poses  # noqa: E402
 from lib.metrics.submission import ABOUT, read_submission  # noqa: E402
 from lib.prediction import write_record  # noqa: E402
 from lib.task import Task  # noqa: E402
@@ -160,11 +161,7 @@ class Submissions:
         self.content = dict(about, results={'a': entry, 'b': entry})
 
     def damage(self, rng):
-        content = mutate_value(rng, self.content) if rng.random() < 0.6 else self.content
-        try:
-            content = pickle.dumps(content, protocol=rng.choice((2, 3, 4, 5)))
-        except (ValueError, OverflowError):
-            content = pickle.dumps(None)
+        content = to_pickle(rng, mutate_value(rng, self.content) if rng.random() < 0.6 else self.content)
         content = gzip.compress(mutate_bytes(rng, content) if rng.random() < 0.5 else content, 1)
         path = self.folder / 's.gz'
         path.write_bytes(mutate_bytes(rng, content) if rng.random() < 0.2 else content)
@@ -173,8 +170,7 @@ class Submissions:
     def read(self, path):
         results = read_submission(path, self.task, {'a': 40, 'b': 40}).results
         for token in 'ab':
-            counts = count_flow(self.truth, results[token], self.task.label_set)
-            assert all(np.isfinite(part).all() for part in counts)
+            assert count_flow(self.truth, results[token], self.task.label_set).rays.sum() <= 40
 
 
 class Labels:
@@ -217,11 +213,7 @@ class Infos:
         self.content = load_pickle_safe(fake.root / 'nuscenes_infos_train_sweep.pkl')
 
     def damage(self, rng):
-        content = mutate_value(rng, self.content) if rng.random() < 0.8 else self.content
-        try:
-            content = pickle.dumps(content, protocol=rng.choice((4, 5)))
-        except (ValueError, OverflowError, pickle.PicklingError):
-            content = pickle.dumps(None)
+        content = to_pickle(rng, mutate_value(rng, self.content) if rng.random() < 0.8 else self.content)
         path = self.folder / 'infos.pkl'
         path.write_bytes(mutate_bytes(rng, content) if rng.random() < 0.3 else content)
         return path
@@ -239,6 +231,66 @@ class Infos:
             assert dataset.ray_origins(index).shape[1] == 3
             dataset.ground_truth(index)
             box_array(dataset.info(index), path)
+
+
+class Origins:
+    """A file of poses or of ray origins: JSON, npz, or infos of later releases."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        infos = [
+            dict(
+                token=f't{number}',
+                scene_name='s',
+                timestamp=number * 5e5,
+                ego2global_translation=[float(number), 0.0, 0.0],
+                ego2global_rotation=[1.0, 0.0, 0.0, 0.0],
+                lidar2ego_translation=[0.0, 0.0, 1.8],
+                lidar2ego_rotation=[1.0, 0.0, 0.0, 0.0],
+            )
+            for number in range(3)
+        ]
+        write_poses(folder / 'poses.json', infos, dict(s='Night, rain'))
+        write_poses(folder / 'poses.npz', infos, dict(s='Night, rain'))
+        self.json = json.loads((folder / 'poses.json').read_text())
+        with np.load(str(folder / 'poses.npz')) as file:
+            self.poses = {name: file[name] for name in file.files}
+        count = np.array([2, 8])
+        self.origins = dict(
+            token=np.array(['a', 'b']), scene=np.array(['s', 's']), count=count, origins=np.ones((2, 8, 3))
+        )
+        later = dict(token='t', timestamp=1.5, ego2global=np.eye(4).tolist(), lidar_points=dict(lidar2ego=np.eye(4)))
+        self.later = dict(metainfo={}, data_list=[later, dict(later, token='u')])
+
+    def damage(self, rng):
+        kind = rng.choice(('json', 'npz', 'npz', 'pkl'))
+        damaged = rng.random() < 0.7
+        if kind == 'json':
+            content = json.dumps(
+                mutate_value(rng, self.json, plain=True) if damaged else self.json, default=str
+            ).encode()
+        elif kind == 'npz':
+            arrays = rng.choice((self.poses, self.origins))
+            content = npz_bytes(damage_arrays(rng, arrays) if damaged else arrays)
+        else:
+            content = to_pickle(rng, mutate_value(rng, self.later) if damaged else self.later)
+        path = self.folder / f'origins.{kind}'
+        path.write_bytes(mutate_bytes(rng, content) if rng.random() < 0.3 else content)
+        return path
+
+    def read(self, path):
+        keyframes = read_keyframes(path)
+        assert set(keyframes.origins) == set(keyframes.scenes)
+        for origins in keyframes.origins.values():
+            assert origins.ndim == 2 and origins.shape[1] == 3 and np.isfinite(origins).all()
+
+
+def to_pickle(rng, content) -> bytes:
+    """A pickle of what can be pickled, else of nothing."""
+    try:
+        return pickle.dumps(content, protocol=rng.choice((2, 4, 5)))
+    except (ValueError, OverflowError, pickle.PicklingError):
+        return pickle.dumps(None)
 
 
 class OwnData:
@@ -265,7 +317,7 @@ class OwnData:
         return path
 
     def read(self, path):
-        from lib.infos import current_lidar2img, past_lidar2img
+        from loaders.infos import current_lidar2img, past_lidar2img
         from loaders.own_data import read_own_data
 
         own = read_own_data(str(path))
@@ -326,7 +378,7 @@ class Configs:
         path.write_bytes(mutate_bytes(rng, text) if rng.random() < 0.2 else text)
         key = rng.choice(('task.voxel_size', 'train.amp', 'model.x', 'data.val.pipeline.0.type', 'seed', '', 'runner'))
         self.overrides = [f'{key}={rng.choice(JUNK)!r}'] if rng.random() < 0.2 else []
-        self.with_model = rng.random() < 0.3
+        self.with_model = rng.random() < 0.7
         return path
 
     def read(self, path):
@@ -346,6 +398,7 @@ TARGETS = {
     'submissions': Submissions,
     'labels': Labels,
     'infos': Infos,
+    'origins': Origins,
     'own_data': OwnData,
     'checkpoints': Checkpoints,
     'configs': Configs,
