@@ -184,7 +184,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Union:
         return any(_fits(value, one) for one in inner)
     if hint in (int, float):
-        kind = numbers.Integral if hint is int else numbers.Real
+        kind: Any = numbers.Integral if hint is int else numbers.Real
         return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < _LARGEST
     if hint in _PLAIN:
         return isinstance(value, hint)

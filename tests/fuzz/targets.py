@@ -317,7 +317,7 @@ class OwnData:
         return path
 
     def read(self, path):
-        from loaders.infos import current_lidar2img, past_lidar2img
+        from lib.infos import current_lidar2img, past_lidar2img
         from loaders.own_data import read_own_data
 
         own = read_own_data(str(path))
