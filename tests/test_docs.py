@@ -33,6 +33,7 @@ RUN_BY = {
     'tools/upper_bounds.py': 'tests/tools/test_toybench.py',
     'tools/evaluate.py': 'tests/tools/test_evaluate.py',
     'tools/infer.py': 'tests/tools/test_visualize_infer.py',
+    'tools/export.py': 'tests/models/test_export.py',
     'tools/watch_folder.py': 'tests/tools/test_api.py',
     'tools/visualize.py': 'tests/tools/test_visualize_infer.py',
     'make install': 'tests/test_env.py',
