@@ -169,7 +169,8 @@ def parts(args):
         volumes = [samples[token][1]['semantics'], samples[token][0]['semantics']]
         trace(volumes, keyframes.origins[token], lidar_rays(), task.point_cloud_range, task.voxel_size, FREE, threads=1)
 
-    rows = [('read for ray_iou + miou', time_of(lambda token: read(token, ('mask_camera',))))]
+    rows = [('read for ray_iou', time_of(lambda token: read(token, ())))]
+    rows += [('read for ray_iou + miou', time_of(lambda token: read(token, ('mask_camera',))))]
     rows += [('read for ray_pq', time_of(lambda token: read(token, ('instances',)))), ('cast rays', time_of(cast))]
     for metrics in (('ray_iou',), ('ray_iou', 'ray_pq'), ('miou',), ('ray_iou', 'miou')):
         evaluator = Evaluator(task, metrics, threads=1)
