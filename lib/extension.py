@@ -44,6 +44,9 @@ class Extension:
         module = self._load() if device.type == 'cuda' else None
         if module is None:
             return None
+        if not torch.cuda.is_available():
+            self._warn('cannot run here (PyTorch sees no GPU)')
+            return None
         index = torch.cuda.current_device() if device.index is None else device.index
         if index not in self._runs:
             with torch.cuda.device(index):

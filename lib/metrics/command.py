@@ -14,6 +14,7 @@ prediction, unless --only-predicted is given. mIoU alone needs neither infos nor
 """
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections import deque
@@ -30,6 +31,7 @@ from ..task import Task
 from .evaluator import METRICS, THRESHOLDS, Evaluator
 from .result import MASKS, EvalResult
 
+_PACKAGES = ('numba', 'tqdm')
 _AHEAD = 2  # samples per thread that may wait to be taken in
 
 
@@ -134,6 +136,9 @@ def score_and_report(
     """
     from ..raycast import num_threads
 
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'scoring needs {missing[0]}, which is not installed; run pip install {" ".join(missing)}')
     for path in filter(None, (args.json, args.csv, args.per_sample)):
         if not Path(path).absolute().parent.is_dir():
             raise UserError(f'the folder of {path} does not exist; make it, or choose another place')

@@ -3,6 +3,9 @@
 S samples, V volumes each, X, Y, Z the grid, O origins, R directions, M = O * R rays.
 """
 
+import importlib.util
+import warnings
+
 from ..extension import Extension
 
 MAX_VOLUMES = 7
@@ -16,6 +19,9 @@ EXTENSION = Extension(
 
 def extension_available(device='cuda') -> bool:
     """The CUDA extension is built and runs on the device; if not, a warning has said why, once."""
+    if importlib.util.find_spec('torch') is None:
+        warnings.warn('PyTorch is not installed, so rays are cast on the CPU', RuntimeWarning, stacklevel=3)
+        return False
     return EXTENSION.find(device) is not None
 
 

@@ -36,6 +36,7 @@ def loads(monkeypatch, result):
         return result
 
     monkeypatch.setattr(extension.importlib, 'import_module', import_module)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device', lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (9, 0))
 
@@ -75,6 +76,12 @@ def test_a_missing_module_is_said_once_for_all_that_one_command_builds(monkeypat
 def test_a_module_that_does_not_load_is_named(monkeypatch):
     loads(monkeypatch, ImportError('undefined symbol: _ZN3c10\nmore'))
     with pytest.warns(RuntimeWarning, match=r'cannot be loaded \(undefined symbol: _ZN3c10\), so'):
+        assert make().find(GPU) is None
+
+
+def test_without_a_gpu_a_module_is_not_used(monkeypatch, module):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.warns(RuntimeWarning, match='PyTorch sees no GPU.*the slower version runs'):
         assert make().find(GPU) is None
 
 

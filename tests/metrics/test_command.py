@@ -177,6 +177,19 @@ def test_what_cannot_be_scored_is_said_first(data):
             parse(words)
 
 
+def test_packages_that_are_missing_are_named(data, monkeypatch):
+    monkeypatch.setattr('lib.metrics.command._PACKAGES', ('numpy', 'a_package_of_nobody'))
+    with pytest.raises(UserError, match='pip install a_package_of_nobody'):
+        run(data)
+
+
+def test_without_pytorch_the_cpu_casts_and_says_so(data, monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name == 'torch' else name)
+    with pytest.warns(RuntimeWarning, match='PyTorch is not installed, so rays are cast on the CPU'):
+        found = run(data, '--device', 'cuda')
+    assert dict(found, run=None) == dict(run(data), run=None)
+
+
 def test_submissions_are_written_and_scored(data):
     direct = run(data, '--metrics', 'occ_score', '--submission', data / 'out.gz', '--about', data / 'about.json')
     submitted = run(data, '--score-submission', data / 'out.gz', predictions=False)
