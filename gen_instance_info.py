@@ -3,15 +3,18 @@
 
     python gen_instance_info.py --data-root data/nuscenes --version v1.0-trainval
     python gen_instance_info.py --data-root data/nuscenes --version v1.0-mini --out elsewhere/occ3d_panoptic
+    python gen_instance_info.py --config my_config.py --occ-gt-root my_labels --out data/nuscenes/my_panoptic
 
 Needs the info files that gen_sweep_info.py writes. May be stopped and started again: files that are there
 are kept.
 """
 
 import os
+from dataclasses import replace
 
 from lib.classes import LABEL_SETS
 from lib.cli import make_parser, run_main
+from lib.config import load_config
 from lib.errors import DataError
 from lib.io import expand_path
 from lib.task import OCC3D_RANGE, Task
@@ -33,6 +36,7 @@ def parse_args():
         metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'),
         help='volume of the labels, metres',
     )
+    add('--config', help='take classes, range and voxel size from the task of this config')
     add('--voxel-size', type=float, default=Task.voxel_size, help='metres (default: %(default)s)')
     add(
         '--infos',
@@ -50,6 +54,9 @@ def main():
     from loaders.prepare.panoptic_labels import write_panoptic_labels
 
     task = Task(args.label_set, point_cloud_range=args.point_cloud_range, voxel_size=args.voxel_size)
+    if args.config:
+        task = Task.from_config(load_config(args.config).task)
+        task = replace(task, point_cloud_range=task.label_range or task.point_cloud_range, label_range=None)
     out = args.out or os.path.join(args.data_root, 'occ3d_panoptic')
     result = write_panoptic_labels(
         args.data_root, args.version, args.occ_gt_root, out, task, args.infos, args.overwrite, args.processes

@@ -6,7 +6,7 @@ config as a dict with the fields of :class:`LabelSet` instead of a registered na
 
 import math
 from collections.abc import Mapping as AnyMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Dict, Mapping, Tuple, Union
 
 from .errors import ConfigError
@@ -72,6 +72,7 @@ class LabelSet:
         things: names of the countable classes (paper section 3.4, panoptic occupancy).
         colours: RGB 0..255 per class name.
         voxel_counts: training-set voxels of every class by its name; empty if unknown (all weights 1).
+        remap: id in this set by id in the label files; empty where the files hold ids of this set.
     """
 
     name: str
@@ -79,6 +80,7 @@ class LabelSet:
     things: Tuple[str, ...]
     colours: Mapping[str, Tuple[int, int, int]]
     voxel_counts: Mapping[str, int]
+    remap: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, 'class_names', tuple(self.class_names))
@@ -197,7 +199,7 @@ def get_label_set(spec: Union[str, Mapping, LabelSet]) -> LabelSet:
                 'dict with name, class_names and things'
             )
         return LABEL_SETS[spec]
-    fields = {'name', 'class_names', 'things', 'colours', 'voxel_counts'}
+    fields = {'name', 'class_names', 'things', 'colours', 'voxel_counts', 'remap', 'remap_from'}
     if not isinstance(spec, AnyMapping):
         raise ConfigError(
             f'label_set must be one of {sorted(LABEL_SETS)} or a dict with {sorted(fields)}, got {spec!r}'
@@ -213,7 +215,54 @@ def get_label_set(spec: Union[str, Mapping, LabelSet]) -> LabelSet:
         things=tuple(spec['things']),
         colours=dict(spec.get('colours', _COLOURS)),
         voxel_counts=dict(spec.get('voxel_counts', {})),
+        remap=_resolve_remap(spec),
     )
+
+
+def _resolve_remap(spec: Mapping) -> Dict[int, int]:
+    """Ids of the label files to ids of the set, from ``remap`` ({old id or name: new name, id or 'ignore'}).
+
+    Old names are those of ``remap_from``, a registered label set; its classes that ``remap`` leaves out keep their
+    name.
+
+    Raises:
+        ConfigError: a name or id that there is not, or a class of ``remap_from`` that has no counterpart.
+    """
+    where, new = 'task.label_set.remap', list(spec['class_names'])
+    remap, source = spec.get('remap') or {}, spec.get('remap_from')
+    if not remap and source is None:
+        return {}
+    if not isinstance(remap, AnyMapping):
+        raise ConfigError(f'{where} must be a dict {{old id or name: new name}}, got {remap!r}')
+    old = list(get_label_set(source).class_names) if source is not None else []
+    wanted = {name: name for name in old if name in new}
+    wanted.update(remap)
+    table = {_old_id(key, old, where): _new_id(value, new, where) for key, value in wanted.items()}
+    missing = [name for i, name in enumerate(old) if i not in table]
+    if missing:
+        raise ConfigError(
+            f"{where}: {missing} of {source!r} become nothing; give each a class of class_names or 'ignore'"
+        )
+    return table
+
+
+def _old_id(key, names, where) -> int:
+    if isinstance(key, str) and key in names:
+        return names.index(key)
+    if isinstance(key, int) and not isinstance(key, bool) and 0 <= key <= IGNORE_LABEL:
+        return key
+    known = 'names need remap_from' if not names else f'the names are {", ".join(names)}'
+    raise ConfigError(f'{where}: {key!r} is no id 0..255 and no old name{did_you_mean(key, names)} ({known})')
+
+
+def _new_id(value, names, where) -> int:
+    if value == 'ignore' or value == IGNORE_LABEL:
+        return IGNORE_LABEL
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+        return value
+    raise ConfigError(f"{where}: {value!r} is not in class_names and not 'ignore'{did_you_mean(value, names)}")
 
 
 def _check_label_set(spec: Mapping) -> None:

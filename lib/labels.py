@@ -106,8 +106,8 @@ def read_labels(path, task: Task, names: Sequence[str] = OPTIONAL) -> Dict[str, 
     Raises:
         DataError: missing or damaged file, wrong shape, or ids that the task's label set does not have.
     """
-    required, most_values = ('semantics',) + ('flow',) * ('flow' in names), 2 * int(np.prod(task.grid_shape))
-    arrays = load_npz_checked(path, required, names, most_values)
+    required, largest = ('semantics',) + ('flow',) * ('flow' in names), int(np.prod(task.label_grid[0]))
+    arrays = fit_to_task(path, load_npz_checked(path, required, names, 2 * largest), task)
     velocity = arrays.pop('flow', None)
     if task.panoptic and 'instances' not in arrays:
         raise DataError(
@@ -122,6 +122,57 @@ def read_labels(path, task: Task, names: Sequence[str] = OPTIONAL) -> Dict[str, 
     if velocity is not None:
         labels['flow'] = _check_flow(path, velocity, task)
     return labels
+
+
+def fit_to_task(path, arrays: Dict[str, np.ndarray], task: Task) -> Dict[str, np.ndarray]:
+    """Arrays of a label file on the task's grid, with ids of its label set.
+
+    Outside the file's volume (``task.label_range``) voxels are ignored, in no instance and in no mask.
+
+    Raises:
+        DataError: the file has another volume, or an id that ``task.label_set.remap`` does not name.
+    """
+    if task.label_range is not None:
+        arrays = {key: _place(path, key, array, task) for key, array in arrays.items()}
+    if task.label_set.remap:
+        arrays = dict(arrays, semantics=remap_ids(path, arrays['semantics'], task))
+    return arrays
+
+
+def _place(path, key, array, task):
+    shape, start = task.label_grid
+    if array.shape[:3] != shape:
+        raise DataError(
+            f'{path}: {key!r} has shape {list(array.shape)}, but task.label_range makes {list(shape)} voxels; correct '
+            'task.label_range or task.voxel_size'
+        )
+    fill = IGNORE_LABEL if key == 'semantics' else 0
+    placed = np.full(task.grid_shape + array.shape[3:], fill, dtype=array.dtype)
+    here = tuple(slice(max(s, 0), max(min(s + n, size), 0)) for s, n, size in zip(start, shape, task.grid_shape))
+    there = tuple(slice(h.start - s, max(h.stop - s, h.start - s)) for h, s in zip(here, start))
+    placed[here] = array[there]
+    return placed
+
+
+def remap_ids(path, semantics: np.ndarray, task: Task) -> np.ndarray:
+    """uint8 ids of the task's label set for those of a label file; 255 stays 255.
+
+    Raises:
+        DataError: an id that ``task.label_set.remap`` does not name.
+    """
+    table = np.full(IGNORE_LABEL + 1, -1, dtype=np.int16)
+    table[IGNORE_LABEL] = IGNORE_LABEL
+    for old, new in task.label_set.remap.items():
+        table[old] = new
+    inside = semantics.dtype.kind in 'iu' and bool(((semantics >= 0) & (semantics <= IGNORE_LABEL)).all())
+    found = table[semantics] if inside else np.full(1, -1)
+    if (found < 0).any():
+        unknown = np.unique(semantics[found < 0])[:5].tolist() if inside else np.unique(semantics)[-5:].tolist()
+        raise DataError(
+            f"{path}: 'semantics' holds ids {unknown}, which task.label_set.remap does not name; add them to it, or "
+            'point occ_gt_root at the right folder'
+        )
+    return found.astype(np.uint8)
 
 
 def _check_flow(path, flow, task):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, Mapping, Tuple
+from typing import Any, Mapping, Optional, Tuple
 
 from .classes import LabelSet, get_label_set
 from .errors import ConfigError
@@ -49,6 +49,8 @@ class Task:
         num_frames: T, frames per sample, the current one included.
         cameras: N camera names in the order the model sees them.
         image_size: (height, width) of the network's input images, pixels.
+        label_range: volume of the label files where it is another than ``point_cloud_range``; they are cropped, and
+            filled up with ignored voxels. Voxels are of the same size.
     """
 
     label_set: LabelSet
@@ -58,6 +60,7 @@ class Task:
     num_frames: int = 8
     cameras: Tuple[str, ...] = NUSCENES_CAMERAS
     image_size: Tuple[int, int] = (256, 704)
+    label_range: Optional[Tuple[float, ...]] = None
     grid_shape: Tuple[int, int, int] = field(init=False)
 
     def __post_init__(self):
@@ -80,6 +83,9 @@ class Task:
             raise ConfigError(f'task.cameras must be different names, got {self.cameras!r}')
         set_('cameras', tuple(cameras))
         set_('grid_shape', self._grid_shape())
+        if self.label_range is not None:
+            set_('label_range', _numbers('label_range', self.label_range, '6 numbers (x0 y0 z0 x1 y1 z1)', 6))
+            self.label_grid  # noqa: B018 (checks it)
 
     def _grid_shape(self):
         lo, hi = self.point_cloud_range[:3], self.point_cloud_range[3:]
@@ -98,6 +104,23 @@ class Task:
                 f'more than {_MOST_VOXELS}; make the voxels larger or the range smaller'
             )
         return tuple(shape)
+
+    @property
+    def label_grid(self) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
+        """Voxels of the label files, and the index in the grid of their first one (negative: it begins outside).
+
+        Raises:
+            ConfigError: the two volumes do not share their voxels.
+        """
+        own, theirs = self.point_cloud_range, self.label_range or self.point_cloud_range
+        shape = [(theirs[i + 3] - theirs[i]) / self.voxel_size for i in range(3)]
+        start = [(theirs[i] - own[i]) / self.voxel_size for i in range(3)]
+        if any(abs(n - round(n)) > 1e-3 for n in shape + start) or any(round(n) < 1 for n in shape):
+            raise ConfigError(
+                f'task.label_range {list(theirs)} and task.point_cloud_range {list(own)} must differ by whole voxels '
+                f'of {self.voxel_size:g} m; change one of them'
+            )
+        return tuple(round(n) for n in shape), tuple(round(n) for n in start)
 
     @property
     def num_cameras(self) -> int:

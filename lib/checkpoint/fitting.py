@@ -1,5 +1,6 @@
 """Fitting a checkpoint's weights to a model: all of them, or the parts of another network's that fit."""
 
+import ast
 import os
 import re
 from collections import Counter, OrderedDict
@@ -8,7 +9,9 @@ from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..dist import rank
+from ..errors import CheckpointError, ConfigError
+from ..task import Task
 from .files import read_checkpoint, state_dict_of
 
 _NAMES_SHOWN = 4
@@ -32,16 +35,64 @@ def load_model_weights(model: nn.Module, path: str, strict: bool = True, trust: 
     """
     checkpoint = read_checkpoint(path, trust)
     weights = state_dict_of(checkpoint, path)
-    fit_weights(model, weights, path, strict)
     meta = checkpoint.get('meta')
-    return dict(meta) if isinstance(meta, Mapping) else {}
+    meta = dict(meta) if isinstance(meta, Mapping) else {}
+    other = other_task(meta, getattr(model, 'task', None))
+    fit_weights(model, weights, path, strict, other)
+    if other and rank() == 0:
+        print(
+            f'warning: checkpoint {path} was trained for {other}; its weights fit, its predictions may not', flush=True
+        )
+    return meta
 
 
-def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, strict: bool = True) -> None:
-    """Copy weights into a model; see ``load_model_weights``."""
+def trained_task(meta: Mapping) -> Optional[Task]:
+    """Task that a checkpoint of ours was trained for, from the config in its ``meta``; None if it does not say."""
+    fields: Dict = {}
+    try:
+        for line in str(meta.get('config', '')).splitlines():
+            name, _, value = line.partition(' = ')
+            first, *path = name.split('.')
+            if first == 'task' and path:
+                node = fields
+                for part in path[:-1]:
+                    node = node.setdefault(part, {})
+                node[path[-1]] = ast.literal_eval(value)
+        return Task.from_config(fields) if fields else None
+    except (ConfigError, ValueError, SyntaxError, AttributeError, TypeError):
+        return None  # of another version
+
+
+def other_task(meta: Mapping, ours: Optional[Task]) -> str:
+    """What a checkpoint was trained for, where that differs from the task of the model; an empty string else."""
+    theirs = trained_task(meta)
+    if theirs is None or ours is None:
+        return ''
+    facts = [(_describe_labels(theirs), _describe_labels(ours)), (_describe_grid(theirs), _describe_grid(ours))]
+    facts += [(f'{theirs.num_frames} frames', f'{ours.num_frames} frames')]
+    different = [f'{then}, not {now}' for then, now in facts if then != now]
+    return '; '.join(different)
+
+
+def _describe_labels(task: Task) -> str:
+    names = task.label_set.class_names
+    return f'label set {task.label_set.name!r} ({len(names) - 1} classes: {", ".join(names[:3])}, ...)'
+
+
+def _describe_grid(task: Task) -> str:
+    numbers = ', '.join(f'{number:g}' for number in task.point_cloud_range)
+    return f'{"x".join(map(str, task.grid_shape))} voxels over [{numbers}] m'
+
+
+def fit_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], path: str, strict: bool = True, other: str = ''
+) -> None:
+    """Copy weights into a model; see ``load_model_weights``. ``other`` is what they are known to be for."""
     require_finite(weights, path)
     difference = compare(model.state_dict(), weights)
     if strict and any(difference):
+        if other:
+            raise CheckpointError(f'checkpoint {path} was trained for {other}; use the config it was trained with')
         raise CheckpointError(_misfit(path, model, weights, difference))
     skip = set(difference.unexpected) | {name for name, _, _ in difference.reshaped}
     model.load_state_dict(OrderedDict((k, v) for k, v in weights.items() if k not in skip), strict=False)
@@ -142,6 +193,7 @@ class PretrainedReport(NamedTuple):
     reshaped: List[str]
     unknown: List[str]
     untouched: List[str]
+    hint: str = ''
 
     def lines(self) -> List[str]:
         """The report as text, one line per fact."""
@@ -155,7 +207,41 @@ class PretrainedReport(NamedTuple):
         for title, names, kind in facts:
             if names or title in ('used:      ', 'untouched: '):
                 lines.append(f'  {title}{len(names)} tensors{kind} ({count_modules(names)})')
-        return lines
+        for module, missing in _filled_in_part(self.used, self.untouched).items():
+            lines.append(
+                f'  WARNING: {module} is filled in part; {len(missing)} of its tensors begin anew ({_first(missing)})'
+            )
+        return lines + ([f'  {self.hint}'] if self.hint else [])
+
+
+def _filled_in_part(used: Iterable[str], untouched: Iterable[str]) -> Dict[str, List[str]]:
+    """By top-level module that got some of its weights: those it did not get."""
+    touched = {name.split('.')[0] for name in used}
+    missing: Dict[str, List[str]] = {}
+    for name in untouched:
+        if name.split('.')[0] in touched and not name.endswith('num_batches_tracked'):
+            missing.setdefault(name.split('.')[0], []).append(name)
+    return missing
+
+
+def propose_keys(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """``revise_keys=[...]`` that would make most of the weights fit by name and shape, in words; '' if none would.
+
+    Tried are all prefixes of the file's names, replaced by all prefixes of the model's; at least half of the names that
+    begin so must fit.
+    """
+    ours = {''.join(f'{part}.' for part in name.split('.')[:depth]) for name in own for depth in (0, 1, 2)}
+    theirs = {''.join(f'{part}.' for part in name.split('.')[:depth]) for name in weights for depth in (0, 1, 2)}
+    best, proposal = 0, ('', '')
+    for old in sorted(theirs):
+        tails = {name[len(old) :]: value.shape for name, value in weights.items() if name.startswith(old)}
+        if len(tails) <= best:
+            continue
+        for new in sorted(ours):
+            fits = sum(new + tail in own and own[new + tail].shape == shape for tail, shape in tails.items())
+            if fits > best and 2 * fits >= len(tails):  # a few equal shapes are chance
+                best, proposal = fits, (f'^{re.escape(old)}', new)
+    return f'revise_keys=[{proposal!r}] would make {best} of them fit' if best else ''
 
 
 def check_pretrained_file(path: str) -> None:
@@ -194,13 +280,17 @@ def load_pretrained(
         else:
             used[target] = value
     if not used:
+        proposal = propose_keys(weights, own)
         raise CheckpointError(
-            f'none of the {len(weights)} tensors in {path} ({count_modules(weights)}) fits the model; check load_from '
-            'and revise_keys'
+            f'none of the {len(weights)} tensors in {path} ({count_modules(weights)}) fits the model; '
+            + (f'{proposal}, in the config beside load_from' if proposal else 'check load_from and revise_keys')
         )
     require_finite(used, path)
     model.load_state_dict(used, strict=False)
-    return PretrainedReport(path, list(used), reshaped, unknown, [k for k in own if k not in used])
+    untouched = [k for k in own if k not in used]
+    proposal = propose_keys({k: weights[k] for k in unknown}, {k: own[k] for k in untouched})
+    hint = f'of those that the model does not have, {proposal}' if proposal else ''
+    return PretrainedReport(path, list(used), reshaped, unknown, untouched, hint)
 
 
 def _revise(name, revise_keys, own):

@@ -1,5 +1,6 @@
 """Are images and label files there and whole? Are labels of the right shape and label set, and what do they hold?"""
 
+from dataclasses import replace
 from typing import Dict, Iterable, List, NamedTuple, Tuple
 
 import numpy as np
@@ -62,6 +63,7 @@ class LabelFacts(NamedTuple):
         things: voxels of thing classes.
         things_without_id: those of them whose instance id is 0.
         keys: arrays in the file.
+        lost: share of the occupied voxels outside the task's volume.
     """
 
     problem: str
@@ -69,6 +71,7 @@ class LabelFacts(NamedTuple):
     things: int = 0
     things_without_id: int = 0
     keys: Tuple[str, ...] = ()
+    lost: float = 0.0
 
 
 def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
@@ -87,6 +90,12 @@ def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
     grid, names = list(dataset.task.grid_shape), ', '.join(sorted(arrays))
     findings.append(Finding(OK, f'{len(usable)} of {len(dataset)} label files read; grid {grid}, arrays: {names}'))
     findings.extend(_histogram(sum(fact.counts for fact in usable), dataset.task))
+    findings.extend(_for_the_config(sum(fact.counts for fact in usable), dataset.task))
+    if dataset.task.label_range is not None:
+        lost = [fact.lost for fact in usable]
+        findings.append(
+            Finding(OK, f'task.label_range: {sum(lost) / len(lost):.1%} of the occupied voxels are cut off')
+        )
     with_path = [(fact, dataset.label_path(index)) for fact, index in zip(facts, samples) if not fact.problem]
     findings.extend(_masks(with_path, look))
     if dataset.task.panoptic:
@@ -117,7 +126,26 @@ def _facts_of_label(dataset, index) -> LabelFacts:
     counts = np.bincount(semantics[semantics != IGNORE_LABEL], minlength=len(nothing)).astype(np.int64)
     is_thing = np.isin(semantics, task.label_set.thing_ids)
     without = int((is_thing & (labels['instances'] == 0)).sum()) if task.panoptic else 0
-    return LabelFacts('', counts, int(is_thing.sum()), without, tuple(labels))
+    lost = _share_cut_off(dataset.label_path(index), task)
+    return LabelFacts('', counts, int(is_thing.sum()), without, tuple(labels), lost)
+
+
+def _for_the_config(counts, task: Task) -> List[Finding]:
+    """Counts to paste into a label set that has none."""
+    if task.label_set.voxel_counts:
+        return []
+    pairs = ', '.join(f'{name}={max(int(n), 1)}' for name, n in zip(task.label_set.class_names, counts))
+    return [Finding(OK, f'for task.label_set, to weigh the classes by: voxel_counts=dict({pairs})')]
+
+
+def _share_cut_off(path, task: Task) -> float:
+    """Share of a file's occupied voxels that lie outside the task's volume."""
+    if task.label_range is None:
+        return 0.0
+    whole = replace(task, point_cloud_range=task.label_range, label_range=None, panoptic=False)
+    occupied = lambda t: int((read_labels(path, t, ())['semantics'] < t.label_set.free_id).sum())  # noqa: E731
+    there = occupied(whole)
+    return 1 - occupied(task) / there if there else 0.0
 
 
 def _histogram(counts, task: Task) -> List[Finding]:

@@ -13,7 +13,7 @@ from lib.errors import DataError
 from lib.geometry import rotation_z, transform_points, voxel_centers
 from lib.infos import ego_from_lidar, load_infos
 from lib.io import find_under, load_npz_checked, save_npz
-from lib.labels import LABEL_FILE, LabelFolder, check_labels
+from lib.labels import LABEL_FILE, LabelFolder, check_labels, fit_to_task
 from lib.task import Task
 
 from . import parallel_map
@@ -121,8 +121,9 @@ def _write_one(job, position) -> str:
         if target.is_file() and not job.overwrite:
             return 'kept'
         arrays = load_npz_checked(source, required=_KEPT[:1], optional=_KEPT)
-        check_labels(source, arrays, job.task)
-        instances = make_instances(arrays['semantics'], ego_boxes(info, job.task.label_set), job.task)
+        fitted = fit_to_task(source, arrays, job.task)  # what is written keeps the ids of the source
+        check_labels(source, fitted, job.task)
+        instances = make_instances(fitted['semantics'], ego_boxes(info, job.task.label_set), job.task)
         save_npz(target, dict(arrays, instances=instances))
         return 'written'
     except DataError as error:

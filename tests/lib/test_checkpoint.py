@@ -1,19 +1,25 @@
 """Checkpoints: read as data, fitted to a model with every misfit named, written whole or not at all."""
 
+import ast
 import errno
 import inspect
 import os
 import pickle
+import re
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from mmcv import Config
 from torch import nn
 
 from lib import checkpoint as ckpt
 from lib.checkpoint.files import RESTRICTED_PICKLE
+from lib.checkpoint.fitting import other_task
 from lib.errors import CheckpointError, UserError
+from lib.run.folder import config_lines
+from lib.task import Task
 from models.builder import PRETRAINED_NAMES, describe_weights
 
 
@@ -267,3 +273,48 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, room):
         ckpt.save_checkpoint(str(path), dict(state_dict=dict(a=torch.zeros(5000))))
     assert path.read_bytes() == before and ckpt.is_complete(str(path))
     assert os.listdir(str(tmp_path)) == ['a.pth']  # nothing half-written is left
+
+
+def backbone(depth=1):
+    """A model with a backbone of so many layers, as another library names them without a prefix."""
+    layers = torch.nn.ModuleDict({f'layer{i}': torch.nn.Linear(2, 3 + i) for i in range(depth)})
+    return torch.nn.ModuleDict(dict(img_backbone=layers, head=torch.nn.Linear(7, 7)))
+
+
+@pytest.mark.parametrize('prefix', ['', 'encoder.', 'model.backbone.', 'module.base.'])
+def test_the_prefix_that_would_fit_is_proposed_and_fits(prefix, tmp_path):
+    model, path = backbone(2), str(tmp_path / 'w.pth')
+    weights = {prefix + name: value for name, value in model['img_backbone'].state_dict().items()}
+    torch.save(dict(weights, **{'fc.weight': torch.zeros(10, 9)}), path)
+    with pytest.raises(CheckpointError, match=r'revise_keys=\[.*would make 4 of them fit') as error:
+        ckpt.load_pretrained(backbone(2), path)
+    keys = ast.literal_eval(re.search(r'revise_keys=(\[.*?\)\])', str(error.value)).group(1))
+    report = ckpt.load_pretrained(backbone(2), path, keys)
+    assert len(report.used) == 4 and report.hint == ''
+
+
+def test_a_backbone_that_is_filled_in_part_is_named(tmp_path):
+    path = str(tmp_path / 'w.pth')
+    torch.save({f'img_backbone.{k}': v for k, v in backbone(1)['img_backbone'].state_dict().items()}, path)
+    text = '\n'.join(ckpt.load_pretrained(backbone(3), path).lines())
+    assert 'WARNING: img_backbone is filled in part; 4 of its tensors' in text and 'layer1.weight' in text
+    assert 'head is filled' not in text
+
+
+def test_what_a_checkpoint_was_trained_for_comes_from_its_own_record(tmp_path, capsys):
+    own = dict(name='own', class_names=['road', 'car', 'free'], things=['car'])
+    theirs = Config(dict(task=dict(label_set=own, voxel_size=0.8)))
+    path, model = str(tmp_path / 'w.pth'), torch.nn.Linear(2, 2)
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(config=config_lines(theirs))), path)
+    model.task = Task.from_config(theirs.task)
+    ckpt.load_model_weights(model, path)
+    assert 'warning' not in capsys.readouterr().out
+    model.task = Task.from_config(dict(label_set='occ3d'))
+    ckpt.load_model_weights(model, path)
+    printed = capsys.readouterr().out
+    assert "label set 'own' (2 classes" in printed and '100x100x8 voxels' in printed and 'not 200x200x16' in printed
+    other = torch.nn.Linear(2, 3)
+    other.task = model.task
+    with pytest.raises(CheckpointError, match="was trained for label set 'own'"):
+        ckpt.load_model_weights(other, path)
+    assert other_task(dict(config='task.label_set = (('), model.task) == '' == other_task({}, model.task)

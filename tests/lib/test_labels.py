@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lib import labels as module
-from lib.errors import DataError
+from lib.classes import OCC3D
+from lib.errors import ConfigError, DataError
 from lib.io import save_npz
 from lib.labels import LabelFolder, read_labels
 from lib.task import Task
@@ -253,3 +254,78 @@ def test_a_file_under_a_folder_named_instances_is_told_as_what_it_is(tmp_path, d
     with pytest.raises(DataError, match=message) as caught:
         read_labels(path, PANOPTIC)
     assert 'gen_instance_info' not in str(caught.value)
+
+
+def write_volume(folder, semantics, **arrays):
+    path = folder / 'labels.npz'
+    np.savez(path, semantics=semantics, **arrays)
+    return path
+
+
+OWN = dict(name='own', class_names=['road', 'vehicle', 'free'], things=['vehicle'])
+
+
+def own_task(label_set=OWN, **changes):
+    fields = dict(label_set=label_set, point_cloud_range=[0, 0, 0, 4, 4, 2], voxel_size=1.0, **changes)
+    return Task.from_config(fields)
+
+
+def test_ids_and_names_are_mapped(tmp_path):
+    """Old ids by number or by the names of a registered set; what has the same name keeps it."""
+    by_id = dict(OWN, remap={0: 'ignore', 11: 'road', 4: 1, 17: 'free'})
+    semantics = np.full((4, 4, 2), 17)
+    semantics[0, 0, 0], semantics[1, 1, 1], semantics[2, 2, 0], semantics[3, 3, 1] = 0, 11, 4, 255
+    labels = read_labels(write_volume(tmp_path, semantics), own_task(by_id))['semantics']
+    assert labels.dtype == np.uint8
+    assert [labels[0, 0, 0], labels[1, 1, 1], labels[2, 2, 0], labels[3, 3, 1], labels[0, 1, 0]] == [255, 0, 1, 255, 2]
+    names = dict.fromkeys(OCC3D.class_names[:-1], 'ignore')
+    by_name = dict(OWN, remap_from='occ3d', remap=dict(names, car='vehicle', driveable_surface='road'))
+    (tmp_path / 'b').mkdir()
+    again = read_labels(write_volume(tmp_path / 'b', semantics), own_task(by_name))['semantics']
+    assert (again == labels).all()
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(remap={4: 'vehicel'}), "did you mean 'vehicle'"),
+        (dict(remap={'car': 'vehicle'}), 'remap_from'),
+        (dict(remap={'cars': 'vehicle'}, remap_from='occ3d'), "did you mean 'car'"),
+        (dict(remap={'car': 'vehicle'}, remap_from='occ3d'), 'become nothing'),
+        (dict(remap={-1: 'road'}), '-1'),
+        (dict(remap={1: 7}), '7'),
+        (dict(remap=[1, 2]), 'must be a dict'),
+        (dict(remapp={1: 1}), "did you mean 'remap'"),
+    ],
+)
+def test_a_wrong_remap_is_told(change, words):
+    with pytest.raises(ConfigError, match=words):
+        own_task(dict(OWN, **change))
+
+
+def test_an_id_that_is_not_mapped_is_told(tmp_path):
+    path = write_volume(tmp_path, np.full((4, 4, 2), 9))
+    with pytest.raises(DataError, match=r'labels.npz.*\[9\].*remap'):
+        read_labels(path, own_task(dict(OWN, remap={1: 'road', 2: 'free'})))
+
+
+def test_volumes_are_cropped_and_filled_up(tmp_path):
+    """The file begins 1 m before the task's range along x and 1 m inside it along y, and ends beyond it along z."""
+    rng = np.random.default_rng(0)
+    semantics, mask = rng.integers(0, 3, (3, 4, 3)), np.ones((3, 4, 3), bool)
+    task = own_task(label_range=[-1, 1, 0, 2, 5, 3])
+    labels = read_labels(write_volume(tmp_path, semantics, mask_camera=mask), task)
+    expected = np.full((4, 4, 2), 255)
+    for x, y, z in np.ndindex(4, 4, 2):
+        i, j = x + 1, y - 1
+        if i < 3 and 0 <= j < 4:
+            expected[x, y, z] = semantics[i, j, z]
+    assert (labels['semantics'] == expected).all() and (labels['mask_camera'] == (expected < 255)).all()
+
+
+def test_a_volume_that_shares_no_voxels_with_the_task_is_told(tmp_path):
+    with pytest.raises(ConfigError, match='whole voxels'):
+        own_task(label_range=[0.5, 0, 0, 4, 4, 2])
+    path = write_volume(tmp_path, np.full((4, 4, 4), 2))
+    with pytest.raises(DataError, match=r'task.label_range makes \[4, 4, 3\]'):
+        read_labels(path, own_task(label_range=[0, 0, 0, 4, 4, 3]))

@@ -7,9 +7,11 @@ import pytest
 from pyquaternion import Quaternion
 
 from lib.cli import run_main
+from lib.config import load_config
 from lib.errors import DataError
 from lib.geometry import voxel_centers
 from lib.io import load_npz_checked, save_npz, save_pickle
+from lib.labels import read_labels
 from lib.task import Task
 from loaders.prepare.panoptic_labels import EgoBox, ego_boxes, make_instances, write_panoptic_labels
 
@@ -226,6 +228,27 @@ def test_the_script(prepared, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['x', '--data-root', str(prepared)] + options)
     run_main(gen_instance_info.main)
     assert '2 label files written, 0 were there already, 0 failed' in capsys.readouterr().out
+
+
+def test_the_script_takes_the_task_of_a_config(prepared, monkeypatch, capsys, tmp_path):
+    """Classes of one's own by a remap; what is written keeps the ids of the source, so the same config reads it."""
+    import gen_instance_info
+
+    config = tmp_path / 'own.py'
+    config.write_text(
+        'task = dict(point_cloud_range=[-8, -8, -1, 8, 8, 5.4], label_set=dict(name="own", things=["car"], '
+        'class_names=["rest", "car", "free"], remap={**{i: "rest" for i in range(17)}, 4: "car", 17: "free"}))'
+    )
+    options = ['--config', str(config), '--version', 'v1.0-mini', '--processes', '1']
+    monkeypatch.setattr(sys, 'argv', ['x', '--data-root', str(prepared), *options])
+    run_main(gen_instance_info.main)
+    assert '2 label files written' in capsys.readouterr().out
+    task = Task.from_config(dict(load_config(str(config)).task, panoptic=True))
+    for path in sorted((prepared / 'occ3d_panoptic').rglob('labels.npz')):
+        labels = read_labels(path, task)
+        assert labels['semantics'].max() == 2 and labels['instances'].max() > 0
+        source = str(path).replace('occ3d_panoptic', 'occ3d')
+        assert (np.load(path)['semantics'] == np.load(source)['semantics']).all()
 
 
 # ---- toy nuScenes ----------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Parts that fit together are built and run; those that do not are told in one sentence, with what to set."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,3 +93,29 @@ def test_what_does_not_fit_is_told(changes, words):
     with pytest.raises(ConfigError) as error:
         build(*changes)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BASE = 'r50_nuimg_704x256_8f_v1.1.py'
+ROWS = [
+    [cell.strip() for cell in line.strip('|').split('|')]
+    for line in (ROOT / 'docs' / 'common_changes.md').read_text(encoding='utf-8').split('## ')[0].splitlines()
+    if line.startswith('| ') and '= ' in line
+]
+
+
+@pytest.mark.parametrize('name, lines', [row for row in ROWS if '_base_' not in row[1]], ids=lambda cell: cell[:20])
+def test_common_changes_of_the_docs(name, lines, tmp_path):
+    """The lines as they stand there, on the config that they are for, with a small volume and small images."""
+    path = tmp_path / 'change.py'
+    path.write_text('\n'.join([f'_base_ = {str(ROOT / "configs" / BASE)!r}', *re.findall(r'`(\w+ = [^`]+)`', lines)]))
+    reduced = [text for text in SMALL if not (text.startswith('task.cameras') and 'cameras' in lines)]
+    cfg = load_config(str(path), reduced)
+    task = Task.from_config(cfg.task)
+    losses = build_model(cfg.model, task)(**synthetic_batch(task, batch_size=1, with_labels=True), return_loss=True)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+
+
+def test_the_table_of_the_docs_is_read():
+    assert len(ROWS) >= 9

@@ -347,7 +347,7 @@ def test_shares_that_the_losses_count(visible):
     raw = model.predict_raw(batch['img'], batch['lidar2img'], batch['ego2lidar'])
     for number, stage in enumerate(raw.output.stages):
         kept = torch.zeros_like(matters)
-        for b, block in [(b, block) for b in range(2) for block in stage.coords[b].tolist()]:
+        for b, block in [(sample, block) for sample in range(2) for block in stage.coords[sample].tolist()]:
             x, y, z = [slice(stage.scale * i, stage.scale * i + stage.scale) for i in block]
             kept[b, x, y, z] = True
         assert tuple(map(int, counted[f'recall_{number}'])) == (int((kept & matters).sum()), int(matters.sum()))
