@@ -376,7 +376,7 @@ from mmdet.models.builder import LOSSES
 
 
 @LOSSES.register_module()
-class FlatWorldLoss(BaseModule):
+class HeightLoss(BaseModule):
     def __init__(self, task, loss_weight=1.0):
         super().__init__()
         self.height, self.loss_weight = task.grid_shape[2], loss_weight
@@ -395,18 +395,18 @@ def test_a_loss_of_ones_own_takes_a_module_and_a_line_of_config(tmp_path, monkey
     (tmp_path / 'config.py').write_text(
         f'_base_ = {os.path.abspath(release)!r}\n'
         "custom_imports = dict(imports=['flat_world'])\n"
-        "model = dict(pts_bbox_head=dict(loss_cfgs=dict(loss_flat=dict(type='FlatWorldLoss', loss_weight=2.0))))\n"
+        "model = dict(pts_bbox_head=dict(loss_cfgs=dict(loss_height=dict(type='HeightLoss', loss_weight=2.0))))\n"
     )
     release_terms, terms = (
         load_config(path, []).model.pts_bbox_head.loss_cfgs for path in (release, tmp_path / 'config.py')
     )
-    assert set(terms) == set(release_terms) | {'loss_flat'}
+    assert set(terms) == set(release_terms) | {'loss_height'}
     cfg = small_config()
     cfg['pts_bbox_head']['loss_cfgs'] = terms
     torch.manual_seed(0)
     losses = build_model(cfg, small_task())(**small_batch(small_task()))
-    assert {f'loss_flat_{i}' for i in range(3)} < set(losses) and {'loss_sem_ce_0', 'loss_mask_0'} < set(losses)
-    assert losses['loss_flat_0'] > 0 and losses['loss_flat_0'].requires_grad
+    assert {f'loss_height_{i}' for i in range(3)} < set(losses) and {'loss_sem_ce_0', 'loss_mask_0'} < set(losses)
+    assert losses['loss_height_0'] > 0 and losses['loss_height_0'].requires_grad
 
 
 def test_training_without_labels_is_a_sentence():
