@@ -1,4 +1,4 @@
-# make install | lint | test | fuzz | demo | docs | check-env | accel | build-ops | lock | clean | help
+# make install | lint | test | fuzz | chaos | demo | docs | check-env | accel | build-ops | lock | clean | help
 #
 #   PYTHON=python3.13   which Python (default: the one of VENV, else the newest tested that runs)
 #   VENV=.venv          where the environment goes
@@ -26,7 +26,7 @@ DOCS := $(VENV)-docs
 LINT := $(VENV)-lint
 STAMP := $(VENV)/.installed-$(STACK)$(if $(filter 1,$(CPU)),-cpu)$(if $(filter 1,$(MMCV_OPS)),-mmcv-ops)
 
-.PHONY: help install lint test fuzz demo docs check-env accel build-ops lock clean
+.PHONY: help install lint test fuzz chaos demo docs check-env accel build-ops lock clean
 
 help:
 	@sed -n 's/^# \?//p' Makefile | head -8
@@ -57,6 +57,10 @@ test: $(STAMP)
 # Twelve thousand damaged files of all kinds, in some ten minutes: each is read right or refused in a sentence.
 fuzz: $(STAMP)
 	SPARSEOCC_FUZZ_CASES=1500 $(BIN) -m pytest tests/fuzz
+
+# A training of two processes, killed twenty times at random moments, must end as one that never was: some minutes.
+chaos: $(STAMP)
+	SPARSEOCC_KILLS=20 $(BIN) -m pytest tests/run/test_chaos.py
 
 demo: $(STAMP)
 	$(BIN) tools/demo.py

@@ -175,7 +175,8 @@ def write_record(
     about = dict(config=config, weights=weights, split=split, override=list(override))
     numbers = dict(grid_shape=task.grid_shape, cameras=task.cameras, num_frames=task.num_frames, panoptic=task.panoptic)
     written_by = dict(kind=_RECORD_KIND, project=f'sparseocc {__version__}')
-    write_json(Path(folder) / RECORD_FILE, dict(written_by, **_compared(task), **numbers, **about))
+    rows = f'the voxels that the model kept, of any class; those of class {task.label_set.free_id} are free'
+    write_json(Path(folder) / RECORD_FILE, dict(written_by, **_compared(task), **numbers, **about, rows=rows))
 
 
 def read_record(folder: PathLike) -> Optional[Dict[str, Any]]:
