@@ -14,7 +14,13 @@ def reason(error: BaseException) -> str:
 
 
 class UserError(Exception):
-    """Bad input. The message names the file, key or value and what to do about it."""
+    """Bad input. The message names the file, key or value and what to do about it.
+
+    It stays on one line, also where a name in it has several.
+    """
+
+    def __init__(self, message=''):
+        super().__init__(' '.join(str(message).splitlines()))
 
 
 class ConfigError(UserError):

@@ -101,8 +101,9 @@ def build_checked(cfg: Mapping, registry, default_args: Optional[Mapping] = None
     added = dict(default_args or {})
     cls = _registered(cfg['type'], registry, where)
     _check_arguments(cls, args, added, where)
-    hints = _hints(cls)
-    _check_values(args, hints, where + cls.__name__)
+    hints = type_hints(cls)
+    for key in set(args) & set(hints):
+        check_value(args[key], hints[key], f'{where}{cls.__name__}: key {key!r}')
     args.update(added)
     if hints:
         return cls(**args)  # what goes wrong inside is told as it is
@@ -161,7 +162,7 @@ def _check_arguments(cls, args, added, where):
         )
 
 
-def _hints(cls) -> Dict[str, Any]:
+def type_hints(cls) -> Dict[str, Any]:
     """Annotations of a class's constructor, or of a function; none where they cannot be made out."""
     try:
         return typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls)
@@ -169,10 +170,14 @@ def _hints(cls) -> Dict[str, Any]:
         return {}
 
 
-def _check_values(args: Mapping, hints: Mapping, where: str) -> None:
-    for key, value in args.items():
-        if key in hints and not _fits(value, hints[key]):
-            raise ConfigError(f'{where}: key {key!r} must be {_said(hints[key])}, got {value!r}')
+def check_value(value: Any, hint: Any, where: str) -> None:
+    """Raise ConfigError unless a value of a config is what an annotation says, e.g. ``Optional[int]``.
+
+    Args:
+        where: how the user knows it, e.g. ``optimizer.lr``.
+    """
+    if not _fits(value, hint):
+        raise ConfigError(f'{where} must be {_said(hint)}, got {value!r}')
 
 
 _PLAIN = {str: 'a text', bool: 'True or False', int: 'an integer', float: 'a finite number', type(None): 'None'}

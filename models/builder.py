@@ -37,7 +37,7 @@ def build_model(cfg: Mapping, task: Task):
     Raises:
         ConfigError: an unknown or missing key, or a value that does not fit the task.
     """
-    if 'task' in cfg:
+    if isinstance(cfg, Mapping) and 'task' in cfg:
         raise ConfigError('model.task must not be given: the task comes from the top-level task dict')
     model = build_checked(cfg, DETECTORS, dict(task=task), 'model')
     if hasattr(model, 'check_parts'):

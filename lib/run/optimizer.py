@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..registry import check_keys, did_you_mean, section
+from ..registry import check_keys, check_value, did_you_mean, section, type_hints
 
 _OPTIMIZERS = {name: getattr(torch.optim, name) for name in ('AdamW', 'Adam', 'SGD')}
 
@@ -40,6 +40,8 @@ def build_optimizer(model: nn.Module, cfg: Mapping) -> torch.optim.Optimizer:
     custom_keys = _custom_keys(cfg.pop('paramwise_cfg', None))
     if 'lr' not in cfg:
         raise ConfigError("optimizer: key 'lr' is missing; give the learning rate")
+    for key in set(cfg) & {'lr', 'weight_decay'}:
+        check_value(cfg[key], float, f'optimizer.{key}')
     groups = _parameter_groups(model, custom_keys, cfg['lr'], cfg.get('weight_decay'))
     try:
         return _OPTIMIZERS[name](groups, **cfg)
@@ -54,6 +56,8 @@ def _custom_keys(paramwise) -> Dict[str, Mapping]:
     for part, factors in keys.items():
         where = f'optimizer.paramwise_cfg.custom_keys.{part}'
         check_keys(section(factors, where), ('lr_mult', 'decay_mult'), where)
+        for key, factor in section(factors, where).items():
+            check_value(factor, float, f'{where}.{key}')
     return keys
 
 
@@ -172,6 +176,9 @@ class Schedule:
         cfg = section(cfg, 'lr_config')
         own = ('epochs', 'iterations', 'steps_per_epoch')
         check_keys(cfg, [f.name for f in fields(cls) if f.name not in own], 'lr_config')
+        hints = type_hints(cls)
+        for key, value in cfg.items():
+            check_value(value, hints[key], f'lr_config.{key}')
         return cls(epochs=epochs, iterations=iterations, steps_per_epoch=steps_per_epoch, **cfg)
 
     def factor(self, iteration: int) -> float:

@@ -378,18 +378,36 @@ class Configs:
         path.write_bytes(mutate_bytes(rng, text) if rng.random() < 0.2 else text)
         key = rng.choice(('task.voxel_size', 'train.amp', 'model.x', 'data.val.pipeline.0.type', 'seed', '', 'runner'))
         self.overrides = [f'{key}={rng.choice(JUNK)!r}'] if rng.random() < 0.2 else []
-        self.with_model = rng.random() < 0.7
+        self.with_model = rng.random() < 0.2
         return path
 
     def read(self, path):
-        from lib.config import load_config
+        import torch
+
+        from lib.config import load_config, require_keys
         from lib.run import read_task
+        from lib.run.batch_plan import plan_batch
+        from lib.run.optimizer import Schedule, build_optimizer, clip_norm
+        from lib.run.train_script import run_length
+        from lib.settings import TrainSettings
+        from loaders.pipelines import build_pipeline
         from models import build_model
 
         config = load_config(str(path), self.overrides)
         task = read_task(config)
-        if self.with_model:
+        require_keys(config, ('data.train', 'data.train.pipeline', 'optimizer', 'runner', 'total_batch_size'))
+        build_pipeline(config.data.train.pipeline, task)
+        settings = TrainSettings.from_config(config.get('train'))
+        plan_batch(config.total_batch_size, 1, settings.accumulate, settings.max_samples_per_gpu)
+        epochs, iterations = run_length(config.runner, 10)
+        Schedule.from_config(config.get('lr_config'), epochs, iterations, 10).factor(3)
+        clip_norm(config.get('optimizer_config'))
+        model = (
             build_model(config.model, task)
+            if self.with_model
+            else torch.nn.ModuleDict(dict(sampling_offset=torch.nn.Linear(2, 2)))
+        )
+        build_optimizer(model, config.optimizer)
 
 
 TARGETS = {

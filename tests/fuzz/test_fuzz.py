@@ -83,8 +83,11 @@ def complaint(error) -> str:
 
 
 @pytest.mark.parametrize('name', sorted(TARGETS))
-def test_damaged_files_are_read_right_or_refused(name, tmp_path, capsys):
-    target, counts, failures = TARGETS[name](tmp_path), {'read': 0, 'refused': 0}, []
+def test_damaged_files_are_read_right_or_refused(name, tmp_path, monkeypatch, capsys):
+    for folder in ('files', 'elsewhere'):
+        (tmp_path / folder).mkdir()
+    target, counts, failures = TARGETS[name](tmp_path / 'files'), {'read': 0, 'refused': 0}, []
+    monkeypatch.chdir(tmp_path / 'elsewhere')
     target.read(target.damage(Untouched()))
     begin, cases = time.monotonic(), CASES or SHORT.get(name, OTHERS)
     with watched():
@@ -101,5 +104,6 @@ def test_damaged_files_are_read_right_or_refused(name, tmp_path, capsys):
         if CASES:
             print(f'{name}: {cases} cases in {time.monotonic() - begin:.0f} s, {counts["read"]} read, rest refused')
     assert not failures, f'{len(failures)} of {cases}:\n' + '\n'.join(failures[:20])
+    assert not list((tmp_path / 'elsewhere').iterdir()) and len(list(tmp_path.iterdir())) == 3  # nothing was written
     assert counts['refused'] > 0.2 * cases  # the damage is real
     assert cases < 20 or counts['read'] > 0  # and not always so great that nothing but the first check is tried
