@@ -4,12 +4,18 @@
 value) and the remedy. The scripts print it without a traceback (``lib.cli.run_main``).
 """
 
+import traceback
+
 _LONGEST_REASON = 200
 
 
 def reason(error: BaseException) -> str:
-    """What an error of another library says, on one line of at most 200 characters; its type if it says nothing."""
-    text = ' '.join(str(error).split()) or type(error).__name__
+    """What an error of another library says, on one line of at most 200 characters; where it says nothing, as a
+    bare assertion does, the line of code that raised it."""
+    text = ' '.join(str(error).split())
+    if not text:
+        frames = traceback.extract_tb(error.__traceback__)
+        text = (frames[-1].line if frames else '') or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + '...'
 
 

@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import traceback
 from typing import Mapping, Optional
 
 from mmdet.models.builder import DETECTORS
@@ -69,18 +68,7 @@ def build_encoder_part(cfg: Mapping, registry, where: str):
     """
     if isinstance(cfg, Mapping):
         check_layers(cfg, where)
-    try:
-        return build_part(cfg, registry, where)
-    except (AssertionError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise ConfigError(f'{where}: {cfg["type"]} cannot be built as configured: {_said(error)}') from error
-
-
-def _said(error: Exception) -> str:
-    """What an exception of another library says; an assertion without words is shown."""
-    if str(error):
-        return reason(error)
-    line = traceback.extract_tb(error.__traceback__)[-1].line
-    return f'{type(error).__name__} ({line})'
+    return build_part(cfg, registry, where)
 
 
 def hand_down(cfg: Mapping, where: str, values: Mapping, source: str) -> Mapping:
