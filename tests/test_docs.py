@@ -38,6 +38,7 @@ RUN_BY = {
     'tools/visualize.py': 'tests/tools/test_visualize_infer.py',
     'make install': 'tests/test_env.py',
     'sparseocc-': 'tests/test_env.py',
+    '-m sparseocc': 'tests/test_env.py',
     'make test': 'tests/test_env.py',
     'make demo': 'tests/test_env.py',
 }
@@ -127,7 +128,7 @@ def test_command_is_run_by_a_test_or_says_why_not(page, line):
 @pytest.mark.parametrize('what, where', RUN_BY.items())
 def test_it_is_run_there(what, where):
     text = (ROOT / where).read_text()
-    assert (what.split()[-1] if what.startswith('make') else Path(what).stem) in text
+    assert (what.split()[-1] if what.startswith(('make', '-m')) else Path(what).stem) in text
 
 
 @pytest.mark.parametrize('page, line', SCRIPTS)
