@@ -132,7 +132,7 @@ def infos_of(content, path, use: Optional[CameraUse] = None) -> InfoFile:
 
 
 def check_keyframes(infos: Sequence, source) -> None:
-    """Raise DataError unless these are keyframes (dicts) with a token of their own, a time and poses."""
+    """Raise DataError unless these are keyframes (dicts) with tokens of their own, times, poses and named scenes."""
     for position, info in enumerate(infos):
         if not isinstance(info, dict):
             raise DataError(f'{source}: entry {position} is a {type(info).__name__}, not a keyframe (dict); {_REMEDY}')
@@ -143,6 +143,9 @@ def check_keyframes(infos: Sequence, source) -> None:
             raise DataError(
                 f'{source}: {_name(info)} is there twice (entries {first[info["token"]]} and {position}); remove one'
             )
+        for key in ('scene_token', 'scene_name'):
+            if info.get(key) is not None and not isinstance(info[key], str):
+                raise DataError(f'{source}: {_name(info)}: {_complaint(info, key, TEXT.said)}; {_REMEDY}')
 
 
 def _check_infos(infos, source, use) -> None:
@@ -160,7 +163,7 @@ def _name(info) -> str:
 
 
 def _check_structure(info, where) -> None:
-    """``cams`` and ``sweeps`` are dicts of dicts, and the scene's names are texts."""
+    """``cams`` and ``sweeps`` are dicts of dicts."""
     cams, sweeps = info.get('cams'), info.get('sweeps', ())
     if not isinstance(cams, dict):
         raise DataError(f'{where}: {_complaint(info, "cams", "a dict of cameras")}; {_REMEDY}')
@@ -170,9 +173,6 @@ def _check_structure(info, where) -> None:
         for camera, entry in frame.items():
             if not isinstance(entry, dict):
                 raise DataError(f'{where}, camera {camera}: a dict is needed, got {_short(entry)}; {_REMEDY}')
-    for key in ('scene_token', 'scene_name'):
-        if info.get(key) is not None and not isinstance(info[key], str):
-            raise DataError(f'{where}: {_complaint(info, key, TEXT.said)}; {_REMEDY}')
 
 
 def _check_missing(infos, source, use) -> None:

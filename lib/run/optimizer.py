@@ -29,7 +29,7 @@ def build_optimizer(model: nn.Module, cfg: Mapping) -> torch.optim.Optimizer:
     """
     cfg = section(cfg, 'optimizer')
     name = cfg.pop('type', None)
-    if name not in _OPTIMIZERS:
+    if not isinstance(name, str) or name not in _OPTIMIZERS:
         raise ConfigError(
             'optimizer.type must be one of {}, got {!r}{}'.format(
                 ', '.join(_OPTIMIZERS), name, did_you_mean(name, _OPTIMIZERS)
