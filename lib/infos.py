@@ -132,7 +132,7 @@ def infos_of(content, path, use: Optional[CameraUse] = None) -> InfoFile:
 
 
 def check_keyframes(infos: Sequence, source) -> None:
-    """Raise DataError unless these are keyframes (dicts) with tokens of their own, times, poses and named scenes."""
+    """Raise DataError unless these are keyframes (dicts) with tokens of their own, times and poses; names are text."""
     for position, info in enumerate(infos):
         if not isinstance(info, dict):
             raise DataError(f'{source}: entry {position} is a {type(info).__name__}, not a keyframe (dict); {_REMEDY}')
