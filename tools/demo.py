@@ -1,4 +1,4 @@
-"""From nothing to pictures and scores in four minutes, on two CPU cores: what ``make demo`` runs.
+"""From nothing to pictures and scores in four to five minutes, on two CPU cores: what ``make demo`` runs.
 
     python tools/demo.py
 
