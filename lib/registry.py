@@ -116,12 +116,20 @@ def build_checked(cfg: Mapping, registry, default_args: Optional[Mapping] = None
         ) from error
 
 
+def look_up(name, registry):
+    """The class or function registered under a name; None if there is none."""
+    try:
+        return registry.get(name) if isinstance(name, str) else None
+    except AttributeError:  # a name with a dot, which mmcv takes for another registry's
+        return None
+
+
 def _registered(name, registry, where):
     if not isinstance(name, (str, type)) and not inspect.isfunction(name):
         raise ConfigError(f"{where}'type' must be the name of a {registry.name}, got {name!r}")
     if inspect.isclass(name) or inspect.isfunction(name):
         return name
-    cls = registry.get(name) if isinstance(name, str) else None
+    cls = look_up(name, registry)
     if cls is None:
         raise ConfigError(
             f'{where}unknown type {name!r}{said_elsewhere([name]) or did_you_mean(name, registry.module_dict)} '

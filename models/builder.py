@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lib.checkpoint import WeightsKind
 from lib.errors import ConfigError, reason
-from lib.registry import build_checked
+from lib.registry import build_checked, look_up
 from lib.task import Task
 from models.architecture import check_layers
 
@@ -55,7 +55,7 @@ def build_part(cfg: Mapping, registry, where: str, task: Optional[Task] = None):
         task: handed over if the constructor has an argument of that name.
     """
     kind = cfg.get('type') if isinstance(cfg, Mapping) else None
-    cls = kind if inspect.isclass(kind) else registry.get(kind) if isinstance(kind, str) else None
+    cls = kind if inspect.isclass(kind) else look_up(kind, registry)
     takes_task = cls is not None and 'task' in inspect.signature(cls.__init__).parameters
     return build_checked(cfg, registry, dict(task=task) if takes_task else {}, where)
 

@@ -20,23 +20,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UserError, reason
 from ..io import atomic_write
+from ..npy import UNREADABLE
 from ..pickle_scan import find_damage
 
-_UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    KeyError,
-    IndexError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    OverflowError,
-    MemoryError,
-    UnicodeDecodeError,
-    AssertionError,
-)
+_UNREADABLE = (*UNREADABLE, ImportError, AssertionError)
 
 
 _OLD_PICKLES = 5  # of the older format: magic number, version, system, content, keys of the storages

@@ -13,7 +13,7 @@ import torch
 from mmdet.datasets.builder import PIPELINES
 
 from lib.errors import ConfigError
-from lib.registry import build_checked
+from lib.registry import build_checked, look_up
 from lib.targets import stack_targets
 from lib.task import Task
 
@@ -40,7 +40,7 @@ def build_pipeline(configs: Sequence[Mapping], task: Task) -> List[Callable[[Dic
     """
     steps = []
     for position, config in enumerate(configs):
-        step_class = PIPELINES.get(str(dict(config).get('type')))
+        step_class = look_up(config.get('type') if isinstance(config, Mapping) else None, PIPELINES)
         takes_task = step_class is not None and 'task' in inspect.signature(step_class).parameters
         steps.append(build_checked(config, PIPELINES, dict(task=task) if takes_task else {}, f'pipeline[{position}]'))
     return steps

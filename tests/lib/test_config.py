@@ -246,6 +246,12 @@ def test_values_of_another_type_than_annotated_are_named(value, words):
         build_checked(dict(value, type='Typed'), REGISTRY, where='part')
 
 
+@pytest.mark.parametrize('name', ['', '.', '../../outside', 'mmdet.Nothing'])
+def test_a_type_of_another_registry_is_unknown(name):
+    with pytest.raises(ConfigError, match='unknown type'):
+        build_checked(dict(type=name), REGISTRY, where='part')
+
+
 @pytest.mark.parametrize('kind', [3, None, ['Typed'], {}])
 def test_a_type_that_is_no_name_is_named(kind):
     with pytest.raises(ConfigError, match="'type' must be the name of a"):
