@@ -23,6 +23,7 @@ def parse_args(argv=None):
     add('--weights', required=True, help='checkpoint of the model that the config builds')
     add('--metrics', nargs='+', choices=('ray_iou', 'ray_pq', 'miou'), help='default: evaluation.metrics')
     add('--save-predictions', metavar='DIR', help='write every prediction into this folder')
+    add('--seed', type=int, help="of what is drawn where model.test_cfg.draws is 'random' (default: PyTorch's own)")
     add('--out', metavar='JSON', help='where the figures go (default: beside the checkpoint)')
     return parser.parse_args(argv)
 

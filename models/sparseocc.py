@@ -107,6 +107,11 @@ class SparseOcc(BaseModule):
     def check_parts(self):
         """Raise ConfigError unless backbone, neck and head fit together; leaves the former in evaluation mode."""
         sizes = self.pts_bbox_head.transformer.sizes
+        if self.cuda_graph and self.pts_bbox_head.transformer.voxel_decoder.keep_threshold is not None:
+            raise ConfigError(
+                'model.test_cfg.cuda_graph replays work of one size, which transformer.keep_threshold makes vary; '
+                'use one of them'
+            )
         check_maps(self.img_backbone, self.img_neck, sizes.num_levels, sizes.embed_dims, self._neck_cfg)
 
     def forward(

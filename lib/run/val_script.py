@@ -13,7 +13,7 @@ from ..settings import EvaluationSettings
 from . import Components, open_dataset, read_task
 from .evaluation import Evaluation, load_for_inference, make_predictions_folder
 from .log import RunLog, duration
-from .numerics import describe_precision
+from .numerics import describe_precision, seed_everything
 from .processes import Processes, start_processes
 
 
@@ -24,6 +24,8 @@ def run_validation(args, components: Callable[[], Components]) -> int:
         UserError: bad input.
     """
     cfg = load_config(args.config, args.override)
+    if args.seed is not None:
+        seed_everything(args.seed)
     with start_processes(args.device) as processes:
         _validate(args, cfg, components(), processes)
     return 0
@@ -60,7 +62,7 @@ def _validate(args, cfg, components, processes: Processes) -> None:
 
 def _report(result, out, args, meta: Dict, seconds: float, folder: Optional[Path]) -> None:
     print(result.as_table())
-    about = {name: getattr(args, name) for name in ('config', 'override', 'weights', 'split', 'amp', 'tf32')}
+    about = {name: getattr(args, name) for name in ('config', 'override', 'weights', 'split', 'seed', 'amp', 'tf32')}
     about.update(iteration=meta.get('iteration'), seconds=round(seconds, 1))
     write_json(out, dict(result.as_dict(details=True), run=about))
     saved = f'; predictions in {folder}' if folder else ''

@@ -1,6 +1,6 @@
 """Both decoders, one after the other."""
 
-from typing import List, NamedTuple, Sequence
+from typing import List, NamedTuple, Optional, Sequence
 
 from mmcv.runner import BaseModule
 from mmdet.models.utils.builder import TRANSFORMER
@@ -45,6 +45,10 @@ class SparseOccTransformer(BaseModule):
         published_weight_order: keep the level-weight order that released weights were trained with.
         num_heads: of the attention between blocks; its cost grows with the square of topk_training[0], and 0
             leaves it out.
+        mask_guided: the mask decoder looks at voxels of each query's mask; False: anywhere in the volume.
+        keep_threshold: at test time a stage keeps only what it gives at least this probability of being occupied,
+            topk_testing at most. One sample at a time, and no CUDA graphs: how many that are is known when they
+            are counted. None keeps the best ones whatever their probability.
     """
 
     def __init__(
@@ -64,12 +68,16 @@ class SparseOccTransformer(BaseModule):
         mixing_chunk: int = 4096,
         published_weight_order: bool = True,
         num_heads: int = 8,
+        mask_guided: bool = True,
+        keep_threshold: Optional[float] = None,
     ):
         super().__init__()
         sizes = DecoderSizes(task, embed_dims, num_groups, num_points, num_levels, dropout, published_weight_order)
         self.sizes = sizes
-        self.voxel_decoder = SparseVoxelDecoder(sizes, topk_training, topk_testing, scoring, num_heads, mixing_chunk)
-        self.decoder = MaskDecoder(sizes, num_layers, num_queries)
+        self.voxel_decoder = SparseVoxelDecoder(
+            sizes, topk_training, topk_testing, scoring, num_heads, mixing_chunk, keep_threshold
+        )
+        self.decoder = MaskDecoder(sizes, num_layers, num_queries, guided=mask_guided)
         self.training_draws, self.testing_draws = RandomDraws(), build_draws(draws)
 
     def forward(self, features: ImageFeatures) -> TransformerOutput:

@@ -36,13 +36,14 @@ class MaskDecoderLayer(BaseModule):
     Args:
         sizes: of the decoder.
         out_points: p_out of the mixing.
+        guided: see ``MaskGuidedSampling``.
     """
 
-    def __init__(self, sizes: DecoderSizes, out_points: int):
+    def __init__(self, sizes: DecoderSizes, out_points: int, guided: bool = True):
         super().__init__()
         embed_dims, task = sizes.embed_dims, sizes.task
         self.self_attn = QueryAttention(embed_dims)
-        self.sampling = MaskGuidedSampling(sizes)
+        self.sampling = MaskGuidedSampling(sizes, guided)
         self.mixing = AdaptiveMixing(embed_dims, sizes.num_points * task.num_frames, out_points, sizes.num_groups)
         self.ffn = FFN(embed_dims, feedforward_channels=2 * embed_dims, ffn_drop=sizes.dropout)
         self.mask_proj = nn.Linear(embed_dims, embed_dims)
@@ -92,12 +93,15 @@ class MaskDecoder(BaseModule):
         num_layers: applications of the layer.
         num_queries: Q.
         out_points: p_out of the mixing.
+        guided: see ``MaskGuidedSampling``.
     """
 
-    def __init__(self, sizes: DecoderSizes, num_layers: int, num_queries: int, out_points: int = 128):
+    def __init__(
+        self, sizes: DecoderSizes, num_layers: int, num_queries: int, out_points: int = 128, guided: bool = True
+    ):
         super().__init__()
         self.num_layers = num_layers
-        self.decoder_layer = MaskDecoderLayer(sizes, out_points)
+        self.decoder_layer = MaskDecoderLayer(sizes, out_points, guided)
         self.query_feat = nn.Embedding(num_queries, sizes.embed_dims)
         self.query_pos = nn.Embedding(num_queries, sizes.embed_dims)
 

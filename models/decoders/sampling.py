@@ -72,11 +72,16 @@ class BlockSampling(_Sampling):
 
 
 class MaskGuidedSampling(_Sampling):
-    """Points at voxels drawn from each query's own mask (paper section 3.3)."""
+    """Points at voxels drawn from each query's own mask (paper section 3.3).
 
-    def __init__(self, sizes: DecoderSizes):
+    Args:
+        sizes: of the decoder.
+        guided: False draws from the whole volume, whatever the mask, which is what the paper compares with.
+    """
+
+    def __init__(self, sizes: DecoderSizes, guided: bool = True):
         super().__init__(sizes)
-        task = sizes.task
+        task, self.guided = sizes.task, guided
         self.offset = nn.Linear(sizes.embed_dims, sizes.num_groups * sizes.num_points * 3)
         span = torch.tensor(task.point_cloud_range[3:]) - torch.tensor(task.point_cloud_range[:3])
         self.register_buffer('grid_shape', torch.tensor(task.grid_shape).float(), persistent=False)
@@ -108,6 +113,8 @@ class MaskGuidedSampling(_Sampling):
         """Voxel positions [B, Q, G*P, 3] float32: drawn from the mask, or from the volume if it is empty."""
         batch, queries, _ = valid.shape
         count = self.sizes.num_groups * self.sizes.num_points
+        if not self.guided:
+            return draws.positions(batch, queries, count, valid.device) * self.grid_shape
         fractions = draws.fractions(batch, queries, count, valid.device)
         index, empty = select_valid(valid, fractions)
         chosen = voxels.gather(1, index.flatten(1).unsqueeze(-1).expand(-1, -1, 3))

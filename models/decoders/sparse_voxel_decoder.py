@@ -4,6 +4,7 @@ Shapes: B batch, Q blocks going into a stage, K children kept by it, C channels,
 Block coordinates are the full-resolution voxel indices of a block's lower corner.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import List, Optional, Sequence
 
@@ -98,6 +99,8 @@ class SparseVoxelDecoder(BaseModule):
         scoring: 'semantic' (release 1.1: 1 - probability of free) or 'occupancy' (release 1.0: own head).
         num_heads: of the attention between blocks, in all stages but the last; 0 leaves it out.
         mixing_chunk: see ``AdaptiveMixing``; if not 0, attention saves memory, too.
+        keep_threshold: least probability of being occupied of what is kept at test time; see
+            ``SparseOccTransformer``.
     """
 
     def __init__(
@@ -108,8 +111,16 @@ class SparseVoxelDecoder(BaseModule):
         scoring: str,
         num_heads: int = 8,
         mixing_chunk: int = 0,
+        keep_threshold: Optional[float] = None,
     ):
         super().__init__()
+        if keep_threshold is not None and not 0 < keep_threshold < 1:
+            raise ConfigError(
+                f'transformer.keep_threshold must be a probability between 0 and 1, or None, got {keep_threshold!r}'
+            )
+        self.keep_threshold, self._least_score = keep_threshold, keep_threshold
+        if keep_threshold is not None and scoring == 'occupancy':  # whose scores are logits
+            self._least_score = math.log(keep_threshold / (1 - keep_threshold))
         if scoring not in ('semantic', 'occupancy'):
             raise ConfigError(f"transformer.scoring must be 'semantic' or 'occupancy', got {scoring!r}")
         if len(topk_training) != len(topk_testing) or not topk_training:
@@ -168,10 +179,9 @@ class SparseVoxelDecoder(BaseModule):
         children = self.lift_feat_heads[i](query).view(batch, -1, self.embed_dims)
         coords = torch.div(coords, scale, rounding_mode='floor').unsqueeze(2) + self.child_steps
         coords = coords.flatten(1, 2)
-        topk = (self.topk_training if self.training else self.topk_testing)[i]
         if self.scoring == 'occupancy':
             scores = self.occ_pred_heads[i](children).squeeze(-1).float()
-            keep = top_in_order(scores, topk)
+            keep = top_in_order(scores, self._how_many(i, scores))
             features = _take(children, keep)
             return VoxelStage(
                 _take(coords, keep),
@@ -181,8 +191,22 @@ class SparseVoxelDecoder(BaseModule):
                 occ_logits=scores.gather(1, keep),
             )
         logits = self.seg_pred_heads[i](children).float()
-        keep = top_in_order(1 - logits.softmax(-1)[..., -1], topk)
+        scores = 1 - logits.softmax(-1)[..., -1]
+        keep = top_in_order(scores, self._how_many(i, scores))
         return VoxelStage(_take(coords, keep), _take(logits, keep), _take(children, keep), scale)
+
+    def _how_many(self, i: int, scores: Tensor) -> int:
+        """Children that stage i keeps of those with these scores [B, n]; at least one."""
+        if self.training:
+            return self.topk_training[i]
+        if self.keep_threshold is None:
+            return self.topk_testing[i]
+        if len(scores) > 1:
+            raise ConfigError(
+                f'transformer.keep_threshold keeps another number of voxels of every sample, and the batch has '
+                f'{len(scores)}; give one sample at a time, or set it to None'
+            )
+        return min(self.topk_testing[i], max(1, int((scores >= self._least_score).sum())))
 
 
 def top_in_order(scores: Tensor, k: int) -> Tensor:

@@ -59,6 +59,25 @@ def test_mask_points_have_no_half_voxel_shift_and_span_the_range(monkeypatch):
     torch.testing.assert_close(points[2], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_without_guidance_points_come_from_the_whole_volume(monkeypatch):
+    """The mask says nothing then, and a query with a mask looks where one without would."""
+    torch.manual_seed(0)
+    task = small_task()
+    sizes = DecoderSizes(task, 16, num_groups=2, num_points=2)
+    guided, free = MaskGuidedSampling(sizes), MaskGuidedSampling(sizes, guided=False)
+    free.load_state_dict(guided.state_dict())
+    voxels, query = torch.zeros(1, 30, 3, dtype=torch.int64), torch.randn(1, 3, 16)
+    masks = dict(full=torch.ones(1, 3, 30, dtype=torch.bool), empty=torch.zeros(1, 3, 30, dtype=torch.bool))
+    seen = {
+        (name, mask): capture_points(module, monkeypatch, query, valid, voxels, EvenDraws())['points']
+        for name, module in (('guided', guided), ('free', free))
+        for mask, valid in masks.items()
+    }
+    assert torch.equal(seen['free', 'full'], seen['guided', 'empty'])
+    assert torch.equal(seen['free', 'full'], seen['free', 'empty'])
+    assert not torch.equal(seen['guided', 'full'], seen['guided', 'empty'])
+
+
 def test_published_weight_order_pairs_slots_with_other_groups():
     """With T = 2, G = 4 the slot (frame t, group g) takes the level weights of group (t*4 + g) // 2."""
     torch.manual_seed(0)

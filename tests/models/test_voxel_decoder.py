@@ -62,6 +62,34 @@ def test_kept_voxels_are_the_best_scored():
     assert torch.equal(kept.coords[0], every.coords[0, best])
 
 
+@pytest.mark.parametrize('scoring', ['semantic', 'occupancy'])
+def test_a_threshold_keeps_what_is_likely_enough_and_k_at_most(scoring):
+    model = small_model(scoring=scoring, topk_testing=[10**6, 60, 200]).eval()
+    batch = small_batch(model.task, 1, with_labels=False)
+    with torch.no_grad():
+        every = model.predict_raw(**batch).output.stages[0]
+        score = every.occ_logits[0].sigmoid() if scoring == 'occupancy' else 1 - every.seg_logits[0].softmax(-1)[:, -1]
+        threshold = float(score.sort().values[20:22].mean())  # between two of them, out of rounding's reach
+        changed = small_model(scoring=scoring, topk_testing=[10**6, 60, 200], keep_threshold=threshold).eval()
+        kept = changed.predict_raw(**batch).output.stages
+    expected = every.coords[0, score >= threshold]
+    assert 0 < len(expected) < len(score) and torch.equal(kept[0].coords[0], expected)
+    assert kept[1].coords.shape[1] <= 60 and changed.predict(**batch)[0]['occ_loc'].shape[1] <= 200
+    decoder = changed.pts_bbox_head.transformer.voxel_decoder
+    assert decoder._how_many(0, score.new_full((1, 9), -100.0)) == 1 and decoder.train()._how_many(1, score) == 60
+
+
+def test_a_threshold_is_refused_where_it_cannot_work():
+    with pytest.raises(ConfigError, match='keep_threshold must be a probability .* got 1.5'):
+        small_model(keep_threshold=1.5)
+    model = small_model(keep_threshold=0.5).eval()
+    with pytest.raises(ConfigError, match='the batch has 2; give one sample at a time'):
+        model.predict(**small_batch(model.task, 2, with_labels=False))
+    config = dict(small_config(keep_threshold=0.5), test_cfg=dict(cuda_graph=True))
+    with pytest.raises(ConfigError, match='cuda_graph replays work of one size'):
+        build_model(config, small_task())
+
+
 def test_features_are_detached_between_stages_but_not_after_the_last():
     model = small_model()
     batch = small_batch(model.task, 1, with_labels=False)
