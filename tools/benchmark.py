@@ -3,13 +3,19 @@
     python tools/benchmark.py --config configs/r50_nuimg_704x256_8f_v1.1.py
     python tools/benchmark.py --config CONFIG --what inference --amp fp16
     torchrun --nproc_per_node 2 tools/benchmark.py --config CONFIG --what training --batch-sizes 4
+    python tools/benchmark.py --config CONFIG --what training --changes docs/common_changes.md --steps 4 --warmup 3
 
+The last one times the config and every change of the page's table in turn; what does not fit into memory is said.
 Times are medians over device-synchronised steps after warm-up; memory is the peak that PyTorch allocated.
 Weights are random and images are noise, so scores mean nothing; timing.py times a trained model on a data set.
 """
 
+import gc
+import re
 import sys
+import tempfile
 from pathlib import Path
+from typing import List, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,18 +33,43 @@ def parse_args(argv=None):
     add('--batch-sizes', nargs='+', type=int, default=[1], help='training batch sizes per GPU')
     add('--steps', type=int, default=30, help='timed steps')
     add('--warmup', type=int, default=10, help='steps before timing')
+    add('--changes', help='a page with a table of changes of the config: time each of them as well')
     add('--json', help='write the figures to this file as well')
     add('--profile', help='write a PyTorch profiler table of one inference step to this file')
     return parser.parse_args(argv)
 
 
+class Change(NamedTuple):
+    """A row of the table of docs/common_changes.md: its name, and lines of Python after ``_base_``."""
+
+    name: str
+    lines: List[str]
+
+
+def read_changes(page) -> List[Change]:
+    """The changes of a page's first table, which has columns of names and of lines in backquotes."""
+    text = Path(page).read_text(encoding='utf-8').split('\n## ')[0]
+    rows = [line.strip('|').split('|') for line in text.splitlines() if line.startswith('| ') and '= ' in line]
+    changes = [Change(cells[0].strip(), re.findall(r'`([a-z]\w+ = [^`]+)`', cells[1])) for cells in rows]
+    return [change for change in changes if change.lines]
+
+
+def load_changed(config, change: Change, override=()):
+    """The config that ``change`` makes of the file ``config``."""
+    from lib.config import load_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'change.py'
+        path.write_text('\n'.join([f'_base_ = {str(Path(config).resolve())!r}', *change.lines]), encoding='utf-8')
+        return load_config(str(path), override)
+
+
 class Bench:
     """One model on one device, and the loop that times it."""
 
-    def __init__(self, args, processes):
+    def __init__(self, args, processes, cfg):
         import torch
 
-        from lib.config import load_config
         from lib.run import read_task
         from lib.run.numerics import check_precision, set_tf32
         from models import build_model
@@ -47,11 +78,11 @@ class Bench:
         check_precision(args.amp, self.device)
         set_tf32(args.tf32)
         torch.backends.cudnn.benchmark = not args.no_cudnn_benchmark
-        cfg = load_config(args.config, args.override)
         self.task = read_task(cfg)
         self.build_model = lambda: build_model(cfg.model, self.task).to(self.device)
         torch.manual_seed(0)
         self.model = self.build_model()
+        self.rows = []
 
     def autocast(self):
         from lib.run.numerics import autocast
@@ -74,7 +105,7 @@ class Bench:
         )
 
     def row(self, name, step, samples=1):
-        """Figures of ``step(i)``, printed by the main process."""
+        """Figures of ``step(i)``, kept and printed by the main process."""
         from lib.run.timing_script import quantile, time_steps
 
         seconds, peak_mib = time_steps(step, self.args.warmup, self.args.steps, self.device)
@@ -92,7 +123,7 @@ class Bench:
                 '{peak_gib:6.2f} GiB'.format(**row),
                 flush=True,
             )
-        return row
+        self.rows.append(row)
 
     def inference(self):
         """One step at batch 1: with cached history every step sees one new frame, as along a drive."""
@@ -100,7 +131,6 @@ class Bench:
 
         model, torch = self.model_for_inference(), self.torch
         data = self.batch(1)
-        rows = []
         for history in ('cached', 'full'):
             model.history = history
             model.reset_history()
@@ -110,10 +140,9 @@ class Bench:
                 with torch.no_grad(), self.autocast():
                     model(return_loss=False, **data)
 
-            rows.append(self.row(f'inference, batch 1, history {history}', step))
+            self.row(f'inference, batch 1, history {history}', step)
         if self.args.profile and self.processes.is_main:
             self._profile(lambda: step(0))
-        return rows
 
     def _profile(self, step):
         from torch.profiler import ProfilerActivity, profile
@@ -136,7 +165,7 @@ class Bench:
             with torch.no_grad(), self.autocast():
                 model.encoder.encode(images, graphed=model.cuda_graph)
 
-        return [self.row(f'encoder, one frame of {self.task.num_cameras} images', step)]
+        self.row(f'encoder, one frame of {self.task.num_cameras} images', step)
 
     def training(self):
         """Forward, backward and AdamW step."""
@@ -150,7 +179,6 @@ class Bench:
             ids = [self.device.index] if self.device.type == 'cuda' else None
             model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
         scaler = make_scaler(self.args.amp)
-        rows = []
         for size in self.args.batch_sizes:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
             data = self.batch(size, with_labels=True, first_index=size * self.processes.rank)
@@ -163,8 +191,7 @@ class Bench:
                 scaler.step(optimizer)
                 scaler.update()
 
-            rows.append(self.row(f'training, batch {size} on each of {self.processes.world_size}', step, size))
-        return rows
+            self.row(f'training, batch {size} on each of {self.processes.world_size}', step, size)
 
 
 def main():
@@ -173,24 +200,48 @@ def main():
     from lib.run.processes import start_processes
 
     with start_processes(args.device) as processes:
-        run(Bench(args, processes), args)
+        run(args, processes)
 
 
-def run(bench, args):
+def run(args, processes):
+    from lib.config import load_config
     from lib.io import write_json
     from lib.run.log import device_name
 
-    about = dict(device=device_name(bench.device), torch=bench.torch.__version__, precision=args.amp or 'fp32')
-    about.update(config=args.config, parameters=sum(p.numel() for p in bench.model.parameters()))
-    if bench.processes.is_main:
-        print(
-            '{device}, torch {torch}, {precision}'.format(**about),
-            f'{about["parameters"] / 1e6:.1f} M parameters',
-            sep=', ',
-        )
-    rows = [row for part in args.what for row in getattr(bench, part)()]
-    if args.json and bench.processes.is_main:
-        write_json(args.json, dict(about, rows=rows))
+    device = processes.device
+    about = dict(device=device_name(device), precision=args.amp or 'fp32', config=args.config)
+    results = []
+    for change in [None, *(read_changes(args.changes) if args.changes else [])]:
+        cfg = load_changed(args.config, change, args.override) if change else load_config(args.config, args.override)
+        results.append(measure(args, processes, cfg, change.name if change else 'as it is'))
+        if args.json and processes.is_main:
+            write_json(args.json, dict(about, **results[0], changes=results[1:]))
+
+
+def measure(args, processes, cfg, name):
+    """Time one config; dict of its name, parameters and rows, which end where the memory does."""
+    import torch
+
+    from lib.run.log import device_name
+
+    bench = Bench(args, processes, cfg)
+    result = dict(name=name, parameters=sum(p.numel() for p in bench.model.parameters()), rows=bench.rows)
+    if processes.is_main:
+        about = f'{device_name(bench.device)}, torch {torch.__version__}, {args.amp or "fp32"}'
+        print(f'{name}: {about}, {result["parameters"] / 1e6:.1f} M parameters', flush=True)
+    try:
+        for part in args.what:
+            getattr(bench, part)()
+    except RuntimeError as error:
+        if not args.changes or 'out of memory' not in str(error):
+            raise
+        print(f'{name}: the next step needs more memory than the GPU has', flush=True)
+        result['out_of_memory'] = True
+    del bench
+    gc.collect()
+    if processes.device.type == 'cuda':
+        torch.cuda.empty_cache()
+    return result
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Parts that fit together are built and run; those that do not are told in one sentence, with what to set."""
 
+import json
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,11 @@ import torch
 
 from lib.config import load_config
 from lib.errors import ConfigError
+from lib.run.processes import Processes
 from lib.task import Task
 from models import build_model
+from tools import benchmark
+from tools.benchmark import load_changed, read_changes
 from tools.synthetic import synthetic_batch
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -96,21 +99,18 @@ def test_what_does_not_fit_is_told(changes, words):
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BASE = 'r50_nuimg_704x256_8f_v1.1.py'
-ROWS = [
-    [cell.strip() for cell in line.strip('|').split('|')]
-    for line in (ROOT / 'docs' / 'common_changes.md').read_text(encoding='utf-8').split('## ')[0].splitlines()
-    if line.startswith('| ') and '= ' in line
-]
+BASE = ROOT / 'configs' / 'r50_nuimg_704x256_8f_v1.1.py'
+PAGE = ROOT / 'docs' / 'common_changes.md'
+CHANGES = read_changes(PAGE)
 
 
-@pytest.mark.parametrize('name, lines', [row for row in ROWS if '_base_' not in row[1]], ids=lambda cell: cell[:20])
-def test_common_changes_of_the_docs(name, lines, tmp_path):
+@pytest.mark.parametrize('change', CHANGES, ids=lambda change: change.name)
+def test_common_changes_of_the_docs(change):
     """The lines as they stand there, on the config that they are for, with a small volume and small images."""
-    path = tmp_path / 'change.py'
-    path.write_text('\n'.join([f'_base_ = {str(ROOT / "configs" / BASE)!r}', *re.findall(r'`(\w+ = [^`]+)`', lines)]))
-    reduced = [text for text in SMALL if not (text.startswith('task.cameras') and 'cameras' in lines)]
-    cfg = load_config(str(path), reduced)
+    lines = ' '.join(change.lines)
+    kept = ('task.cameras', 'task.num_frames', 'task.voxel_size', 'task.point_cloud_range')
+    reduced = [text for text in SMALL if not (text.startswith(kept) and text.split('=')[0].split('.')[1] in lines)]
+    cfg = load_changed(BASE, change, reduced)
     task = Task.from_config(cfg.task)
     losses = build_model(cfg.model, task)(**synthetic_batch(task, batch_size=1, with_labels=True), return_loss=True)
     sum(losses.values()).backward()
@@ -118,4 +118,33 @@ def test_common_changes_of_the_docs(name, lines, tmp_path):
 
 
 def test_the_table_of_the_docs_is_read():
-    assert len(ROWS) >= 9
+    names = [change.name for change in CHANGES]
+    assert len(names) == len(set(names)) >= 14
+    assert 'ResNet-101' in names and all(line.partition(' = ')[0].isidentifier() for c in CHANGES for line in c.lines)
+
+
+def test_changes_are_timed_and_what_needs_too_much_memory_is_said(tmp_path, monkeypatch, capsys):
+    """Three configs in one go; the second finds no memory, and the third is timed none the less."""
+    page, figures = tmp_path / 'page.md', tmp_path / 'figures.json'
+    page.write_text(
+        '| wide | `model = dict(img_neck=dict(num_outs=4))` |\n| one frame | `task = dict(num_frames=1)` |\n'
+    )
+    arguments = ['--config', CONFIG, '--changes', str(page), '--what', 'training', '--device', 'cpu', '--json']
+    args = benchmark.parse_args([*arguments, str(figures), '--steps', '1', '--warmup', '0', '--override', *SMALL])
+    train, calls = benchmark.Bench.training, []
+
+    def short_of_memory(bench):
+        calls.append(bench)
+        if len(calls) == 2:
+            raise RuntimeError('CUDA out of memory. Tried to allocate 20.00 GiB')
+        train(bench)
+
+    monkeypatch.setattr(benchmark.Bench, 'training', short_of_memory)
+    benchmark.run(args, Processes())
+    result = json.loads(figures.read_text())
+    assert result['name'] == 'as it is' and len(result['rows']) == 1 and result['rows'][0]['median_ms'] > 0
+    assert [(c['name'], len(c['rows']), 'out_of_memory' in c) for c in result['changes']] == [
+        ('wide', 0, True),
+        ('one frame', 1, False),
+    ]
+    assert 'wide: the next step needs more memory' in capsys.readouterr().out
