@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Mapping, Optional, Tuple, Union
 
 from .errors import ConfigError
-from .registry import check_keys, section
+from .registry import check_keys, check_value, section
 
 SCORES = ('RayIoU', 'RayPQ', 'mIoU')  # that a best checkpoint may be chosen by
 
@@ -21,11 +21,12 @@ def _at_least(where, value, low):
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How training runs; nothing here changes what is learned but ``amp``, ``tf32`` and skipped samples.
+    """How training runs; only ``amp``, ``tf32``, ``ema_decay`` and skipped samples change what is learned.
 
     Attributes:
         amp: None (float32), 'fp16' (with loss scaling) or 'bf16'.
         tf32: 'default' (PyTorch's own: convolutions yes, matrix products no), 'off' or 'on' (both).
+        ema_decay: of the moving average of the weights that is evaluated and shipped, e.g. 0.999; 0 keeps none.
         cudnn_benchmark: let cuDNN time its algorithms; faster, and not repeatable to the bit.
         deterministic: repeat to the bit on the same machine and number of GPUs, slower (see
             ``set_deterministic``); without it a GPU adds some gradients up in no fixed order.
@@ -44,6 +45,7 @@ class TrainSettings:
 
     amp: Optional[str] = None
     tf32: str = 'default'
+    ema_decay: float = 0.0
     cudnn_benchmark: bool = False
     deterministic: bool = False
     log_interval: int = 50
@@ -63,6 +65,9 @@ class TrainSettings:
         _choice('train.tf32', self.tf32, ('default', 'off', 'on'))
         _choice('train.on_save_error', self.on_save_error, ('continue', 'stop'))
         _choice('train.on_data_error', self.on_data_error, ('stop', 'skip'))
+        check_value(self.ema_decay, float, 'train.ema_decay')
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f'train.ema_decay must be at least 0 and less than 1, got {self.ema_decay!r}')
         for name, low in (
             ('log_interval', 1),
             ('checkpoint_interval', 1),

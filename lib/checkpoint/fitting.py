@@ -39,6 +39,8 @@ def load_model_weights(model: nn.Module, path: str, strict: bool = True, trust: 
     meta = dict(meta) if isinstance(meta, Mapping) else {}
     other = other_task(meta, getattr(model, 'task', None))
     fit_weights(model, weights, path, strict, other)
+    if meta.get('ema_decay') and rank() == 0:
+        print(f'{path}: weights averaged over training (EMA with decay {meta["ema_decay"]:g})', flush=True)
     if other and rank() == 0:
         print(
             f'warning: checkpoint {path} was trained for {other}; its weights fit, its predictions may not', flush=True

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint import fit_weights, is_complete, read_checkpoint, save_checkpoint, state_dict_of
 from ..config import dump_config
 from ..errors import CheckpointError, UserError
+from .averaging import WeightAverage
 from .log import RunLog, describe_environment, versions
 from .processes import Processes
 
@@ -259,22 +260,35 @@ class CheckpointKeeper:
 _MUST_AGREE = ('seed', 'total_batch_size', 'num_samples')
 
 
-def capture(model: nn.Module, optimizer, scaler, meta: Mapping, progress: Mapping) -> Dict:
-    """Content of a checkpoint.
+def capture(
+    model: nn.Module, optimizer, scaler, meta: Mapping, progress: Mapping, average: Optional[WeightAverage] = None
+) -> Dict:
+    """Content of a checkpoint. Where weights are averaged, the average is its ``state_dict``, so that whoever wants
+    the weights gets it; those that training goes on with are its ``ema.learning``.
 
     Args:
         model: not wrapped in DDP.
         optimizer, scaler: their states are taken.
         meta: facts of the run (seed, total_batch_size, num_samples, config text, ...); plain values.
         progress: ``iteration`` (optimizer steps done) and whatever else the loop wants back; plain values.
+        average: of the model's weights, if there is one.
     """
+    weights, more = _on_cpu(model.state_dict()), {}
+    if average is not None:
+        more = dict(ema=dict(learning=weights, updates=average.updates))
+        weights, meta = _on_cpu(average.state_dict()), dict(meta, ema_decay=average.decay)
     return dict(
+        more,
         meta=dict(meta, versions=versions(), time=time.strftime('%Y-%m-%d %H:%M:%S')),
-        state_dict={name: value.detach().cpu() for name, value in model.state_dict().items()},
+        state_dict=weights,
         optimizer=optimizer.state_dict(),
         scaler=scaler.state_dict(),
         progress=dict(progress),
     )
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in state.items()}
 
 
 def read_training_state(path: str, trust: bool = False) -> Dict:
@@ -289,22 +303,38 @@ def read_training_state(path: str, trust: bool = False) -> Dict:
             f'checkpoint {path} holds weights only and no training state; start from its '
             f'weights with --load-from {path}'
         )
+    if not {'learning', 'updates'} <= set(checkpoint.get('ema', ('learning', 'updates'))):
+        raise CheckpointError(f'checkpoint {path}: its ema lacks learning or updates; resume from another one')
     return checkpoint
 
 
-def restore(checkpoint: Mapping, path: str, model: nn.Module, optimizer, scaler, meta: Mapping) -> Dict:
+def restore(
+    checkpoint: Mapping,
+    path: str,
+    model: nn.Module,
+    optimizer,
+    scaler,
+    meta: Mapping,
+    average: Optional[WeightAverage] = None,
+) -> Dict:
     """Put a checkpoint's state back and return its ``progress``.
 
     Args:
         checkpoint: from ``read_training_state``.
         path: where it was read, for messages.
         meta: facts of the run that continues.
+        average: of the model's weights; from a checkpoint without one it begins at the weights there.
 
     Raises:
         CheckpointError: it does not fit the model or optimizer, or its run dealt other samples.
     """
     _check_agreement(path, checkpoint['meta'], meta)
     fit_weights(model, state_dict_of(checkpoint, path), path)
+    ema = checkpoint.get('ema')
+    if average is not None:
+        average.begin(ema['updates'] if ema else 0)
+    if ema:
+        fit_weights(model, ema['learning'], path)
     rates = [group['base_lr'] for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])

@@ -5,7 +5,7 @@ import datetime
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any, Iterator, List, Optional
+from typing import Any, Iterator, List, Optional, Sequence
 
 import torch
 import torch.distributed as torch_dist
@@ -51,6 +51,12 @@ class Processes:
         box = [value]
         torch_dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
+
+    def share(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give the tensors rank 0's values in every process, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                torch_dist.broadcast(tensor, src=0)
 
     def any(self, flag: bool) -> bool:
         """Whether any process gave True."""

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import signal
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 from ..dataset import Dataset
 from ..errors import DataError, UserError
 from ..settings import EvaluationSettings, TrainSettings
+from .averaging import WeightAverage
 from .batch_plan import BatchPlan, EpochOrder, RankBatches
 from .evaluation import Evaluation, score_text, scores_of_run
 from .folder import BEST, CheckpointKeeper, capture, restore
@@ -87,6 +89,8 @@ class Trainer:
         self.evaluated = 0  # iteration of the last evaluation
         self.window = WindowAverage()
         self.scaler = make_scaler(job.settings.amp)
+        decay = job.settings.ema_decay
+        self.average = WeightAverage(job.model, decay) if decay else None
         self._saved: Optional[int] = None  # iteration of the last checkpoint
         self._windows = 0  # log lines written by this process
         self.folder: Path  # of the run, and who writes checkpoints there: see use_folder
@@ -95,7 +99,7 @@ class Trainer:
     def resume(self, checkpoint: Mapping, path: str) -> None:
         """Continue where a checkpoint was written (before ``run``)."""
         job = self.job
-        progress = restore(checkpoint, path, job.model, job.optimizer, self.scaler, job.meta)
+        progress = restore(checkpoint, path, job.model, job.optimizer, self.scaler, job.meta, self.average)
         self.iteration, self.evaluated = int(progress['iteration']), int(progress['evaluated'])
         self.window.load_state_dict(progress['window'])
         self._saved = self.iteration
@@ -131,6 +135,10 @@ class Trainer:
         )
         if self.iteration:
             job.log.say(f'continuing at iteration {self.iteration}')
+        if self.average is not None:
+            job.log.say(
+                f'weights are averaged with decay {self.average.decay:g}: evaluation and checkpoints take the average'
+            )
         job.log.say(_MEANS)
         self._health = HealthWatch()
         self._countdown = Countdown(job.max_iterations, self.iteration)
@@ -186,6 +194,8 @@ class Trainer:
         except NonFinite as error:
             raise self._report(error, micro_batches) from error
         self.iteration += 1
+        if self.average is not None:
+            self.average.update()
         self._countdown.step()
         times = dict(time=time.monotonic() - begin, data_time=data_time, update_time=result.seconds['update'])
         self.window.add(dict(result.losses, grad_norm=result.grad_norm, **times))
@@ -258,7 +268,7 @@ class Trainer:
         job = self.job
         progress = dict(iteration=self.iteration, evaluated=self.evaluated, window=self.window.state_dict())
         meta = dict(job.meta, iteration=self.iteration, epoch=self.iteration // job.order.steps)
-        return capture(job.model, job.optimizer, self.scaler, meta, progress)
+        return capture(job.model, job.optimizer, self.scaler, meta, progress, self.average)
 
     def _save(self, epoch: Optional[int] = None) -> bool:
         """Write a checkpoint in the main process; False, or RunStopped by option, where that fails."""
@@ -321,7 +331,8 @@ class Trainer:
         begin = time.monotonic()
         saved = f'the checkpoint of iteration {self.iteration} is saved'
         self._stop_request.at_once = f'stopped while evaluating; {saved}; continue with: {self._resume_command}'
-        figures = job.evaluation.run_in_training(job.model, self.iteration, self.folder)
+        with contextlib.nullcontext() if self.average is None else self.average.in_model(job.processes):
+            figures = job.evaluation.run_in_training(job.model, self.iteration, self.folder)
         self._stop_request.at_once = None
         self.evaluated = self.iteration
         self._countdown.pause(time.monotonic() - begin)
