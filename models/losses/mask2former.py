@@ -16,6 +16,7 @@ from lib.dist import count_share, reduce_mean, shares_are_counted
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.decoders import MaskPrediction, VoxelStage
+from models.losses.points import PointChoice
 from models.losses.voxel import take_blocks
 
 _ALPHA, _GAMMA = 0.25, 2.0
@@ -28,11 +29,13 @@ class MaskTargets(NamedTuple):
     masks      float32 [n, K], 1 inside
     class_ids  int64 [n]
     counted    float32 [K], 1 where the voxel counts, or None if all do
+    cumulated  float64 [K], for the choice of points (``PointChoice.cumulate``); None where all voxels are compared
     """
 
     masks: Tensor
     class_ids: Tensor
     counted: Optional[Tensor]
+    cumulated: Optional[Tensor] = None
 
 
 class Matching(NamedTuple):
@@ -56,6 +59,8 @@ class Mask2FormerLoss(BaseModule):
         loss_mask_weight: factor of ``loss_mask`` and its matching cost.
         loss_dice_weight: factor of ``loss_dice_mask`` and its matching cost.
         focal_weight: the focal loss's own weight, in loss and matching cost.
+        num_points: voxels per matched mask that ``loss_mask`` and ``loss_dice_mask`` compare; None takes all.
+        oversample_ratio, importance_sample_ratio, class_power: how these are chosen, see ``PointChoice``.
     """
 
     def __init__(
@@ -65,17 +70,23 @@ class Mask2FormerLoss(BaseModule):
         loss_mask_weight: float = 5.0,
         loss_dice_weight: float = 5.0,
         focal_weight: float = 2.0,
+        num_points: Optional[int] = None,
+        oversample_ratio: float = 3.0,
+        importance_sample_ratio: float = 0.75,
+        class_power: float = 0.0,
     ):
         super().__init__()
         self.class_names = () if task is None else task.label_set.occupied_names
         self.loss_cls_weight = loss_cls_weight * focal_weight
         self.loss_mask_weight, self.loss_dice_weight = loss_mask_weight, loss_dice_weight
+        how = oversample_ratio, importance_sample_ratio, class_power
+        self.points = None if num_points is None else PointChoice(num_points, *how)
 
     def forward(
         self, layers: Sequence[MaskPrediction], stage: VoxelStage, targets: OccupancyTargets
     ) -> Dict[str, Tensor]:
         """Terms of every prediction; names end in its number."""
-        samples = [instances_among_kept(targets, stage, b) for b in range(len(targets.instance_class_ids))]
+        samples = [self._sample(targets, stage, b) for b in range(len(targets.instance_class_ids))]
         instances = torch.tensor(float(sum(len(s.class_ids) for s in samples)), device=stage.seg_logits.device)
         normalizer = reduce_mean(instances).clamp(min=1)
         matchings = self._match(layers, samples)
@@ -86,6 +97,13 @@ class Mask2FormerLoss(BaseModule):
         if shares_are_counted():
             self._count(layers[-1], samples, matchings[-1])
         return losses
+
+    def _sample(self, targets: OccupancyTargets, stage: VoxelStage, b: int) -> MaskTargets:
+        sample = instances_among_kept(targets, stage, b)
+        if self.points is None:
+            return sample
+        labels = take_blocks(targets.voxel_semantics[b : b + 1], stage.coords[b : b + 1], stage.scale)[0, :, 0]
+        return sample._replace(cumulated=self.points.cumulate(labels, sample.counted))
 
     def _count(self, layer: MaskPrediction, samples: Sequence[MaskTargets], matchings: Sequence[Matching]) -> None:
         """Shares of the last prediction: masks without a voxel; instances whose query scores their class highest."""
@@ -133,13 +151,18 @@ class Mask2FormerLoss(BaseModule):
         self, layer: MaskPrediction, samples: Sequence[MaskTargets], matchings: Sequence[Matching]
     ) -> Dict[str, Tensor]:
         """Sums over the instances of the batch, not yet divided by their number."""
+        numbers = None if self.points is None else self.points.draw(len(samples), layer.mask_logits.device)
         zero = layer.mask_logits.sum() * 0 + layer.class_logits.sum() * 0
         losses = dict(loss_mask=zero, loss_dice_mask=zero, loss_class=zero)
         for b, (sample, matching) in enumerate(zip(samples, matchings)):
             device = layer.mask_logits.device
             queries, instances = matching.queries.to(device), matching.instances.to(device)
             logits, masks = layer.mask_logits[b][queries], sample.masks[instances]
-            mask, dice = mask_losses(logits, masks, sample.counted)
+            counted = sample.counted
+            if numbers is not None:
+                chosen = self.points.choose(logits, sample.cumulated, numbers[b])
+                logits, masks, counted = logits.gather(1, chosen), masks.gather(1, chosen), None
+            mask, dice = mask_losses(logits, masks, counted)
             onehot = torch.zeros_like(layer.class_logits[b])
             onehot[queries, sample.class_ids[instances]] = 1
             losses['loss_mask'] = losses['loss_mask'] + self.loss_mask_weight * mask
