@@ -32,6 +32,13 @@ class Dataset(Protocol):
         """Draw the random numbers of this epoch (from 0) from now on."""
 
 
+class BalancedDataset(Dataset, Protocol):
+    """A data set that ``train.class_balance`` can draw from by class."""
+
+    def object_classes(self, index: int) -> List[str]:
+        """Classes of the label set that the sample has objects of, without opening its files."""
+
+
 class ScoredDataset(Dataset, Protocol):
     """A data set whose samples can be scored."""
 

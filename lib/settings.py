@@ -21,12 +21,15 @@ def _at_least(where, value, low):
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How training runs; only ``amp``, ``tf32``, ``ema_decay`` and skipped samples change what is learned.
+    """How training runs; only ``amp``, ``tf32``, ``ema_decay``, ``class_balance`` and skipped samples
+    change what is learned.
 
     Attributes:
         amp: None (float32), 'fp16' (with loss scaling) or 'bf16'.
         tf32: 'default' (PyTorch's own: convolutions yes, matrix products no), 'off' or 'on' (both).
         ema_decay: of the moving average of the weights that is evaluated and shipped, e.g. 0.999; 0 keeps none.
+        class_balance: share of an epoch's samples that is drawn so that every class with boxes is met alike; 0 takes
+            each sample once.
         cudnn_benchmark: let cuDNN time its algorithms; faster, and not repeatable to the bit.
         deterministic: repeat to the bit on the same machine and number of GPUs, slower (see
             ``set_deterministic``); without it a GPU adds some gradients up in no fixed order.
@@ -46,6 +49,7 @@ class TrainSettings:
     amp: Optional[str] = None
     tf32: str = 'default'
     ema_decay: float = 0.0
+    class_balance: float = 0.0
     cudnn_benchmark: bool = False
     deterministic: bool = False
     log_interval: int = 50
@@ -68,6 +72,9 @@ class TrainSettings:
         check_value(self.ema_decay, float, 'train.ema_decay')
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f'train.ema_decay must be at least 0 and less than 1, got {self.ema_decay!r}')
+        check_value(self.class_balance, float, 'train.class_balance')
+        if not 0 <= self.class_balance <= 1:
+            raise ConfigError(f'train.class_balance must be in 0..1, got {self.class_balance!r}')
         for name, low in (
             ('log_interval', 1),
             ('checkpoint_interval', 1),

@@ -10,7 +10,8 @@ import torch
 from mmdet.datasets.builder import DATASETS
 
 from lib.errors import ConfigError, DataError
-from lib.infos import CameraUse, load_infos, split_scenes
+from lib.geometry import transform_points
+from lib.infos import CameraUse, box_array, ego_from_lidar, load_infos, split_scenes
 from lib.io import expand_path, find_under
 from lib.labels import LabelFolder, read_labels
 from lib.metrics.origins import scene_ray_origins
@@ -161,6 +162,18 @@ class NuSceneOcc(torch.utils.data.Dataset):
     def scene_name(self, index: int) -> str:
         """Name of the sample's scene; '' where the info file does not say."""
         return self.info(index).get('scene_name') or ''
+
+    def object_classes(self, index: int) -> List[str]:
+        """Occupied classes with a box in the volume that LiDAR or radar points lie in (``valid_flag``)."""
+        info = self.info(index)
+        centres = transform_points(ego_from_lidar(info), box_array(info, self.ann_file)[:, :3])
+        low, high = np.split(np.asarray(self.task.point_cloud_range), 2)
+        counts = ((centres >= low) & (centres < high)).all(1)
+        valid = np.asarray(info.get('valid_flag', ()), dtype=bool)
+        if valid.shape == counts.shape:
+            counts &= valid
+        names = np.asarray(info.get('gt_names', ()), dtype=str)[counts]
+        return sorted(set(names.tolist()) & set(self.task.label_set.occupied_names))
 
     def label_path(self, index: int) -> Path:
         """Path of the sample's label file.

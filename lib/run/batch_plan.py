@@ -4,10 +4,12 @@ The samples of an optimizer step, and their order, depend on the seed and the st
 into forward passes depends on the number of processes and on the accumulation.
 """
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Iterator, List, Tuple, Union
+from typing import Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 from .numerics import mix
@@ -95,10 +97,11 @@ class EpochOrder:
         num_samples: length of the data set.
         total: samples of an optimizer step.
         seed: of the run.
+        weights: float64 [num_samples], how often samples are drawn in proportion; None takes each once.
     """
 
-    def __init__(self, num_samples: int, total: int, seed: int):
-        self.num_samples, self.total, self.seed = num_samples, total, seed
+    def __init__(self, num_samples: int, total: int, seed: int, weights: Optional[Tensor] = None):
+        self.num_samples, self.total, self.seed, self.weights = num_samples, total, seed, weights
 
     @property
     def steps(self) -> int:
@@ -106,11 +109,44 @@ class EpochOrder:
         return -(-self.num_samples // self.total)
 
     def order(self, epoch: int) -> List[int]:
-        """Sample indices of an epoch: each once, the first ones once more where the last step needs it."""
+        """Sample indices of an epoch: each once (or by its weight), the first ones once more where the last step needs
+        it."""
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        order = torch.randperm(self.num_samples, generator=generator).tolist()
-        wanted = self.steps * self.total
+        permutation = torch.randperm(self.num_samples, generator=generator)
+        if self.weights is not None:
+            permutation = self._drawn(permutation, self.weights, generator)
+        order, wanted = permutation.tolist(), self.steps * self.total
         return (order * -(-wanted // len(order)))[:wanted]
+
+    def _drawn(self, permutation: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """As many samples as there are, each drawn its expected number of times, rounded up or down by chance."""
+        cumulated = weights[permutation].cumsum(0)
+        offset = torch.rand(1, dtype=torch.float64, generator=generator)
+        steps = (torch.arange(len(weights), dtype=torch.float64) + offset) * (cumulated[-1] / len(weights))
+        drawn = permutation[torch.searchsorted(cumulated, steps, right=True).clamp(max=len(weights) - 1)]
+        return drawn[torch.randperm(len(drawn), generator=generator)]
+
+
+def balancing_weights(classes: Sequence[Iterable[str]], share: float) -> Tensor:
+    """How often to draw each sample so that every class is met alike: class-balanced sampling (CBGS, arXiv 1908.09492).
+
+    Args:
+        classes: of each sample.
+        share: of the draws that is dealt to the classes, evenly, and within a class to its samples, evenly; the rest is
+            dealt to all samples alike.
+
+    Returns:
+        float64 [samples], mean 1.
+
+    Raises:
+        ConfigError: no sample has a class.
+    """
+    present = [set(names) for names in classes]
+    counts = Counter(name for names in present for name in names)
+    if not counts:
+        raise ConfigError('train.class_balance: no training sample has a box of an occupied class; set it to 0')
+    by_class = [sum(1 / counts[name] for name in sorted(names)) / len(counts) for names in present]
+    return 1 - share + share * len(present) * torch.tensor(by_class, dtype=torch.float64)
 
 
 class RankBatches:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import check_pretrained_file, load_pretrained
 from ..config import load_config, require_keys
@@ -13,7 +14,7 @@ from ..errors import ConfigError
 from ..settings import EvaluationSettings, TrainSettings
 from ..task import Task
 from . import Components, open_dataset, read_task
-from .batch_plan import BatchPlan, EpochOrder, plan_batch
+from .batch_plan import BatchPlan, EpochOrder, balancing_weights, plan_batch
 from .evaluation import Evaluation
 from .folder import (
     Resumable,
@@ -168,9 +169,23 @@ class Launch:
         self.log.say(f'{total:.2f} million parameters, {learning:.2f} million of them learn')
         return model
 
+    def _sample_weights(self, dataset) -> Optional[Tensor]:
+        share = self.settings.class_balance
+        if not share:
+            return None
+        if not hasattr(dataset, 'object_classes'):
+            raise ConfigError(f'train.class_balance: {type(dataset).__name__} has no object_classes; set it to 0')
+        classes = [dataset.object_classes(index) for index in range(len(dataset))]
+        weights = balancing_weights(classes, share)
+        self.log.say(
+            f'class-balanced sampling: {share:g} of an epoch by class, {len(set().union(*classes))} classes; '
+            f'a sample is met {weights.min():.2f} to {weights.max():.2f} times an epoch'
+        )
+        return weights
+
     def _job(self, model, dataset, validation) -> TrainingJob:
         cfg = self.cfg
-        order = EpochOrder(len(dataset), self.plan.total, self.seed)
+        order = EpochOrder(len(dataset), self.plan.total, self.seed, self._sample_weights(dataset))
         epochs, iterations = run_length(cfg.runner, order.steps)
         self.log.say(f'{len(dataset)} training samples, {order.steps} optimizer steps per epoch, {iterations} in all')
         evaluation, workers = None, cfg.data.get('workers_per_gpu', 0)

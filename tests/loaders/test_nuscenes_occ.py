@@ -524,6 +524,24 @@ def test_indices_outside_are_refused_and_negative_ones_count_from_the_end(source
         dataset[8]
 
 
+def test_classes_of_a_sample_are_those_of_its_visible_boxes_in_the_volume(source):
+    dataset = _train(source)
+    info = dict(
+        dataset.infos[0], lidar2ego_rotation=[np.sqrt(0.5), 0, 0, np.sqrt(0.5)], lidar2ego_translation=[1, 0, 0]
+    )
+    # A quarter turn: (x, y) of the LiDAR is (1 - y, x) of the vehicle, whose volume reaches to 8 m.
+    places = dict(car=(0, -6.9), bus=(0, -7.1), truck=(0, 8.9), trailer=(0, 9.1), barrier=(0, 0), unheard_of=(1, 1))
+    info['gt_names'] = np.array([*places, 'pedestrian'])
+    info['gt_boxes'] = np.array([[x, y, 0, 1, 1, 1, 0] for x, y in [*places.values(), (0, 0)]])
+    info['valid_flag'] = np.array([True] * 6 + [False])
+    dataset.infos[0] = info
+    assert dataset.object_classes(0) == ['barrier', 'car', 'truck']
+    del info['valid_flag']
+    assert dataset.object_classes(0) == ['barrier', 'car', 'pedestrian', 'truck']
+    dataset.infos[0] = {key: value for key, value in info.items() if not key.startswith('gt_')}
+    assert dataset.object_classes(0) == []
+
+
 # ---- options of the image loader -------------------------------------------------------------------------
 
 

@@ -103,10 +103,11 @@ class FakeDataset:
         trouble=None,
         trouble_epoch=None,
         delay=0.0,
+        with_objects=True,
     ):
         self.length, self.seed, self.epoch = min(length, max_samples or length), seed, 0
         self.on_error, self.trouble, self.delay = on_error, dict(trouble or {}), delay
-        self.trouble_epoch = trouble_epoch
+        self.trouble_epoch, self.with_objects = trouble_epoch, with_objects
 
     def __len__(self):
         return self.length
@@ -138,6 +139,9 @@ class FakeDataset:
 
     def set_epoch(self, epoch):
         self.epoch = epoch
+
+    def object_classes(self, index):
+        return ['car', *(['bus'] if index % 7 == 0 else [])] if self.with_objects else []
 
     def sample_token(self, index):
         return f'token{index}'

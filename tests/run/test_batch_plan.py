@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import ConfigError
-from lib.run.batch_plan import EpochOrder, RankBatches, plan_batch
+from lib.run.batch_plan import EpochOrder, RankBatches, balancing_weights, plan_batch
 
 
 def steps_of(plan, order, epoch=0, first=0):
@@ -47,6 +47,26 @@ def test_steps_do_not_depend_on_the_division(total, world, accumulate, count, ep
 def test_epochs_differ_and_seeds_differ():
     orders = {tuple(EpochOrder(20, 4, seed).order(epoch)) for seed in (1, 2) for epoch in (0, 1)}
     assert len(orders) == 4
+
+
+def test_balanced_epochs_meet_every_class_alike():
+    """10 samples of cars, 4 of which have a bus too, one a bicycle; 5 samples of nothing are met for the other half."""
+    classes = [('car', 'bus')] * 4 + [('car', 'bicycle')] + [('car',)] * 5 + [()] * 5
+    weights = balancing_weights(classes, 1.0)
+    share = {
+        name: sum(w / sum(name in c for c in classes) for w, c in zip([5.0] * 15, classes) if name in c)
+        for name in ('car', 'bus', 'bicycle')
+    }
+    assert share == pytest.approx(dict(car=5, bus=5, bicycle=5))
+    assert weights.tolist() == pytest.approx([0.5 + 1.25] * 4 + [0.5 + 5] + [0.5] * 5 + [0] * 5)
+    assert balancing_weights(classes, 0.5).tolist() == pytest.approx((0.5 + 0.5 * weights).tolist())
+    order = EpochOrder(15, 4, seed=3, weights=weights)
+    epochs = [order.order(epoch)[:15] for epoch in range(40)]
+    counts = [[epoch.count(i) for i in range(15)] for epoch in epochs]
+    assert all(abs(n - w) < 1 for row in counts for n, w in zip(row, weights.tolist()))  # rounded up or down
+    assert [sum(column) / 40 for column in zip(*counts)] == pytest.approx(weights.tolist(), abs=0.25)
+    assert epochs == [EpochOrder(15, 4, 3, weights).order(epoch)[:15] for epoch in range(40)]
+    assert len(set(map(tuple, epochs))) == 40
 
 
 def test_uneven_division():

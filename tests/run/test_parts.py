@@ -72,6 +72,9 @@ def test_quantile_is_numpys(values):
         (dict(log_interval=True), 'train.log_interval'),
         (dict(accumulate=0), 'train.accumulate'),
         (dict(tensorbord=1), "did you mean 'tensorboard'"),
+        (dict(ema_decay=1), 'train.ema_decay'),
+        (dict(ema_decay='high'), 'train.ema_decay must be a finite number'),
+        (dict(class_balance=1.5), 'train.class_balance'),
         (3, 'train must be a dict'),
     ],
 )

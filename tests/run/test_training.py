@@ -140,6 +140,20 @@ def test_stop_and_resume_leaves_no_trace(workshop, interval, sample):
     assert 'continuing from' in workshop.log('cut')
 
 
+def test_balanced_sampling_and_its_resumption(workshop):
+    options = ('train.class_balance=1.0', 'train.checkpoint_interval_iters=1')
+    workshop.train(*options, work_dir='whole')
+    with pytest.raises(SystemExit):
+        workshop.train(*options, "data.train.trouble={14: 'crash'}", 'data.train.trouble_epoch=1', work_dir='cut')
+    assert 0 < max(workshop.records('cut')) < 6
+    workshop.train(*options, work_dir='cut', more=('--resume', 'auto'))
+    assert workshop.curve('cut') == workshop.curve('whole')
+    # 21 samples with a car, 3 of them with a bus: 10.5 draws go to either class
+    assert 'by class, 2 classes; a sample is met 0.50 to 4.00 times an epoch' in workshop.log('whole')
+    with pytest.raises(ConfigError, match='class_balance'):
+        workshop.train(*options, 'data.train.with_objects=False')
+
+
 def test_resume_from_a_file_goes_to_a_new_folder(workshop):
     workshop.train('train.max_keep_ckpts=0', work_dir='a')
     first = workshop.folder / 'a' / 'epoch_1_iter_3.pth'
