@@ -73,7 +73,8 @@ class VoxelLosses(BaseModule):
     A term is a module registered in mmdet's ``LOSSES``. It is called as ``term(stage, labels)`` with a
     ``VoxelStage`` and its ``StageLabels``, and gives a scalar, already multiplied by its ``loss_weight``. If its
     constructor has an argument ``task``, it gets the ``Task``. A term whose attribute ``scoring`` is 'occupancy'
-    or 'semantic' needs logits that only this way of scoring has.
+    or 'semantic' needs logits that only this way of scoring has. A term with an attribute ``scales`` is asked of the
+    stages whose blocks have one of these edges only.
 
     Args:
         task: classes and their weights.
@@ -102,7 +103,10 @@ class VoxelLosses(BaseModule):
         if shares_are_counted():
             count_share(f'recall_{number}', counts[..., :-1].sum(), self._occupied(targets))
         labels = StageLabels(counts, targets)
-        return {name: term(stage, labels) for name, term in self.terms.items()}
+        asked = {
+            name: term for name, term in self.terms.items() if stage.scale in getattr(term, 'scales', [stage.scale])
+        }
+        return {name: term(stage, labels) for name, term in asked.items()}
 
     def _occupied(self, targets: OccupancyTargets) -> Tensor:
         """Number of occupied voxels that count."""

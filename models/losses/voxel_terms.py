@@ -19,7 +19,7 @@ from models.losses.voxel import StageLabels
 _LOG_FLOOR = -100.0
 
 
-class _Term(BaseModule):
+class Term(BaseModule):
     """A term with a weight.
 
     Args:
@@ -36,7 +36,7 @@ class _Term(BaseModule):
 
 
 @LOSSES.register_module()
-class BalancedOccupancyLoss(_Term):
+class BalancedOccupancyLoss(Term):
     """Binary cross-entropy on occupied / free with equal weight for every class: ``loss_occ`` of release 1.0."""
 
     scoring = 'occupancy'
@@ -46,7 +46,7 @@ class BalancedOccupancyLoss(_Term):
 
 
 @LOSSES.register_module()
-class VoxelCrossEntropyLoss(_Term):
+class VoxelCrossEntropyLoss(Term):
     """Cross-entropy over the classes that the stage scores: ``loss_sem`` of release 1.0, ``loss_sem_ce`` of 1.1.
 
     Args:
@@ -67,7 +67,7 @@ class VoxelCrossEntropyLoss(_Term):
 
 
 @LOSSES.register_module()
-class LovaszSoftmaxLoss(_Term):
+class LovaszSoftmaxLoss(Term):
     """Lovász-Softmax (arXiv 1705.08790) over the classes present in a sample: ``loss_sem_lovasz`` of release 1.1."""
 
     scoring = 'semantic'
@@ -77,7 +77,7 @@ class LovaszSoftmaxLoss(_Term):
 
 
 @LOSSES.register_module()
-class GeoScalLoss(_Term):
+class GeoScalLoss(Term):
     """Scene-class affinity of MonoScene (arXiv 2112.00726, section 3.4), occupied against free."""
 
     scoring = 'semantic'
@@ -87,7 +87,7 @@ class GeoScalLoss(_Term):
 
 
 @LOSSES.register_module()
-class SemScalLoss(_Term):
+class SemScalLoss(Term):
     """Scene-class affinity of MonoScene, each class against the rest, averaged over the classes in a sample."""
 
     scoring = 'semantic'
