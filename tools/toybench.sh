@@ -6,6 +6,8 @@
 #
 # Stopped, or ended by TIME_LIMIT (seconds, for "train"), it goes on where it was when started again.
 # RUNS are config:seed of configs/toybench, dealt to the GPUs in turn; ITERS overrides their number of steps;
+# OVERRIDE holds more changes of the config (an option of docs/training.md, say, with an OUT of its own), as in
+#   OVERRIDE=train.ema_decay=0.999 RUNS='small:0 small:1' tools/toybench.sh OUT/ema train
 # DATA is the data root; PYTHON the interpreter. Everything but the data goes to OUT: a folder a run with log,
 # checkpoints and scores.json, and baseline.json.
 set -u
@@ -18,7 +20,7 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 GPUS=$($PYTHON -c 'import torch; print(max(torch.cuda.device_count(), 1))')
 WORKERS=$(($(nproc) / GPUS - 2))
 WORKERS=$((WORKERS > 1 ? WORKERS : 1))
-PLACE="data.train.data_root=$DATA data.val.data_root=$DATA data.test.data_root=$DATA data.workers_per_gpu=$WORKERS"
+PLACE="data.train.data_root=$DATA data.val.data_root=$DATA data.test.data_root=$DATA data.workers_per_gpu=$WORKERS ${OVERRIDE:-}"
 
 make_data() {
   [ -f "$DATA/nuscenes_infos_val_sweep.pkl" ] && [ ! -d "$DATA/toy_work" ] && return

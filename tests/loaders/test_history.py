@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lib.task import NUSCENES_CAMERAS
-from loaders.history import History, choose_test_frames, choose_train_frames
+from loaders.history import History, choose_test_frames, choose_train_frames, history_limit
 
 CAMERAS = ('CAM_A', 'CAM_B')
 SECOND = 1_000_000
@@ -184,6 +184,11 @@ def test_other_frame_counts(count):
     assert choose_test_frames(30, count) == [5, 11, 17][:count]
     frames = choose_train_frames(30, count, np.random.default_rng(0))
     assert len(frames) == count and all(frame < 30 for frame in frames)
+
+
+def test_sixteen_frames_reach_seven_and_a_half_seconds_back():
+    assert choose_test_frames(200, 15) == list(range(5, 90, 6)) and history_limit(15) == 120
+    assert set(_train_intervals(120, count=15)) == {4, 5, 6, 7, 8}
 
 
 # Real nuScenes: two scenes of v1.0-mini val, 81 keyframes.

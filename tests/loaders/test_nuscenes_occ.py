@@ -153,7 +153,9 @@ def test_label_files_without_masks_give_batches_without(root):
     assert collate([dataset[0], dataset[1]])['targets'].mask_camera is None
 
 
-@pytest.mark.parametrize('cameras, frames', [(('CAM_FRONT', 'CAM_BACK'), 1), (('CAM_BACK_LEFT',), 5)])
+@pytest.mark.parametrize(
+    'cameras, frames', [(('CAM_FRONT', 'CAM_BACK'), 1), (('CAM_BACK_LEFT',), 5), (('CAM_FRONT',), 16)]
+)
 def test_other_cameras_and_frame_counts(source, cameras, frames):
     task = Task(
         'occ3d', point_cloud_range=TASK.point_cloud_range, image_size=(32, 64), cameras=cameras, num_frames=frames

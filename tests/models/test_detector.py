@@ -271,6 +271,7 @@ def tensors_of(batch):
         dict(point_cloud_range=[0.0, -9.6, -2.0, 25.6, 9.6, 4.4], voxel_size=0.8),
         dict(cameras=['only'], num_frames=1),
         dict(num_frames=3, cameras=['a', 'b', 'c', 'd', 'e']),
+        dict(num_frames=16, cameras=['only']),
         dict(image_size=(96, 160)),
         dict(label_set='openocc_v2'),
         dict(label_set='occ3d', panoptic=False),
