@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence
 
 import numpy as np
 
+from .labels import OPTIONAL
 from .task import Task
 
 
@@ -48,9 +49,10 @@ class ScoredDataset(Dataset, Protocol):
     def scene_name(self, index: int) -> str:
         """Name of the sample's scene, '' if it is not known; how sure scores are is found out by scenes."""
 
-    def ground_truth(self, index: int) -> Dict[str, np.ndarray]:
-        """semantics uint8 [X, Y, Z] (class ids, 255 = ignore), and where there are any instances int [X, Y, Z] (0 =
-        none) and mask_camera bool [X, Y, Z]; the task's volume, ego frame of the sample.
+    def ground_truth(self, index: int, names: Sequence[str] = OPTIONAL) -> Dict[str, np.ndarray]:
+        """semantics uint8 [X, Y, Z] (class ids, 255 = ignore), and of ``names`` those there are: instances int
+        [X, Y, Z] (0 = none), mask_camera and mask_lidar bool [X, Y, Z], flow float [X, Y, Z, 2] (m/s along x and y);
+        the task's volume, ego frame of the sample.
 
         Raises:
             DataError: there are no labels, or they cannot be read.

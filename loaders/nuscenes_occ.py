@@ -13,7 +13,7 @@ from lib.errors import ConfigError, DataError
 from lib.geometry import transform_points
 from lib.infos import CameraUse, box_array, ego_from_lidar, load_infos, split_scenes
 from lib.io import expand_path, find_under
-from lib.labels import LabelFolder, read_labels
+from lib.labels import OPTIONAL, LabelFolder, read_labels
 from lib.metrics.origins import scene_ray_origins
 from lib.registry import build_checked
 from lib.settings import TrainSettings
@@ -185,14 +185,9 @@ class NuSceneOcc(torch.utils.data.Dataset):
             raise ConfigError('this data set has no labels; set occ_gt_root to the label folder')
         return self._labels.path(self.info(index))
 
-    def ground_truth(self, index: int) -> Dict[str, np.ndarray]:
-        """Labels of sample ``index`` as in its file.
-
-        Returns:
-            ``semantics`` uint8 [X, Y, Z]; where the file has them ``instances`` int32 [X, Y, Z] (0 = none),
-            ``mask_camera`` and ``mask_lidar`` bool [X, Y, Z].
-        """
-        return read_labels(self.label_path(index), self.task)
+    def ground_truth(self, index: int, names: Sequence[str] = OPTIONAL) -> Dict[str, np.ndarray]:
+        """Labels of sample ``index`` as in its file: ``semantics`` and those named, see ``lib.labels.read_labels``."""
+        return read_labels(self.label_path(index), self.task, names)
 
     def ray_origins(self, index: int) -> np.ndarray:
         """Origins of the evaluation's rays, float64 [O, 3], metres, ego frame of the sample's keyframe."""

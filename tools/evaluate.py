@@ -51,7 +51,7 @@ def samples_of(dataset, predictions, only_predicted=False, say=print):
 
     def read(token, needed):
         index = numbers[token]
-        labels, origins = dataset.ground_truth(index), dataset.ray_origins(index)
+        labels, origins = dataset.ground_truth(index, needed), dataset.ray_origins(index)
         return Sample(predictions.read(token, needed), labels, origins, dataset.scene_name(index))
 
     return Samples(list(numbers), read)

@@ -149,8 +149,8 @@ class EvalResult:
         """Text tables of the totals by ring, sector and condition, as far as told apart."""
         lines: List[str] = []
         for kind, parts in self.groups().items():
-            if kind != 'scenes':
-                names = [name for name in next(iter(parts.values())) if '@' not in name]
+            names = [name for name in next(iter(parts.values())) if '@' not in name]
+            if kind != 'scenes' and names:
                 rows = [[part] + [text_of(name, values[name]) for name in names] for part, values in parts.items()]
                 lines += ['', *text_table([[kind] + names], rows)]
         return '\n'.join(lines)

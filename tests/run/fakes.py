@@ -149,7 +149,7 @@ class FakeDataset:
     def scene_name(self, index):
         return ''
 
-    def ground_truth(self, index):
+    def ground_truth(self, index, names=()):
         return dict(semantics=np.full((4, 4, 2), index % 17, np.uint8))
 
     def ray_origins(self, index):

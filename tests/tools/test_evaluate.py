@@ -30,7 +30,7 @@ class SmallDataset:
     def sample_token(self, index):
         return f'token{index}'
 
-    def ground_truth(self, index):
+    def ground_truth(self, index, names=()):
         rng = np.random.default_rng(index)
         occupied = rng.random(self.task.grid_shape) < 0.05
         labels = rng.integers(0, 17, self.task.grid_shape)
@@ -92,6 +92,28 @@ def test_script_on_toy_data(toy_root, tmp_path):
     assert 'RayIoU@1' in done.stdout
     scores = json.loads((tmp_path / 'scores.json').read_text())
     assert scores['RayIoU'] == 1.0 and scores['num_samples'] == 3
+
+
+def test_occupancy_and_flow_of_a_config(toy_root, tmp_path, monkeypatch, capsys):
+    """The labels of the toy data as predictions: once as they are, once as if all stood still."""
+    for labels in sorted((toy_root / 'openocc_v2').rglob('labels.npz')):
+        with np.load(str(labels)) as file:
+            arrays = dict(semantics=file['semantics'], flow=file['flow'])
+        token = labels.parent.name
+        for name, flow in (('moving', arrays['flow']), ('still', 0 * arrays['flow'])):
+            (tmp_path / name).mkdir(exist_ok=True)
+            np.savez_compressed(tmp_path / name / f'{token}.npz', **dict(arrays, flow=flow))
+    scores = {}
+    for name in ('moving', 'still'):
+        command = f'evaluate.py --config configs/toy/openocc.py --metrics occ_score --predictions {tmp_path / name}'
+        command += f' --json {tmp_path / name}.json --override data.val.data_root={toy_root}'
+        monkeypatch.setattr(sys, 'argv', command.split())
+        evaluate_main()
+        scores[name] = json.loads((tmp_path / f'{name}.json').read_text())
+    for variant in ('true_positives', 'all_rays'):
+        assert scores['moving'][f'mAVE_{variant}'] == 0 and scores['moving'][f'OccScore_{variant}'] == 1
+        assert scores['still'][f'mAVE_{variant}'] > 0.1 and 0.9 <= scores['still'][f'OccScore_{variant}'] < 1
+    assert 'rings' not in capsys.readouterr().out  # velocities are not told apart by distance
 
 
 def test_record_beside_predictions_stands_for_config_split_and_data(toy_root, tmp_path, monkeypatch, capsys):
