@@ -31,6 +31,7 @@ RUN_BY = {
     'tools/check_env.py': 'tests/test_env.py',
     'tools/baseline.py': 'tests/tools/test_toybench.py',
     'tools/upper_bounds.py': 'tests/tools/test_toybench.py',
+    'tools/study.py': 'tests/tools/test_study.py',
     'tools/evaluate.py': 'tests/tools/test_evaluate.py',
     'tools/infer.py': 'tests/tools/test_visualize_infer.py',
     'tools/export.py': 'tests/models/test_export.py',
