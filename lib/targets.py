@@ -40,12 +40,15 @@ class OccupancyTargets:
         voxel_instances: uint8 [(B,) X, Y, Z], target ids 0.. within the sample, 255 = none.
         instance_class_ids: int64 [n], class of each target id; a list of B in a batch.
         mask_camera: bool [(B,) X, Y, Z], voxels that the cameras see; None where the labels do not say.
+        lidar_points: float32 [n, 3], the keyframe's LiDAR scan, metres, frame of LIDAR_TOP; a list of B in a batch;
+            None unless it is asked for.
     """
 
     voxel_semantics: Any = volume('uint8', outside=IGNORE_LABEL)
     voxel_instances: Any = volume('uint8', outside=NO_INSTANCE)
     instance_class_ids: Any = listed('int64')
     mask_camera: Any = volume('bool', outside=False)
+    lidar_points: Any = listed('float32')
 
     def map_volumes(self, function: Callable[[Any, Any], Any]) -> 'OccupancyTargets':
         """A copy whose volumes are ``function(volume, value outside)``; absent ones stay absent."""

@@ -148,6 +148,11 @@ class NuSceneOcc(torch.utils.data.Dataset):
         return self._labels is not None
 
     @property
+    def reads_lidar(self) -> bool:
+        """Samples come with the points of the keyframe's LiDAR scan."""
+        return any(getattr(step, 'lidar_points', False) for step in self._pipeline)
+
+    @property
     def positions(self) -> List[int]:
         """Indices into ``infos`` of the samples' keyframes."""
         return self._samples

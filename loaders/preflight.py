@@ -13,14 +13,14 @@ from lib.infos import MAX_KEYFRAME_GAP, camera_sweeps, split_scenes
 
 from .checks import ERROR, OK, WARNING, Finding, Look, spread
 from .checks.calibration import check_calibration
-from .checks.files import check_images, check_labels, image_paths
+from .checks.files import check_images, check_labels, check_scans, image_paths
 from .history import STEPS_PER_KEYFRAME
 
 MAX_SHORT_HISTORY = 0.5  # of the samples; of nuScenes' it is 17.5 %
 MAX_LONE_KEYFRAMES = 2  # scenes of one keyframe that may be meant so
 _AFTER_GAP = 'after a gap of over 5 s'
 _NO_SWEEPS = 'after a keyframe without sweeps, which begins a scene where scenes have no name'
-QUICK_IMAGES, QUICK_LABELS, QUICK_KEYFRAMES = 3000, 64, 64
+QUICK_IMAGES, QUICK_LABELS, QUICK_KEYFRAMES, QUICK_SCANS = 3000, 64, 64, 64
 
 
 def inspect_dataset(dataset: CheckedDataset, look: Look = Look()) -> List[Finding]:  # noqa: B008 (a Look never changes)
@@ -36,6 +36,9 @@ def inspect_dataset(dataset: CheckedDataset, look: Look = Look()) -> List[Findin
     findings += check_images(image_paths(dataset, some_for_images), _count_images(dataset, used), look)
     if dataset.has_labels:
         findings += check_labels(dataset, spread(len(dataset), len(dataset) if full else QUICK_LABELS), look)
+    if getattr(dataset, 'reads_lidar', False):
+        some = dataset.positions if full else [dataset.positions[i] for i in spread(len(dataset), QUICK_SCANS)]
+        findings += check_scans(dataset, some, look)
     return findings
 
 

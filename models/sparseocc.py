@@ -9,7 +9,7 @@ from typing import Dict, List, Mapping, Optional, Sequence, Union
 import numpy as np
 import torch
 from mmcv.runner import BaseModule
-from mmdet.models.builder import BACKBONES, DETECTORS, HEADS, NECKS
+from mmdet.models.builder import BACKBONES, DETECTORS, HEADS, LOSSES, NECKS
 from torch import Tensor
 
 from lib.errors import ConfigError, DataError
@@ -53,6 +53,7 @@ class SparseOcc(BaseModule):
         img_backbone, img_neck, pts_bbox_head: configs of the parts.
         data_aug: what happens to the images on the device, see ``ImageInput.from_config``.
         use_mask_camera: train on camera-visible voxels only.
+        loss_depth: config of a loss on the image features, such as ``LidarDepthLoss``; training only.
         test_cfg: history ('cached' keeps the features of earlier frames between calls with batch 1, 'full'
             encodes all frames of every sample), draws ('even' or 'random'), merge_stuff ('published' or
             'labelled'), overlap_threshold, score_threshold, cuda_graph (replay the encoder of one frame
@@ -66,6 +67,7 @@ class SparseOcc(BaseModule):
     # what lib.checkpoint asks of a model
     describe_weights = staticmethod(describe_weights)
     pretrained_names = PRETRAINED_NAMES
+    training_only = ('loss_depth.',)
 
     def __init__(
         self,
@@ -79,6 +81,7 @@ class SparseOcc(BaseModule):
         fuse_backbone: bool = True,
         train_cfg: Optional[Mapping] = None,
         pretrained: Optional[str] = None,
+        loss_depth: Optional[Mapping] = None,
     ):
         super().__init__()
         if train_cfg is not None or pretrained is not None:
@@ -99,10 +102,18 @@ class SparseOcc(BaseModule):
         head = {key: test_cfg[key] for key in _HEAD_KEYS if key in test_cfg}
         head_cfg = hand_down(pts_bbox_head, 'model.pts_bbox_head', head, 'model.test_cfg')
         self.pts_bbox_head = build_part(head_cfg, HEADS, 'model.pts_bbox_head', self.task)
+        self.loss_depth = self._build_loss_depth(loss_depth)
         parts = self.image_input, self.img_backbone, self.img_neck
         self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse=fuse_backbone)
         self._neck_cfg = dict(img_neck)
         self._register_load_state_dict_pre_hook(self._forget_weights)
+
+    def _build_loss_depth(self, cfg: Optional[Mapping]) -> Optional[BaseModule]:
+        if cfg is None:
+            return None
+        sizes, where = self.pts_bbox_head.transformer.sizes, 'model.loss_depth'
+        given = dict(in_channels=sizes.embed_dims, num_levels=sizes.num_levels)
+        return build_part(hand_down(cfg, where, given, 'model.pts_bbox_head'), LOSSES, where, self.task)
 
     def check_parts(self):
         """Raise ConfigError unless backbone, neck and head fit together; leaves the former in evaluation mode."""
@@ -147,7 +158,11 @@ class SparseOcc(BaseModule):
 
     def loss(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, targets: OccupancyTargets) -> Dict[str, Tensor]:
         """Every loss term by name; arguments as in :meth:`forward`."""
-        return self.pts_bbox_head.loss(self.pts_bbox_head(self.encoder(img, lidar2img, ego2lidar)), targets)
+        features = self.encoder(img, lidar2img, ego2lidar)
+        losses = self.pts_bbox_head.loss(self.pts_bbox_head(features), targets)
+        if self.loss_depth is not None:
+            losses['loss_depth'] = self.loss_depth(features, lidar2img, tuple(img.shape[-2:]), targets)
+        return losses
 
     def predict(
         self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None

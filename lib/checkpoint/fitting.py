@@ -38,7 +38,7 @@ def load_model_weights(model: nn.Module, path: str, strict: bool = True, trust: 
     meta = checkpoint.get('meta')
     meta = dict(meta) if isinstance(meta, Mapping) else {}
     other = other_task(meta, getattr(model, 'task', None))
-    fit_weights(model, weights, path, strict, other)
+    fit_weights(model, _without_training_parts(model, weights, path), path, strict, other)
     if meta.get('ema_decay') and rank() == 0:
         print(f'{path}: weights averaged over training (EMA with decay {meta["ema_decay"]:g})', flush=True)
     if other and rank() == 0:
@@ -46,6 +46,21 @@ def load_model_weights(model: nn.Module, path: str, strict: bool = True, trust: 
             f'warning: checkpoint {path} was trained for {other}; its weights fit, its predictions may not', flush=True
         )
     return meta
+
+
+def _without_training_parts(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> Mapping[str, Tensor]:
+    """The weights, but of what only training uses (``model.training_only``, beginnings of names) what the model has.
+
+    So weights trained with such a part fit a model without it, which says so, and the other way round.
+    """
+    begins, own = tuple(getattr(model, 'training_only', ())), model.state_dict()
+    left_out = [name for name in weights if name.startswith(begins) and name not in own]
+    if left_out and rank() == 0:
+        parts = ', '.join(sorted({name.split('.')[0] for name in left_out}))
+        print(f'{path}: {len(left_out)} tensors that only training uses are left out ({parts})', flush=True)
+    kept = OrderedDict((name, value) for name, value in weights.items() if name not in left_out)
+    kept.update((name, own[name]) for name in own if name.startswith(begins) and name not in weights)
+    return kept
 
 
 def trained_task(meta: Mapping) -> Optional[Task]:

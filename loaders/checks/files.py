@@ -12,6 +12,7 @@ from lib.labels import read_labels
 from lib.task import Task
 
 from ..decode import check_whole, read_image
+from ..lidar import read_scan
 from ..prepare import parallel_map
 from . import ERROR, OK, WARNING, Finding, Look, name_some
 
@@ -49,6 +50,27 @@ def _problem_of_image(look, path) -> str:
             read_image(path)
         else:
             check_whole(path)
+    except DataError as error:
+        return str(error)
+    return ''
+
+
+def check_scans(dataset, positions: List[int], look: Look) -> List[Finding]:
+    """Findings on the LiDAR scans of some keyframes."""
+    problems = [
+        problem
+        for problem in parallel_map(_problem_of_scan, positions, dataset, 'scans', look.processes, look.full)
+        if problem
+    ]
+    if problems:
+        return name_some(problems, 'LiDAR scans are missing or damaged', look.level, look.shown)
+    return [Finding(OK, f'{len(positions)} of {len(dataset)} LiDAR scans read: all there and whole')]
+
+
+def _problem_of_scan(dataset, position) -> str:
+    """'' or what is wrong."""
+    try:
+        read_scan(dataset.infos[position], dataset.data_root)
     except DataError as error:
         return str(error)
     return ''

@@ -17,6 +17,7 @@ from lib.task import Task
 
 from ..decode import DecodedImage, check_decoder, read_image
 from ..history import choose_test_frames, choose_train_frames
+from ..lidar import read_scan
 
 MAX_INSTANCES = 255
 
@@ -103,10 +104,15 @@ class LoadOccGTFromFile:
     """Read the label file and make ``targets`` (OccupancyTargets).
 
     In evaluation without ``occ_gt_root`` it adds nothing.
+
+    Args:
+        task: grid and classes.
+        lidar_points: read the keyframe's LiDAR scan as well, for a loss on depth. No augmentation moves its points:
+            they are in the frame that ``lidar2img`` and ``ego2lidar`` of the augmented sample refer to.
     """
 
-    def __init__(self, task: Task):
-        self.task = task
+    def __init__(self, task: Task, lidar_points: bool = False):
+        self.task, self.lidar_points = task, lidar_points
 
     def __call__(self, sample: Dict) -> Dict:
         if sample['label_folder'] is None:
@@ -115,7 +121,8 @@ class LoadOccGTFromFile:
             raise ConfigError('training needs labels: set occ_gt_root of the training data (LoadOccGTFromFile)')
         labels = read_labels(sample['label_folder'].path(sample['info']), self.task)
         targets = make_targets(labels['semantics'], labels.get('instances'), self.task)
-        sample['targets'] = replace(targets, mask_camera=labels.get('mask_camera'))
+        points = read_scan(sample['info'], sample['data_root']) if self.lidar_points else None
+        sample['targets'] = replace(targets, mask_camera=labels.get('mask_camera'), lidar_points=points)
         return sample
 
 

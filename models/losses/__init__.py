@@ -1,7 +1,16 @@
 """Losses of the voxel decoder (per stage) and of the mask decoder (per prediction); importing registers them."""
 
 from . import ray_terms, voxel_terms
+from .depth import LidarDepthLoss
 from .mask2former import Mask2FormerLoss
 from .voxel import StageLabels, VoxelLosses, check_targets
 
-__all__ = ['Mask2FormerLoss', 'StageLabels', 'VoxelLosses', 'check_targets', 'ray_terms', 'voxel_terms']
+__all__ = [
+    'LidarDepthLoss',
+    'Mask2FormerLoss',
+    'StageLabels',
+    'VoxelLosses',
+    'check_targets',
+    'ray_terms',
+    'voxel_terms',
+]
