@@ -3,6 +3,13 @@
 The compiled kernels are loaded on first use; without them the references run.
 """
 
+import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
+import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import List, Optional
 
@@ -26,6 +33,33 @@ _EXTENSIONS = {
 def find_kernels(name: str, device: torch.device) -> Optional[ModuleType]:
     """The extension ``models.csrc.<name>`` if it can run on the device, else None; see ``Extension.find``."""
     return _EXTENSIONS[name].find(device)
+
+
+def trains_fused(operator: str, device: torch.device) -> bool:
+    """Whether Triton's kernels serve the training of 'attention' or 'mixing' on the device: a GPU since Ampere."""
+    if device.type != 'cuda' or not tries(operator):
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0) and _has_triton()
+
+
+def tries(name: str) -> bool:
+    """Whether a faster way that has not been measured yet is asked for: SPARSEOCC_TRY=attention,mixing,neck."""
+    return name in os.environ.get('SPARSEOCC_TRY', '').split(',')
+
+
+@functools.lru_cache(maxsize=None)
+def _has_triton() -> bool:
+    """Whether Triton is there and can compile, for which it needs a C compiler and Python's headers."""
+    missing = []
+    if importlib.util.find_spec('triton') is None:
+        missing.append('the package triton')
+    if not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
+        missing.append('a C compiler')
+    if not (Path(sysconfig.get_paths()['include']) / 'Python.h').exists():
+        missing.append("Python's header files")
+    if missing:
+        warnings.warn(f'training takes the slower PyTorch operators, because {" and ".join(missing)} cannot be found')
+    return not missing
 
 
 def compiled_operators(device: torch.device) -> List[str]:

@@ -3,6 +3,7 @@
 Shapes: B batch, Q queries, G groups, C channels, p_in sampled points (T*P), p_out mixed points.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from lib.errors import ConfigError
 from lib.task import Task
-from models.csrc.adaptive_mixing import adaptive_mix, adaptive_mix_reference
-from models.csrc.distance_attention import distance_attention, distance_attention_reference
-from models.torch_compat import recompute
+from models.csrc import trains_fused
+from models.csrc.adaptive_mixing import adaptive_mix
+from models.csrc.distance_attention import distance_attention, distance_attention_in_training
+from models.torch_compat import autocast_dtype, recompute
 
 _WHERE = 'model.pts_bbox_head.transformer'
 
@@ -97,8 +99,7 @@ class AdaptiveMixing(BaseModule):
     def _mix(self, sampled: Tensor, query: Tensor) -> Tensor:
         """sampled [n, G, p_in, C/G], query [n, C] -> [n, C]."""
         generated = self.parameter_generator(query)
-        mix = adaptive_mix_reference if self.training else adaptive_mix  # the kernel has no backward pass
-        mixed = mix(sampled.to(generated.dtype), generated, self.out_points)
+        mixed = adaptive_mix(sampled.to(generated.dtype), generated, self.out_points)
         return self.out_proj(mixed.flatten(1))
 
 
@@ -131,18 +132,21 @@ class DistanceAttention(BaseModule):
 
     def forward(self, query: Tensor, positions: Tensor) -> Tensor:
         """query [B, Q, C], positions [B or 1, Q, 2 or more] metres -> [B, Q, C]: the query plus what it attends to."""
+        exact = autocast_dtype(query.device.type) is None and not torch.backends.cuda.matmul.allow_tf32
+        attend = functools.partial(self._attend, exact)
+        again = self.save_memory and torch.is_grad_enabled() and query.requires_grad
         with torch.autocast(query.device.type, enabled=False):
-            if self.save_memory and torch.is_grad_enabled() and query.requires_grad:
-                return recompute(self._attend, query.float(), positions)
-            return self._attend(query.float(), positions)
+            if again and not trains_fused('attention', query.device):
+                return recompute(attend, query.float(), positions)
+            return attend(query.float(), positions)
 
-    def _attend(self, query: Tensor, positions: Tensor) -> Tensor:
+    def _attend(self, exact: bool, query: Tensor, positions: Tensor) -> Tensor:
         weights = self.attention.attn
         parts = F.linear(query, weights.in_proj_weight, weights.in_proj_bias)
         parts = parts.view(query.shape[:2] + (3, self.num_heads, query.shape[2] // self.num_heads))
         reach = self.gen_tau(query)
-        if self.training:  # the kernel has neither dropout nor a backward pass
-            attended = distance_attention_reference(parts, reach, positions, weights.dropout)
+        if self.training:  # the CUDA kernel has neither dropout nor a backward pass
+            attended = distance_attention_in_training(parts, reach, positions, weights.dropout, exact)
         else:
             attended = distance_attention(parts, reach, positions)
         return query + weights.out_proj(attended)

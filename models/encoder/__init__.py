@@ -9,6 +9,7 @@ from typing import Hashable, List, Mapping, NamedTuple, Optional, Sequence, Tupl
 import torch
 from torch import Tensor, nn
 
+from models.csrc import tries
 from models.csrc.msmv_sampling import select_frames
 from models.cuda_graph import GraphedFunction
 from models.encoder.feature_cache import FeatureCache
@@ -114,7 +115,8 @@ class ImageEncoder:
         images = self.image_input(img.flatten(0, 1), samples=batch)
         fused = self._fused_backbone
         stages = fused(images) if fused is not None and fused.serves(images) else self.backbone(images)
-        fuses = self.fuse and images.is_cuda and not torch.is_grad_enabled() and can_fuse_neck(self.neck)
+        fuses = self.fuse and images.is_cuda and can_fuse_neck(self.neck)
+        fuses = fuses and (not torch.is_grad_enabled() or tries('neck'))
         maps = run_neck(self.neck, stages) if fuses else self.neck(stages)
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]

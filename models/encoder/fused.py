@@ -8,9 +8,9 @@ take longer than the convolutions. In training the outputs of the convolutions a
 The result differs from the modules' in rounding only; NaN and infinity pass through cuDNN's ReLU as through
 PyTorch's (tried on an H200 in all three types).
 
-FPN, at inference: mmdet's, step by step, adds a bias, enlarges the level above and adds it: three passes over each
-level, in float32 also under autocast. Here the bias is added to the level above while that is small, and one pass
-adds every value of it to the four below it.
+FPN: mmdet's, step by step, adds a bias, enlarges the level above and adds it: three passes over each level, in
+float32 also under autocast. Here the bias is added to the level above while that is small, and one pass adds every
+value of it to the four below it.
 
 The weights stay where they are, in mmdet's modules; this only computes with them.
 """
@@ -42,6 +42,13 @@ class _Geometry(NamedTuple):
     padding: Sequence[int]
     dilation: Sequence[int]
     groups: int
+
+
+class _BlockPlan(NamedTuple):
+    """A residual block of ``depth`` convolutions and, if there is one more, a projection of the shortcut."""
+
+    geometries: Sequence[_Geometry]
+    depth: int
 
 
 def can_fuse_backbone(backbone: nn.Module) -> bool:
@@ -142,20 +149,26 @@ class FusedResNet:
         x = net.maxpool(x)
         stages = []
         for i, name in enumerate(net.res_layers):
-            for block in getattr(net, name):
-                x = self._run(block, x)
+            x = self._run(getattr(net, name), x)
             if i in net.out_indices:
                 stages.append(x)
         return tuple(stages)
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        numbers = (1, 2, 3) if isinstance(block, Bottleneck) else (1, 2)
-        pairs = [(getattr(block, f'conv{i}'), getattr(block, f'norm{i}')) for i in numbers]
-        if block.downsample is not None:
-            pairs.append(tuple(block.downsample))
-        weights = [value for conv, norm in pairs for value in self._fold(conv, norm, x.dtype)]
-        run = functools.partial(_run_block, [_geometry(conv) for conv, _ in pairs], len(numbers))
-        return recompute(run, x, *weights) if block.with_cp and x.requires_grad else run(x, *weights)
+    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """A stage; with checkpointing nothing inside it is kept, which costs no more time than to keep its blocks'
+        results, and their memory is needed again only when that of the decoders is free."""
+        weights: List[Tensor] = []
+        plans = []
+        for block in stage:
+            numbers = (1, 2, 3) if isinstance(block, Bottleneck) else (1, 2)
+            pairs = [(getattr(block, f'conv{i}'), getattr(block, f'norm{i}')) for i in numbers]
+            if block.downsample is not None:
+                pairs.append(tuple(block.downsample))
+            weights += [value for conv, norm in pairs for value in self._fold(conv, norm, x.dtype)]
+            plans.append(_BlockPlan([_geometry(conv) for conv, _ in pairs], len(numbers)))
+        run = functools.partial(_run_stage, plans)
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [x, *weights])
+        return recompute(run, x, *weights) if learns and stage[0].with_cp else run(x, *weights)
 
     def _fold(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
         """Weight and bias in ``dtype``; kept where no gradient flows into them."""
@@ -188,13 +201,22 @@ def _geometry(conv: nn.Conv2d) -> _Geometry:
     return _Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _run_block(geometries: List[_Geometry], depth: int, x: Tensor, *weights: Tensor) -> Tensor:
-    """A residual block of ``depth`` convolutions and, if there is one more, a projection of the shortcut.
+def _run_stage(plans: Sequence[_BlockPlan], x: Tensor, *weights: Tensor) -> Tensor:
+    """Blocks one after the other.
 
     Args:
         x: [n, C, H, W].
         weights: weight and bias of each convolution in turn.
     """
+    start = 0
+    for geometries, depth in plans:
+        end = start + 2 * len(geometries)
+        x = _run_block(geometries, depth, x, *weights[start:end])
+        start = end
+    return x
+
+
+def _run_block(geometries: Sequence[_Geometry], depth: int, x: Tensor, *weights: Tensor) -> Tensor:
     layers = list(zip(weights[::2], weights[1::2], geometries))
     weight, bias, geometry = layers[depth - 1]
     shortcut = x
@@ -263,7 +285,7 @@ def can_fuse_neck(neck: nn.Module) -> bool:
 
 
 def run_neck(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
-    """What ``neck(stages)`` gives but for rounding, without gradients.
+    """What ``neck(stages)`` gives but for rounding.
 
     Args:
         neck: for which ``can_fuse_neck`` holds.
@@ -273,8 +295,32 @@ def run_neck(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
     for stage, module in reversed(list(zip(stages[neck.start_level :], neck.lateral_convs))):
         level = F.conv2d(stage, module.conv.weight)
         bias = module.conv.bias.to(level.dtype).view(1, -1, 1, 1)
-        merged.append(add_enlarged(level, merged[-1] + bias) if merged else level.add_(bias))
+        merged.append(_AddEnlarged.apply(level, merged[-1] + bias) if merged else level.add_(bias))
     return [module(level) for module, level in zip(neck.fpn_convs, reversed(merged))]
+
+
+class _AddEnlarged(torch.autograd.Function):
+    """``add_enlarged`` and its backward pass."""
+
+    @staticmethod
+    def forward(ctx, level, coarse):
+        ctx.size = coarse.shape
+        ctx.mark_dirty(level)
+        return add_enlarged(level, coarse)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad, add_up(grad, ctx.size) if ctx.needs_input_grad[1] else None
+
+
+def add_up(grad: Tensor, size: Sequence[int]) -> Tensor:
+    """The sum of grad [n, C, H, W] over what each value of ``size`` [n, C, h, w] is the nearest of."""
+    count, channels, height, width = grad.shape
+    if (height, width) != (2 * size[2], 2 * size[3]) or not grad.is_contiguous(memory_format=torch.channels_last):
+        return torch.ops.aten.upsample_nearest2d_backward(grad, [height, width], list(size))
+    blocks = grad.permute(0, 2, 3, 1).view(count, height // 2, 2, width // 2, 2, channels)
+    return blocks.sum((2, 4)).permute(0, 3, 1, 2)
 
 
 def add_enlarged(level: Tensor, coarse: Tensor) -> Tensor:

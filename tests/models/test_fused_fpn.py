@@ -19,6 +19,7 @@ def make_neck(**options):
 
 
 def make_stages(sizes, channels_last=True):
+    torch.manual_seed(1)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return [
         torch.randn(2, c, h, w, dtype=torch.double).contiguous(memory_format=layout)
@@ -40,6 +41,19 @@ def test_levels_are_those_of_mmdet(sizes, channels_last):
     assert all(torch.equal(a, b) for a, b in zip(stages, kept))
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # double; the bias is added earlier
+
+
+@pytest.mark.parametrize('channels_last', [True, False])
+@pytest.mark.parametrize('sizes', [[(16, 24), (8, 12), (4, 6), (2, 3)], [(9, 25), (5, 13), (3, 7), (2, 4)]], ids=str)
+def test_gradients_are_those_of_mmdet(sizes, channels_last):
+    neck, results = make_neck(), []
+    for compute in (lambda stages: run_neck(neck, stages), neck):
+        stages = [stage.requires_grad_() for stage in make_stages(sizes, channels_last)]
+        neck.zero_grad()
+        sum((level * level).sum() for level in compute(stages)).backward()
+        results.append([stage.grad for stage in stages] + [parameter.grad for parameter in neck.parameters()])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)  # double; sums in another order
 
 
 def test_stages_before_the_start_are_left_out():

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.csrc import find_kernels
+from models.csrc import find_kernels, trains_fused
 
 # What the kernel is compiled for. Other sizes and types take the reference.
 KERNEL_WIDTH, KERNEL_MAX_IN, KERNEL_MAX_OUT = 64, 32, 128
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+NORM_EPS = 1e-5
 
 
 def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
@@ -37,6 +38,8 @@ def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
     inside.
     """
     _check(sampled, generated, out_points)
+    if _trains_fused(sampled, generated, out_points):
+        return _mix_fused(sampled, generated, out_points)
     kernels = _kernels_for(sampled, generated, out_points)
     if kernels is None:
         return adaptive_mix_reference(sampled, generated, out_points)
@@ -80,10 +83,33 @@ def _check(sampled: Tensor, generated: Tensor, out_points: int) -> None:
         raise ValueError(f'generated must be on the device of sampled, {sampled.device}, but is on {generated.device}')
 
 
+def _needs_grad(sampled: Tensor, generated: Tensor) -> bool:
+    return torch.is_grad_enabled() and (sampled.requires_grad or generated.requires_grad)
+
+
+def _trains_fused(sampled: Tensor, generated: Tensor, out_points: int) -> bool:
+    in_points, width = sampled.shape[-2:]
+    fits = width in (16, 32, 64) and 0 < in_points <= KERNEL_MAX_IN and 0 < out_points <= KERNEL_MAX_OUT
+    wanted = fits and sampled.dtype in KERNEL_TYPES and sampled.numel() and _needs_grad(sampled, generated)
+    return bool(wanted) and trains_fused('mixing', sampled.device)
+
+
+def _mix_fused(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
+    from models.csrc.adaptive_mixing.fused import FusedMixing  # needs Triton
+
+    in_points, width = sampled.shape[-2:]
+    mixed = FusedMixing.apply(
+        sampled.reshape(-1, in_points, width).contiguous(),
+        generated.reshape(-1, width * width + out_points * in_points).contiguous(),
+        out_points,
+        NORM_EPS,
+    )
+    return mixed.view(sampled.shape[:-2] + (out_points, width))
+
+
 def _kernels_for(sampled: Tensor, generated: Tensor, out_points: int) -> Optional[ModuleType]:
     """The compiled kernel if it can serve this call."""
-    needs_grad = torch.is_grad_enabled() and (sampled.requires_grad or generated.requires_grad)
-    if not sampled.is_cuda or needs_grad or sampled.dtype not in KERNEL_TYPES:
+    if not sampled.is_cuda or _needs_grad(sampled, generated) or sampled.dtype not in KERNEL_TYPES:
         return None
     in_points, width = sampled.shape[-2:]
     row_bytes = (width * width + out_points * in_points) * sampled.element_size()

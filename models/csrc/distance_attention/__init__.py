@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.csrc import find_kernels
+from models.csrc import find_kernels, trains_fused
 
 KERNEL_WIDTH = 32  # what the kernel is compiled for; other widths take the reference
 
@@ -39,6 +39,27 @@ def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor) -> Tenso
     if kernels is None:
         return distance_attention_reference(parts, reach, positions)
     return kernels.distance_attention(parts.contiguous(), reach.contiguous(), positions.detach().float().contiguous())
+
+
+def distance_attention_in_training(
+    parts: Tensor, reach: Tensor, positions: Tensor, dropout: float, exact: bool = True
+) -> Tensor:
+    """``distance_attention`` with dropout of the weights; float32.
+
+    Args:
+        exact: products as precise as float32's; False takes TF32 where that is faster.
+    """
+    if not trains_fused('attention', parts.device) or parts.shape[4] not in (16, 32, 64):
+        return distance_attention_reference(parts, reach, positions, dropout)
+    from models.csrc.distance_attention.fused import FusedAttention  # needs Triton
+
+    keys = None
+    if dropout:
+        keys = torch.randint(-(2**31), 2**31, reach.shape, device=reach.device, dtype=torch.int64).to(torch.int32)
+    places = positions.detach().float().contiguous()
+    return FusedAttention.apply(
+        parts.contiguous(), reach.contiguous(), places, keys, dropout, 'tf32x3' if exact else 'tf32'
+    )
 
 
 def distance_attention_reference(parts: Tensor, reach: Tensor, positions: Tensor, dropout: float = 0.0) -> Tensor:
