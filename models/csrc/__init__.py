@@ -20,7 +20,7 @@ from lib.extension import Extension
 BUILD_COMMAND = 'cd models/csrc && python setup.py build_ext --inplace'
 
 # What the Python side of each operator expects of `interface_version` in its extension.
-INTERFACE_VERSIONS = {'_adaptive_mixing': 1, '_distance_attention': 1, '_msmv_sampling': 2}
+INTERFACE_VERSIONS = {'_adaptive_mixing': 1, '_distance_attention': 1, '_msmv_sampling': 3}
 
 _EXTENSIONS = {
     name: Extension(
@@ -58,7 +58,10 @@ def _has_triton() -> bool:
     if not (Path(sysconfig.get_paths()['include']) / 'Python.h').exists():
         missing.append("Python's header files")
     if missing:
-        warnings.warn(f'training takes the slower PyTorch operators, because {" and ".join(missing)} cannot be found')
+        warnings.warn(
+            f'training takes the slower PyTorch operators, because {" and ".join(missing)} cannot be found',
+            stacklevel=2,
+        )
     return not missing
 
 

@@ -47,6 +47,7 @@ class _Sampling(BaseModule):
             self.sizes.task.num_cameras,
             published_weight_order=self.sizes.published_weight_order,
             frame_index=features.frame_index,
+            gradient_sum=features.gradient_sum,
         )
 
     def group(self, values: Tensor) -> Tensor:

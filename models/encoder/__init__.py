@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.csrc import tries
-from models.csrc.msmv_sampling import select_frames
+from models.csrc.msmv_sampling import GradientSum, select_frames
 from models.cuda_graph import GraphedFunction
 from models.encoder.feature_cache import FeatureCache
 from models.encoder.fused import FusedResNet, can_fuse_backbone, can_fuse_neck, run_neck
@@ -26,12 +26,14 @@ class ImageFeatures(NamedTuple):
     ego2img      [B, T*N, 4, 4] float32, ego (metres) to pixels of the padded image
     image_size   (height, width) of the padded image, pixels
     frame_index  int64 [T], where frame t is among the stored frames; None: S = T, in order
+    gradient_sum  in training, where the gradients of the maps are added up
     """
 
     maps: Sequence[Tensor]
     ego2img: Tensor
     image_size: Tuple[int, int]
     frame_index: Optional[Tensor] = None
+    gradient_sum: Optional[GradientSum] = None
 
     def in_order(self, num_cameras: int) -> 'ImageFeatures':
         """The same without a frame_index, so that later steps, which write into stored maps, leave it alone."""
@@ -90,7 +92,7 @@ class ImageEncoder:
         features = self._locate(img, lidar2img, ego2lidar)  # first, so that the GPU need not wait for it later
         keys = self._frame_keys(img, img_metas)
         if keys is None:
-            return features._replace(maps=self.encode(img, graphed))
+            return _with_gradient_sum(features._replace(maps=self.encode(img, graphed)))
         frames = img.view((len(keys), -1) + img.shape[2:])
         stored = self.cache.fetch(keys, lambda t: [level[0] for level in self.encode(frames[t : t + 1], graphed)])
         return features._replace(
@@ -141,6 +143,13 @@ class ImageEncoder:
         """Where the images look, without their maps."""
         ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
         return ImageFeatures([], ego2img, self.image_input.padded_size(img.shape[-2:]))
+
+
+def _with_gradient_sum(features: ImageFeatures) -> ImageFeatures:
+    if not features.maps[0].requires_grad or not tries('sum'):
+        return features
+    gradient_sum = GradientSum(features.maps)
+    return features._replace(maps=gradient_sum.features, gradient_sum=gradient_sum)
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ def capture_points(module, monkeypatch, *args):
     """Points and level logits that the module hands to the sampling op."""
     seen = {}
 
-    def fake(maps, points, ego2img, level_logits, image_size, num_cameras, published_weight_order, frame_index):
+    def fake(maps, points, ego2img, level_logits, image_size, num_cameras, published_weight_order, **_):
         seen.update(points=points, level_logits=level_logits, published=published_weight_order)
         return points.new_zeros(points.shape[:3] + (1, 1))
 

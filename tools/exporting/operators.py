@@ -80,6 +80,7 @@ def sampling_node(
     num_cameras: int,
     published_weight_order: bool = True,
     frame_index=None,
+    gradient_sum=None,
 ) -> Tensor:
     """``sample_multi_view`` as a node of the graph; it computes nothing."""
     batch, queries, groups, per_group = points.shape[:4]

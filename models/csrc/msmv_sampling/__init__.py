@@ -31,6 +31,7 @@ def sample_multi_view(
     num_cameras: int,
     published_weight_order: bool = True,
     frame_index: Optional[Tensor] = None,
+    gradient_sum: Optional['GradientSum'] = None,
 ) -> Tensor:
     """Features of 3-D points in all frames: projection, choice of view, sampling, weighted sum over levels.
 
@@ -49,6 +50,7 @@ def sample_multi_view(
             released weights need; otherwise those of group g.
         frame_index: int64 [T], 0..S-1, where ``features`` hold S stored frames [B, S*N, ...] and frame t is
             the frame_index[t]-th; None: S = T, in order. Without gradients nothing is copied for it.
+        gradient_sum: of these very features, where several calls sample them.
 
     Returns:
         [B, Q, G, T*P, C/G], dtype of the features, points frame-major (t*P + p).
@@ -78,6 +80,7 @@ def sample_multi_view(
             tuple(image_size),
             num_cameras,
             published_weight_order,
+            gradient_sum if gradient_sum is not None and gradient_sum.holds(maps) else None,
             *_channels_last(maps),
         )
     return result.to(features[0].dtype)
@@ -97,6 +100,60 @@ def select_frames(features: Sequence[Tensor], frame_index: Tensor, num_cameras: 
     cameras = torch.arange(num_cameras, device=frame_index.device)
     images = (frame_index.unsqueeze(1) * num_cameras + cameras).flatten()
     return [feature.index_select(1, images) for feature in features]
+
+
+class GradientSum:
+    """Adds up in float32 what several calls of ``sample_multi_view`` give as gradients of the same features.
+
+    By itself PyTorch would fill, convert and add one set of gradients for each call; in a training step these
+    passes over all maps take longer than the sampling. Every backward pass has to go through all the calls.
+
+    Args:
+        features: L tensors [B, T*N, H_l, W_l, C].
+
+    Attributes:
+        features: the same, to be sampled.
+    """
+
+    def __init__(self, features: Sequence[Tensor]):
+        self._sums: List[Tensor] = []
+        self.features = list(_CollectGradients.apply(self._sums, *features))
+
+    def holds(self, maps: Sequence[Tensor]) -> bool:
+        """Whether these are its features, in a layout that the kernels take without a copy."""
+        return all(a is b and a.stride(4) == 1 for a, b in zip(maps, self.features))
+
+    def open(self) -> List[Tensor]:
+        """What to add to: L tensors, float32 (float64 for such features), contiguous."""
+        if not self._sums:
+            self._sums.extend(_zeros_for(self.features))
+        return self._sums
+
+
+class _CollectGradients(Function):
+    """The features as they are; backward, which runs after that of all samplings, hands on the sums and empties them.
+
+    It knows the sums alone: knowing the features, it would keep itself alive.
+    """
+
+    @staticmethod
+    def forward(ctx, sums: List[Tensor], *features: Tensor):
+        ctx.sums, ctx.dtype = sums, features[0].dtype
+        ctx.set_materialize_grads(False)
+        return tuple(feature.view_as(feature) for feature in features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Optional[Tensor]):
+        if not ctx.sums:
+            return (None,) + grads
+        totals = [ctx.sums.pop(0).to(ctx.dtype) for _ in grads]
+        return (None,) + tuple(total if grad is None else total + grad for total, grad in zip(totals, grads))
+
+
+def _zeros_for(features: Sequence[Tensor]) -> List[Tensor]:
+    real = _real_type(features[:1])
+    return [torch.zeros(feature.shape, dtype=real, device=feature.device) for feature in features]
 
 
 class SampleMultiView(Function):
@@ -119,9 +176,10 @@ class SampleMultiView(Function):
         image_size: Tuple[int, int],
         num_cameras: int,
         published_weight_order: bool,
+        gradient_sum: Optional[GradientSum],
         *features: Tensor,
     ) -> Tensor:
-        ctx.kernels = kernels
+        ctx.kernels, ctx.gradient_sum = kernels, gradient_sum
         ctx.settings = (float(image_size[0]), float(image_size[1]), num_cameras, published_weight_order)
         ctx.save_for_backward(points, ego2img, level_logits, *features)
         return kernels.sample_multi_view_forward(
@@ -133,18 +191,16 @@ class SampleMultiView(Function):
     def backward(ctx, grad_output: Tensor):
         points, ego2img, level_logits, *features = ctx.saved_tensors
         wants = ctx.needs_input_grad
+        sums: List[Tensor] = []
+        if any(wants[9:]):
+            sums = _zeros_for(features) if ctx.gradient_sum is None else ctx.gradient_sum.open()
         grads = ctx.kernels.sample_multi_view_backward(
-            grad_output.contiguous(),
-            features,
-            points,
-            ego2img,
-            level_logits,
-            *ctx.settings,
-            wants[1] or wants[3],
-            any(wants[8:]),
+            grad_output.contiguous(), features, points, ego2img, level_logits, *ctx.settings, wants[1] or wants[3], sums
         )
-        of_features = tuple(grads[2:]) or (None,) * len(features)  # those of all levels, or of none
-        return (None, grads[0], None, grads[1], None, None, None, None) + of_features
+        of_features = (None,) * len(features)
+        if sums and ctx.gradient_sum is None:
+            of_features = tuple(total.to(feature.dtype) for total, feature in zip(sums, features))
+        return (None, grads[0], None, grads[1], None, None, None, None, None) + of_features
 
 
 def _real_type(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -167,24 +167,19 @@ Tensor launch_forward(const Tensors& features, const SamplingShape& shape,
   return output;
 }
 
-// Launches the backward kernel; grad_point and grad_weights, per slot, undefined: not wanted. Returns the
-// features' gradients.
+// Launches the backward kernel; grad_point and grad_weights, per slot, undefined: not wanted.
 template <typename scalar_t>
-Tensors launch_backward(const Tensor& grad_output, const Tensors& features, const SamplingShape& shape,
-                        const SlotSource<typename Accumulate<scalar_t>::type>& source,
-                        const Tensor& grad_point, const Tensor& grad_weights, bool wants_features) {
+void launch_backward(const Tensor& grad_output, const Tensors& features, const SamplingShape& shape,
+                     const SlotSource<typename Accumulate<scalar_t>::type>& source, const Tensor& grad_point,
+                     const Tensor& grad_weights, const Tensors& grad_features) {
+  if (is_empty(shape)) return;
   using real = typename Accumulate<scalar_t>::type;
   constexpr int kVector = 16 / sizeof(scalar_t);
   BackwardArguments<scalar_t> arguments;
-  Tensors grads;
   for (int l = 0; l < shape.levels; ++l) {
     arguments.level[l] = make_level(features[l]);
-    arguments.grad_features[l] = nullptr;
-    if (!wants_features) continue;
-    grads.push_back(at::zeros(features[l].sizes(), features[l].options().dtype(real_type(features[l]))));
-    arguments.grad_features[l] = grads[l].template data_ptr<real>();
+    arguments.grad_features[l] = grad_features.empty() ? nullptr : grad_features[l].template data_ptr<real>();
   }
-  if (is_empty(shape)) return grads;
   const bool vectorise = can_vectorise(features, shape, kVector) && rows_are_aligned(grad_output, kVector);
   arguments.shape = shape;
   arguments.schedule = plan(shape, vectorise ? kVector : 1);
@@ -201,7 +196,6 @@ Tensors launch_backward(const Tensor& grad_output, const Tensors& features, cons
     sampling_backward_kernel<scalar_t, 1><<<blocks, kThreads, shared, stream>>>(arguments);
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return grads;
 }
 
 template <typename real>
@@ -223,13 +217,6 @@ void launch_reduce(const SamplingShape& shape, bool published_weight_order, cons
   sampling_reduce_kernel<real>
       <<<static_cast<unsigned>(blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(arguments);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-// The gradients in the order that ops.py expects, the features' in the features' own type.
-Tensors collect(const Tensor& first, const Tensor& second, const Tensors& grads, const Tensor& like) {
-  Tensors result = {first, second};
-  for (const Tensor& grad : grads) result.push_back(grad.to(like.scalar_type()));
-  return result;
 }
 
 SamplingShape check_arguments(const Tensors& features, const Tensor& points, const Tensor& ego2img,
@@ -258,6 +245,16 @@ void check_grad_output(const Tensor& grad_output, const Tensor& features, const 
   check_last_sizes(grad_output, "grad_output",
                    {shape.batch, shape.queries, shape.groups,
                     static_cast<int64_t>(shape.frames) * shape.points, shape.channels});
+}
+
+void check_grad_features(const Tensors& grads, const Tensors& features) {
+  if (grads.empty()) return;
+  TORCH_CHECK(grads.size() == features.size(), "grad_features must hold ", features.size(), " levels but holds ",
+              grads.size(), ".");
+  for (size_t l = 0; l < features.size(); ++l) {
+    check_real(grads[l], "every level of grad_features", features[l]);
+    check_last_sizes(grads[l], "every level of grad_features", features[l].sizes());
+  }
 }
 
 }  // namespace
@@ -289,10 +286,11 @@ Tensor sample_multi_view_forward(const Tensors& features, const Tensor& points, 
 Tensors sample_multi_view_backward(const Tensor& grad_output, const Tensors& features, const Tensor& points,
                                    const Tensor& ego2img, const Tensor& level_logits, double height,
                                    double width, int64_t num_cameras, bool published_weight_order,
-                                   bool wants_geometry, bool wants_features) {
+                                   bool wants_geometry, const Tensors& grad_features) {
   const Tensor in_order = at::empty({0}, points.options().dtype(at::kLong));
   const SamplingShape shape = check_arguments(features, points, ego2img, level_logits, in_order, num_cameras);
   check_grad_output(grad_output, features[0], shape);
+  check_grad_features(grad_features, features);
   const c10::cuda::CUDAGuard guard(features[0].device());
   Tensor slot_grad_point, slot_grad_weight, grad_points, grad_logits;
   if (wants_geometry) {
@@ -305,19 +303,18 @@ Tensors sample_multi_view_backward(const Tensor& grad_output, const Tensors& fea
     grad_logits =
         is_empty(shape) ? at::zeros(level_logits.sizes(), options) : at::empty(level_logits.sizes(), options);
   }
-  Tensors grads;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, features[0].scalar_type(), "sample_multi_view_backward", [&] {
         using real = typename Accumulate<scalar_t>::type;
-        grads = launch_backward<scalar_t>(
+        launch_backward<scalar_t>(
             grad_output, features, shape,
             make_source<real>(points, ego2img, level_logits, height, width, published_weight_order),
-            slot_grad_point, slot_grad_weight, wants_features);
+            slot_grad_point, slot_grad_weight, grad_features);
         if (wants_geometry && !is_empty(shape))
           launch_reduce<real>(shape, published_weight_order, level_logits, slot_grad_point, slot_grad_weight,
                               grad_points, grad_logits);
       });
-  return collect(grad_points, grad_logits, grads, features[0]);
+  return {grad_points, grad_logits};
 }
 
 }  // namespace sparseocc

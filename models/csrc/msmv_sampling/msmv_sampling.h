@@ -12,7 +12,7 @@
 namespace sparseocc {
 
 // Raised by one whenever a signature or a layout below changes; models/csrc/__init__.py checks it.
-constexpr int kInterfaceVersion = 2;
+constexpr int kInterfaceVersion = 3;
 
 // Whether this build holds code for the current device's architecture.
 bool runs_on_current_device();
@@ -29,11 +29,12 @@ at::Tensor sample_multi_view_forward(const std::vector<at::Tensor>& features, co
                                      const at::Tensor& frame_index, double height, double width,
                                      int64_t num_cameras, bool published_weight_order);
 
-// Returns the gradients of points and level_logits (undefined unless wants_geometry), then those of the L
-// features (in the type of the features; none unless wants_features).
+// Adds the gradients of the L features to grad_features (real, contiguous, of the features' shapes; empty: not
+// wanted). Returns the gradients of points and level_logits (undefined unless wants_geometry).
 std::vector<at::Tensor> sample_multi_view_backward(
     const at::Tensor& grad_output, const std::vector<at::Tensor>& features, const at::Tensor& points,
     const at::Tensor& ego2img, const at::Tensor& level_logits, double height, double width,
-    int64_t num_cameras, bool published_weight_order, bool wants_geometry, bool wants_features);
+    int64_t num_cameras, bool published_weight_order, bool wants_geometry,
+    const std::vector<at::Tensor>& grad_features);
 
 }  // namespace sparseocc

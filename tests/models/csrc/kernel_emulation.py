@@ -95,7 +95,7 @@ class EmulatedSampling:
         num_cameras,
         published_weight_order,
         wants_geometry,
-        wants_features,
+        grad_features,
     ):
         call, shape = self._prepare(
             features, points, ego2img, level_logits, height, width, num_cameras, published_weight_order
@@ -105,10 +105,10 @@ class EmulatedSampling:
         grads = [torch.full_like(tensor, float('nan')) for tensor in (points, level_logits)]
         scratch = [points.new_full(slots + (size,), float('nan')) for size in (3, levels)]
         if not wants_geometry:
-            return self._backward(call, grad_output, features, [None, None], wants_features)
+            return self._backward(call, grad_output, features, [None, None], grad_features)
         call.slot_grad_point, call.slot_grad_weight = scratch[0].data_ptr(), scratch[1].data_ptr()
         call.grad_points, call.grad_logits = grads[0].data_ptr(), grads[1].data_ptr()
-        return self._backward(call, grad_output, features, grads, wants_features)
+        return self._backward(call, grad_output, features, grads, grad_features)
 
     def _prepare(self, features, points, ego2img, level_logits, height, width, num_cameras, published_weight_order):
         batch, queries, groups, per_group, _ = points.shape
@@ -142,15 +142,15 @@ class EmulatedSampling:
         self._run(call)
         return output
 
-    def _backward(self, call, grad_output, features, grads, wants_features):
+    def _backward(self, call, grad_output, features, grads, grad_features):
         assert grad_output.is_contiguous() and grad_output.dtype == features[0].dtype
         call.grad_output = grad_output.data_ptr()
         real = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-        feature_grads = [torch.zeros(f.shape, dtype=real) for f in features] if wants_features else []
-        for level, grad in enumerate(feature_grads):
+        for level, grad in enumerate(grad_features):
+            assert grad.is_contiguous() and grad.dtype == real and grad.shape == features[level].shape
             call.grad_features[level] = grad.data_ptr()
         self._run(call)
-        return grads + [grad.to(features[0].dtype) for grad in feature_grads]
+        return grads
 
     def _run(self, call):
         if self.library.run(ctypes.byref(call)):

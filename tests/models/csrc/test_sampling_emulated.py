@@ -4,13 +4,16 @@ This is the kernels' own source; only CUDA's built-ins are replaced. What it can
 behaves in parallel on a GPU and how fast it is: see test_sampling_cuda.py and tools/benchmark_operators.py.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from kernel_emulation import EmulatedSampling, compile_harness
 from sampling_cases import Case, Inputs, make_inputs, store_frames
 from torch.autograd import gradcheck
 
-from models.csrc.msmv_sampling import SampleMultiView
+from models.csrc.msmv_sampling import GradientSum, SampleMultiView
 from models.csrc.msmv_sampling.reference import locate_points, sample_multi_view_reference
 
 # Of results of size 1 to 10. Both sides sum the same products in float32 (in another order) and round once.
@@ -36,7 +39,7 @@ def library(tmp_path_factory):
 IN_ORDER = torch.empty(0, dtype=torch.int64)
 
 
-def fused(kernels, inputs, published=True, frame_index=IN_ORDER):
+def fused(kernels, inputs, published=True, frame_index=IN_ORDER, gradient_sum=None):
     return SampleMultiView.apply(
         kernels,
         inputs.points,
@@ -46,6 +49,7 @@ def fused(kernels, inputs, published=True, frame_index=IN_ORDER):
         inputs.image_size,
         inputs.num_cameras,
         published,
+        gradient_sum,
         *inputs.features,
     )
 
@@ -159,6 +163,61 @@ def test_strided_maps(library):
         strided.append(view.copy_(feature))
     result = fused(EmulatedSampling(library), inputs._replace(features=strided))
     assert torch.equal(result, fused(EmulatedSampling(library), inputs))
+
+
+def gradients_of_two_samplings(kernels, inputs, summed, others):
+    """Of the features, from two samplings at different points and, with ``others``, from something else as well."""
+    leaves = [feature.clone().requires_grad_() for feature in inputs.features]
+    gradient_sum = GradientSum([leaf * 1 for leaf in leaves]) if summed else None
+    maps = gradient_sum.features if summed else [leaf * 1 for leaf in leaves]
+    results = [
+        fused(kernels, inputs._replace(features=maps, points=inputs.points + shift), gradient_sum=gradient_sum)
+        for shift in (0.0, 0.3)
+    ]
+    total = sum((result * result.detach()).sum() for result in results)
+    (total + sum(level.sum() for level in maps) * others).backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize('others', [0.0, 1.0])
+def test_gradients_of_several_samplings_are_summed_in_place(library, others):
+    kernels, inputs = EmulatedSampling(library), make_inputs(Case(seed=12))
+    expected = gradients_of_two_samplings(kernels, inputs, summed=False, others=others)
+    for ours, theirs in zip(gradients_of_two_samplings(kernels, inputs, True, others), expected):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)  # double; the order of additions
+
+
+def test_sums_of_half_precision_are_more_precise_than_their_parts(library):
+    """Summed in float32 and rounded once; by themselves both samplings' gradients and their sum are rounded."""
+    kernels, inputs = EmulatedSampling(library, vector=False), make_inputs(Case(seed=12))
+    narrow = inputs.to(features=torch.bfloat16, geometry=torch.float32)
+    wide = narrow._replace(features=[feature.float() for feature in narrow.features])
+    exact = gradients_of_two_samplings(kernels, wide, summed=False, others=0.0)
+    ours, theirs = [gradients_of_two_samplings(kernels, narrow, summed, 0.0) for summed in (True, False)]
+    errors = [sum((a.float() - b).norm() for a, b in zip(grads, exact)) for grads in (ours, theirs)]
+    assert errors[0] < errors[1] and ours[0].dtype == torch.bfloat16
+
+
+def test_a_second_backward_pass_starts_from_zero(library):
+    kernels, inputs = EmulatedSampling(library), make_inputs(Case(seed=13))
+    leaf = inputs.features[0].clone().requires_grad_()
+    gradient_sum = GradientSum([leaf * 1, *inputs.features[1:]])
+    result = fused(kernels, inputs._replace(features=gradient_sum.features), gradient_sum=gradient_sum).sum()
+    first, second = [torch.autograd.grad(result, leaf, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(first, second)
+
+
+def test_sums_are_freed_with_the_graph(library):
+    kernels, inputs = EmulatedSampling(library), make_inputs(Case(seed=13))
+    gradient_sum = GradientSum([feature.clone().requires_grad_() * 1 for feature in inputs.features])
+    result = fused(kernels, inputs._replace(features=gradient_sum.features), gradient_sum=gradient_sum)
+    known = weakref.ref(gradient_sum.features[0])
+    gc.disable()  # a cycle would keep gigabytes until it is collected
+    try:
+        del gradient_sum, result
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 def test_only_what_is_wanted_is_computed(library):
