@@ -6,8 +6,6 @@ from typing import Dict, Iterator
 import torch
 from torch import Tensor, nn
 
-from .processes import Processes
-
 
 class WeightAverage:
     """Exponential moving average of a model's weights.
@@ -48,9 +46,8 @@ class WeightAverage:
             average.copy_(weight)
 
     @contextlib.contextmanager
-    def in_model(self, processes: Processes) -> Iterator[None]:
-        """Within the block the model computes with the average, in all processes with that of the main one."""
-        processes.share(self._average)
+    def in_model(self) -> Iterator[None]:
+        """Within the block the model computes with the average."""
         self._swap()
         try:
             yield

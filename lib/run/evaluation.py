@@ -120,6 +120,8 @@ class Evaluation:
         path = folder / f'evaluation_iter_{iteration}.json'
         if self.processes.broadcast(path.exists()):
             return _totals(read_json(path)) if self.processes.is_main else None
+        # What batch norm gathered differs from process to process; that of the main one is in the checkpoint.
+        self.processes.share([buffer for buffer in model.buffers() if buffer.is_floating_point()])
         result = self.run(model)
         if result is None:
             return None

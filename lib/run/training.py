@@ -331,7 +331,7 @@ class Trainer:
         begin = time.monotonic()
         saved = f'the checkpoint of iteration {self.iteration} is saved'
         self._stop_request.at_once = f'stopped while evaluating; {saved}; continue with: {self._resume_command}'
-        with contextlib.nullcontext() if self.average is None else self.average.in_model(job.processes):
+        with contextlib.nullcontext() if self.average is None else self.average.in_model():
             figures = job.evaluation.run_in_training(job.model, self.iteration, self.folder)
         self._stop_request.at_once = None
         self.evaluated = self.iteration

@@ -52,17 +52,19 @@ seed = 5
 class FakeModel(nn.Module):
     """A small network.
 
-    nan_at: samples whose loss is NaN; normed: with the loss that is not linear; shares: recall, empty masks.
+    nan_at: samples whose loss is NaN; normed: with the loss that is not linear; shares: recall, empty masks;
+    batch_norm: statistics that each process gathers for itself.
     """
 
-    def __init__(self, dropout=0.3, nan_at=(), normed=True, shares=None):
+    def __init__(self, dropout=0.3, nan_at=(), normed=True, shares=None, batch_norm=False):
         super().__init__()
         self.first, self.slow, self.last = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
         self.dropout, self.nan_at = nn.Dropout(dropout), set(nan_at)
+        self.norm = nn.BatchNorm1d(16) if batch_norm else nn.Identity()
         self.history, self.normed, self.shares = 'full', normed, shares
 
     def forward(self, img, lidar2img, ego2lidar, img_metas=None, targets=None, return_loss=True):
-        out = self.last(self.dropout(torch.relu(self.slow(torch.relu(self.first(img))))))
+        out = self.last(self.dropout(torch.relu(self.slow(torch.relu(self.norm(self.first(img)))))))
         if not return_loss:
             label = int(abs(float(out.sum())) * 1000) % 17
             voxels = np.array([[[0, 0, 0], [0, 0, 1]]], np.uint8)

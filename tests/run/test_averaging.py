@@ -1,12 +1,13 @@
 """Averaged weights: the formula, what evaluation and checkpoints hold, and that a stopped run goes on exactly."""
 
+import json
+
 import fakes
 import pytest
 import torch
 
 from lib.checkpoint import load_model_weights
 from lib.run.averaging import WeightAverage
-from lib.run.processes import Processes
 
 EMA = 'train.ema_decay=0.8'
 
@@ -44,7 +45,7 @@ def test_the_model_has_the_average_inside_the_block_only():
     average, begin = WeightAverage(model, 0.9), model[0].weight.detach().clone()
     with torch.no_grad():
         model[0].weight.add_(1)
-    with pytest.raises(ZeroDivisionError), average.in_model(Processes()):
+    with pytest.raises(ZeroDivisionError), average.in_model():
         assert torch.equal(model[0].weight, begin)
         raise ZeroDivisionError
     assert torch.equal(model[0].weight, begin + 1) and torch.equal(average.state_dict()['0.weight'], begin)
@@ -105,3 +106,16 @@ def test_two_processes_average_as_one(workshop):
     for name, value in one.items():  # float32 sums in another order, carried along by AdamW for nine steps
         torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-4)
     assert workshop.records(kind='eval')[9]['RayIoU'] >= 0
+
+
+@pytest.mark.parametrize('decay', ['0.0', '0.8'])
+def test_all_processes_score_the_model_that_is_saved(workshop, decay):
+    """Running statistics differ from process to process until they are shared."""
+    arguments = workshop.arguments(f'train.ema_decay={decay}', 'model.batch_norm=True')
+    path = str(workshop.folder / 'run' / 'latest.pth')
+    val = ['val', '--config', str(workshop.config), '--weights', path, '--override', 'model.batch_norm=True']
+    status, text = workshop.launch(['train', *arguments, '--device', 'cpu'], processes=2)
+    assert status == 0, text
+    assert workshop.validate([*val[1:], '--out', str(workshop.folder / 'alone.json')]) == 0
+    alone = json.loads((workshop.folder / 'alone.json').read_text())
+    assert workshop.records(kind='eval')[9]['RayIoU'] == alone['RayIoU']
