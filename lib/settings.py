@@ -44,6 +44,7 @@ class TrainSettings:
         max_samples_per_gpu: with accumulate='auto', the most samples in one forward pass; 0 sets no limit.
         find_unused_parameters: passed on to DistributedDataParallel.
         tensorboard: write TensorBoard event files if the package is installed.
+        picture_interval: optimizer steps between two pictures of two validation samples; 0 draws none.
     """
 
     amp: Optional[str] = None
@@ -63,6 +64,7 @@ class TrainSettings:
     max_samples_per_gpu: int = 0
     find_unused_parameters: bool = False
     tensorboard: bool = True
+    picture_interval: int = 0
 
     def __post_init__(self):
         _choice('train.amp', self.amp, (None, 'fp16', 'bf16'))
@@ -82,6 +84,7 @@ class TrainSettings:
             ('max_keep_ckpts', 0),
             ('max_skipped', 0),
             ('max_samples_per_gpu', 0),
+            ('picture_interval', 0),
         ):
             _at_least('train.' + name, getattr(self, name), low)
         _choice('train.deterministic', self.deterministic, (False, True))

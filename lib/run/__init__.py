@@ -19,6 +19,8 @@ class Components(NamedTuple):
     collate          list of samples -> batch
     build_evaluator  (task, metrics=..., device=...) -> evaluator
     preflight        (data set, name, config) raises DataError where files are missing; None checks nothing
+    draw             (task, truth, prediction, title) -> uint8 [height, width, 3] RGB, of two volumes as data sets and
+                     ``lib.prediction.to_dense`` give them; None draws nothing
     """
 
     build_model: Callable
@@ -26,6 +28,7 @@ class Components(NamedTuple):
     collate: Callable
     build_evaluator: Callable
     preflight: Optional[Callable[[Any, str, Any], None]] = None
+    draw: Optional[Callable] = None
 
 
 def read_task(cfg) -> Task:

@@ -10,7 +10,11 @@ import time
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Tuple
 
+import numpy as np
 import torch
+from PIL import Image
+
+from ..io import atomic_write
 
 
 class RunLog:
@@ -55,6 +59,17 @@ class RunLog:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f'{kind}/{name}', value, iteration)
+
+    def picture(self, name: str, iteration: int, image: np.ndarray) -> None:
+        """A picture, uint8 [height, width, 3] RGB: pictures/<name>_iter_N.png in the run folder, and TensorBoard."""
+        if not self.is_main or self.folder is None:
+            return
+        folder = Path(self.folder) / 'pictures'
+        folder.mkdir(exist_ok=True)
+        with atomic_write(folder / f'{name}_iter_{iteration}.png') as temporary:
+            Image.fromarray(image).save(str(temporary), 'PNG')
+        if self._board is not None:
+            self._board.add_image(name, image, iteration, dataformats='HWC')
 
     def close(self) -> None:
         if self._board is not None:

@@ -30,6 +30,7 @@ from .folder import (
 from .log import RunLog
 from .numerics import check_precision, describe_precision, pick_seed, seed_everything, set_deterministic, set_tf32
 from .optimizer import Schedule, build_optimizer, clip_norm
+from .pictures import ValidationPictures
 from .processes import Processes, start_processes
 from .stopping import Interrupted, RunStopped
 from .training import Trainer, TrainingJob
@@ -194,6 +195,10 @@ class Launch:
             evaluation = Evaluation(
                 self.components, self.task, validation, self.processes, self.log.say, metrics, workers, settings.amp
             )
+        interval, draw = self.settings.picture_interval, self.components.draw
+        pictures = None
+        if interval and evaluation is not None and draw is not None and self.processes.is_main:
+            pictures = ValidationPictures(evaluation, interval, draw, self.log)
         return TrainingJob(
             model=model,
             optimizer=build_optimizer(model, cfg.optimizer),
@@ -211,6 +216,7 @@ class Launch:
             log=self.log,
             evaluation=evaluation,
             evaluated=self.evaluation,
+            pictures=pictures,
             meta=dict(
                 seed=self.seed, total_batch_size=self.plan.total, num_samples=len(dataset), config=config_lines(cfg)
             ),

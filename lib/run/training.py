@@ -22,6 +22,7 @@ from .loading import make_loader, read_batches
 from .log import Countdown, RunLog, WindowAverage, duration, peak_memory_mib
 from .numerics import make_scaler
 from .optimizer import Schedule, highest_learning_rate, set_learning_rate
+from .pictures import ValidationPictures
 from .processes import Processes
 from .step import Stepper
 from .stopping import Interrupted, NonFinite, RunStopped, StopRequest, report_non_finite
@@ -59,6 +60,7 @@ class TrainingJob:
         meta: plain facts for checkpoints: seed, total_batch_size, num_samples, config, ...
         evaluation: what the model is scored by, or None.
         evaluated: when, and what the best checkpoint is known by.
+        pictures: of validation samples, in the process that draws them, or None.
     """
 
     model: nn.Module
@@ -78,6 +80,7 @@ class TrainingJob:
     meta: Mapping
     evaluation: Optional[Evaluation] = None
     evaluated: EvaluationSettings = EvaluationSettings()
+    pictures: Optional[ValidationPictures] = None
 
 
 class Trainer:
@@ -142,7 +145,7 @@ class Trainer:
         job.log.say(_MEANS)
         self._health = HealthWatch()
         self._countdown = Countdown(job.max_iterations, self.iteration)
-        with StopRequest() as self._stop_request:
+        with StopRequest() as self._stop_request, job.pictures or contextlib.nullcontext():
             if job.processes.broadcast(self.keeper.holds(self.iteration)):
                 self._evaluate_if_due()  # the run may have been cut off right before
             while self.iteration < job.max_iterations:
@@ -201,6 +204,8 @@ class Trainer:
         self.window.add(dict(result.losses, grad_norm=result.grad_norm, **times))
         if logged:
             self._log_window(result.shares)
+        if job.pictures is not None:
+            self._countdown.pause(job.pictures.take_if_due(job.model, self.iteration))
         interval = job.settings.checkpoint_interval_iters
         if self.iteration % job.order.steps:  # what is due at the end of an epoch is done there
             if interval and self.iteration % interval == 0:
@@ -328,6 +333,8 @@ class Trainer:
         if job.evaluation is None or not due or self.evaluated == self.iteration:
             return
         self._save()
+        if job.pictures is not None:
+            job.pictures.finish()
         begin = time.monotonic()
         saved = f'the checkpoint of iteration {self.iteration} is saved'
         self._stop_request.at_once = f'stopped while evaluating; {saved}; continue with: {self._resume_command}'

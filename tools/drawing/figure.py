@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lib.errors import DataError
 from lib.task import Task
 
-from .frames import Frame, Volume
+from .frames import Frame, Volume, prediction_volume, truth_volume
 from .render import class_colours, instance_colours, render_bird_eye, render_oblique, with_ego
 
 WIDTH = 1600
@@ -58,6 +58,21 @@ def draw_figure(task: Task, volumes: Sequence[Volume], images: Dict[str, np.ndar
     rows.append(_bird_eye_row(task, volumes))
     gap = np.full((_GAP, WIDTH, 3), 255, np.uint8)
     return np.concatenate([part for row in rows for part in (row, gap)])
+
+
+def draw_from_above(
+    task: Task, truth: Dict[str, np.ndarray], prediction: Dict[str, np.ndarray], title: str
+) -> np.ndarray:
+    """Truth and prediction from above, and the legend: what is quick to draw.
+
+    Args:
+        truth, prediction: ``semantics`` uint8 [X, Y, Z] and more, which is not shown.
+        title: text of the first line.
+    Returns:
+        uint8 [height, WIDTH, 3].
+    """
+    volumes = [truth_volume(truth, task), prediction_volume(prediction)]
+    return np.concatenate([_text_row(title, 22), _bird_eye_row(task, volumes)])
 
 
 def _with_name(volume, what):

@@ -5,6 +5,7 @@ train = dict(
     log_interval=50,  # iterations between lines of the log
     checkpoint_interval=1,  # epochs
     max_keep_ckpts=1,
+    picture_interval=1000,  # iterations between two pictures of two validation samples
     on_data_error='stop',
 )  # or 'skip': unreadable samples are counted and left out, up to max_skipped
 evaluation = dict(
