@@ -4,7 +4,7 @@ Shapes: B batch, Q queries, K kept voxels, C channels, T frames, G groups, P poi
 """
 
 from dataclasses import dataclass
-from typing import List
+from typing import List, Optional
 
 import torch
 from mmcv.cnn.bricks.transformer import FFN
@@ -53,10 +53,18 @@ class MaskDecoderLayer(BaseModule):
         self.norm3 = nn.LayerNorm(embed_dims)
 
     def forward(
-        self, query: Tensor, position: Tensor, mask_logits: Tensor, voxels: Tensor, draws, features: ImageFeatures
+        self,
+        query: Tensor,
+        position: Tensor,
+        mask_logits: Tensor,
+        voxels: Tensor,
+        draws,
+        features: ImageFeatures,
+        hidden: Optional[Tensor] = None,
     ) -> Tensor:
-        """query and position [B, Q, C], mask_logits [B, Q, K], voxels int64 [B, K, 3] -> [B, Q, C]."""
-        query = self.norm1(self.self_attn(query, position))
+        """query and position [B, Q, C], mask_logits [B, Q, K], voxels int64 [B, K, 3] -> [B, Q, C]; hidden bool [Q, Q]
+        as in ``QueryAttention``."""
+        query = self.norm1(self.self_attn(query, position, hidden))
         sampled = self.sampling(query, mask_logits.detach() > 0, voxels, draws, features)
         query = self.norm2(self.mixing(sampled, query))
         return self.norm3(self.ffn(query))
@@ -79,10 +87,10 @@ class QueryAttention(BaseModule):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, query: Tensor, position: Tensor) -> Tensor:
-        """query and position [B, Q, C] -> [B, Q, C]."""
+    def forward(self, query: Tensor, position: Tensor, hidden: Optional[Tensor] = None) -> Tensor:
+        """query and position [B, Q, C] -> [B, Q, C]; row q of hidden, bool [Q, Q], says which others q cannot see."""
         placed = query + position
-        return query + self.self_attn(placed, placed, value=query, need_weights=False)[0]
+        return query + self.self_attn(placed, placed, value=query, need_weights=False, attn_mask=hidden)[0]
 
 
 class MaskDecoder(BaseModule):

@@ -1,11 +1,13 @@
 """Losses of the voxel decoder (per stage) and of the mask decoder (per prediction); importing registers them."""
 
 from . import ray_terms, voxel_terms
+from .denoising import DenoisingLoss
 from .depth import LidarDepthLoss
 from .mask2former import Mask2FormerLoss
 from .voxel import StageLabels, VoxelLosses, check_targets
 
 __all__ = [
+    'DenoisingLoss',
     'LidarDepthLoss',
     'Mask2FormerLoss',
     'StageLabels',

@@ -86,16 +86,35 @@ class Mask2FormerLoss(BaseModule):
         self, layers: Sequence[MaskPrediction], stage: VoxelStage, targets: OccupancyTargets
     ) -> Dict[str, Tensor]:
         """Terms of every prediction; names end in its number."""
-        samples = [self._sample(targets, stage, b) for b in range(len(targets.instance_class_ids))]
-        instances = torch.tensor(float(sum(len(s.class_ids) for s in samples)), device=stage.seg_logits.device)
-        normalizer = reduce_mean(instances).clamp(min=1)
+        samples = self.samples(targets, stage)
         matchings = self._match(layers, samples)
+        losses = self.assigned(layers, samples, matchings, sum(len(sample.class_ids) for sample in samples))
+        if shares_are_counted():
+            self._count(layers[-1], samples, matchings[-1])
+        return losses
+
+    def samples(self, targets: OccupancyTargets, stage: VoxelStage) -> List[MaskTargets]:
+        """Instances of every sample."""
+        return [self._sample(targets, stage, b) for b in range(len(targets.instance_class_ids))]
+
+    def assigned(
+        self,
+        layers: Sequence[MaskPrediction],
+        samples: Sequence[MaskTargets],
+        matchings: Sequence[Sequence[Matching]],
+        number: int,
+    ) -> Dict[str, Tensor]:
+        """Terms of every prediction where it is known which query is to find which instance.
+
+        Args:
+            matchings: [layer][sample].
+            number: of instances that sums are divided by (its mean over the processes).
+        """
+        normalizer = reduce_mean(torch.tensor(float(number), device=layers[0].mask_logits.device)).clamp(min=1)
         losses = {}
         for i, layer in enumerate(layers):
             for name, value in self._layer_losses(layer, samples, matchings[i]).items():
                 losses[f'{name}_{i}'] = value / normalizer
-        if shares_are_counted():
-            self._count(layers[-1], samples, matchings[-1])
         return losses
 
     def _sample(self, targets: OccupancyTargets, stage: VoxelStage, b: int) -> MaskTargets:
