@@ -94,7 +94,7 @@ def panel_curves(run: Dict[str, Curve], panel: str) -> Dict[str, Curve]:
     terms = {n: c for n, c in run.items() if n.startswith('loss_')}
     is_last = lambda name: name.rsplit('_', 1)[-1] == _last_number(terms, name)  # noqa: E731
     if panel in ('mask', 'voxel'):
-        of_masks = {n for n in terms if n.rsplit('_', 1)[0] in _MASK_TERMS}
+        of_masks = {n for n in terms if n.rsplit('_', 1)[0].replace('loss_dn_', 'loss_') in _MASK_TERMS}
         wanted = of_masks if panel == 'mask' else set(terms) - of_masks
         return {n[5:].rsplit('_', 1)[0]: c for n, c in terms.items() if n in wanted and is_last(n)}
     return {panel: run[panel]} if panel in run else {}

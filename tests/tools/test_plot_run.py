@@ -31,6 +31,9 @@ def test_curves_of_a_run(tmp_path):
     assert plot_run.panel_curves(curves, 'mask') == dict(mask=[(i, 2.0) for i in range(1, 5)])
     assert plot_run.panel_curves(curves, 'voxel') == dict(sem_ce=[(4, 3.0)])
     assert plot_run.panel_curves(curves, 'recall') == {'stage 0': [(4, 90)]}
+    auxiliary = dict(loss_dn_class_0=[(1, 4.0)], loss_dn_class_1=[(1, 5.0)], loss_depth=[(1, 6.0)])
+    assert plot_run.panel_curves(auxiliary, 'mask') == dict(dn_class=[(1, 5.0)])
+    assert plot_run.panel_curves(auxiliary, 'voxel') == dict(depth=[(1, 6.0)])
     assert plot_run.smooth([(1, 1.0), (2, 3.0), (3, 5.0)], 2) == [(1, 1), (2, 2), (3, 4)]
 
 
