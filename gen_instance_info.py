@@ -10,7 +10,6 @@ are kept.
 """
 
 import os
-from dataclasses import replace
 
 from lib.classes import LABEL_SETS
 from lib.cli import make_parser, run_main
@@ -36,7 +35,7 @@ def parse_args():
         metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'),
         help='volume of the labels, metres',
     )
-    add('--config', help='take classes, range and voxel size from the task of this config')
+    add('--config', help='take classes, range, voxel size and kind of the files from the task of this config')
     add('--voxel-size', type=float, default=Task.voxel_size, help='metres (default: %(default)s)')
     add(
         '--infos',
@@ -56,7 +55,7 @@ def main():
     task = Task(args.label_set, point_cloud_range=args.point_cloud_range, voxel_size=args.voxel_size)
     if args.config:
         task = Task.from_config(load_config(args.config).task)
-        task = replace(task, point_cloud_range=task.label_range or task.point_cloud_range, label_range=None)
+        task = task.as_in_files()
     out = args.out or os.path.join(args.data_root, 'occ3d_panoptic')
     result = write_panoptic_labels(
         args.data_root, args.version, args.occ_gt_root, out, task, args.infos, args.overwrite, args.processes

@@ -6,7 +6,7 @@ config as a dict with the fields of :class:`LabelSet` instead of a registered na
 
 import math
 from collections.abc import Mapping as AnyMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Dict, Mapping, Tuple, Union
 
 from .errors import ConfigError
@@ -181,7 +181,13 @@ OCC3D = _table(
 
 OPENOCC_V2 = _table('openocc_v2', (*BOX_CLASSES, *_SURROUNDINGS, FREE))
 
-LABEL_SETS: Dict[str, LabelSet] = {s.name: s for s in (OCC3D, OPENOCC_V2)}
+# The 16 classes of nuScenes' lidarseg task, as SurroundOcc and OpenOccupancy have them: Occ3D's without 'others'.
+LIDARSEG = replace(
+    _table('lidarseg', OCC3D.class_names[1:]),
+    remap={0: IGNORE_LABEL, **{i: i - 1 for i in range(1, OCC3D.num_classes)}},
+)
+
+LABEL_SETS: Dict[str, LabelSet] = {s.name: s for s in (OCC3D, OPENOCC_V2, LIDARSEG)}
 
 
 def get_label_set(spec: Union[str, Mapping, LabelSet]) -> LabelSet:

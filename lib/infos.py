@@ -7,7 +7,8 @@ camera entry} with ``data_path``, ``timestamp``, ``cam_intrinsic`` [3, 3] or [4,
 ``sensor2lidar_{rotation,translation}`` (p_lidar = R p + t). gen_sweep_info.py adds
 ``sensor2global_{rotation,translation}`` as rows (p_global = p · R + t) to every camera entry, ``sweeps`` (five
 dicts {CAM: camera entry}, newest first; none for the first keyframe of a scene), ``scene_token`` and
-``scene_name``. Files without those (MMDetection3D's, published ones) are read all the same.
+``scene_name`` and ``lidar_token`` (of the scan). Files without those (MMDetection3D's, published ones) are read all
+the same.
 
 ``KEYFRAME``, ``CAMERA`` and the tables beside them are this format; a file is checked against them when it is
 opened, so that nothing later has to.
@@ -302,9 +303,14 @@ def rotation_matrix(value) -> np.ndarray:
     return value if value.shape == (3, 3) else quaternion_to_matrix(value)
 
 
-def ego_from_lidar(info: Dict) -> np.ndarray:
+def ego_from_lidar(info: Mapping) -> np.ndarray:
     """4x4 float64: LIDAR_TOP to ego at the keyframe, metres."""
     return make_transform(rotation_matrix(info['lidar2ego_rotation']), info['lidar2ego_translation'])
+
+
+def volume_from_lidar(info: Mapping, frame: str) -> np.ndarray:
+    """4x4 float64: LIDAR_TOP to the frame of ``task.frame``, 'ego' or 'lidar', at the keyframe, metres."""
+    return np.eye(4) if frame == 'lidar' else ego_from_lidar(info)
 
 
 def global_from_ego(info: Dict) -> np.ndarray:

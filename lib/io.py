@@ -265,6 +265,22 @@ def load_npz_checked(
     return arrays
 
 
+def load_npy_checked(path: PathLike, most_values: int = MOST_VALUES) -> np.ndarray:
+    """The array of an ``.npy`` file of real numbers, read as data.
+
+    Raises:
+        DataError: missing or damaged file, another type, or more values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f'{path} does not exist; check the path, or fetch the file')
+    try:
+        with open(str(path), 'rb') as stream:
+            return read_npy(stream, str(path), most_values)
+    except UNREADABLE as error:
+        raise DataError(f'{path} is damaged or no .npy file ({reason(error)}); make or fetch it again') from error
+
+
 def path_inside(folder: PathLike, *parts: str) -> Path:
     """``folder/parts...``, where the parts come from data and must be plain names.
 

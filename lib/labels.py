@@ -1,14 +1,21 @@
-"""Label files ``<occ_gt_root>/<scene-name>/<sample-token>/labels.npz``: finding, reading, checking."""
+"""Label files: finding, reading, checking, and bringing them onto the task's grid with its ids.
+
+They are ``<occ_gt_root>/<scene-name>/<sample-token>/labels.npz``, or of a format of ``lib.label_formats``.
+"""
 
 import os
 from pathlib import Path
-from typing import Dict, Optional, Sequence
+from typing import Dict, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from .classes import IGNORE_LABEL
 from .errors import DataError
+from .geometry import invert_rigid
+from .grids import find_sources, held_classes, take
+from .infos import volume_from_lidar
 from .io import load_npz_checked, path_inside, read_json
+from .label_formats import LABEL_FORMATS, NPZ, read_listed
 from .task import Task
 
 LABEL_FILE = 'labels.npz'
@@ -23,23 +30,32 @@ class LabelFolder:
         root: folder of the scenes' folders; ``gts`` in it or in its place, as Occ3D is released, is found.
         data_root: nuScenes folder, whose tables name the scene of a sample where the info file does not.
         version: nuScenes version of the info file, e.g. ``v1.0-trainval``; '' if unknown.
+        files: ``task.label_files``. A ``labels.npz`` goes before a file of another format (gen_instance_info.py
+            makes such of them, on the same grid).
     """
 
-    def __init__(self, root, data_root, version: str = ''):
+    def __init__(self, root, data_root, version: str = '', files: str = NPZ):
         self.root = _released_layout(Path(root))
         self._data_root = Path(data_root)
         self._version = version
+        self._files = files
         self._scene_names: Optional[Dict[str, str]] = None
 
-    def path(self, info: Dict) -> Path:
+    def path(self, info: Mapping) -> Path:
         """Path of a keyframe's label file, which need not exist.
 
         Raises:
-            DataError: the scene of the keyframe cannot be found out.
+            DataError: the scene of the keyframe, or what else names its file, cannot be found out.
         """
-        return path_inside(self.root, self.scene(info), info['token'], LABEL_FILE)
+        if self._files not in LABEL_FORMATS:
+            return path_inside(self.root, self.scene(info), info['token'], LABEL_FILE)
+        if info.get('scene_name'):
+            dense = path_inside(self.root, info['scene_name'], info['token'], LABEL_FILE)
+            if dense.is_file():
+                return dense
+        return LABEL_FORMATS[self._files].path(self.root, info)
 
-    def scene(self, info: Dict) -> str:
+    def scene(self, info: Mapping) -> str:
         """Name of a keyframe's scene.
 
         Raises:
@@ -91,12 +107,15 @@ def _scenes_from_folder(root):
     return scenes
 
 
-def read_labels(path, task: Task, names: Sequence[str] = OPTIONAL) -> Dict[str, np.ndarray]:
-    """Arrays of a label file, checked against the task.
+def read_labels(
+    path, task: Task, names: Sequence[str] = OPTIONAL, info: Optional[Mapping] = None
+) -> Dict[str, np.ndarray]:
+    """Arrays of a label file on the task's grid, checked against the task.
 
     Args:
         names: arrays to read beside ``semantics`` where the file has them; unpacking takes longer than all else.
             ``flow`` must be there if it is named.
+        info: of the keyframe; its calibration is needed where files and task are in different frames.
 
     Returns:
         dict with ``semantics`` uint8 [X, Y, Z], and where the file has them ``instances`` int32 [X, Y, Z]
@@ -106,8 +125,7 @@ def read_labels(path, task: Task, names: Sequence[str] = OPTIONAL) -> Dict[str, 
     Raises:
         DataError: missing or damaged file, wrong shape, or ids that the task's label set does not have.
     """
-    required, largest = ('semantics',) + ('flow',) * ('flow' in names), int(np.prod(task.label_grid[0]))
-    arrays = fit_to_task(path, load_npz_checked(path, required, names, 2 * largest), task)
+    arrays = fit_to_task(path, read_arrays(path, task, names), task, info)
     velocity = arrays.pop('flow', None)
     if task.panoptic and 'instances' not in arrays:
         raise DataError(
@@ -124,34 +142,73 @@ def read_labels(path, task: Task, names: Sequence[str] = OPTIONAL) -> Dict[str, 
     return labels
 
 
-def fit_to_task(path, arrays: Dict[str, np.ndarray], task: Task) -> Dict[str, np.ndarray]:
+def read_arrays(path, task: Task, names: Sequence[str] = OPTIONAL) -> Dict[str, np.ndarray]:
+    """Arrays of a label file as they are there, ``semantics`` and ``names``; see :func:`read_labels`."""
+    required = ('semantics',) + ('flow',) * ('flow' in names)
+    if 'flow' in names and (task.frame, task.label_grid.frame) != ('ego', 'ego'):
+        raise DataError(f'{path}: flow is read along the axes of ego alone; set task.frame and label_frame to it')
+    if task.label_files in LABEL_FORMATS and Path(path).suffix == '.npy':
+        return dict(semantics=read_listed(path, task.label_files))
+    return load_npz_checked(path, required, names, 2 * int(np.prod(task.label_grid.shape)))
+
+
+def fit_to_task(
+    path, arrays: Dict[str, np.ndarray], task: Task, info: Optional[Mapping] = None
+) -> Dict[str, np.ndarray]:
     """Arrays of a label file on the task's grid, with ids of its label set.
 
-    Outside the file's volume (``task.label_range``) voxels are ignored, in no instance and in no mask.
+    ``lib.grids.find_sources`` says by which rule labels of other voxels are merged. Outside the file's volume voxels
+    are ignored, in no instance and in no mask.
 
     Raises:
         DataError: the file has another volume, or an id that ``task.label_set.remap`` does not name.
     """
-    if task.label_range is not None:
-        arrays = {key: _place(path, key, array, task) for key, array in arrays.items()}
+    if task.label_grid == task.grid and not task.label_set.remap:
+        return arrays
+    ids = file_ids(path, arrays['semantics'], task)
+    arrays = dict(arrays, semantics=ids)
+    if task.label_grid == task.grid:
+        return arrays
+    for key, array in arrays.items():
+        _check_file_shape(path, key, array, task)
+    transform = _file_from_task(path, task, info)
+    sources = find_sources(task.grid, task.label_grid, transform, ids, task.label_set.free_id)
+    return {key: take(array, sources, IGNORE_LABEL if key == 'semantics' else 0) for key, array in arrays.items()}
+
+
+def file_ids(path, semantics: np.ndarray, task: Task) -> np.ndarray:
+    """uint8 ids of the task's label set for the ``semantics`` of a label file, on the file's grid.
+
+    Raises:
+        DataError: an id that the label set, or its ``remap``, does not have.
+    """
     if task.label_set.remap:
-        arrays = dict(arrays, semantics=remap_ids(path, arrays['semantics'], task))
-    return arrays
+        return remap_ids(path, semantics, task)
+    _check_whole(path, 'semantics', semantics)
+    _check_ids(path, semantics, task)
+    return semantics.astype(np.uint8)
 
 
-def _place(path, key, array, task):
-    shape, start = task.label_grid
+def _check_file_shape(path, key, array, task):
+    shape = task.label_grid.shape
     if array.shape[:3] != shape:
         raise DataError(
-            f'{path}: {key!r} has shape {list(array.shape)}, but task.label_range makes {list(shape)} voxels; correct '
-            'task.label_range or task.voxel_size'
+            f'{path}: {key!r} has shape {list(array.shape)}, but task.label_range and task.label_voxel_size make '
+            f'{list(shape)} voxels; correct them'
         )
-    fill = IGNORE_LABEL if key == 'semantics' else 0
-    placed = np.full(task.grid_shape + array.shape[3:], fill, dtype=array.dtype)
-    here = tuple(slice(max(s, 0), max(min(s + n, size), 0)) for s, n, size in zip(start, shape, task.grid_shape))
-    there = tuple(slice(h.start - s, max(h.stop - s, h.start - s)) for h, s in zip(here, start))
-    placed[here] = array[there]
-    return placed
+
+
+def _file_from_task(path, task, info) -> np.ndarray:
+    """4x4 float64, metres of the task's frame to those of the file's."""
+    ours, theirs = task.frame, task.label_grid.frame
+    if ours == theirs:
+        return np.eye(4)
+    if info is None or 'lidar2ego_rotation' not in info:
+        raise DataError(
+            f'{path} is in frame {theirs!r} and the task in {ours!r}, and nothing says how the LiDAR is mounted; give '
+            'the info file (--infos), or set task.frame'
+        )
+    return volume_from_lidar(info, theirs) @ invert_rigid(volume_from_lidar(info, ours))
 
 
 def remap_ids(path, semantics: np.ndarray, task: Task) -> np.ndarray:
@@ -192,20 +249,24 @@ def check_labels(path, arrays: Dict[str, np.ndarray], task: Task) -> None:
                 f'{path}: {key!r} has shape {list(array.shape)}, but the task grid is {list(task.grid_shape)}; use '
                 'labels of that grid, or change task.point_cloud_range and task.voxel_size'
             )
-        whole = array.dtype.kind in 'biu' or (
-            array.dtype.kind == 'f' and bool(np.isfinite(array).all() and (array == np.floor(array)).all())
-        )
-        if not whole:
-            raise DataError(
-                f'{path}: {key!r} holds {array.dtype} that are no whole numbers, integers are needed; the file is of '
-                'another kind'
-            )
+        _check_whole(path, key, array)
     _check_ids(path, arrays['semantics'], task)
     instances = arrays.get('instances')
     if instances is not None and not 0 <= instances.min() <= instances.max() <= _MAX_INSTANCE:
         raise DataError(
             f"{path}: 'instances' holds ids from {instances.min()} to {instances.max()}; they must be 0 (none) to "
             f'{_MAX_INSTANCE}: make the labels again with gen_instance_info.py'
+        )
+
+
+def _check_whole(path, key, array):
+    whole = array.dtype.kind in 'biu' or (
+        array.dtype.kind == 'f' and bool(np.isfinite(array).all() and (array == np.floor(array)).all())
+    )
+    if not whole:
+        raise DataError(
+            f'{path}: {key!r} holds {array.dtype} that are no whole numbers, integers are needed; the file is of '
+            'another kind'
         )
 
 
@@ -226,3 +287,37 @@ def _check_ids(path, semantics, task):
             f'id is {highest}; these are labels of another set: set task.label_set, or point occ_gt_root at the right '
             'folder'
         )
+
+
+class LabelLoss(NamedTuple):
+    """What becomes of the occupied voxels of a label file on the task's grid.
+
+    Attributes:
+        occupied: of the file.
+        dropped: of these, with their centre outside the task's volume.
+        merged: of these, with their centre in a voxel of the task that has another class.
+        kept: occupied voxels of the task.
+    """
+
+    occupied: int
+    dropped: int
+    merged: int
+    kept: int
+
+
+def measure_loss(path, task: Task, info: Optional[Mapping] = None) -> LabelLoss:
+    """Count what ``fit_to_task`` costs a label file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    free = task.label_set.free_id
+    arrays = read_arrays(path, task, ())
+    ids = file_ids(path, arrays['semantics'], task)
+    labels = fit_to_task(path, arrays, task, info)['semantics']
+    places = np.argwhere(ids < free)
+    classes = held_classes(task.grid, task.label_grid, _file_from_task(path, task, info), places, labels)
+    dropped, before = classes < 0, ids[tuple(places.T)]
+    return LabelLoss(
+        len(places), int(dropped.sum()), int((~dropped & (classes != before)).sum()), int((labels < free).sum())
+    )

@@ -233,6 +233,8 @@ def check_record(record: Mapping[str, Any], task: Task, what: str = 'the predict
         theirs, ours = np.ravel(record[name]), np.ravel(wanted[name])
         if theirs.shape != ours.shape or not np.allclose(theirs, ours, rtol=0, atol=1e-6):
             raise DataError(f'{what} have {name} {record[name]}, but the task has {wanted[name]}; {remedy}')
+    if record.get('frame', 'ego') != task.frame:  # records of before have none
+        raise DataError(f'{what} are in frame {record["frame"]!r}, but the task is in {task.frame!r}; {remedy}')
 
 
 def _compared(task) -> Dict[str, Any]:
@@ -242,6 +244,7 @@ def _compared(task) -> Dict[str, Any]:
         class_names=list(task.label_set.class_names),
         point_cloud_range=list(task.point_cloud_range),
         voxel_size=task.voxel_size,
+        frame=task.frame,
     )
 
 

@@ -6,18 +6,21 @@ to the detector, the datasets and the evaluators. Nothing else in a config repea
 
 import math
 from collections.abc import Mapping as AnyMapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, Mapping, Optional, Tuple
 
 from .classes import LabelSet, get_label_set
 from .errors import ConfigError
+from .grids import FRAMES, Grid
+from .label_formats import LABEL_FORMATS, NPZ
 from .registry import check_keys
 
 OCC3D_RANGE = (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4)  # metres, ego frame
 NUSCENES_CAMERAS = ('CAM_FRONT', 'CAM_FRONT_RIGHT', 'CAM_FRONT_LEFT', 'CAM_BACK', 'CAM_BACK_LEFT', 'CAM_BACK_RIGHT')
 _MOST_VOXELS = 1 << 30
 _LARGEST = 1e9
+_SMALLEST = 1e-6  # metres
 
 
 def _numbers(name: str, value: Any, said: str, count: int) -> Tuple[float, ...]:
@@ -44,13 +47,15 @@ class Task:
     Attributes:
         label_set: classes of the labels (``LabelSet``; in a config its name or a dict).
         panoptic: things are counted one by one, and ``pano_*`` is predicted.
-        point_cloud_range: (x0, y0, z0, x1, y1, z1), metres, ego frame of the current keyframe.
+        point_cloud_range: (x0, y0, z0, x1, y1, z1), metres, in the frame ``frame`` of the current keyframe.
         voxel_size: edge of a voxel, metres.
         num_frames: T, frames per sample, the current one included.
         cameras: N camera names in the order the model sees them.
         image_size: (height, width) of the network's input images, pixels.
-        label_range: volume of the label files where it is another than ``point_cloud_range``; they are cropped, and
-            filled up with ignored voxels. Voxels are of the same size.
+        frame: of ``point_cloud_range`` and all that is predicted: 'ego', or 'lidar' for LIDAR_TOP.
+        label_files: 'npz', or a format of ``lib.label_formats``.
+        label_range: volume of the label files where it is another than ``point_cloud_range``, or their format's.
+        label_voxel_size, label_frame: the same of their voxels (metres) and their frame ('ego', 'lidar').
     """
 
     label_set: LabelSet
@@ -60,7 +65,11 @@ class Task:
     num_frames: int = 8
     cameras: Tuple[str, ...] = NUSCENES_CAMERAS
     image_size: Tuple[int, int] = (256, 704)
+    frame: str = 'ego'
+    label_files: str = NPZ
     label_range: Optional[Tuple[float, ...]] = None
+    label_voxel_size: Optional[float] = None
+    label_frame: Optional[str] = None
     grid_shape: Tuple[int, int, int] = field(init=False)
 
     def __post_init__(self):
@@ -83,9 +92,29 @@ class Task:
             raise ConfigError(f'task.cameras must be different names, got {self.cameras!r}')
         set_('cameras', tuple(cameras))
         set_('grid_shape', self._grid_shape())
+        self._check_label_grid(set_)
+
+    def _check_label_grid(self, set_):
+        for name, value, choices in (
+            ('frame', self.frame, FRAMES),
+            ('label_files', self.label_files, (NPZ, *LABEL_FORMATS)),
+            ('label_frame', self.label_frame or self.frame, FRAMES),
+        ):
+            if value not in choices:
+                raise ConfigError(f'task.{name} must be one of {list(choices)}, got {value!r}')
         if self.label_range is not None:
             set_('label_range', _numbers('label_range', self.label_range, '6 numbers (x0 y0 z0 x1 y1 z1)', 6))
-            self.label_grid  # noqa: B018 (checks it)
+        if self.label_voxel_size is not None:
+            said = 'a positive number of metres'
+            set_('label_voxel_size', _numbers('label_voxel_size', [self.label_voxel_size], said, 1)[0])
+            if self.label_voxel_size < _SMALLEST:
+                raise ConfigError(f'task.label_voxel_size must be {said}, got {self.label_voxel_size:g}')
+        if not self.label_grid.is_whole or math.prod(self.label_grid.shape) > _MOST_VOXELS:
+            corners, size = list(self.label_grid.point_cloud_range), self.label_grid.voxel_size
+            raise ConfigError(
+                f'task.label_range {corners} must be whole voxels of {size:g} m along each side (at most '
+                f'{_MOST_VOXELS} in all); change it or task.label_voxel_size'
+            )
 
     def _grid_shape(self):
         lo, hi = self.point_cloud_range[:3], self.point_cloud_range[3:]
@@ -106,21 +135,25 @@ class Task:
         return tuple(shape)
 
     @property
-    def label_grid(self) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
-        """Voxels of the label files, and the index in the grid of their first one (negative: it begins outside).
+    def grid(self) -> Grid:
+        """The volume that is predicted."""
+        return Grid(self.frame, self.point_cloud_range, self.voxel_size)
 
-        Raises:
-            ConfigError: the two volumes do not share their voxels.
-        """
-        own, theirs = self.point_cloud_range, self.label_range or self.point_cloud_range
-        shape = [(theirs[i + 3] - theirs[i]) / self.voxel_size for i in range(3)]
-        start = [(theirs[i] - own[i]) / self.voxel_size for i in range(3)]
-        if any(abs(n - round(n)) > 1e-3 for n in shape + start) or any(round(n) < 1 for n in shape):
-            raise ConfigError(
-                f'task.label_range {list(theirs)} and task.point_cloud_range {list(own)} must differ by whole voxels '
-                f'of {self.voxel_size:g} m; change one of them'
-            )
-        return tuple(round(n) for n in shape), tuple(round(n) for n in start)
+    @property
+    def label_grid(self) -> Grid:
+        """The volume of the label files: that of their format, unless it is given."""
+        own = LABEL_FORMATS[self.label_files].grid if self.label_files in LABEL_FORMATS else self.grid
+        return Grid(
+            self.label_frame or (own.frame if self.label_files in LABEL_FORMATS else 'ego'),
+            self.label_range or own.point_cloud_range,
+            self.label_voxel_size or own.voxel_size,
+        )
+
+    def as_in_files(self) -> 'Task':
+        """The same task over the volume of the label files, with their voxels and in their frame."""
+        frame, corners, size = self.label_grid
+        ours = replace(self, frame=frame, point_cloud_range=corners, voxel_size=size)
+        return replace(ours, label_range=None, label_voxel_size=None, label_frame=frame)
 
     @property
     def num_cameras(self) -> int:

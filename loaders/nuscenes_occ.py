@@ -102,7 +102,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
         self._labels = (
             None
             if occ_gt_root is None
-            else LabelFolder(find_under(data_root, occ_gt_root), self.data_root, self.version)
+            else LabelFolder(find_under(data_root, occ_gt_root), self.data_root, self.version, task.label_files)
         )
         self._pipeline = build_pipeline(pipeline, task)
         self._skips = SkipCounter(max_skipped) if on_error == 'skip' else None
@@ -191,11 +191,11 @@ class NuSceneOcc(torch.utils.data.Dataset):
         return self._labels.path(self.info(index))
 
     def ground_truth(self, index: int, names: Sequence[str] = OPTIONAL) -> Dict[str, np.ndarray]:
-        """Labels of sample ``index`` as in its file: ``semantics`` and those named, see ``lib.labels.read_labels``."""
-        return read_labels(self.label_path(index), self.task, names)
+        """Labels of sample ``index``, from its file: ``semantics`` and those named, see ``lib.labels.read_labels``."""
+        return read_labels(self.label_path(index), self.task, names, self.info(index))
 
     def ray_origins(self, index: int) -> np.ndarray:
-        """Origins of the evaluation's rays, float64 [O, 3], metres, ego frame of the sample's keyframe."""
+        """Origins of the evaluation's rays, float64 [O, 3], metres, the task's frame at the sample's keyframe."""
         position = self._samples[index]
         token = self.infos[position]['token']
         if token not in self._origins:
@@ -203,7 +203,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
                 scenes = split_scenes(self.infos)
                 self._scene_members = {member: scene for scene in scenes for member in scene}
             scene = [self.infos[member] for member in self._scene_members[position]]
-            self._origins.update(scene_ray_origins(scene, self.task.point_cloud_range))
+            self._origins.update(scene_ray_origins(scene, self.task.point_cloud_range, frame=self.task.frame))
         return self._origins[token]
 
     def history(self, index: int) -> List[Dict]:

@@ -35,8 +35,8 @@ def parse_args(argv=None):
     what.add_argument('--sample', help='sample token, or its number in the data set (default: the first)')
     what.add_argument('--samples', type=int, metavar='N', help='the first N samples')
     what.add_argument('--scene', help='all samples of this scene (name or token)')
-    what.add_argument('--labels', metavar='FILE', help='this labels.npz alone; no config needed')
-    what.add_argument('--label-set', default='occ3d', help='with --labels: occ3d (default) or openocc_v2')
+    what.add_argument('--labels', metavar='FILE', help='this label file alone; no config needed')
+    what.add_argument('--label-set', default='occ3d', help='with --labels: occ3d (default), or as in sparseocc-eval')
     what.add_argument('--visible-only', action='store_true', help='leave out true voxels that no camera saw')
     where = parser.add_argument_group('what is written')
     where.add_argument('--out', help=f'.png or .jpg, of several samples .mp4 or .gif (default: {DEFAULT_PICTURE})')
@@ -146,10 +146,10 @@ class Frames:
 def label_frame(args):
     """(task, [frame]) of a label file alone."""
     from lib.labels import read_labels
-    from lib.task import Task
+    from lib.metrics.command import read_task
     from tools.drawing.frames import Frame, truth_volume
 
-    task = Task(label_set=args.label_set)
+    task = read_task(args.label_set)
     volume = truth_volume(read_labels(Path(args.labels), task), task, args.visible_only)
     return task, [Frame(token=str(args.labels), truth=volume)]
 

@@ -98,7 +98,8 @@ def _describe_labels(task: Task) -> str:
 
 def _describe_grid(task: Task) -> str:
     numbers = ', '.join(f'{number:g}' for number in task.point_cloud_range)
-    return f'{"x".join(map(str, task.grid_shape))} voxels over [{numbers}] m'
+    frame = '' if task.frame == 'ego' else f' of {task.frame}'
+    return f'{"x".join(map(str, task.grid_shape))} voxels over [{numbers}] m{frame}'
 
 
 def fit_weights(

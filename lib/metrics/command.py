@@ -27,11 +27,21 @@ from ..classes import LABEL_SETS
 from ..cli import run_main
 from ..errors import DataError, UserError
 from ..io import read_json, write_json
+from ..label_formats import LABEL_FORMATS, NPZ
 from ..task import Task
 from .evaluator import METRICS, THRESHOLDS, Evaluator
 from .result import MASKS, EvalResult
 
 _PACKAGES = ('numba', 'tqdm')
+_GRID_KEYS = (
+    'point_cloud_range',
+    'voxel_size',
+    'frame',
+    'label_files',
+    'label_range',
+    'label_voxel_size',
+    'label_frame',
+)
 _AHEAD = 2  # samples per thread that may wait to be taken in
 
 
@@ -189,7 +199,10 @@ def _parse_evaluate(argv):
     add('--infos', metavar='FILE', help='info pickle of MMDetection3D: the samples, and where rays begin')
     add('--origins', metavar='FILE', help='the same from a small file: see "sparseocc-eval origins"')
     add(
-        '--label-set', default='occ3d', metavar='NAME', help=f'{", ".join(LABEL_SETS)}, or a JSON file (default: occ3d)'
+        '--label-set',
+        default='occ3d',
+        metavar='NAME',
+        help=f'{", ".join((*LABEL_SETS, *LABEL_FORMATS))}, or a JSON file (default: occ3d)',
     )
     add('--max-samples', type=int, metavar='N', help='at most so many samples (the first)')
     add('--submission', metavar='FILE', help='write the predictions as submission.gz (CVPR 2024), or .zip (Occ3D 2023)')
@@ -205,18 +218,21 @@ def _parse_evaluate(argv):
 
 
 def read_task(label_set: str) -> Task:
-    """Grid and classes: a known label set with the grid of Occ3D, or what a JSON file says.
+    """Grid and classes: a known label set with the grid of Occ3D, a label format with its own, or a JSON file's.
 
     Raises:
         ConfigError: an unknown name, or a file with wrong fields.
     """
+    if label_set in LABEL_FORMATS:
+        volume = LABEL_FORMATS[label_set].grid._asdict()
+        return Task.from_config(dict(label_set='lidarseg', label_files=label_set, **volume))
     if not label_set.endswith('.json'):
         return Task.from_config(dict(label_set=label_set))
     content = read_json(label_set)
     if not isinstance(content, dict):
         raise DataError(f'{label_set} must hold a label set: name, class_names, things; see docs/configs.md')
-    grid = {key: content.pop(key) for key in ('point_cloud_range', 'voxel_size') if key in content}
-    return Task.from_config(dict(label_set=content, **grid))
+    grid = {key: content.pop(key) for key in _GRID_KEYS if key in content}
+    return Task.from_config(dict(content if 'label_set' in content else dict(label_set=content), **grid))
 
 
 class _Inputs:
@@ -227,9 +243,10 @@ class _Inputs:
         from .origins import Keyframes, read_keyframes
 
         self.task = task
-        self._folder = LabelFolder(args.labels, args.labels)
+        self._folder = LabelFolder(args.labels, args.labels, files=task.label_files)
         source = args.infos or args.origins
-        self.keyframes = read_keyframes(source, task.point_cloud_range) if source else Keyframes({}, {}, {})
+        where = (task.point_cloud_range, task.frame)
+        self.keyframes = read_keyframes(source, *where) if source else Keyframes({}, {}, {})
         self.known = bool(source)
 
     def tokens(self, predicted: Iterable[str]) -> List[str]:
@@ -238,18 +255,26 @@ class _Inputs:
 
     def check_labels(self, tokens: Sequence[str]) -> None:
         """Raise DataError if samples have no label."""
-        missing = [token for token in tokens if not self._folder.path(dict(token=token)).is_file()]
+        missing = [token for token in tokens if not self._path(token).is_file()]
         if missing:
             raise DataError(
                 f'{len(missing)} of {len(tokens)} samples have no label, e.g. '
-                f'{self._folder.path(dict(token=missing[0]))}; fetch them, or give the infos of samples that have one'
+                f'{self._path(missing[0])}; fetch them, or give the infos of samples that have one'
             )
+
+    def _info(self, token: str) -> Mapping[str, Any]:
+        return self.keyframes.labels.get(token, dict(token=token))
+
+    def _path(self, token: str) -> Path:
+        """A sample's label file; the scene is looked for in the folder where it is that of a ``labels.npz``."""
+        info = self._info(token) if self.task.label_files != NPZ else dict(token=token)
+        return self._folder.path(info)
 
     def sample(self, token: str, prediction, needed: Sequence[str]) -> Sample:
         """A sample with its labels; the scene is that of the infos, or else that of the labels' folder."""
         from ..labels import read_labels
 
-        labels = read_labels(self._folder.path(dict(token=token)), self.task, needed)
+        labels = read_labels(self._path(token), self.task, needed, self._info(token))
         scene = self.keyframes.scenes.get(token) or self._folder.scene(dict(token=token))
         return Sample(prediction, labels, self.keyframes.origins.get(token), scene)
 

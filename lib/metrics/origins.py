@@ -5,25 +5,30 @@ Frames: LIDAR_TOP and ego of one keyframe, global. Metres, quaternions wxyz, tim
 """
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from ..errors import DataError
 from ..geometry import invert_rigid, transform_points
-from ..infos import check_keyframes, ego_from_lidar, global_from_ego, infos_of, split_scenes
+from ..infos import check_keyframes, ego_from_lidar, global_from_ego, infos_of, split_scenes, volume_from_lidar
 from ..io import PathLike, load_npz_checked, load_pickle_safe, read_json, save_npz, write_json
 from ..task import OCC3D_RANGE
 
 MAX_ORIGINS = 8
 ORIGIN_MARGIN = 1.0  # metres between an origin and the sides of the volume
 _POSES = ('ego2global_rotation', 'ego2global_translation', 'lidar2ego_rotation', 'lidar2ego_translation')
+_OF_LABELS = ('token', 'scene_name', 'scene_token', 'lidar_token', 'lidar_path', *_POSES[2:])  # of an info
 _KIND = 'lidar poses'
 _REMEDY = 'make it with "sparseocc-eval origins"'
 
 
 def scene_ray_origins(
-    infos: Sequence[Dict], point_cloud_range: Sequence[float] = OCC3D_RANGE, max_origins: int = MAX_ORIGINS
+    infos: Sequence[Dict],
+    point_cloud_range: Sequence[float] = OCC3D_RANGE,
+    max_origins: int = MAX_ORIGINS,
+    frame: str = 'ego',
 ) -> Dict[str, np.ndarray]:
     """Origins of the evaluation's rays for every keyframe.
 
@@ -32,24 +37,23 @@ def scene_ray_origins(
 
     Args:
         infos: keyframes in any order, with all frames of their scenes.
-        point_cloud_range: (x0, y0, z0, x1, y1, z1) of the volume, metres, ego frame.
+        point_cloud_range: (x0, y0, z0, x1, y1, z1) of the volume, metres, in ``frame``.
         max_origins: most origins per keyframe.
+        frame: of the volume, see ``task.frame``.
 
     Returns:
-        {token: float64 [O, 3]}, metres, ego frame of that keyframe, in time order.
+        {token: float64 [O, 3]}, metres, that frame of that keyframe, in time order.
     """
     origins = {}
     for scene in split_scenes(infos):
-        ego_from_lidars = [ego_from_lidar(infos[index]) for index in scene]
-        global_from_lidars = np.stack(
-            [global_from_ego(infos[index]) @ pose for index, pose in zip(scene, ego_from_lidars)]
-        )
+        global_from_lidars = np.stack([global_from_ego(infos[i]) @ ego_from_lidar(infos[i]) for i in scene])
         positions = global_from_lidars[:, :3, 3]
-        for index, pose, global_from_lidar in zip(scene, ego_from_lidars, global_from_lidars):
+        for index, global_from_lidar in zip(scene, global_from_lidars):
             in_lidar = transform_points(invert_rigid(global_from_lidar), positions)
             # Quirk: published origins are rounded to single precision in the LiDAR frame (about 2e-6 m).
-            in_ego = transform_points(pose, in_lidar.astype(np.float32).astype(np.float64))
-            origins[infos[index]['token']] = _choose(in_ego, point_cloud_range, max_origins)
+            rounded = in_lidar.astype(np.float32).astype(np.float64)
+            in_volume = transform_points(volume_from_lidar(infos[index], frame), rounded)
+            origins[infos[index]['token']] = _choose(in_volume, point_cloud_range, max_origins)
     return origins
 
 
@@ -67,14 +71,16 @@ class Keyframes(NamedTuple):
     """Samples of an evaluation, as far as it needs to know them.
 
     Attributes:
-        origins: {token: float64 [O, 3]}, metres, ego frame; the tokens are those of all samples.
+        origins: {token: float64 [O, 3]}, metres, the task's frame; the tokens are those of all samples.
         scenes: {token: scene}; a scene without a name is called after its first keyframe.
         night: {scene: it is by night}, where descriptions tell.
+        labels: {token: what finds and turns its label file}; empty where origins were given as they are.
     """
 
     origins: Dict[str, np.ndarray]
     scenes: Dict[str, str]
     night: Dict[str, bool]
+    labels: Mapping[str, Mapping] = MappingProxyType({})
 
 
 class Poses(NamedTuple):
@@ -89,14 +95,14 @@ class Poses(NamedTuple):
     descriptions: Dict[str, str]
 
 
-def read_keyframes(path: PathLike, point_cloud_range: Sequence[float] = OCC3D_RANGE) -> Keyframes:
+def read_keyframes(path: PathLike, point_cloud_range: Sequence[float] = OCC3D_RANGE, frame: str = 'ego') -> Keyframes:
     """Keyframes of an info pickle (MMDetection3D 1.0 or later), or of a file of poses or origins.
 
     Args:
         path: ``.pkl``; or ``.json`` or ``.npz`` as :func:`write_poses` makes them; or ``.npz`` with the origins
             themselves: ``token``, ``scene``, ``count`` [n] and ``origins`` [n, 8, 3], of which the first ``count`` are
             meant.
-        point_cloud_range: as for :func:`scene_ray_origins`.
+        point_cloud_range, frame: as for :func:`scene_ray_origins`; origins themselves are in that frame already.
 
     Raises:
         DataError: it is missing, damaged, or of another kind.
@@ -108,7 +114,8 @@ def read_keyframes(path: PathLike, point_cloud_range: Sequence[float] = OCC3D_RA
     infos, descriptions = _read_poses(path, arrays)
     scenes = name_scenes(infos)
     night = {name: 'night' in text.lower() for name, text in descriptions.items()}
-    return Keyframes(scene_ray_origins(infos, point_cloud_range), scenes, night)
+    labels = {info['token']: {key: info[key] for key in _OF_LABELS if key in info} for info in infos}
+    return Keyframes(scene_ray_origins(infos, point_cloud_range, frame=frame), scenes, night, labels)
 
 
 def _read_poses(path, arrays) -> Poses:
@@ -156,6 +163,7 @@ def _from_later_format(entry: Mapping[str, Any]) -> Dict[str, Any]:
         matrix = np.asarray(matrix, dtype=np.float64)
         info[f'{name}_rotation'], info[f'{name}_translation'] = matrix[:3, :3], matrix[:3, 3]
     info.update((key, entry[key]) for key in ('scene_token', 'scene_name') if entry.get(key))
+    info['lidar_path'] = entry['lidar_points'].get('lidar_path')
     return info
 
 

@@ -1,14 +1,13 @@
 """Are images and label files there and whole? Are labels of the right shape and label set, and what do they hold?"""
 
-from dataclasses import replace
-from typing import Dict, Iterable, List, NamedTuple, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from lib.classes import IGNORE_LABEL
 from lib.errors import DataError, UserError
 from lib.infos import camera_sweeps, relocate
-from lib.labels import read_labels
+from lib.labels import LabelLoss, measure_loss
 from lib.task import Task
 
 from ..decode import check_whole, read_image
@@ -16,6 +15,7 @@ from ..lidar import read_scan
 from ..prepare import parallel_map
 from . import ERROR, OK, WARNING, Finding, Look, name_some
 
+MOST_LOST = 0.5  # of the occupied voxels of the files
 MAX_OCCUPIED = 0.5  # of all voxels
 USUAL_OCCUPIED = '5 to 10 %'  # Occ3D and OpenOcc
 RARE, MAX_RARE_SHARE = 0.05, 0.5  # of the occupied voxels: a class usually below the first is never above the second
@@ -85,7 +85,7 @@ class LabelFacts(NamedTuple):
         things: voxels of thing classes.
         things_without_id: those of them whose instance id is 0.
         keys: arrays in the file.
-        lost: share of the occupied voxels outside the task's volume.
+        loss: what becomes of its occupied voxels where the task has other voxels; else None.
     """
 
     problem: str
@@ -93,7 +93,7 @@ class LabelFacts(NamedTuple):
     things: int = 0
     things_without_id: int = 0
     keys: Tuple[str, ...] = ()
-    lost: float = 0.0
+    loss: Optional[LabelLoss] = None
 
 
 def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
@@ -113,11 +113,7 @@ def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
     findings.append(Finding(OK, f'{len(usable)} of {len(dataset)} label files read; grid {grid}, arrays: {names}'))
     findings.extend(_histogram(sum(fact.counts for fact in usable), dataset.task))
     findings.extend(_for_the_config(sum(fact.counts for fact in usable), dataset.task))
-    if dataset.task.label_range is not None:
-        lost = [fact.lost for fact in usable]
-        findings.append(
-            Finding(OK, f'task.label_range: {sum(lost) / len(lost):.1%} of the occupied voxels are cut off')
-        )
+    findings.extend(_loss([fact.loss for fact in usable if fact.loss], dataset.task))
     with_path = [(fact, dataset.label_path(index)) for fact, index in zip(facts, samples) if not fact.problem]
     findings.extend(_masks(with_path, look))
     if dataset.task.panoptic:
@@ -141,15 +137,16 @@ def _facts_of_label(dataset, index) -> LabelFacts:
     task = dataset.task
     nothing = np.zeros(task.label_set.num_classes, dtype=np.int64)
     try:
-        labels = read_labels(dataset.label_path(index), task)
+        labels = dataset.ground_truth(index)
     except DataError as error:
         return LabelFacts(str(error), nothing)
     semantics = labels['semantics']
     counts = np.bincount(semantics[semantics != IGNORE_LABEL], minlength=len(nothing)).astype(np.int64)
     is_thing = np.isin(semantics, task.label_set.thing_ids)
     without = int((is_thing & (labels['instances'] == 0)).sum()) if task.panoptic else 0
-    lost = _share_cut_off(dataset.label_path(index), task)
-    return LabelFacts('', counts, int(is_thing.sum()), without, tuple(labels), lost)
+    same = task.label_grid == task.grid
+    loss = None if same else measure_loss(dataset.label_path(index), task, dataset.infos[dataset.positions[index]])
+    return LabelFacts('', counts, int(is_thing.sum()), without, tuple(labels), loss)
 
 
 def _for_the_config(counts, task: Task) -> List[Finding]:
@@ -160,14 +157,18 @@ def _for_the_config(counts, task: Task) -> List[Finding]:
     return [Finding(OK, f'for task.label_set, to weigh the classes by: voxel_counts=dict({pairs})')]
 
 
-def _share_cut_off(path, task: Task) -> float:
-    """Share of a file's occupied voxels that lie outside the task's volume."""
-    if task.label_range is None:
-        return 0.0
-    whole = replace(task, point_cloud_range=task.label_range, label_range=None, panoptic=False)
-    occupied = lambda t: int((read_labels(path, t, ())['semantics'] < t.label_set.free_id).sum())  # noqa: E731
-    there = occupied(whole)
-    return 1 - occupied(task) / there if there else 0.0
+def _loss(losses: List[LabelLoss], task: Task) -> List[Finding]:
+    """What the labels lose on the way to the task's voxels."""
+    if not losses:
+        return []
+    occupied, dropped, merged, kept = (sum(counts) for counts in zip(*losses))
+    text = (
+        f'labels are brought from {task.label_grid.describe()} to {task.grid.describe()}: of {occupied} occupied '
+        f'voxels {dropped} ({dropped / max(occupied, 1):.1%}) lie outside and are dropped, {merged} '
+        f'({merged / max(occupied, 1):.1%}) are in a voxel that got another class (occupied goes before ignored and '
+        f'free, then the most frequent class counts); {kept} are occupied afterwards'
+    )
+    return [Finding(WARNING if dropped + merged > MOST_LOST * occupied else OK, text)]
 
 
 def _histogram(counts, task: Task) -> List[Finding]:

@@ -10,7 +10,7 @@ from mmdet.datasets.builder import PIPELINES
 from lib.classes import IGNORE_LABEL
 from lib.errors import ConfigError
 from lib.geometry import invert_rigid
-from lib.infos import NOWHERE, current_lidar2img, ego_from_lidar, frame_key, past_lidar2img, relocate
+from lib.infos import NOWHERE, current_lidar2img, frame_key, past_lidar2img, relocate, volume_from_lidar
 from lib.labels import read_labels
 from lib.targets import NO_INSTANCE, OccupancyTargets
 from lib.task import Task
@@ -27,9 +27,9 @@ class LoadMultiViewImageFromMultiSweeps:
     """Choose the sample's T frames, decode their images, and compute their projections.
 
     Adds ``img`` (list of T*N arrays, BGR uint8 [H, W, 3]), ``lidar2img`` float64 [T*N, 4, 4] (LIDAR_TOP of
-    the keyframe to pixels of the decoded image), ``ego2lidar`` float64 [T*N, 4, 4], ``frame_keys`` (T*N
-    strings); index = t*N + n, newest frame first. A camera that a frame lacks gives a black image in which no
-    point is seen.
+    the keyframe to pixels of the decoded image), ``ego2lidar`` float64 [T*N, 4, 4] (from the frame of
+    ``task.frame``), ``frame_keys`` (T*N strings); index = t*N + n, newest frame first. A camera that a frame lacks
+    gives a black image in which no point is seen.
 
     Args:
         task: frames and cameras.
@@ -66,7 +66,8 @@ class LoadMultiViewImageFromMultiSweeps:
             sample['frame_keys'].append(frame_key(frame[name]['data_path']) if name in frame else f'missing/{name}')
             matrices.append(matrix)
         sample['lidar2img'] = np.stack(matrices)
-        sample['ego2lidar'] = np.repeat(invert_rigid(ego_from_lidar(info))[None], len(entries), axis=0)
+        lidar_from_volume = invert_rigid(volume_from_lidar(info, self.task.frame))
+        sample['ego2lidar'] = np.repeat(lidar_from_volume[None], len(entries), axis=0)
         return sample
 
     def _choose(self, sample) -> List[Dict]:
@@ -119,7 +120,8 @@ class LoadOccGTFromFile:
             if sample['test_mode']:
                 return sample
             raise ConfigError('training needs labels: set occ_gt_root of the training data (LoadOccGTFromFile)')
-        labels = read_labels(sample['label_folder'].path(sample['info']), self.task)
+        info = sample['info']
+        labels = read_labels(sample['label_folder'].path(info), self.task, info=info)
         targets = make_targets(labels['semantics'], labels.get('instances'), self.task)
         points = read_scan(sample['info'], sample['data_root']) if self.lidar_points else None
         sample['targets'] = replace(targets, mask_camera=labels.get('mask_camera'), lidar_points=points)

@@ -1,6 +1,6 @@
 """Panoptic label files: Occ3D's with instance ids added, for every keyframe of the info files (SPEC "Panoptic labels").
 
-Voxel centres and boxes meet in the ego frame of the keyframe, metres. Id 0 = none.
+Voxel centres and boxes meet in the frame of the labels (ego, or LIDAR_TOP) at the keyframe, metres. Id 0 = none.
 """
 
 from pathlib import Path
@@ -11,9 +11,9 @@ import numpy as np
 from lib.classes import BOX_CLASSES, LabelSet
 from lib.errors import DataError
 from lib.geometry import rotation_z, transform_points, voxel_centers
-from lib.infos import ego_from_lidar, load_infos
-from lib.io import find_under, load_npz_checked, save_npz
-from lib.labels import LABEL_FILE, LabelFolder, check_labels, fit_to_task
+from lib.infos import load_infos, volume_from_lidar
+from lib.io import find_under, path_inside, save_npz
+from lib.labels import LABEL_FILE, LabelFolder, check_labels, fit_to_task, read_arrays
 from lib.task import Task
 
 from . import parallel_map
@@ -83,7 +83,11 @@ def write_panoptic_labels(
     """
     infos = _gather_infos(Path(data_root), version, info_files)
     job = PanopticJob(
-        infos, LabelFolder(find_under(data_root, occ_gt_root), data_root, version), Path(out), task, overwrite
+        infos,
+        LabelFolder(find_under(data_root, occ_gt_root), data_root, version, task.label_files),
+        Path(out),
+        task,
+        overwrite,
     )
     results = list(parallel_map(_write_one, range(len(infos)), job, 'labels', processes))
     failed = [result for result in results if result not in ('written', 'kept')]
@@ -117,21 +121,22 @@ def _write_one(job, position) -> str:
     info = job.infos[position]
     try:
         source = job.source.path(info)
-        target = job.out_dir / source.parent.parent.name / source.parent.name / LABEL_FILE
+        target = path_inside(job.out_dir, job.source.scene(info), info['token'], LABEL_FILE)
         if target.is_file() and not job.overwrite:
             return 'kept'
-        arrays = load_npz_checked(source, required=_KEPT[:1], optional=_KEPT)
-        fitted = fit_to_task(source, arrays, job.task)  # what is written keeps the ids of the source
+        arrays = read_arrays(source, job.task, _KEPT)
+        fitted = fit_to_task(source, arrays, job.task)  # what is written keeps ids and voxels of the source
         check_labels(source, fitted, job.task)
-        instances = make_instances(fitted['semantics'], ego_boxes(info, job.task.label_set), job.task)
+        boxes = boxes_in_volume(info, job.task.label_set, job.task.frame)
+        instances = make_instances(fitted['semantics'], boxes, job.task)
         save_npz(target, dict(arrays, instances=instances))
         return 'written'
     except DataError as error:
         return str(error)
 
 
-class EgoBox(NamedTuple):
-    """A box in the ego frame.
+class VolumeBox(NamedTuple):
+    """A box in the frame of the labels.
 
     Attributes:
         center: float64 [3], metres.
@@ -150,17 +155,17 @@ class EgoBox(NamedTuple):
         return (np.abs((points - self.center) @ self.axes) <= (self.size + enlargement) / 2).all(axis=-1)
 
 
-def ego_boxes(info: Dict, label_set: LabelSet) -> List[EgoBox]:
-    """The info's boxes of occupancy classes, in order, moved from LIDAR_TOP to ego."""
-    lidar_to_ego = ego_from_lidar(info)
+def boxes_in_volume(info: Dict, label_set: LabelSet, frame: str = 'ego') -> List[VolumeBox]:
+    """The info's boxes of occupancy classes, in order, moved from LIDAR_TOP to ``frame`` (see ``task.frame``)."""
+    volume_from = volume_from_lidar(info, frame)
     boxes = []
     for name, row in zip(info.get('gt_names', ()), info.get('gt_boxes', ())):
         if name in BOX_CLASSES and name in label_set.occupied_names:
             row = np.asarray(row, dtype=np.float64)
             boxes.append(
-                EgoBox(
-                    center=transform_points(lidar_to_ego, row[:3]),
-                    axes=lidar_to_ego[:3, :3] @ rotation_z(row[6]),
+                VolumeBox(
+                    center=transform_points(volume_from, row[:3]),
+                    axes=volume_from[:3, :3] @ rotation_z(row[6]),
                     size=row[3:6],
                     class_id=label_set.class_names.index(str(name)),
                 )
@@ -168,7 +173,7 @@ def ego_boxes(info: Dict, label_set: LabelSet) -> List[EgoBox]:
     return boxes
 
 
-def make_instances(semantics: np.ndarray, boxes: Sequence[EgoBox], task: Task) -> np.ndarray:
+def make_instances(semantics: np.ndarray, boxes: Sequence[VolumeBox], task: Task) -> np.ndarray:
     """Instance ids uint8 [X, Y, Z] for the labels ``semantics`` [X, Y, Z].
 
     In order: each box takes the unclaimed voxels of its class whose centre it holds (a box with none gets no

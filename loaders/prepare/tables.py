@@ -238,13 +238,14 @@ def camera_entry(nusc, record: Dict) -> Dict:
 
 
 def add_camera_sweeps(nusc, info: Dict) -> Dict:
-    """The info with global poses in ``cams`` and camera sweeps in ``sweeps``; the argument stays as it is."""
+    """The info with global poses in ``cams``, camera sweeps in ``sweeps``, and the names of its scene and scan."""
     sample = nusc.get('sample', info['token'])
     scene = nusc.get('scene', sample['scene_token'])
     records = {name: nusc.get('sample_data', sample['data'][name]) for name in camera_order(info['cams'])}
     cams = {name: _complete(info['cams'][name], camera_entry(nusc, record)) for name, record in records.items()}
     sweeps = [] if sample['prev'] == '' else _collect_sweeps(nusc, records, cams)
-    return dict(info, cams=cams, sweeps=sweeps, scene_token=scene['token'], scene_name=scene['name'])
+    names = dict(scene_token=scene['token'], scene_name=scene['name'], lidar_token=sample['data'].get('LIDAR_TOP', ''))
+    return dict(info, cams=cams, sweeps=sweeps, **names)
 
 
 def _complete(entry, computed):

@@ -323,9 +323,9 @@ def test_volumes_are_cropped_and_filled_up(tmp_path):
     assert (labels['semantics'] == expected).all() and (labels['mask_camera'] == (expected < 255)).all()
 
 
-def test_a_volume_that_shares_no_voxels_with_the_task_is_told(tmp_path):
+def test_a_volume_that_is_no_whole_number_of_voxels_is_told(tmp_path):
     with pytest.raises(ConfigError, match='whole voxels'):
         own_task(label_range=[0.5, 0, 0, 4, 4, 2])
     path = write_volume(tmp_path, np.full((4, 4, 4), 2))
-    with pytest.raises(DataError, match=r'task.label_range makes \[4, 4, 3\]'):
+    with pytest.raises(DataError, match=r'task.label_range .* make \[4, 4, 3\] voxels'):
         read_labels(path, own_task(label_range=[0, 0, 0, 4, 4, 3]))

@@ -13,7 +13,7 @@ from lib.geometry import voxel_centers
 from lib.io import load_npz_checked, save_npz, save_pickle
 from lib.labels import read_labels
 from lib.task import Task
-from loaders.prepare.panoptic_labels import EgoBox, ego_boxes, make_instances, write_panoptic_labels
+from loaders.prepare.panoptic_labels import VolumeBox, boxes_in_volume, make_instances, write_panoptic_labels
 
 TASK = Task('occ3d', point_cloud_range=(-8, -8, -1, 8, 8, 5.4))
 CAR, PEDESTRIAN, CONE, ROAD, TREE, OTHERS, FREE = 4, 7, 8, 11, 16, 0, 17
@@ -26,7 +26,7 @@ def _empty():
 def _box(center, size, class_id=CAR, yaw=0.0):
     from lib.geometry import rotation_z
 
-    return EgoBox(np.array(center, float), rotation_z(yaw), np.array(size, float), class_id)
+    return VolumeBox(np.array(center, float), rotation_z(yaw), np.array(size, float), class_id)
 
 
 def _voxel(x, y, z):
@@ -125,7 +125,7 @@ def _info(boxes, names, lidar_rotation=(1, 0, 0, 0), lidar_translation=(0, 0, 0)
 def test_boxes_move_to_ego_with_length_along_yaw_and_z_at_the_centre():
     lidar = Quaternion(axis=[0, 0, 1], angle=-np.pi / 2) * Quaternion(axis=[1, 0, 0], angle=0.05)
     info = _info([[3, 5, -1, 4, 2, 1.5, 0.3]], ['car'], lidar.elements, (0.9, 0.1, 1.8))
-    (box,) = ego_boxes(info, TASK.label_set)
+    (box,) = boxes_in_volume(info, TASK.label_set)
     np.testing.assert_allclose(box.center, lidar.rotate(np.array([3.0, 5, -1])) + [0.9, 0.1, 1.8], atol=1e-12)
     front = lidar.rotate(np.array([3 + 1.9 * np.cos(0.3), 5 + 1.9 * np.sin(0.3), -1])) + [0.9, 0.1, 1.8]
     side = lidar.rotate(np.array([3 - 1.9 * np.sin(0.3), 5 + 1.9 * np.cos(0.3), -1])) + [0.9, 0.1, 1.8]
@@ -136,7 +136,7 @@ def test_boxes_move_to_ego_with_length_along_yaw_and_z_at_the_centre():
 
 def test_boxes_of_other_categories_are_left_out():
     info = _info([[0, 0, 0, 1, 1, 1, 0]] * 3, ['car', 'animal', 'pedestrian'])
-    assert [box.class_id for box in ego_boxes(info, TASK.label_set)] == [CAR, PEDESTRIAN]
+    assert [box.class_id for box in boxes_in_volume(info, TASK.label_set)] == [CAR, PEDESTRIAN]
 
 
 # ---- files -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What is drawn of one sample: its volumes, its cameras' images and where they stand.
 
-X, Y, Z the grid. Frames: *ego* of the keyframe (x forward, y left, z up, metres), *camera* (x right, y down, z
+X, Y, Z the grid. Frames: *ego* of the keyframe (x forward, y left, z up, metres; LIDAR_TOP where ``task.frame`` is
+'lidar'), *camera* (x right, y down, z
 forward), *global* (the drive's fixed frame), *image* (pixels of the file, u to the right, v down).
 """
 
@@ -12,7 +13,7 @@ import numpy as np
 from lib.classes import IGNORE_LABEL
 from lib.errors import DataError
 from lib.geometry import intrinsics_to_matrix, invert_rigid, make_transform
-from lib.infos import ego_from_lidar, global_from_ego
+from lib.infos import ego_from_lidar, global_from_ego, volume_from_lidar
 from lib.task import Task
 
 
@@ -141,15 +142,16 @@ def read_frame(
     info, task = dataset.info(index), dataset.task
     if not dataset.has_labels and dense is None:
         raise DataError('nothing to draw: the data set has no labels (occ_gt_root) and no --predictions were given')
+    ego_from_volume = ego_from_lidar(info) @ invert_rigid(volume_from_lidar(info, task.frame))
     has_truth = dataset.has_labels and (dense is None or _has_label_file(dataset, index, say))
     return Frame(
         token=info['token'],
         scene=info.get('scene_name') or info.get('scene_token') or '',
         seconds=info['timestamp'] / 1e6,
-        global_from_ego=global_from_ego(info),
+        global_from_ego=global_from_ego(info) @ ego_from_volume,
         truth=truth_volume(dataset.ground_truth(index), task, visible_only) if has_truth else None,
         prediction=None if dense is None else prediction_volume(dense),
-        cameras=tuple(_camera_view(info, name, dataset.data_root) for name in task.cameras),
+        cameras=tuple(_camera_view(info, name, dataset.data_root, task.frame) for name in task.cameras),
     )
 
 
@@ -166,7 +168,7 @@ def _has_label_file(dataset, index, say) -> bool:
     return False
 
 
-def _camera_view(info, name, data_root) -> CameraView:
+def _camera_view(info, name, data_root, frame) -> CameraView:
     from lib.infos import relocate
 
     entry = info['cams'][name]
@@ -176,5 +178,5 @@ def _camera_view(info, name, data_root) -> CameraView:
         name=name,
         path=relocate(entry['data_path'], data_root),
         intrinsics=np.asarray(entry['cam_intrinsic'], dtype=np.float64),
-        ego_from_camera=ego_from_lidar(info) @ lidar_from_camera,
+        ego_from_camera=volume_from_lidar(info, frame) @ lidar_from_camera,
     )
