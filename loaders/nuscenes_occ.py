@@ -11,7 +11,7 @@ from mmdet.datasets.builder import DATASETS
 
 from lib.errors import ConfigError, DataError
 from lib.geometry import transform_points
-from lib.infos import CameraUse, box_array, ego_from_lidar, load_infos, split_scenes
+from lib.infos import CameraUse, box_array, load_infos, split_scenes, volume_from_lidar
 from lib.io import expand_path, find_under
 from lib.labels import OPTIONAL, LabelFolder, read_labels
 from lib.metrics.origins import scene_ray_origins
@@ -171,7 +171,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
     def object_classes(self, index: int) -> List[str]:
         """Occupied classes with a box in the volume that LiDAR or radar points lie in (``valid_flag``)."""
         info = self.info(index)
-        centres = transform_points(ego_from_lidar(info), box_array(info, self.ann_file)[:, :3])
+        centres = transform_points(volume_from_lidar(info, self.task.frame), box_array(info, self.ann_file)[:, :3])
         low, high = np.split(np.asarray(self.task.point_cloud_range), 2)
         counts = ((centres >= low) & (centres < high)).all(1)
         valid = np.asarray(info.get('valid_flag', ()), dtype=bool)

@@ -33,15 +33,8 @@ from .evaluator import METRICS, THRESHOLDS, Evaluator
 from .result import MASKS, EvalResult
 
 _PACKAGES = ('numba', 'tqdm')
-_GRID_KEYS = (
-    'point_cloud_range',
-    'voxel_size',
-    'frame',
-    'label_files',
-    'label_range',
-    'label_voxel_size',
-    'label_frame',
-)
+_OF_FILES = ('label_files', 'label_range', 'label_voxel_size', 'label_frame')
+_GRID_KEYS = ('point_cloud_range', 'voxel_size', 'frame', *_OF_FILES)
 _AHEAD = 2  # samples per thread that may wait to be taken in
 
 
