@@ -65,6 +65,7 @@ def parse_args(argv=None):
     add('--time-limit', type=float, help='seconds after which trainings are stopped')
     add('--score-limit', type=float, default=180, help='seconds for scoring after that (default: %(default)s)')
     add('--finished-only', action='store_true', help='do not score runs that were cut off')
+    add('--note', default='', help='what else the table should say, e.g. the commit where there is no git')
     add('--table', action='store_true', help='only write the table of what is there')
     add('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
@@ -461,6 +462,7 @@ def main():
         command=shlex.join(sys.argv),
         commit=describe_commit(),
         machine=describe_machine(gpus),
+        note=args.note,
     )
     if args.table:
         print(write_table(runs, about, args.out))

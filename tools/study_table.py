@@ -14,8 +14,8 @@ def write_table(runs: Sequence, about: Mapping, out: Path) -> str:
 
     Args:
         runs: of tools/study.py.
-        about: ``study`` (file), ``command``, ``commit``, ``machine``, ``base`` (name of the variant that others are
-            compared with).
+        about: ``study`` (file), ``command``, ``commit``, ``machine``, ``note``, ``base`` (name of the variant that
+            others are compared with).
         out: folder.
     """
     rows = summarize(runs, about['base'])
@@ -104,9 +104,10 @@ def as_markdown(rows: Sequence[Mapping], runs: Sequence, facts: Mapping) -> str:
     lines += [_line(_cells(row, shown)) for row in rows]
     notes = [f'- {run.name}: {_told(run)}' for run in runs if _told(run)]
     texts = [f'- {row["name"]}: {row["about"]}' for row in rows if row['about']]
+    machine = '; '.join(filter(None, (facts['machine'], facts['note'])))
     origin = (
         f'Mean over the runs, ± half their range; percent. {facts["study"]}, base {base}, commit {facts["commit"]}, '
-        f'{facts["machine"]}; made with `{facts["command"]}`. Seeds, classes and commands of every run: study.json.'
+        f'{machine}; made with `{facts["command"]}`. Seeds, classes and commands of every run: study.json.'
     )
     parts = [lines, texts, ['Not finished:', *notes] if notes else [], [origin]]
     return '\n\n'.join('\n'.join(part) for part in parts if part) + '\n'
