@@ -72,6 +72,7 @@ def main():
     print(result.as_table())
     if args.json:
         write_json(args.json, result.as_dict())
+        print(f'wrote {args.json}')
 
 
 if __name__ == '__main__':

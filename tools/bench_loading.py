@@ -167,6 +167,7 @@ def main():
         from lib.io import write_json
 
         write_json(args.json, dict(network=args.network, images=args.images, rows=rows))
+        print(f'wrote {args.json}')
 
 
 if __name__ == '__main__':

@@ -216,6 +216,8 @@ def run(args, processes):
         results.append(measure(args, processes, cfg, change.name if change else 'as it is'))
         if args.json and processes.is_main:
             write_json(args.json, dict(about, **results[0], changes=results[1:]))
+    for path in filter(None, (args.json, args.profile)) if processes.is_main else ():
+        print(f'wrote {path}')
 
 
 def measure(args, processes, cfg, name):

@@ -126,7 +126,8 @@ def main():
     about = dict(config=args.config, weights=args.weights, classes=list(task.label_set.class_names))
     volume = dict(point_cloud_range=list(task.point_cloud_range), voxel_size=task.voxel_size)
     write_json(os.path.join(args.out, 'index.json'), dict(about, **volume, samples=entries))
-    print(f'wrote {len(entries)} predictions to {folder}')
+    pictures = f', pictures to {os.path.join(args.out, "pictures")}' if args.pictures else ''
+    print(f'wrote {len(entries)} predictions to {folder}{pictures}')
 
 
 if __name__ == '__main__':

@@ -34,7 +34,7 @@ _TITLES = dict(
     samples_per_s='samples/s',
 )
 _PANELS = ('loss', 'mask', 'voxel', 'scores', 'recall', 'right_class', 'grad_norm', 'lr', 'samples_per_s')
-_STYLES = ('-', '--', ':', '-.')
+_STYLES = ('-', '--', ':', '-.', (0, (6, 1)), (0, (1, 3)))
 _MASK_TERMS = ('loss_mask', 'loss_dice_mask', 'loss_class')
 
 
@@ -146,16 +146,17 @@ def _draw_panel(axis, runs, panel, count) -> None:
         for name, curve in curves.items():
             k = names.index(name)
             iterations, values = zip(*smooth(curve, count))
-            axis.plot(iterations, values, _STYLES[k % 4] if several else '-', color=f'C{i if several else k}', lw=1.2)
+            style = _STYLES[k % len(_STYLES)] if several else '-'
+            axis.plot(iterations, values, linestyle=style, color=f'C{i if several else k}', lw=1.2)
     if len(names) > 1:
         colours = ['black' if several else f'C{k}' for k in range(len(names))]
-        styles = [_STYLES[k % 4] if several else '-' for k in range(len(names))]
-        lines = [axis.plot([], [], style, color=colour, lw=1.2)[0] for style, colour in zip(styles, colours)]
+        styles = [_STYLES[k % len(_STYLES)] if several else '-' for k in range(len(names))]
+        lines = [axis.plot([], [], linestyle=style, color=colour, lw=1.2)[0] for style, colour in zip(styles, colours)]
         axis.legend(lines, names, fontsize=7)
     axis.set_title(_TITLES.get(panel, panel.replace('_', ' ')), fontsize=10)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
-    if panel in ('loss', 'grad_norm'):
+    if panel in ('loss', 'mask', 'grad_norm'):  # they begin far above where they go
         axis.set_yscale('log')
 
 
@@ -173,7 +174,7 @@ def main():
         raise UserError(f'no run has {unknown[0]!r}{did_you_mean(unknown[0], known)}; --show takes {sorted(known)}')
     panels = args.show or [p for p in _PANELS if any(panel_curves(run, p) for run in runs.values())]
     draw(runs, panels, args.smooth, args.width, args.out)
-    print(f'{len(runs)} runs, {len(panels)} panels: {args.out}')
+    print(f'wrote {args.out}: {len(runs)} runs, {len(panels)} panels')
 
 
 if __name__ == '__main__':

@@ -127,6 +127,7 @@ def main():
     text = card(args, meta)
     (args.out.parent / 'README.md').write_text(text, encoding='utf-8')
     print(text)
+    print(f'wrote {args.out} and its README.md')
 
 
 if __name__ == '__main__':

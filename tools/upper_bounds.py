@@ -124,6 +124,7 @@ def main():
         print(f'{name:24s}' + ''.join(f'{100 * value:8.2f}' for value in columns))
     if args.json:
         write_json(args.json, result)
+        print(f'wrote {args.json}')
 
 
 if __name__ == '__main__':

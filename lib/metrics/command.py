@@ -164,6 +164,8 @@ def score_and_report(
         result.write_csv(args.csv)
     if args.per_sample:
         result.write_samples(args.per_sample)
+    for path in filter(None, (args.json, args.csv, args.per_sample)):
+        say(f'wrote {path}')
     return result
 
 

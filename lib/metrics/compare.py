@@ -8,6 +8,7 @@ values lie on one side of 0. One in twenty differences between equal models look
 import argparse
 import csv
 import html
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -437,6 +438,8 @@ def compare_command(args: argparse.Namespace) -> None:
     if args.csv:
         with atomic_write(args.csv) as temporary, open(str(temporary), 'w', newline='', encoding='utf-8') as stream:
             csv.writer(stream).writerows(csv_rows(comparison))
+    for path in filter(None, (args.markdown, args.html, args.csv)):
+        print(f'wrote {path}', file=sys.stderr)
 
 
 def _short_names(paths) -> List[str]:

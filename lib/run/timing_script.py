@@ -38,6 +38,7 @@ def run_timing(args, components: Callable[[], Components]) -> List[Dict]:
         about = dict(config=args.config, weights=args.weights, device=device_name(clock.device))
         about.update(precision=describe_precision(args.amp, clock.device), speed=clock.model.describe_speed())
         write_json(args.out, dict(about, rows=rows))
+        print(f'wrote {args.out}')
     return rows
 
 

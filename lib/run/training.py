@@ -152,7 +152,7 @@ class Trainer:
                 self._train_epoch(self.iteration // job.order.steps)
                 self._evaluate_if_due()
             self._evaluate_if_due()
-        job.log.say(f'training is complete after {self.iteration} iterations')
+        job.log.say(f'training is complete after {self.iteration} iterations; everything is in {self.folder}')
 
     def _wrapped(self):
         """The model, in DDP where there are several processes. Batches are on the device already."""

@@ -122,8 +122,10 @@ def test_miou_alone_needs_no_infos(data):
     assert 'RayIoU' not in found and found['mIoU_voxels'] == 'all' and len(found['scenes']) == 2
 
 
-def test_scores_go_into_files(data):
+def test_scores_go_into_files(data, capsys):
     run(data, '--csv', data / 'scores.csv', '--per-sample', data / 'samples.csv')
+    said = capsys.readouterr().err
+    assert all(f'wrote {data / name}\n' in said for name in ('scores.json', 'scores.csv', 'samples.csv'))
     rows = list(csv.DictReader((data / 'scores.csv').open()))
     totals = {row['score']: row for row in rows if row['part'] == 'total'}
     found = json.loads((data / 'scores.json').read_text())

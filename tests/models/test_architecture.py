@@ -147,4 +147,5 @@ def test_changes_are_timed_and_what_needs_too_much_memory_is_said(tmp_path, monk
         ('wide', 0, True),
         ('one frame', 1, False),
     ]
-    assert 'wide: the next step needs more memory' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'wide: the next step needs more memory' in said and f'wrote {figures}' in said

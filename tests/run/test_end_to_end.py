@@ -86,6 +86,7 @@ def trained(toy_root, tmp_path_factory):
 def test_training_and_evaluation(trained):
     assert sorted(losses(trained)) == [1, 2, 3]
     assert (trained / 'iter_2.pth').is_file() and (trained / 'latest.pth').is_file()
+    assert f'training is complete after 3 iterations; everything is in {trained}' in (trained / 'log.txt').read_text()
     scores = json.loads((trained / 'evaluation_iter_3.json').read_text())
     assert scores['num_samples'] == 3 and set(scores) >= {'RayIoU', 'mIoU', 'per_class', 'only_free'}
 
@@ -213,6 +214,7 @@ def test_timing_says_what_it_times(toy_root, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert 'random weights' in text and 'million parameters' in text and 'PyTorch operators\n' in text
     rows = json.loads((tmp_path / 't.json').read_text())['rows']
+    assert f'wrote {tmp_path / "t.json"}' in text
     assert [(row['what'], row['history']) for row in rows] == [
         ('model', 'cached'),
         ('with loading', 'cached'),

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(toy_root, script, *args):
     override = [f'data.{split}.data_root={toy_root}' for split in ('train', 'val')]
     config = ['--config', 'configs/toybench/small.py', '--max-samples', '2']
-    subprocess.run([sys.executable, script, *config, *args, '--override', *override], cwd=str(ROOT), check=True)
+    words = [sys.executable, script, *config, *args, '--override', *override]
+    said = subprocess.run(words, cwd=str(ROOT), check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert f'wrote {args[-1]}' in said
 
 
 def test_baseline_and_upper_bounds(toy_root, tmp_path):
