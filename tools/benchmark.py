@@ -170,6 +170,7 @@ class Bench:
     def training(self):
         """Forward, backward and AdamW step."""
         from lib.run.numerics import make_scaler
+        from lib.run.optimizer import can_fuse
 
         torch = self.torch
         if self.args.amp:  # inference has converted the weights
@@ -180,7 +181,8 @@ class Bench:
             model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
         scaler = make_scaler(self.args.amp)
         for size in self.args.batch_sizes:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+            fused = dict(fused=True) if can_fuse(torch.optim.AdamW, model) else {}
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, **fused)
             data = self.batch(size, with_labels=True, first_index=size * self.processes.rank)
 
             def step(_):

@@ -44,6 +44,16 @@ class _Geometry(NamedTuple):
     groups: int
 
 
+def _depth(block: nn.Module) -> int:
+    return 3 if isinstance(block, Bottleneck) else 2
+
+
+def _pairs_of(block: nn.Module) -> List[Tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Convolutions and norms in turn; the shortcut's, if there are any, come last."""
+    pairs = [(getattr(block, f'conv{i}'), getattr(block, f'norm{i}')) for i in range(1, _depth(block) + 1)]
+    return pairs if block.downsample is None else [*pairs, tuple(block.downsample)]
+
+
 class _BlockPlan(NamedTuple):
     """A residual block of ``depth`` convolutions and, if there is one more, a projection of the shortcut."""
 
@@ -94,17 +104,21 @@ class FusedResNet:
             for name in ('weight', 'bias', 'running_mean', 'running_var')
             if table.get(name) is not None
         ]
+        self._pairs = [(backbone.conv1, backbone.norm1)]
+        for name in backbone.res_layers:
+            self._pairs += [pair for block in getattr(backbone, name) for pair in _pairs_of(block)]
         self._changes = 0  # counted by version()
         self.clear()
 
     def clear(self):
         """Forget the folded weights."""
+        self._folded: Dict[nn.Module, Tuple[Tensor, Tensor]] = {}  # in a pass with gradients
         self._kept: Dict[Tuple[nn.Module, torch.dtype], Tuple[Tensor, Tensor]] = {}
         self._seen: List[Tuple[Tensor, int]] = []
         self._changes += 1
 
     def __getstate__(self):
-        return dict(self.__dict__, _kept={}, _seen=[])
+        return dict(self.__dict__, _kept={}, _folded={}, _seen=[])
 
     def version(self) -> int:
         """A number that grows whenever a weight or statistic has changed; folded weights are forgotten then."""
@@ -145,6 +159,7 @@ class FusedResNet:
         net = self.backbone
         self.version()
         dtype = autocast_dtype(images.device.type) or images.dtype
+        self._fold_learning(dtype)
         x = _convolve_relu(images.to(dtype), *self._fold(net.conv1, net.norm1, dtype), _geometry(net.conv1))
         x = net.maxpool(x)
         stages = []
@@ -152,6 +167,7 @@ class FusedResNet:
             x = self._run(getattr(net, name), x)
             if i in net.out_indices:
                 stages.append(x)
+        self._folded.clear()
         return tuple(stages)
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
@@ -160,21 +176,28 @@ class FusedResNet:
         weights: List[Tensor] = []
         plans = []
         for block in stage:
-            numbers = (1, 2, 3) if isinstance(block, Bottleneck) else (1, 2)
-            pairs = [(getattr(block, f'conv{i}'), getattr(block, f'norm{i}')) for i in numbers]
-            if block.downsample is not None:
-                pairs.append(tuple(block.downsample))
+            pairs = _pairs_of(block)
             weights += [value for conv, norm in pairs for value in self._fold(conv, norm, x.dtype)]
-            plans.append(_BlockPlan([_geometry(conv) for conv, _ in pairs], len(numbers)))
+            plans.append(_BlockPlan([_geometry(conv) for conv, _ in pairs], _depth(block)))
         run = functools.partial(_run_stage, plans)
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [x, *weights])
         return recompute(run, x, *weights) if learns and stage[0].with_cp else run(x, *weights)
 
+    def _fold_learning(self, dtype: torch.dtype) -> None:
+        """Fold all norms that gradients flow through at once."""
+        pairs = [pair for pair in self._pairs if _learns(*pair)]
+        if pairs:
+            norms = [norm for _, norm in pairs]
+            tensors = [conv.weight for conv, _ in pairs]
+            tensors += [norm.weight for norm in norms] + [norm.bias for norm in norms]
+            statistics = [(norm.running_mean, norm.running_var, norm.eps) for norm in norms]
+            folded = _FoldNorms.apply(statistics, dtype, *tensors)
+            self._folded = dict(zip([conv for conv, _ in pairs], zip(folded, folded[len(pairs) :])))
+
     def _fold(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
         """Weight and bias in ``dtype``; kept where no gradient flows into them."""
-        learning = (conv.weight, norm.weight, norm.bias)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learning):
-            return tuple(value.to(dtype) for value in fold_norm(conv.weight, norm))
+        if _learns(conv, norm):
+            return self._folded[conv]
         if (conv, dtype) not in self._kept:
             with torch.inference_mode(False), torch.no_grad():  # a later pass may need gradients through them
                 self._kept[conv, dtype] = tuple(value.to(dtype) for value in fold_norm(conv.weight, norm))
@@ -195,6 +218,53 @@ def fold_norm(weight: Tensor, norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
     """
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     return weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+
+
+def _learns(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (conv.weight, norm.weight, norm.bias))
+
+
+class _FoldNorms(torch.autograd.Function):
+    """``fold_norm`` of many layers, whose channels lie in one vector meanwhile.
+
+    A step of a small batch waits for the CPU to launch its kernels, and by themselves these small ones are a
+    thousand, there and back.
+    """
+
+    @staticmethod
+    def forward(ctx, statistics, dtype, *tensors):
+        """tensors: L convolutions' weights, L norms' weights, L norms' biases -> L weights and L biases."""
+        count = len(statistics)
+        weights, gammas, betas = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        sizes = [len(gamma) for gamma in gammas]
+        mean = torch.cat([mean for mean, _, _ in statistics])
+        eps = statistics[0][2]
+        if any(other != eps for _, _, other in statistics):
+            eps = torch.cat([var.new_full(var.shape, own) for _, var, own in statistics])
+        inverse = torch.rsqrt(torch.cat([var for _, var, _ in statistics]) + eps)
+        scale = torch.cat(gammas) * inverse
+        biases = (torch.cat(betas) - mean * scale).to(dtype).split(sizes)
+        ctx.save_for_backward(mean, inverse, scale, *weights)
+        ctx.sizes = sizes
+        return tuple(
+            torch.mul(weight, _per_channel(own), out=torch.empty_like(weight, dtype=dtype))
+            for weight, own in zip(weights, scale.split(sizes))
+        ) + tuple(biases)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        mean, inverse, scale, *weights = ctx.saved_tensors
+        count, sizes = len(weights), ctx.sizes
+        grad_bias = torch.cat(grads[count:]).to(mean.dtype)
+        of_scale = [(grad * weight).sum((1, 2, 3)) for grad, weight in zip(grads, weights)]
+        grad_gamma = (torch.cat(of_scale) - mean * grad_bias) * inverse
+        of_weights = tuple(grad * _per_channel(own) for grad, own in zip(grads, scale.split(sizes)))
+        return (None, None) + of_weights + grad_gamma.split(sizes) + grad_bias.split(sizes)
+
+
+def _per_channel(scale: Tensor) -> Tensor:
+    return scale.view(-1, 1, 1, 1)
 
 
 def _geometry(conv: nn.Conv2d) -> _Geometry:

@@ -165,4 +165,5 @@ def count_labels(targets: OccupancyTargets, coords: Tensor, scale: int, num_clas
     if targets.mask_camera is not None:
         labels = labels.masked_fill(~targets.mask_camera, IGNORE_LABEL)
     labels = take_blocks(labels, coords, scale)
-    return torch.stack([(labels == c).sum(-1) for c in range(num_classes)], dim=-1).float()
+    classes = torch.arange(num_classes, dtype=labels.dtype, device=labels.device)
+    return (labels.unsqueeze(-1) == classes).sum(2, dtype=torch.float32)
