@@ -35,8 +35,8 @@ def find_kernels(name: str, device: torch.device) -> Optional[ModuleType]:
     return _EXTENSIONS[name].find(device)
 
 
-def trains_fused(operator: str, device: torch.device) -> bool:
-    """Whether Triton's kernels serve the training of 'attention' or 'mixing' on the device: a GPU since Ampere."""
+def runs_fused(operator: str, device: torch.device) -> bool:
+    """Whether Triton's kernels of 'attention', 'mixing' or 'input' serve the device: an NVIDIA GPU since Ampere."""
     if device.type != 'cuda' or not tries(operator):
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0) and _has_triton()

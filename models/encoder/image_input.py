@@ -1,6 +1,6 @@
 """From uint8 images to the network's input, on the device: colour jitter, normalisation, padding (SPEC: images)."""
 
-from typing import Mapping, Sequence
+from typing import Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lib.dist import batch_rand
 from lib.errors import ConfigError
 from lib.registry import check_keys
+from models.csrc import runs_fused
+from models.torch_compat import autocast_dtype
 
 _BRIGHTNESS = 32.0
 _FACTORS = (0.5, 1.5)
@@ -44,10 +46,16 @@ class ImageInput(nn.Module):
         return cls(norm['mean'], norm['std'], to_rgb, divisor, cfg.get('img_color_aug', False))
 
     def forward(self, images: Tensor, samples: int = 1) -> Tensor:
-        """images uint8 [n, 3, H, W] BGR of B samples -> float32 [n, 3, H', W'], channels-last in memory."""
+        """images uint8 [n, 3, H, W] BGR of B samples -> [n, 3, H', W'], channels-last in memory.
+
+        float32, or, where one kernel does all of this, the type that autocast goes on in.
+        """
+        jitter = draw_jitter(samples, images.shape[0], images.device) if self.training and self.color_aug else None
+        if images.dtype == torch.uint8 and runs_fused('input', images.device):
+            return self._prepare_fused(images, jitter)
         images = images.to(torch.float32)
-        if self.training and self.color_aug:
-            images = jitter_colours(images, samples)
+        if jitter is not None:
+            images = jitter_colours(images, jitter)
         if self.to_rgb:
             images = images.flip(1)
         images = (images - self.mean) / self.std
@@ -55,34 +63,67 @@ class ImageInput(nn.Module):
         images = F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
         return images.contiguous(memory_format=torch.channels_last)
 
+    def _prepare_fused(self, images: Tensor, jitter: Optional['Jitter']) -> Tensor:
+        from models.encoder.fused_input import InputSizes, prepare_images  # needs Triton
+
+        sizes = InputSizes(*images.shape[-2:], *self.padded_size(images.shape[-2:]))
+        settings = torch.cat([self.mean.flatten(), self.std.flatten()])
+        numbers = None if jitter is None else jitter.as_numbers()
+        dtype = autocast_dtype(images.device.type) or torch.float32
+        return prepare_images(images.contiguous(), settings, numbers, sizes, self.to_rgb, dtype)
+
     def padded_size(self, size: Sequence[int]):
         """(height, width) after padding."""
         divisor = self.size_divisor
         return tuple((int(n) + divisor - 1) // divisor * divisor for n in size)
 
 
-def jitter_colours(images: Tensor, samples: int = 1) -> Tensor:
+class Jitter(NamedTuple):
+    """How the colours of each image change; float32 [n, 1, 1, 1] but for the order.
+
+    brightness  to add, of 0..255
+    before      factor of contrast, applied before saturation and hue
+    saturation  factor
+    hue         degrees
+    after       factor of contrast, applied after them
+    order       int64 [n, 3, 1, 1], the channel that each takes
+    """
+
+    brightness: Tensor
+    before: Tensor
+    saturation: Tensor
+    hue: Tensor
+    after: Tensor
+    order: Tensor
+
+    def as_numbers(self) -> Tensor:
+        """float32 [n, 8], as ``prepare_images`` takes them."""
+        values = (self.brightness, self.before, self.saturation, self.hue / 60, self.after, self.order.float())
+        return torch.cat([value.flatten(1) for value in values], dim=1)
+
+
+def draw_jitter(samples: int, images: int, device: torch.device) -> Jitter:
     """Brightness, contrast (before or after), saturation, hue and channel order, each with probability 0.5.
 
     Args:
-        images: float32 [n, 3, H, W] BGR, 0..255, the images of one sample after those of the other.
         samples: B, how many samples the images are of. Draws are independent from image to image.
-
-    Returns:
-        a new tensor of the same shape; values may leave 0..255.
+        images: n, those of one sample after those of the other.
     """
-    draws = _Draws(samples, images.shape[0], images.device)
-    images = images + draws.maybe(draws.uniform(-_BRIGHTNESS, _BRIGHTNESS), 0.0)
+    draws = _Draws(samples, images, device)
+    brightness = draws.maybe(draws.uniform(-_BRIGHTNESS, _BRIGHTNESS), 0.0)
     contrast = draws.maybe(draws.uniform(*_FACTORS), 1.0)
-    before = draws.coin()
-    images = images * torch.where(before, contrast, torch.ones_like(contrast))
-    images = _jitter_hsv(
-        images,
-        saturation=draws.maybe(draws.uniform(*_FACTORS), 1.0),
-        hue=draws.maybe(draws.uniform(-_HUE_DEGREES, _HUE_DEGREES), 0.0),
-    )
-    images = images * torch.where(before, torch.ones_like(contrast), contrast)
-    return _shuffle_channels(images, draws)
+    first, none = draws.coin(), torch.ones_like(contrast)
+    saturation = draws.maybe(draws.uniform(*_FACTORS), 1.0)
+    hue = draws.maybe(draws.uniform(-_HUE_DEGREES, _HUE_DEGREES), 0.0)
+    before, after = torch.where(first, contrast, none), torch.where(first, none, contrast)
+    return Jitter(brightness, before, saturation, hue, after, _draw_order(draws))
+
+
+def jitter_colours(images: Tensor, jitter: Jitter) -> Tensor:
+    """images float32 [n, 3, H, W] BGR, 0..255 -> a new tensor of the same shape; values may leave 0..255."""
+    images = (images + jitter.brightness) * jitter.before
+    images = _jitter_hsv(images, jitter.saturation, jitter.hue) * jitter.after
+    return images.gather(1, jitter.order.expand_as(images))
 
 
 class _Draws:
@@ -127,9 +168,8 @@ def _from_hue(value: Tensor, chroma: Tensor, sector: Tensor, offset: int) -> Ten
     return value - chroma * torch.min(k, 4 - k).clamp(0, 1)
 
 
-def _shuffle_channels(images: Tensor, draws: _Draws) -> Tensor:
-    """A random channel order for a random half of the images."""
+def _draw_order(draws: _Draws) -> Tensor:
+    """int64 [n, 3, 1, 1], a random channel order for a random half of the images."""
     order = draws.rand(3).argsort(1)
-    keep = torch.arange(3, device=images.device).view(1, 3, 1, 1).expand_as(order)
-    order = torch.where(draws.coin(), order, keep)
-    return images.gather(1, order.expand_as(images))
+    keep = torch.arange(3, device=order.device).view(1, 3, 1, 1).expand_as(order)
+    return torch.where(draws.coin(), order, keep)

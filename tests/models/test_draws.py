@@ -6,7 +6,7 @@ import torch
 from lib.dist import shared_draws
 from lib.errors import ConfigError
 from models.decoders.sampling import EvenDraws, RandomDraws, build_draws, running_count, select_valid
-from models.encoder.image_input import jitter_colours
+from models.encoder.image_input import draw_jitter, jitter_colours
 
 
 def naive_selection(valid, fractions):
@@ -69,7 +69,7 @@ def test_a_sample_draws_the_same_however_the_batch_is_dealt(parts):
             return (
                 RandomDraws().fractions(end - begin, 3, 4, torch.device('cpu')),
                 RandomDraws().positions(end - begin, 3, 4, torch.device('cpu')),
-                jitter_colours(images[begin:end], samples=end - begin),
+                jitter_colours(images[begin:end], draw_jitter(end - begin, end - begin, images.device)),
             )
 
     for whole, *pieces in zip(draw(0, 6), *[draw(*part) for part in parts]):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.errors import ConfigError
-from models.encoder.image_input import ImageInput, _jitter_hsv, jitter_colours
+from models.encoder.image_input import ImageInput, _jitter_hsv, draw_jitter, jitter_colours
 
 
 def make(**changes):
@@ -44,7 +44,7 @@ def test_jitter_follows_the_seed_and_keeps_its_input():
     results = []
     for _ in range(2):
         torch.manual_seed(3)
-        results.append(jitter_colours(images))
+        results.append(jitter_colours(images, draw_jitter(1, 4, images.device)))
     assert torch.equal(*results) and torch.equal(images, before)
 
 
@@ -70,7 +70,8 @@ def test_hue_and_saturation_agree_with_colorsys():
 def test_range_of_the_jitter():
     """Mid-grey shows brightness and contrast alone: saturation and hue leave grey as it is."""
     torch.manual_seed(1)
-    values = jitter_colours(torch.full((4000, 3, 1, 1), 100.0))[:, 0, 0, 0]
+    jitter = draw_jitter(1, 4000, torch.device('cpu'))
+    values = jitter_colours(torch.full((4000, 3, 1, 1), 100.0), jitter)[:, 0, 0, 0]
     assert 34 <= values.min() < 40 and 190 < values.max() <= 132 * 1.5 + 0.01
     share_unchanged = (values == 100).float().mean()
     assert abs(share_unchanged - 0.25) < 0.03  # neither brightness nor contrast: 0.5 * 0.5, +-4 sigma

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.csrc import find_kernels, trains_fused
+from models.csrc import find_kernels, runs_fused
 
 # What the kernel is compiled for. Other sizes and types take the reference.
 KERNEL_WIDTH, KERNEL_MAX_IN, KERNEL_MAX_OUT = 64, 32, 128
@@ -38,7 +38,7 @@ def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
     inside.
     """
     _check(sampled, generated, out_points)
-    if _trains_fused(sampled, generated, out_points):
+    if _runs_fused(sampled, generated, out_points):
         return _mix_fused(sampled, generated, out_points)
     kernels = _kernels_for(sampled, generated, out_points)
     if kernels is None:
@@ -87,11 +87,11 @@ def _needs_grad(sampled: Tensor, generated: Tensor) -> bool:
     return torch.is_grad_enabled() and (sampled.requires_grad or generated.requires_grad)
 
 
-def _trains_fused(sampled: Tensor, generated: Tensor, out_points: int) -> bool:
+def _runs_fused(sampled: Tensor, generated: Tensor, out_points: int) -> bool:
     in_points, width = sampled.shape[-2:]
     fits = width in (16, 32, 64) and 0 < in_points <= KERNEL_MAX_IN and 0 < out_points <= KERNEL_MAX_OUT
     wanted = fits and sampled.dtype in KERNEL_TYPES and sampled.numel() and _needs_grad(sampled, generated)
-    return bool(wanted) and trains_fused('mixing', sampled.device)
+    return bool(wanted) and runs_fused('mixing', sampled.device)
 
 
 def _mix_fused(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
