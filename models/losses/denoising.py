@@ -8,7 +8,7 @@ copies of an instance cannot see each other.
 Shapes: B batch, K kept voxels, C channels, S slots of a copy, Q = copies * S queries, n instances of a sample.
 """
 
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple
 
 import torch
 from mmcv.runner import BaseModule
@@ -21,7 +21,7 @@ from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.decoders import SparseOccTransformer, VoxelStage
 from models.encoder import ImageFeatures
-from models.losses.mask2former import Mask2FormerLoss, MaskTargets, Matching
+from models.losses.mask2former import Mask2FormerLoss, MaskTargets, Matching, pairs_of
 
 _MOST_INSTANCES = 255  # that a label volume can hold
 
@@ -31,7 +31,7 @@ class Slots(NamedTuple):
 
     classes    int64 [B, S]; one more than the last class where there is none
     masks      bool [B, S, K], of the instances among the kept voxels
-    instances  per sample int64 [m], which instance is in slot 0..m-1
+    instances  per sample int64 [m], which of its instances is in slot 0..m-1
     """
 
     classes: Tensor
@@ -92,25 +92,27 @@ class DenoisingLoss(BaseModule):
             stage: the last of the voxel decoder, on these ``features``.
             targets: labels of the batch.
         """
-        samples = criterion.samples(targets, stage)
-        slots = self.fill(samples, stage.coords.shape[1], stage.coords.device)
+        instances = criterion.instances(targets, stage)
+        slots = self.fill(instances)
         layers = self._restore(transformer, stage, features, slots)
-        matchings = [self._assign(instances) for instances in slots.instances]
+        matchings = [self._assign(chosen) for chosen in slots.instances]
+        pairs = pairs_of(matchings, self.copies * self.slots, instances.present.shape[1])
         with torch.autocast(stage.coords.device.type, enabled=False):
-            number = self.copies * sum(map(len, slots.instances))
-            losses = criterion.assigned(layers, samples, [matchings] * len(layers), number)
+            number = torch.tensor(self.copies * sum(map(len, slots.instances)), device=stage.coords.device)
+            losses = criterion.assigned(layers, instances, [pairs] * len(layers), number)
         return {name.replace('loss_', 'loss_dn_', 1): self.loss_weight * value for name, value in losses.items()}
 
-    def fill(self, samples: Sequence[MaskTargets], num_voxels: int, device: torch.device) -> Slots:
-        """Instances of every sample put into slots."""
-        shape = len(samples), self.slots
-        classes = torch.full(shape, self.num_classes, device=device)
-        masks = torch.zeros(shape + (num_voxels,), dtype=torch.bool, device=device)
-        numbers, chosen = batch_rand(len(samples), _MOST_INSTANCES, device=device), []
-        for b, sample in enumerate(samples):
-            chosen.append(numbers[b, : len(sample.class_ids)].argsort()[: self.slots])
-            classes[b, : len(chosen[b])] = sample.class_ids[chosen[b]]
-            masks[b, : len(chosen[b])] = sample.masks[chosen[b]] > 0
+    def fill(self, instances: MaskTargets) -> Slots:
+        """Instances of every sample that have kept voxels, put into slots."""
+        batch, _, num_voxels = instances.masks.shape
+        classes = torch.full((batch, self.slots), self.num_classes, device=instances.masks.device)
+        masks = instances.masks.new_zeros(batch, self.slots, num_voxels)
+        numbers, chosen = batch_rand(batch, _MOST_INSTANCES, device=classes.device), []
+        for b in range(batch):
+            present = instances.present[b].nonzero().flatten()
+            chosen.append(present[numbers[b, : len(present)].argsort()[: self.slots]])
+            classes[b, : len(chosen[b])] = instances.class_ids[b, chosen[b]]
+            masks[b, : len(chosen[b])] = instances.masks[b, chosen[b]]
         return Slots(classes, masks, chosen)
 
     def spoil_classes(self, classes: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Mask and class losses of the mask decoder, after Hungarian matching (paper section 3.5).
 
-Shapes: B batch, Q queries, K kept voxels, n instances of a sample that have kept voxels, m matched pairs.
+Shapes: B batch, Q queries, K kept voxels, n instances of the sample that has most, m matched pairs.
 """
 
 from typing import Dict, List, NamedTuple, Optional, Sequence
@@ -24,18 +24,21 @@ _COST_EPS = 1e-12
 
 
 class MaskTargets(NamedTuple):
-    """Instances of one sample among its kept voxels.
+    """Instances among the kept voxels; a sample with fewer than n is padded.
 
-    masks      float32 [n, K], 1 inside
-    class_ids  int64 [n]
-    counted    float32 [K], 1 where the voxel counts, or None if all do
-    cumulated  float64 [K], for the choice of points (``PointChoice.cumulate``); None where all voxels are compared
+    masks      bool [B, n, K], inside
+    class_ids  int64 [B, n]
+    present    bool [B, n], whether any kept (and counted) voxel is inside
+    counted    float32 [B, K], 1 where the voxel counts, or None if all do
+    cumulated  per sample float64 [K], for the choice of points (``PointChoice.cumulate``); none where all voxels are
+               compared
     """
 
     masks: Tensor
     class_ids: Tensor
+    present: Tensor
     counted: Optional[Tensor]
-    cumulated: Optional[Tensor] = None
+    cumulated: Sequence[Tensor] = ()
 
 
 class Matching(NamedTuple):
@@ -47,6 +50,21 @@ class Matching(NamedTuple):
 
     queries: Tensor
     instances: Tensor
+
+
+class Pairs(NamedTuple):
+    """Matched pairs of a batch, sample after sample; on the device.
+
+    queries    int64 [m], b * Q + query
+    instances  int64 [m], b * n + instance
+    samples    int64 [m], b
+    counts     pairs of each sample
+    """
+
+    queries: Tensor
+    instances: Tensor
+    samples: Tensor
+    counts: List[int]
 
 
 @LOSSES.register_module()
@@ -86,110 +104,123 @@ class Mask2FormerLoss(BaseModule):
         self, layers: Sequence[MaskPrediction], stage: VoxelStage, targets: OccupancyTargets
     ) -> Dict[str, Tensor]:
         """Terms of every prediction; names end in its number."""
-        samples = self.samples(targets, stage)
-        matchings = self._match(layers, samples)
-        losses = self.assigned(layers, samples, matchings, sum(len(sample.class_ids) for sample in samples))
+        instances = self.instances(targets, stage)
+        matched = self._match(layers, instances)
+        losses = self.assigned(layers, instances, matched, instances.present.sum())
         if shares_are_counted():
-            self._count(layers[-1], samples, matchings[-1])
+            self._count(layers[-1], instances, matched[-1])
         return losses
 
-    def samples(self, targets: OccupancyTargets, stage: VoxelStage) -> List[MaskTargets]:
-        """Instances of every sample."""
-        return [self._sample(targets, stage, b) for b in range(len(targets.instance_class_ids))]
+    def instances(self, targets: OccupancyTargets, stage: VoxelStage) -> MaskTargets:
+        """Instances of every sample, and what the choice of points needs."""
+        instances = instances_among_kept(targets, stage)
+        if self.points is None:
+            return instances
+        return instances._replace(cumulated=self._cumulate(targets, stage, instances.counted))
 
     def assigned(
-        self,
-        layers: Sequence[MaskPrediction],
-        samples: Sequence[MaskTargets],
-        matchings: Sequence[Sequence[Matching]],
-        number: int,
+        self, layers: Sequence[MaskPrediction], instances: MaskTargets, matched: Sequence[Pairs], number: Tensor
     ) -> Dict[str, Tensor]:
         """Terms of every prediction where it is known which query is to find which instance.
 
         Args:
-            matchings: [layer][sample].
-            number: of instances that sums are divided by (its mean over the processes).
+            matched: pairs of every layer.
+            number: scalar, of instances that sums are divided by (its mean over the processes).
         """
-        normalizer = reduce_mean(torch.tensor(float(number), device=layers[0].mask_logits.device)).clamp(min=1)
+        normalizer = reduce_mean(number.to(layers[0].mask_logits.dtype)).clamp(min=1)
         losses = {}
-        for i, layer in enumerate(layers):
-            for name, value in self._layer_losses(layer, samples, matchings[i]).items():
+        for i, (layer, pairs) in enumerate(zip(layers, matched)):
+            for name, value in self._layer_losses(layer, instances, pairs).items():
                 losses[f'{name}_{i}'] = value / normalizer
         return losses
 
-    def _sample(self, targets: OccupancyTargets, stage: VoxelStage, b: int) -> MaskTargets:
-        sample = instances_among_kept(targets, stage, b)
-        if self.points is None:
-            return sample
-        labels = take_blocks(targets.voxel_semantics[b : b + 1], stage.coords[b : b + 1], stage.scale)[0, :, 0]
-        return sample._replace(cumulated=self.points.cumulate(labels, sample.counted))
+    def _cumulate(self, targets: OccupancyTargets, stage: VoxelStage, counted: Optional[Tensor]) -> List[Tensor]:
+        labels = take_blocks(targets.voxel_semantics, stage.coords, stage.scale)[..., 0]
+        each = [None] * len(labels) if counted is None else counted
+        return [self.points.cumulate(own, of_sample) for own, of_sample in zip(labels, each)]
 
-    def _count(self, layer: MaskPrediction, samples: Sequence[MaskTargets], matchings: Sequence[Matching]) -> None:
+    def _count(self, layer: MaskPrediction, instances: MaskTargets, pairs: Pairs) -> None:
         """Shares of the last prediction: masks without a voxel; instances whose query scores their class highest."""
         empty = (layer.mask_logits.detach() <= 0).all(-1)
         count_share('empty_masks', empty.sum(), empty.numel())
-        true, right = [], []
-        for b, (sample, matching) in enumerate(zip(samples, matchings)):
-            queries, instances = matching.queries.to(empty.device), matching.instances.to(empty.device)
-            of_class = sample.class_ids[instances]
-            true.append(of_class)
-            right.append(of_class[layer.class_logits[b][queries].argmax(-1) == of_class])
-        count_share('right_class', sum(map(len, right)), sum(map(len, true)))
-        every = [torch.cat(ids) for ids in (right, true)]
+        true = instances.class_ids.flatten()[pairs.instances]
+        right = layer.class_logits.flatten(0, 1)[pairs.queries].argmax(-1) == true
+        count_share('right_class', right.sum(), len(true))
         for c, name in enumerate(self.class_names):
-            count_share(f'right_class/{name}', *((ids == c).sum() for ids in every))
+            count_share(f'right_class/{name}', (right & (true == c)).sum(), (true == c).sum())
 
-    def _match(self, layers: Sequence[MaskPrediction], samples: Sequence[MaskTargets]) -> List[List[Matching]]:
-        """Matchings [layer][sample]; all costs leave the device together."""
+    def _match(self, layers: Sequence[MaskPrediction], instances: MaskTargets) -> List[Pairs]:
+        """Pairs of each layer. All costs leave the device together, and all pairs come back together."""
         with torch.no_grad():
-            costs = [
-                [self.cost(layer.class_logits[b], layer.mask_logits[b], sample) for b, sample in enumerate(samples)]
-                for layer in layers
-            ]
-        flat = torch.cat([cost.flatten() for row in costs for cost in row]).cpu()
-        pieces = iter(flat.split([cost.numel() for row in costs for cost in row]))
-        return [[match(next(pieces).view(cost.shape)) for cost in row] for row in costs]
+            costs = torch.stack([self.cost(layer.class_logits, layer.mask_logits, instances) for layer in layers])
+        on_cpu = torch.cat([costs.flatten(), instances.present.flatten().to(costs.dtype)]).cpu()
+        of_all, present = on_cpu.split([costs.numel(), instances.present.numel()])
+        columns = [row.nonzero().flatten() for row in present.view(instances.present.shape)]
+        found = [_match_samples(of_layer, columns) for of_layer in of_all.view(costs.shape)]
+        numbers = torch.cat([torch.stack(pairs[:3]) for pairs in found], dim=1).to(costs.device, non_blocking=True)
+        parts = numbers.split([sum(pairs.counts) for pairs in found], dim=1)
+        return [Pairs(*part, pairs.counts) for part, pairs in zip(parts, found)]
 
-    def cost(self, class_logits: Tensor, mask_logits: Tensor, sample: MaskTargets) -> Tensor:
-        """Cost of giving each instance to each query.
+    def cost(self, class_logits: Tensor, mask_logits: Tensor, instances: MaskTargets) -> Tensor:
+        """Cost of giving each instance to each query of its sample.
 
         Args:
-            class_logits: [Q, C].
-            mask_logits: [Q, K].
+            class_logits: [B, Q, C].
+            mask_logits: [B, Q, K].
 
         Returns:
-            [Q, n].
+            [B, Q, n].
         """
+        masks = instances.masks.to(mask_logits.dtype).transpose(1, 2)
+        classes = instances.class_ids.unsqueeze(1).expand(-1, class_logits.shape[1], -1)
         return (
-            self.loss_cls_weight * focal_cost(class_logits)[:, sample.class_ids]
-            + self.loss_mask_weight * cross_entropy_cost(mask_logits, sample)
-            + self.loss_dice_weight * dice_cost(mask_logits, sample)
+            self.loss_cls_weight * focal_cost(class_logits).gather(2, classes)
+            + self.loss_mask_weight * cross_entropy_cost(mask_logits, masks, instances.counted)
+            + self.loss_dice_weight * dice_cost(mask_logits, masks, instances.counted)
         )
 
-    def _layer_losses(
-        self, layer: MaskPrediction, samples: Sequence[MaskTargets], matchings: Sequence[Matching]
-    ) -> Dict[str, Tensor]:
+    def _layer_losses(self, layer: MaskPrediction, instances: MaskTargets, pairs: Pairs) -> Dict[str, Tensor]:
         """Sums over the instances of the batch, not yet divided by their number."""
-        numbers = None if self.points is None else self.points.draw(len(samples), layer.mask_logits.device)
-        zero = layer.mask_logits.sum() * 0 + layer.class_logits.sum() * 0
-        losses = dict(loss_mask=zero, loss_dice_mask=zero, loss_class=zero)
-        for b, (sample, matching) in enumerate(zip(samples, matchings)):
-            device = layer.mask_logits.device
-            queries, instances = matching.queries.to(device), matching.instances.to(device)
-            logits, masks = layer.mask_logits[b][queries], sample.masks[instances]
-            counted = sample.counted
-            if numbers is not None:
-                chosen = self.points.choose(logits, sample.cumulated, numbers[b])
-                logits, masks, counted = logits.gather(1, chosen), masks.gather(1, chosen), None
-            mask, dice = mask_losses(logits, masks, counted)
-            onehot = torch.zeros_like(layer.class_logits[b])
-            onehot[queries, sample.class_ids[instances]] = 1
-            losses['loss_mask'] = losses['loss_mask'] + self.loss_mask_weight * mask
-            losses['loss_dice_mask'] = losses['loss_dice_mask'] + self.loss_dice_weight * dice
-            losses['loss_class'] = losses['loss_class'] + self.loss_cls_weight * focal_loss(
-                layer.class_logits[b], onehot
-            )
-        return losses
+        logits = layer.mask_logits.flatten(0, 1).index_select(0, pairs.queries)
+        masks = instances.masks.flatten(0, 1).index_select(0, pairs.instances).to(logits.dtype)
+        if self.points is None:
+            counted = instances.counted
+            counted = None if counted is None else counted.index_select(0, pairs.samples)
+        else:
+            chosen = self._choose(logits, instances, pairs)
+            logits, masks, counted = logits.gather(1, chosen), masks.gather(1, chosen), None
+        mask, dice = mask_losses(logits, masks, counted)
+        class_logits = layer.class_logits.flatten(0, 1)
+        true = instances.class_ids.flatten().index_select(0, pairs.instances)
+        onehot = torch.zeros_like(class_logits).index_put_((pairs.queries, true), class_logits.new_ones(()))
+        return dict(
+            loss_mask=self.loss_mask_weight * mask,
+            loss_dice_mask=self.loss_dice_weight * dice,
+            loss_class=self.loss_cls_weight * focal_loss(class_logits, onehot),
+        )
+
+    def _choose(self, logits: Tensor, instances: MaskTargets, pairs: Pairs) -> Tensor:
+        """Points of every pair, int64 [m, P]; logits [m, K]."""
+        numbers = self.points.draw(len(pairs.counts), logits.device)
+        samples = zip(logits.split(pairs.counts), instances.cumulated, numbers)
+        return torch.cat([self.points.choose(*sample) for sample in samples])
+
+
+def _match_samples(costs: Tensor, columns: Sequence[Tensor]) -> Pairs:
+    """costs [B, Q, n] on the CPU; columns of each sample that are instances."""
+    found = [match(cost[:, own]) for cost, own in zip(costs, columns)]
+    chosen = [Matching(one.queries, own[one.instances]) for one, own in zip(found, columns)]
+    return pairs_of(chosen, *costs.shape[1:])
+
+
+def pairs_of(matchings: Sequence[Matching], queries: int, instances: int) -> Pairs:
+    """Pairs of a batch from those of its samples, which have so many queries and instances, padding included."""
+    rows, columns, samples = [], [], []
+    for b, matching in enumerate(matchings):
+        rows.append(b * queries + matching.queries)
+        columns.append(b * instances + matching.instances)
+        samples.append(torch.full_like(matching.queries, b))
+    return Pairs(torch.cat(rows), torch.cat(columns), torch.cat(samples), list(map(len, samples)))
 
 
 def match(cost: Tensor) -> Matching:
@@ -206,18 +237,18 @@ def match(cost: Tensor) -> Matching:
     return Matching(torch.from_numpy(rows), torch.from_numpy(columns))
 
 
-def instances_among_kept(targets: OccupancyTargets, stage: VoxelStage, b: int) -> MaskTargets:
-    """Instances of sample b that have kept (and counted) voxels, with ids compacted, in id order."""
-    coords, class_ids = stage.coords[b : b + 1], targets.instance_class_ids[b]
-    voxels = take_blocks(targets.voxel_instances[b : b + 1], coords, stage.scale)[0, :, 0]
-    ids = torch.arange(len(class_ids), device=voxels.device)
-    masks = voxels.unsqueeze(0).long() == ids.unsqueeze(1)
+def instances_among_kept(targets: OccupancyTargets, stage: VoxelStage) -> MaskTargets:
+    """Instances of every sample, without waiting for the device."""
+    voxels = take_blocks(targets.voxel_instances, stage.coords, stage.scale)[..., 0]
+    ids = [of_sample.to(voxels.device) for of_sample in targets.instance_class_ids]
+    class_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+    numbers = torch.arange(class_ids.shape[1], device=voxels.device).view(1, -1, 1)
+    masks = (voxels.unsqueeze(1) == numbers) & (class_ids >= 0).unsqueeze(-1)
     counted = None
     if targets.mask_camera is not None:
-        visible = take_blocks(targets.mask_camera[b : b + 1], coords, stage.scale)[0, :, 0]
-        masks, counted = masks & visible, visible.float()
-    kept = masks.any(1)
-    return MaskTargets(masks[kept].float(), class_ids.to(voxels.device)[kept], counted)
+        visible = take_blocks(targets.mask_camera, stage.coords, stage.scale)[..., 0]
+        masks, counted = masks & visible.unsqueeze(1), visible.float()
+    return MaskTargets(masks, class_ids.clamp(min=0), masks.any(-1), counted)
 
 
 def focal_cost(class_logits: Tensor) -> Tensor:
@@ -228,32 +259,43 @@ def focal_cost(class_logits: Tensor) -> Tensor:
     return yes - no
 
 
-def cross_entropy_cost(mask_logits: Tensor, sample: MaskTargets) -> Tensor:
-    """Binary cross-entropy of every mask with every instance, mean over counted voxels: [Q, K] -> [Q, n]."""
-    positive, negative = F.softplus(-mask_logits), F.softplus(mask_logits)
-    if sample.counted is None:
-        return (positive @ sample.masks.t() + negative @ (1 - sample.masks).t()) / mask_logits.shape[1]
-    others = (sample.counted - sample.masks).t()
-    return (positive @ sample.masks.t() + negative @ others) / sample.counted.sum().clamp(min=1)
+def cross_entropy_cost(mask_logits: Tensor, masks: Tensor, counted: Optional[Tensor]) -> Tensor:
+    """Binary cross-entropy of every mask with every instance, mean over counted voxels.
+
+    It is softplus(x) outside and softplus(-x) = softplus(x) - x inside, so a sum of the former over all and one
+    product.
+
+    Args:
+        mask_logits: [B, Q, K].
+        masks: [B, K, n], 1 inside.
+        counted: [B, K], or None.
+
+    Returns:
+        [B, Q, n].
+    """
+    outside = F.softplus(mask_logits)
+    if counted is None:
+        return (outside.sum(2, keepdim=True) - mask_logits @ masks) / mask_logits.shape[2]
+    total = counted.sum(1).clamp(min=1).view(-1, 1, 1)
+    return (outside @ counted.unsqueeze(-1) - mask_logits @ masks) / total
 
 
-def dice_cost(mask_logits: Tensor, sample: MaskTargets) -> Tensor:
-    """1 - dice of every mask with every instance over counted voxels: [Q, K] -> [Q, n]."""
+def dice_cost(mask_logits: Tensor, masks: Tensor, counted: Optional[Tensor]) -> Tensor:
+    """1 - dice of every mask with every instance over counted voxels; see ``cross_entropy_cost``."""
     p = mask_logits.sigmoid()
-    if sample.counted is not None:
-        p = p * sample.counted
-    overlap = p @ sample.masks.t()
-    return 1 - (2 * overlap + 1) / (p.sum(1, keepdim=True) + sample.masks.sum(1) + 1)
+    if counted is not None:
+        p = p * counted.unsqueeze(1)
+    return 1 - (2 * (p @ masks) + 1) / (p.sum(2, keepdim=True) + masks.sum(1, keepdim=True) + 1)
 
 
 def mask_losses(logits: Tensor, masks: Tensor, counted: Optional[Tensor]):
-    """Summed over the pairs: cross-entropy (mean over counted voxels) and 1 - dice; logits, masks [m, K]."""
+    """Summed over the pairs: cross-entropy (mean over counted voxels) and 1 - dice; all [m, K]."""
     entropy, p = F.binary_cross_entropy_with_logits(logits, masks, reduction='none'), logits.sigmoid()
     total = logits.shape[1]
     if counted is not None:
-        entropy, p, total = entropy * counted, p * counted, counted.sum().clamp(min=1)
+        entropy, p, total = entropy * counted, p * counted, counted.sum(1).clamp(min=1)
     dice = 1 - (2 * (p * masks).sum(1) + 1) / (p.sum(1) + masks.sum(1) + 1)
-    return entropy.sum() / total, dice.sum()
+    return (entropy.sum(1) / total).sum(), dice.sum()
 
 
 def focal_loss(logits: Tensor, onehot: Tensor) -> Tensor:

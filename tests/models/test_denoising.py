@@ -25,29 +25,29 @@ def denoising_model(**options):
     return model, plain
 
 
-def random_samples(counts, kept=200):
+def random_instances(counts, kept=200):
+    """So many of each sample, and padding."""
     generator = torch.Generator().manual_seed(2)
-    return [
-        MaskTargets(
-            (torch.rand(n, kept, generator=generator) < 0.3).float(),
-            torch.randint(0, 4, (n,), generator=generator),
-            None,
-        )
-        for n in counts
-    ]
+    present = torch.arange(max(counts) + 1) < torch.tensor(counts).unsqueeze(1)
+    masks = torch.rand(*present.shape, kept, generator=generator) < 0.3
+    classes = torch.randint(0, 4, present.shape, generator=generator)
+    return MaskTargets(masks & present.unsqueeze(-1), classes, present, None)
 
 
 @pytest.mark.parametrize('counts', [(3, 0), (12, 5)])
 def test_queries_are_to_find_the_instance_that_they_start_from(counts):
-    loss, samples = DenoisingLoss(TASK, 32, slots=8, copies=3, label_noise=0.0, mask_noise=0.0), random_samples(counts)
-    slots = loss.fill(samples, 200, torch.device('cpu'))
+    loss, instances = (
+        DenoisingLoss(TASK, 32, slots=8, copies=3, label_noise=0.0, mask_noise=0.0),
+        random_instances(counts),
+    )
+    slots = loss.fill(instances)
     classes, masks = loss.spoil_classes(slots.classes), loss.spoil_masks(slots.masks)
-    for b, (sample, count) in enumerate(zip(samples, counts)):
+    for b, count in enumerate(counts):
         matching = loss._assign(slots.instances[b])
         filled = min(count, 8)
         assert len(set(slots.instances[b].tolist())) == filled and len(matching.queries) == 3 * filled
-        assert torch.equal(classes[b, matching.queries], sample.class_ids[matching.instances])
-        assert torch.equal(masks[b, matching.queries].float(), sample.masks[matching.instances])
+        assert torch.equal(classes[b, matching.queries], instances.class_ids[b, matching.instances])
+        assert torch.equal(masks[b, matching.queries], instances.masks[b, matching.instances])
         others = torch.ones(24, dtype=torch.bool)
         others[matching.queries] = False
         assert (classes[b, others] == NOTHING).all() and not masks[b, others].any()
@@ -74,8 +74,7 @@ def test_copies_cannot_see_each_other_and_slots_of_a_copy_can(monkeypatch):
     batch, seen = small_batch(TASK), {}
     features = model.encoder(batch['img'], batch['lidar2img'], batch['ego2lidar'])
     stage = model.pts_bbox_head(features).stages[-1]
-    samples = model.pts_bbox_head.loss_mask2former.samples(batch['targets'], stage)
-    slots = model.loss_denoising.fill(samples, 200, torch.device('cpu'))
+    slots = model.loss_denoising.fill(model.pts_bbox_head.loss_mask2former.instances(batch['targets'], stage))
     for changed in (False, True):
         classes = slots.classes.repeat(1, 2)
         if changed:
@@ -136,11 +135,11 @@ def test_samples_without_instances_train_the_background_only():
 
 
 def test_draws_do_not_depend_on_how_a_step_is_dealt():
-    loss, samples = DenoisingLoss(TASK, 32, slots=4), random_samples((6, 9))
+    loss, instances = DenoisingLoss(TASK, 32, slots=4), random_instances((6, 9))
     results = []
     for begin in (0, 1):
         with shared_draws(4, begin, 2, 2, 'cpu'):
-            slots = loss.fill(samples[begin:], 200, torch.device('cpu'))
+            slots = loss.fill(MaskTargets(*[value[begin:] for value in instances[:3]], None))
             results.append(
                 (slots.classes[-1], loss.spoil_classes(slots.classes)[-1], loss.spoil_masks(slots.masks)[-1])
             )

@@ -282,15 +282,16 @@ def test_focal_loss_equals_its_definition():
     torch.testing.assert_close(focal_loss(logits, onehot), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_instances_without_kept_voxels_are_dropped_and_ids_compacted():
+def test_instances_without_kept_voxels_are_not_present():
     targets, stage, _ = mask_setup()
     volume = torch.full_like(targets.voxel_instances, 255)
     x, y, z = stage.coords[0].t()
     volume[0, x[0], y[0], z[0]], volume[0, x[1], y[1], z[1]] = 1, 3
     targets = replace(targets, voxel_instances=volume, instance_class_ids=[torch.tensor([7, 8, 9, 2])] * 2)
-    sample = instances_among_kept(targets, stage, 0)
-    assert sample.class_ids.tolist() == [8, 2] and sample.masks.shape == (2, 40)
-    assert sample.masks[0, 0] == 1 and sample.masks[1, 1] == 1
+    instances = instances_among_kept(targets, stage)
+    assert instances.present.tolist() == [[False, True, False, True], [False] * 4]
+    assert instances.masks[0].nonzero().tolist() == [[1, 0], [3, 1]]
+    assert instances.class_ids[0].tolist() == [7, 8, 9, 2]
 
 
 def test_sample_without_any_instance_trains_the_background_only():
@@ -314,7 +315,7 @@ def test_instances_are_averaged_over_the_processes(monkeypatch):
     """With 3 processes of which the others hold 2 and 7 instances, sums are divided by the mean number."""
     targets, stage, layer = mask_setup()
     alone = Mask2FormerLoss()([layer], stage, targets)
-    ours = sum(len(instances_among_kept(targets, stage, b).class_ids) for b in range(2))
+    ours = int(instances_among_kept(targets, stage).present.sum())
     monkeypatch.setattr('lib.dist.world_size', lambda: 3)
     monkeypatch.setattr('torch.distributed.all_reduce', lambda tensor, op: tensor.add_(9))
     together = Mask2FormerLoss()([layer], stage, targets)
