@@ -220,8 +220,31 @@ def top_in_order(scores: Tensor, k: int) -> Tensor:
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """values [B, n, c], index [B, k] -> [B, k, c]."""
+    """values [B, n, c], index [B, k], none twice -> [B, k, c]."""
+    if torch.is_grad_enabled() and values.requires_grad:
+        return _TakeRows.apply(values, index)
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+class _TakeRows(torch.autograd.Function):
+    """``_take`` whose backward pass copies rows; that of ``gather`` adds values up one by one, in no fixed order."""
+
+    @staticmethod
+    def forward(ctx, values, index):
+        batch, count, width = values.shape
+        first = torch.arange(0, batch * count, count, device=index.device).unsqueeze(1)
+        rows = (index + first).flatten()
+        ctx.save_for_backward(rows)
+        ctx.shape = values.shape
+        return values.reshape(-1, width).index_select(0, rows).view(index.shape + (width,))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        grads = grad.new_zeros(ctx.shape)
+        grads.view(-1, grad.shape[-1]).index_copy_(0, rows, grad.flatten(0, 1))
+        return grads, None
 
 
 def _block_corners(grid_shape, interval: int) -> Tensor:

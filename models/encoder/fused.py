@@ -25,6 +25,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.models.necks import FPN
 from torch import Tensor, nn
 
+from models.csrc import runs_fused
 from models.torch_compat import autocast_dtype, recompute
 
 # Earlier releases reach cuDNN through another interface, which was not tried.
@@ -323,15 +324,28 @@ class _ConvolveReLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, y = ctx.saved_tensors
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
         wanted = list(ctx.needs_input_grad[:3])
-        grads = [None, None, None]
+        grads, of_bias = [None, None, None], None
+        if wanted[2] and _can_sum_fused(grad, y):
+            from models.encoder.fused_relu import relu_backward  # needs Triton
+
+            grad, of_bias = relu_backward(grad, y)
+            wanted[2] = False
+        else:
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
         if any(wanted):
             grads = torch.ops.aten.convolution_backward(
                 grad, x, weight, [weight.shape[0]], *ctx.geometry[:3], False, [0, 0], ctx.geometry.groups, wanted
             )
         grads = [g if wants else None for g, wants in zip(grads, wanted)]
+        grads[2] = grads[2] if of_bias is None else of_bias
         return (*grads, grad if ctx.needs_input_grad[3] else None, None)
+
+
+def _can_sum_fused(grad: Tensor, result: Tensor) -> bool:
+    layout = torch.channels_last
+    both = grad.is_contiguous(memory_format=layout) and result.is_contiguous(memory_format=layout)
+    return both and grad.dtype == result.dtype and runs_fused('relu', grad.device)
 
 
 def can_fuse_neck(neck: nn.Module) -> bool:

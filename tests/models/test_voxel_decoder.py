@@ -7,7 +7,7 @@ from small_model import small_batch, small_config, small_model, small_task
 from lib.errors import ConfigError
 from models import build_model
 from models.decoders.layers import DecoderSizes, DistanceAttention
-from models.decoders.sparse_voxel_decoder import SparseVoxelDecoder, top_in_order
+from models.decoders.sparse_voxel_decoder import SparseVoxelDecoder, _take, top_in_order
 
 
 def test_top_k_keeps_the_candidate_order():
@@ -158,3 +158,16 @@ def test_mixing_chunk_decides_what_is_made_again_in_the_backward_pass(chunk):
     first, *_, last = transformer.voxel_decoder.decoder_layers
     assert first.mixing.chunk == last.mixing.chunk == chunk
     assert first.self_attn.save_memory == bool(chunk) and last.self_attn is None
+
+
+def test_kept_rows_and_their_gradients_are_those_of_gather():
+    torch.manual_seed(0)
+    values = torch.randn(2, 30, 4, dtype=torch.float64)
+    index = torch.stack([torch.randperm(30)[:12] for _ in range(2)])
+    ours, theirs = values.clone().requires_grad_(), values.clone().requires_grad_()
+    taken = _take(ours, index)
+    expected = theirs.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
+    assert torch.equal(taken, expected)
+    for result in (taken, expected):
+        (result * result).sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
