@@ -76,7 +76,7 @@ class Stepper:
             NonFinite: before any weight is changed.
         """
         begin = time.monotonic()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
         terms: List[Dict[str, Tensor]] = []
         counted: List[Dict[str, Counted]] = []
         for micro_step, batch in enumerate(batches):

@@ -163,7 +163,9 @@ class Trainer:
         tables = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
         return nn.parallel.DistributedDataParallel(
-            model, find_unused_parameters=self.job.settings.find_unused_parameters
+            model,
+            find_unused_parameters=self.job.settings.find_unused_parameters,
+            gradient_as_bucket_view=True,  # no second copy of the gradients
         )
 
     def _train_epoch(self, epoch: int) -> None:

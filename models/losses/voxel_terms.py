@@ -144,12 +144,11 @@ def affinity(inside: Tensor, hits: Tensor, others: Tensor, total_probability: Te
         total_probability: probability of the class summed over all voxels.
         present: 1 - probability summed over the other voxels.
     """
-    loss = torch.zeros_like(inside)
-    for numerator, denominator in ((inside, total_probability), (inside, hits), (present, others)):
-        exists = denominator > 0
-        ratio = numerator / torch.where(exists, denominator, torch.ones_like(denominator))
-        loss = loss + torch.where(exists, negative_log(ratio), torch.zeros_like(ratio))
-    return loss
+    numerators = torch.stack([inside, inside, present])
+    denominators = torch.stack([total_probability, hits, others])
+    exists = denominators > 0
+    ratios = numerators / torch.where(exists, denominators, torch.ones_like(denominators))
+    return torch.where(exists, negative_log(ratios), torch.zeros_like(ratios)).sum(0)
 
 
 def geometric_affinity(probabilities: Tensor, counts: Tensor) -> Tensor:
