@@ -1,0 +1,150 @@
+"""Triton's kernels of training against PyTorch's operators: results and gradients.
+
+On a GPU as they are; elsewhere Triton interprets them, which it decides when it is imported: in a process of its own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.csrc.adaptive_mixing import adaptive_mix_reference
+from models.csrc.distance_attention import plane_distance
+from models.encoder.image_input import ImageInput, draw_jitter
+
+IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+DEVICE = torch.device('cuda' if torch.cuda.is_available() and not IS_INTERPRETED else 'cpu')
+HAS_TRITON = importlib.util.find_spec('triton') is not None
+ROOT = Path(__file__).parents[2]
+runs = pytest.mark.skipif(not HAS_TRITON or DEVICE.type == 'cpu' and not IS_INTERPRETED, reason='see the top')
+
+
+@pytest.mark.skipif(not HAS_TRITON or IS_INTERPRETED or DEVICE.type == 'cuda', reason='for machines without a GPU')
+def test_by_interpretation_on_the_cpu():
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(Path(__file__).resolve())]
+    environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='')
+    result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout.decode()
+
+
+def distance(ours, theirs):
+    """Relative to the norm of the second."""
+    return float((ours.detach().double() - theirs.detach().double()).norm() / theirs.detach().double().norm())
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
+
+
+# float32: three TF32 products; narrow types: products of rounded values, of which ReLUs let some pass by chance
+MIXING_TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.float16: (2e-3, 5e-2), torch.bfloat16: (2e-2, 2e-1)}
+
+
+@runs
+@pytest.mark.parametrize('in_points, out_points, width', [(8, 32, 64), (16, 64, 64), (12, 20, 64), (5, 3, 16)])
+@pytest.mark.parametrize('dtype', list(MIXING_TOLERANCES), ids=str)
+def test_mixing(dtype, in_points, out_points, width):
+    if dtype == torch.bfloat16 and DEVICE.type == 'cpu':
+        pytest.skip('interpreted products of bfloat16 are wrong (Triton 3.6)')
+    from models.csrc.adaptive_mixing.fused import FusedMixing
+
+    torch.manual_seed(in_points)
+    x = random(5, in_points, width, dtype=dtype)
+    generated = random(5, width * width + out_points * in_points, dtype=dtype)
+    grad = random(5, out_points, width, dtype=dtype)
+    ours = [tensor.clone().requires_grad_() for tensor in (x, generated)]
+    exact = [tensor.double().requires_grad_() for tensor in (x, generated)]
+    result = FusedMixing.apply(*ours, out_points, 1e-5)
+    expected = adaptive_mix_reference(exact[0].unsqueeze(1), exact[1], out_points).squeeze(1)
+    result.backward(grad)
+    expected.backward(grad.double())
+    of_result, of_gradient = MIXING_TOLERANCES[dtype]
+    assert result.dtype == dtype and distance(result, expected) < of_result
+    assert all(distance(a.grad, b.grad) < of_gradient for a, b in zip(ours, exact))
+
+
+@runs
+@pytest.mark.parametrize('precision, tolerance', [('tf32x3', 1e-5), ('tf32', 5e-3)])
+@pytest.mark.parametrize(
+    'batch, count, heads, width, shared, dropout',
+    [(2, 130, 2, 32, False, 0.0), (2, 64, 2, 16, True, 0.1), (1, 45, 4, 16, False, 0.3)],
+)
+def test_attention(batch, count, heads, width, shared, dropout, precision, tolerance):
+    from models.csrc.distance_attention.fused import FusedAttention, keeps_weight
+
+    torch.manual_seed(count)
+    parts, reach = random(batch, count, 3, heads, width), torch.rand(batch, count, heads, device=DEVICE) * 0.2
+    places = torch.rand(1 if shared else batch, count, 3, device=DEVICE) * 40
+    keys = torch.randint(-(2**31), 2**31, reach.shape, dtype=torch.int64).to(DEVICE, torch.int32) if dropout else None
+    ours = [tensor.clone().requires_grad_() for tensor in (parts, reach)]
+    exact = [tensor.double().requires_grad_() for tensor in (parts, reach)]
+    result = FusedAttention.apply(*ours, places, keys, dropout, precision)
+    q, k, v = exact[0].permute(2, 0, 3, 1, 4)
+    fall = exact[1].transpose(1, 2).unsqueeze(-1) * plane_distance(places).double().unsqueeze(1)
+    weights = (q @ k.transpose(-1, -2) * width**-0.5 - fall).softmax(-1)
+    if dropout:
+        weights = weights * keeps_weight(keys, count, dropout).transpose(1, 2) / (1 - dropout)
+    expected = (weights @ v).transpose(1, 2).flatten(2)
+    grad = random(*result.shape)
+    result.backward(grad)
+    expected.backward(grad.double())
+    assert distance(result, expected) < tolerance
+    assert all(distance(a.grad, b.grad) < tolerance for a, b in zip(ours, exact))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason='needs Triton')
+@pytest.mark.parametrize('dropout', [0.1, 0.5])
+def test_dropout_has_its_rate_in_rows_and_columns(dropout):
+    """Rows and columns of 4000 draws each: five standard deviations; neighbours are not alike."""
+    from models.csrc.distance_attention.fused import keeps_weight
+
+    keys = torch.randint(-(2**31), 2**31, (4000,), dtype=torch.int64, generator=torch.Generator().manual_seed(1))
+    dropped = ~keeps_weight(keys.to(torch.int32), 4000, dropout)
+    deviation = (dropout * (1 - dropout)) ** 0.5
+    assert abs(dropped.double().mean() - dropout) < 5 * deviation / 4000
+    for shares in (dropped.double().mean(0), dropped.double().mean(1)):
+        assert (shares - dropout).abs().max() < 5 * deviation / 4000**0.5
+    both = (dropped[:, 1:] & dropped[:, :-1]).double().mean()
+    assert abs(both - dropout**2) < 5 * dropout / 4000
+
+
+@runs
+@pytest.mark.parametrize('to_rgb', [True, False])
+@pytest.mark.parametrize('jittered', [True, False])
+def test_image_input(jittered, to_rgb, monkeypatch):
+    """Without jitter to the bit, so that inference does not depend on Triton; with it to a rounding of 255 values."""
+    layer = ImageInput([123.675, 116.28, 103.53], [58.395, 57.12, 57.375], to_rgb, 32, color_aug=True).to(DEVICE)
+    layer.train(jittered)
+    monkeypatch.setattr('models.encoder.image_input.runs_fused', lambda *_: False)
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 20, 40), dtype=torch.uint8).to(DEVICE)
+    images[0, :, :3], images[1, 1] = 7, images[1, 0]
+    torch.manual_seed(1)
+    expected = layer(images, samples=2)
+    torch.manual_seed(1)
+    result = layer._prepare_fused(images, draw_jitter(2, 6, DEVICE) if jittered else None)
+    assert result.shape == expected.shape and result.is_contiguous(memory_format=torch.channels_last)
+    if not jittered:
+        assert torch.equal(result, expected)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
+
+
+@runs
+@pytest.mark.parametrize('channels', [64, 20])
+def test_bias_and_relu(channels):
+    from models.encoder.fused_relu import relu_backward
+
+    torch.manual_seed(channels)
+    grad, result = [
+        random(3, channels, 33, 20).contiguous(memory_format=torch.channels_last) for _ in range(2)
+    ]  # some of the result is 0, or not a number
+    result = result.relu()
+    result[0, 1, 2, 3] = float('nan')
+    ours, of_bias = relu_backward(grad, result)
+    expected = torch.ops.aten.threshold_backward(grad, result, 0)
+    assert torch.equal(ours, expected) and ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(of_bias, expected.sum((0, 2, 3)), rtol=1e-5, atol=1e-4)  # sums of 2000 float32
