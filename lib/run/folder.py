@@ -137,7 +137,7 @@ def resume_command(argv: Sequence[str], folder: Path, environment: Mapping[str, 
     Args:
         argv: of the run: script and arguments.
         folder: of the run.
-        environment: variables that torchrun sets, if it started the run.
+        environment: variables that torchrun sets, or ``variables_of_slurm``, if either started the run.
     """
     kept, skip = [], False
     for word in argv[1:]:
@@ -149,7 +149,7 @@ def resume_command(argv: Sequence[str], folder: Path, environment: Mapping[str, 
         else:
             kept.append(word)
     local, world = environment.get('LOCAL_WORLD_SIZE'), environment.get('WORLD_SIZE')
-    launcher = ['python']
+    launcher = ['srun', '--ntasks', world, 'python'] if world and not local else ['python']
     if local and world:
         nodes = int(world) // int(local)
         launcher = ['torchrun', *(['--nnodes', str(nodes)] if nodes > 1 else []), '--nproc_per_node', local]

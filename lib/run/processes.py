@@ -1,11 +1,12 @@
-"""The processes of a run: one, or those that torchrun started; each with its device."""
+"""The processes of a run: one, or those that torchrun or SLURM's srun started; each with its device."""
 
 import contextlib
 import datetime
 import os
+import re
 import time
 from dataclasses import dataclass, field
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as torch_dist
@@ -74,8 +75,8 @@ class Processes:
 
 @contextlib.contextmanager
 def start_processes(device: Optional[str] = None) -> Iterator[Processes]:
-    """Join the process group that torchrun describes in the environment, if any; leave it afterwards. A group
-    that exists already is used and left as it is.
+    """Join the process group that torchrun or srun describes in the environment, if any; leave it afterwards. A
+    group that exists already is used and left as it is.
 
     NCCL between GPUs, gloo on the CPU and for Python objects.
 
@@ -85,6 +86,7 @@ def start_processes(device: Optional[str] = None) -> Iterator[Processes]:
     Raises:
         ConfigError: there is no GPU, or not one for each process of this machine.
     """
+    os.environ.update(variables_of_slurm(os.environ))
     chosen = pick_device(device)
     if 'WORLD_SIZE' not in os.environ or 'RANK' not in os.environ:
         yield Processes(device=chosen)
@@ -99,6 +101,37 @@ def start_processes(device: Optional[str] = None) -> Iterator[Processes]:
         if begins_here:
             _let_threads_finish()
             torch_dist.destroy_process_group()
+
+
+def variables_of_slurm(environment: Mapping[str, str]) -> Dict[str, str]:
+    """What torchrun would have set, for one of the several tasks of an ``srun``; nothing where torchrun did, or else.
+
+    A batch script and a shell of ``salloc`` have SLURM's variables too, but are no tasks of a step. The address is
+    that of the step's first node, the port one of the job's own; ``MASTER_ADDR`` and ``MASTER_PORT`` go before them.
+    """
+    tasks = environment.get('SLURM_STEP_NUM_TASKS', '1')
+    if 'RANK' in environment or int(tasks) < 2:
+        return {}
+    nodes = environment.get('SLURM_STEP_NODELIST') or environment['SLURM_JOB_NODELIST']
+    alone = ',' not in environment.get('CUDA_VISIBLE_DEVICES', ',')  # srun gave each task its GPU
+    port = 20000 + int(environment.get('SLURM_JOB_ID', 0)) % 40000
+    return dict(
+        RANK=environment['SLURM_PROCID'],
+        WORLD_SIZE=tasks,
+        LOCAL_RANK='0' if alone else environment['SLURM_LOCALID'],
+        MASTER_ADDR=environment.get('MASTER_ADDR') or first_host(nodes),
+        MASTER_PORT=environment.get('MASTER_PORT') or str(port),
+    )
+
+
+def first_host(nodes: str) -> str:
+    """First name in SLURM's short form of a list of hosts.
+
+    >>> first_host('gpu[07-09,12]-ib,login1'), first_host('a,b')
+    ('gpu07-ib', 'a')
+    """
+    name = re.sub(r'\[([^\],-]*)[^\]]*\]', r'\1', nodes)
+    return name.partition(',')[0]
 
 
 def _let_threads_finish() -> None:
@@ -120,7 +153,8 @@ def pick_device(device: Optional[str] = None) -> torch.device:
     local_rank, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(
-            f'torchrun started process {local_rank} on a machine with {count} GPUs; give --nproc_per_node {count}'
+            f'process {local_rank} was started on a machine with {count} GPUs; give torchrun --nproc_per_node {count}, '
+            f'or srun --ntasks-per-node {count}'
         )
     torch.cuda.set_device(local_rank)
     return torch.device('cuda', local_rank)

@@ -47,10 +47,11 @@ class Workshop:
         """Evaluate in this process; the exit status."""
         return run_validation(val_script.parse_args(arguments), fakes.components)
 
-    def start(self, *runs, processes: int = 0, node=None, **options) -> subprocess.Popen:
+    def start(self, *runs, processes: int = 0, node=None, environment=None, **options) -> subprocess.Popen:
         """Begin runs, each a list ``[script, *arguments]``, one after the other in processes of their own.
 
         node: (rank, nodes, port) where several torchruns make one run.
+        environment: variables to set.
         """
         where = ['--standalone']
         if node is not None:
@@ -62,7 +63,7 @@ class Workshop:
             [sys.executable, *(launcher if processes else []), str(HERE / 'fakes.py'), text],
             text=True,
             cwd=str(self.folder),
-            env=dict(os.environ, OMP_NUM_THREADS='1'),
+            env=dict(os.environ, OMP_NUM_THREADS='1', **(environment or {})),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             **options,
