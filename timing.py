@@ -1,4 +1,4 @@
-"""Time inference: latency and frames per second, with and without data loading and the feature cache.
+"""Time inference: latency and throughput, with and without data loading and the feature cache.
 
     python timing.py --config configs/r50_nuimg_704x256_8f_v1.1.py --weights W
     python timing.py --config C --weights W --amp fp16 --cuda-graph      # fastest
@@ -6,7 +6,8 @@
 
 Batch 1, samples in the data set's order. History "cached" keeps the features of earlier frames between
 samples, as a car driving along would; "full" encodes all frames of every sample. "With loading" starts the
-clock before the sample's files are opened, in this process. Results are on the CPU when the clock stops.
+clock before the sample's files are opened, in this process. "Throughput" loads samples in other processes while the
+model works, as val.py does, and gives the time from one result to the next. Results are on the CPU when the clock stops.
 """
 
 from lib.cli import check_files, make_parser, run_main
@@ -14,7 +15,7 @@ from tools.components import components
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__, 'config', 'override', 'split', 'amp', 'tf32', 'device', 'trust-weights')
+    parser = make_parser(__doc__, 'config', 'override', 'split', 'amp', 'tf32', 'device', 'workers', 'trust-weights')
     add = parser.add_argument
     add('--weights', help='checkpoint of the model that the config builds (default: random weights)')
     add('--samples', type=int, default=50, help='timed samples (default: 50)')

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..io import write_json
 from . import Components, open_dataset, read_task
 from .evaluation import load_for_inference, predict
-from .loading import to_device
+from .loading import make_loader, read_batches, to_device
 from .log import device_name, peak_memory_mib
 from .numerics import describe_precision
 from .processes import pick_device
@@ -33,6 +33,7 @@ def run_timing(args, components: Callable[[], Components]) -> List[Dict]:
     for history in ('cached', 'full') if args.history == 'both' else (args.history,):
         rows.append(clock.time_model(history))
         rows.append(clock.time_with_loading(history))
+        rows.append(clock.time_throughput(history))
     _print_rows(rows, clock.device)
     if args.out:
         about = dict(config=args.config, weights=args.weights, device=device_name(clock.device))
@@ -47,7 +48,8 @@ def _make_clock(args, cfg, components, device) -> 'Clock':
     model, _ = load_for_inference(components.build_model, cfg, task, args, device)
     changes = dict(test_mode=True, max_samples=args.warmup + args.samples)
     dataset = open_dataset(components, cfg, args.split, task, changes, check_files=False)
-    return Clock(model, dataset, components.collate, device, args.amp, args.warmup, args.samples)
+    workers = cfg.data.get('workers_per_gpu', 0) if args.workers is None else args.workers
+    return Clock(model, dataset, components.collate, device, args.amp, args.warmup, args.samples, workers)
 
 
 def _print_setting(args, clock: 'Clock') -> None:
@@ -58,7 +60,7 @@ def _print_setting(args, clock: 'Clock') -> None:
     parameters = sum(p.numel() for p in clock.model.parameters()) / 1e6
     print(
         f'{device_name(clock.device)}, {describe_precision(args.amp, clock.device)}, batch 1, {parameters:.2f} million '
-        f'parameters, {args.warmup} warm-up and {args.samples} timed samples'
+        f'parameters, {args.warmup} warm-up and {args.samples} timed samples, {clock.workers} loading processes'
     )
     print(clock.model.describe_speed(), flush=True)
 
@@ -98,9 +100,11 @@ class Clock:
         dataset, collate: give batches of one sample.
         device, amp: where and in which precision the model runs.
         warmup, samples: samples before and while the clock runs; the data set is gone over again if short.
+        workers: processes that load samples where throughput is timed.
     """
 
-    def __init__(self, model, dataset, collate, device, amp, warmup: int, samples: int):
+    def __init__(self, model, dataset, collate, device, amp, warmup: int, samples: int, workers: int = 0):
+        self.workers = workers
         self.model, self.dataset, self.collate = model, dataset, collate
         self.device, self.amp, self.warmup, self.samples = device, amp, warmup, samples
         self.count = len(dataset)
@@ -113,14 +117,33 @@ class Clock:
         """From the names of a sample's files to predictions on the CPU."""
         return self._time('with loading', history, None, lambda i: self._run(self._load(i)))
 
-    def _time(self, what: str, history: str, prepare: Optional[Callable], action: Callable) -> Dict:
-        """A row of the table: ``action`` is timed (see ``time_steps``)."""
+    def time_throughput(self, history: str) -> Dict:
+        """From one prediction on the CPU to the next, with loading in other processes; frames per second are means."""
+        self._start(history)
+        order = [[i % self.count] for i in range(self.warmup + self.samples)]
+        ends = [time.perf_counter()]
+        for batch in read_batches(make_loader(self.dataset, order, self.collate, self.workers, self.device)):
+            self._run(batch)
+            ends.append(time.perf_counter())
+        ends = ends[self.warmup :]
+        seconds = [end - before for before, end in zip(ends, ends[1:])]
+        return self._row('throughput', history, seconds, self.samples / sum(seconds), peak_memory_mib(self.device))
+
+    def _start(self, history: str) -> None:
         self.model.history = history
         self.model.reset_history()
+        if self.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _time(self, what: str, history: str, prepare: Optional[Callable], action: Callable) -> Dict:
+        """A row of the table: ``action`` is timed (see ``time_steps``)."""
+        self._start(history)
         seconds, memory = time_steps(action, self.warmup, self.samples, self.device, prepare)
-        median, p90 = quantile(seconds, 0.5), quantile(seconds, 0.9)
-        figures = dict(median_ms=1e3 * median, p90_ms=1e3 * p90, fps=1 / median)
-        return dict(what=what, history=history, **figures, memory_mib=memory)
+        return self._row(what, history, seconds, 1 / quantile(seconds, 0.5), memory)
+
+    def _row(self, what: str, history: str, seconds: Sequence[float], fps: float, memory_mib: float) -> Dict:
+        figures = dict(median_ms=1e3 * quantile(seconds, 0.5), p90_ms=1e3 * quantile(seconds, 0.9), fps=fps)
+        return dict(what=what, history=history, **figures, memory_mib=memory_mib)
 
     def _load(self, position: int) -> Dict:
         return self.collate([self.dataset[position % self.count]])

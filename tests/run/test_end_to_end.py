@@ -218,8 +218,10 @@ def test_timing_says_what_it_times(toy_root, tmp_path, monkeypatch, capsys):
     assert [(row['what'], row['history']) for row in rows] == [
         ('model', 'cached'),
         ('with loading', 'cached'),
+        ('throughput', 'cached'),
         ('model', 'full'),
         ('with loading', 'full'),
+        ('throughput', 'full'),
     ]
     assert all(0 < row['median_ms'] <= row['p90_ms'] for row in rows)
 
