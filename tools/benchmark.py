@@ -4,12 +4,18 @@
     python tools/benchmark.py --config CONFIG --what inference --amp fp16
     torchrun --nproc_per_node 2 tools/benchmark.py --config CONFIG --what training --batch-sizes 4
     python tools/benchmark.py --config CONFIG --what training --changes docs/common_changes.md --steps 4 --warmup 3
+    python tools/benchmark.py --config CONFIG --table --batch-sizes 1 2 4 8 --json new.json --against old.json
+    python tools/benchmark.py --markdown new.json
 
-The last one times the config and every change of the page's table in turn; what does not fit into memory is said.
+The fourth times the config and every change of the page's table in turn, the fifth every row of docs/performance.md;
+what does not fit into memory is said. With --against, rows of a stored run are put beside the new ones, and the status
+is 2 if one of them is slower or takes more memory by more than --tolerance. --markdown prints a stored run as tables.
 Times are medians over device-synchronised steps after warm-up; memory is the peak that PyTorch allocated.
 Weights are random and images are noise, so scores mean nothing; timing.py times a trained model on a data set.
 """
 
+import argparse
+import contextlib
 import gc
 import re
 import sys
@@ -20,6 +26,7 @@ from typing import List, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli import check_files, make_parser, run_main  # noqa: E402
+from tools.benchmark_table import SETTINGS, compare, markdown  # noqa: E402
 
 PARTS = ('inference', 'encoder', 'training')
 
@@ -34,6 +41,10 @@ def parse_args(argv=None):
     add('--steps', type=int, default=30, help='timed steps')
     add('--warmup', type=int, default=10, help='steps before timing')
     add('--changes', help='a page with a table of changes of the config: time each of them as well')
+    add('--table', action='store_true', help='time every precision, with and without graphs, one after the other')
+    add('--against', metavar='JSON', help='a stored run (--json) to compare with')
+    add('--tolerance', type=float, default=0.1, help='share that a row may be worse by (default: 0.1)')
+    add('--markdown', metavar='JSON', help='print this stored run as tables; to be given alone')
     add('--json', help='write the figures to this file as well')
     add('--profile', help='write a PyTorch profiler table of one inference step to this file')
     return parser.parse_args(argv)
@@ -197,6 +208,9 @@ class Bench:
 
 
 def main():
+    if len(sys.argv) == 3 and sys.argv[1] == '--markdown':
+        print(markdown(read_rows(sys.argv[2])))
+        return
     args = parse_args()
     check_files(args.config)
     from lib.run.processes import start_processes
@@ -210,20 +224,85 @@ def run(args, processes):
     from lib.io import write_json
     from lib.run.log import device_name
 
+    stored = read_rows(args.against) if args.against else []  # first, should it not be there
     device = processes.device
     about = dict(device=device_name(device), precision=args.amp or 'fp32', config=args.config)
     results = []
     for change in [None, *(read_changes(args.changes) if args.changes else [])]:
         cfg = load_changed(args.config, change, args.override) if change else load_config(args.config, args.override)
-        results.append(measure(args, processes, cfg, change.name if change else 'as it is'))
+        name = change.name if change else 'as it is'
+        results.append(measure_table(args, processes, cfg) if args.table else measure(args, processes, cfg, name))
         if args.json and processes.is_main:
             write_json(args.json, dict(about, **results[0], changes=results[1:]))
     for path in filter(None, (args.json, args.profile)) if processes.is_main else ():
         print(f'wrote {path}')
+    if args.against and processes.is_main:
+        tell_difference(results[0]['rows'], stored, args)
+
+
+def read_rows(path):
+    """Rows of a run that --json stored."""
+    from lib.errors import DataError
+    from lib.io import read_json
+
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get('rows'), list):
+        raise DataError(f"{path} has no 'rows'; give a file that tools/benchmark.py --json wrote")
+    return stored['rows']
+
+
+def tell_difference(rows, stored, args):
+    """Print how the rows compare with those stored; UserError if one is worse."""
+    from lib.errors import UserError
+
+    lines, worse = compare(rows, stored, args.tolerance)
+    print('\n'.join([f'compared with {args.against}:', *lines]))
+    if not lines:
+        raise UserError(f'{args.against} has none of the rows that were timed; give a run of the same settings')
+    if worse:
+        raise UserError(
+            f'{len(worse)} of {len(lines)} rows are worse than in {args.against} by more than '
+            f'{100 * args.tolerance:g} %: {"; ".join(worse)}'
+        )
+
+
+def measure_table(args, processes, cfg):
+    """Time every setting of the table that the device can compute in; a result with the rows of all."""
+    from lib.errors import ConfigError
+
+    rows, result = [], {}
+    for setting in SETTINGS:
+        own = argparse.Namespace(**dict(vars(args), **setting.options))
+        own.what = [part for part in own.what if part in args.what]
+        try:
+            result = measure(own, processes, cfg, setting.name)
+        except ConfigError as error:
+            print(f'{setting.name}: left out, {error}')
+            continue
+        rows += [dict(row, setting=setting.name) for row in result['rows']]
+    return dict(result, name='table', rows=rows)
+
+
+@contextlib.contextmanager
+def kept_switches():
+    """PyTorch's TF32 switches are as they were afterwards."""
+    import torch
+
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def measure(args, processes, cfg, name):
     """Time one config; dict of its name, parameters and rows, which end where the memory does."""
+    with kept_switches():
+        return _measure(args, processes, cfg, name)
+
+
+def _measure(args, processes, cfg, name):
     import torch
 
     from lib.run.log import device_name
@@ -237,7 +316,7 @@ def measure(args, processes, cfg, name):
         for part in args.what:
             getattr(bench, part)()
     except RuntimeError as error:
-        if not args.changes or 'out of memory' not in str(error):
+        if not (args.changes or args.table) or 'out of memory' not in str(error):
             raise
         print(f'{name}: the next step needs more memory than the GPU has', flush=True)
         result['out_of_memory'] = True

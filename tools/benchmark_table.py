@@ -1,0 +1,85 @@
+"""The rows of docs/performance.md: what tools/benchmark.py --table times, how two runs compare, and their Markdown."""
+
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+
+class Setting(NamedTuple):
+    """A column: arguments of tools/benchmark.py that differ from its defaults, by attribute."""
+
+    name: str
+    options: Mapping
+
+
+_INFERENCE = ('inference', 'encoder')
+SETTINGS = (
+    Setting('fp32', dict(what=_INFERENCE)),
+    Setting('fp32, graph', dict(what=_INFERENCE, cuda_graph=True)),
+    Setting('TF32, graph', dict(what=_INFERENCE, cuda_graph=True, tf32='on')),
+    Setting('fp16', dict(what=_INFERENCE, amp='fp16')),
+    Setting('fp16, graph', dict(what=_INFERENCE, amp='fp16', cuda_graph=True)),
+    Setting('bf16, graph', dict(what=_INFERENCE, amp='bf16', cuda_graph=True)),
+    Setting('fp32', dict(what=('training',))),
+    Setting('TF32', dict(what=('training',), tf32='on')),
+    Setting('bf16', dict(what=('training',), amp='bf16')),
+)
+
+Row = Dict  # a row of tools/benchmark.py with 'setting' beside 'name', 'median_ms' and 'peak_gib'
+
+
+def compare(rows: Sequence[Row], stored: Sequence[Row], tolerance: float) -> Tuple[List[str], List[str]]:
+    """Lines on every row that both runs have, and which of these is slower or takes more memory than was stored.
+
+    Args:
+        tolerance: share that a figure may be higher by.
+    """
+    before = {_key(row): row for row in stored}
+    lines, worse = [], []
+    for row in rows:
+        old = before.get(_key(row))
+        if old is None:
+            continue
+        factors = [_factor(row[figure], old[figure]) for figure in ('median_ms', 'peak_gib')]
+        name = ', '.join(filter(None, _key(row)))
+        lines.append(
+            f'{name:56s} {old["median_ms"]:9.2f} -> {row["median_ms"]:9.2f} ms ({factors[0]:.2f} x)   '
+            f'{old["peak_gib"]:6.2f} -> {row["peak_gib"]:6.2f} GiB ({factors[1]:.2f} x)'
+        )
+        if max(factors) > 1 + tolerance:
+            worse.append(name)
+    return lines, worse
+
+
+def _key(row: Row) -> Tuple[str, str]:
+    return row['name'], row.get('setting', '')
+
+
+def _factor(now: float, before: float) -> float:
+    return now / before if before else 1.0
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Tables of median milliseconds and of peak memory; a column for every setting."""
+    parts = []
+    for is_training, title in ((False, 'inference'), (True, 'training')):
+        chosen = [row for row in rows if row['name'].startswith('training') == is_training]
+        for figure, unit in (('median_ms', 'milliseconds'), ('peak_gib', 'GiB')) if chosen else ():
+            parts.append(_table(chosen, f'{title}, {unit}', figure))
+    return '\n\n'.join(parts)
+
+
+def _table(rows: Sequence[Row], title: str, figure: str) -> str:
+    names, settings = (list(dict.fromkeys(row.get(key, '') for row in rows)) for key in ('name', 'setting'))
+    values = {_key(row): row[figure] for row in rows}
+    lines = [_line([title, *settings]), _line(['---'] * (1 + len(settings)))]
+    return '\n'.join(
+        lines + [_line([name, *(_number(values.get((name, setting))) for setting in settings)]) for name in names]
+    )
+
+
+def _number(value: Optional[float]) -> str:
+    """Three digits."""
+    return '' if value is None else f'{value:.0f}' if value >= 100 else f'{value:.3g}'
+
+
+def _line(cells: Sequence[str]) -> str:
+    return '| ' + ' | '.join(cells) + ' |'
