@@ -36,6 +36,7 @@ RUN_BY = {
     'tools/infer.py': 'tests/tools/test_visualize_infer.py',
     'tools/export.py': 'tests/models/test_export.py',
     'tools/benchmark.py': 'tests/models/test_architecture.py',
+    'tools/benchmark_table.py': 'tests/tools/test_benchmark.py',
     'tools/watch_folder.py': 'tests/tools/test_api.py',
     'tools/visualize.py': 'tests/tools/test_visualize_infer.py',
     'make install': 'tests/test_env.py',

@@ -5,11 +5,10 @@
     torchrun --nproc_per_node 2 tools/benchmark.py --config CONFIG --what training --batch-sizes 4
     python tools/benchmark.py --config CONFIG --what training --changes docs/common_changes.md --steps 4 --warmup 3
     python tools/benchmark.py --config CONFIG --table --batch-sizes 1 2 4 8 --json new.json --against old.json
-    python tools/benchmark.py --markdown new.json
 
 The fourth times the config and every change of the page's table in turn, the fifth every row of docs/performance.md;
 what does not fit into memory is said. With --against, rows of a stored run are put beside the new ones, and the status
-is 2 if one of them is slower or takes more memory by more than --tolerance. --markdown prints a stored run as tables.
+is 2 if one of them is slower or takes more memory by more than --tolerance; tools/benchmark_table.py prints tables.
 Times are medians over device-synchronised steps after warm-up; memory is the peak that PyTorch allocated.
 Weights are random and images are noise, so scores mean nothing; timing.py times a trained model on a data set.
 """
@@ -26,7 +25,7 @@ from typing import List, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli import check_files, make_parser, run_main  # noqa: E402
-from tools.benchmark_table import SETTINGS, compare, markdown  # noqa: E402
+from tools.benchmark_table import SETTINGS, compare, read_rows  # noqa: E402
 
 PARTS = ('inference', 'encoder', 'training')
 
@@ -44,7 +43,6 @@ def parse_args(argv=None):
     add('--table', action='store_true', help='time every precision, with and without graphs, one after the other')
     add('--against', metavar='JSON', help='a stored run (--json) to compare with')
     add('--tolerance', type=float, default=0.1, help='share that a row may be worse by (default: 0.1)')
-    add('--markdown', metavar='JSON', help='print this stored run as tables; to be given alone')
     add('--json', help='write the figures to this file as well')
     add('--profile', help='write a PyTorch profiler table of one inference step to this file')
     return parser.parse_args(argv)
@@ -208,9 +206,6 @@ class Bench:
 
 
 def main():
-    if len(sys.argv) == 3 and sys.argv[1] == '--markdown':
-        print(markdown(read_rows(sys.argv[2])))
-        return
     args = parse_args()
     check_files(args.config)
     from lib.run.processes import start_processes
@@ -238,17 +233,6 @@ def run(args, processes):
         print(f'wrote {path}')
     if args.against and processes.is_main:
         tell_difference(results[0]['rows'], stored, args)
-
-
-def read_rows(path):
-    """Rows of a run that --json stored."""
-    from lib.errors import DataError
-    from lib.io import read_json
-
-    stored = read_json(path)
-    if not isinstance(stored, dict) or not isinstance(stored.get('rows'), list):
-        raise DataError(f"{path} has no 'rows'; give a file that tools/benchmark.py --json wrote")
-    return stored['rows']
 
 
 def tell_difference(rows, stored, args):

@@ -1,6 +1,17 @@
-"""The rows of docs/performance.md: what tools/benchmark.py --table times, how two runs compare, and their Markdown."""
+"""The tables of docs/performance.md: what tools/benchmark.py --table times, how two runs compare, and their Markdown.
 
+python tools/benchmark_table.py run.json        # prints what --json stored
+"""
+
+import sys
+from pathlib import Path
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lib.cli import make_parser, run_main  # noqa: E402
+from lib.errors import DataError  # noqa: E402
+from lib.io import read_json  # noqa: E402
 
 
 class Setting(NamedTuple):
@@ -24,6 +35,14 @@ SETTINGS = (
 )
 
 Row = Dict  # a row of tools/benchmark.py with 'setting' beside 'name', 'median_ms' and 'peak_gib'
+
+
+def read_rows(path: str) -> List[Row]:
+    """Rows of a run that tools/benchmark.py --json stored."""
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get('rows'), list):
+        raise DataError(f"{path} has no 'rows'; give a file that tools/benchmark.py --json wrote")
+    return stored['rows']
 
 
 def compare(rows: Sequence[Row], stored: Sequence[Row], tolerance: float) -> Tuple[List[str], List[str]]:
@@ -83,3 +102,17 @@ def _number(value: Optional[float]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return '| ' + ' | '.join(cells) + ' |'
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument('run', metavar='JSON', help='a run that tools/benchmark.py --json stored')
+    return parser.parse_args(argv)
+
+
+def main():
+    print(markdown(read_rows(parse_args().run)))
+
+
+if __name__ == '__main__':
+    run_main(main)

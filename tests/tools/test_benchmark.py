@@ -8,7 +8,7 @@ import pytest
 
 from lib.errors import DataError, UserError
 from lib.run.processes import Processes
-from tools import benchmark
+from tools import benchmark, benchmark_table
 from tools.benchmark_table import compare, markdown
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -80,6 +80,6 @@ def test_markdown_has_a_column_for_every_setting(tmp_path, monkeypatch, capsys):
     assert lines[:7] == expected and '| training, batch 1 | 123 |' in lines
     path = tmp_path / 'run.json'
     path.write_text(json.dumps(dict(rows=rows)))
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--markdown', str(path)])
-    benchmark.main()
+    monkeypatch.setattr(sys, 'argv', ['benchmark_table.py', str(path)])
+    benchmark_table.main()
     assert capsys.readouterr().out.splitlines() == lines
