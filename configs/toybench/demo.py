@@ -26,4 +26,4 @@ lr_config = dict(warmup_iters=5)
 runner = dict(max_iters=36)
 total_batch_size = 1
 train = dict(amp=None, log_interval=4, tensorboard=False)
-evaluation = dict(metrics=['ray_iou'])
+evaluation = dict(metrics=['ray_iou', 'miou'])
