@@ -23,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli import make_parser, run_main  # noqa: E402
 from lib.errors import DataError, UserError  # noqa: E402
+from lib.task import Task  # noqa: E402
 from tools.toy.generate import LABEL_SETS, generate  # noqa: E402
 from tools.toy.jobs import Options  # noqa: E402
+from tools.toy.labels import OCC3D_GRID  # noqa: E402
 from tools.toy.names import SPLITS, VERSIONS, plan_scenes  # noqa: E402
 from tools.toy.pool import plan_crew  # noqa: E402
 from tools.toy.work import FOLDER  # noqa: E402
@@ -41,6 +43,8 @@ PRESETS = {
         split='both',
         version='v1.0-trainval',
         label_sets='occ3d,openocc_v2',
+        voxel_size=OCC3D_GRID.voxel_size,
+        point_cloud_range=OCC3D_GRID.point_cloud_range,
         prepare=True,
     )
 }
@@ -73,6 +77,17 @@ def parse_args():
         default='occ3d,openocc_v2',
         metavar='A,B',
         help='occupancy labels to write (default occ3d,openocc_v2)',
+    )
+    parser.add_argument(
+        '--voxel-size', type=float, default=OCC3D_GRID.voxel_size, help="of labels, metres (Occ3D's: 0.4)"
+    )
+    parser.add_argument(
+        '--point-cloud-range',
+        nargs=6,
+        type=float,
+        default=OCC3D_GRID.point_cloud_range,
+        metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'),
+        help="volume of the labels, metres, ego frame (default: Occ3D's)",
     )
     parser.add_argument('--prepare', action='store_true', help='make info files and panoptic labels too')
     parser.add_argument(
@@ -155,15 +170,13 @@ def show_progress(results, total):
     return tqdm(results, total=total, desc='toy nuScenes', unit='keyframe', mininterval=1.0)
 
 
-def prepare(out, version, processes):
+def prepare(out, version, processes, task):
     """Make info files, and panoptic labels where there are labels to make them from."""
-    from lib.task import Task
     from loaders.prepare.panoptic_labels import write_panoptic_labels
     from loaders.prepare.sweep_infos import write_sweep_infos
 
     write_sweep_infos(str(out), version, str(out), None, processes)
     if (out / 'occ3d').is_dir():
-        task = Task('occ3d')
         panoptic = out / 'occ3d_panoptic'
         made = write_panoptic_labels(str(out), version, 'occ3d', panoptic, task, None, False, processes)
         if made.failed:
@@ -178,6 +191,9 @@ def main():
     if args.held_out is not None and not 0 <= args.held_out <= args.scenes:
         raise UserError(f'--held-out must lie between 0 and --scenes {args.scenes}, got {args.held_out}')
     plan = plan_scenes(args.scenes, args.split, args.version, args.held_out)
+    task = Task.from_config(
+        dict(label_set='occ3d', voxel_size=args.voxel_size, point_cloud_range=args.point_cloud_range)
+    )
     size, label_sets = parse_size(args.image_size), parse_label_sets(args.label_sets)
     check_out(args.out, args.overwrite)
     crew = plan_crew(choose_device(args.device), args.workers)
@@ -185,8 +201,8 @@ def main():
     print(f'{crew.workers} processes, {gpus} GPUs')
     if args.workers and args.workers > crew.workers:
         print(f'(of the {args.workers} asked for, no more fit into free memory)')
-    options = Options(args.out, plan, args.keyframes, size, not args.no_sweeps, args.seed, label_sets)
-    last = (lambda: prepare(args.out, plan.version, crew.workers)) if args.prepare else (lambda: None)
+    options = Options(args.out, plan, args.keyframes, size, not args.no_sweeps, args.seed, label_sets, task.grid)
+    last = (lambda: prepare(args.out, plan.version, crew.workers, task)) if args.prepare else (lambda: None)
     generate(options, crew, show_progress, last)
     splits = f'train: {len(plan.train)}, val: {len(plan.val)}, test: {len(plan.test)}'
     print(

@@ -12,12 +12,13 @@ from PIL import Image
 
 from lib.classes import OCC3D, OPENOCC_V2
 from lib.errors import UserError
+from lib.grids import Grid
 from lib.openmmlab import prepare_openmmlab
 from tools.toy import pool
 from tools.toy import shapes as sh
 from tools.toy.generate import generate
 from tools.toy.jobs import Options, run_job
-from tools.toy.labels import GRID_LOW, GRID_SHAPE, VOXEL, Labeller, RangeImage
+from tools.toy.labels import OCC3D_GRID, Labeller, RangeImage, openocc_labels
 from tools.toy.lidar import gather, scan
 from tools.toy.names import MINI_TRAIN, MINI_VAL, plan_scenes
 from tools.toy.objects import OBJECT_TYPES
@@ -31,6 +32,7 @@ from tools.toy.trace_cpu import trace_fan, trace_image, trace_rays
 from tools.toy.world import ToyWorld
 
 pytestmark = pytest.mark.usefixtures('one_thread')
+GRID_LOW, GRID_SHAPE, VOXEL = np.array(OCC3D_GRID.point_cloud_range[:3]), OCC3D_GRID.shape, OCC3D_GRID.voxel_size
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED, SIZE, KEYFRAMES = 3, (192, 108), 3
@@ -404,10 +406,10 @@ def test_openocc_labels_are_the_same_world(nusc, root, worlds):
     assert moved > 5
 
 
-def labels_at(world, rig, times, every=0.5):
+def labels_at(world, rig, times, every=0.5, grid=OCC3D_GRID):
     """Labels at some times of a scene scanned a few times a second from 4 s before it to 4 s after it."""
     moments = np.arange(-4.0, world.duration + 4.0, every)
-    labeller = Labeller(world, rig, gather([scan(world, rig, t).surface for t in moments]))
+    labeller = Labeller(world, rig, gather([scan(world, rig, t).surface for t in moments]), grid)
     return [labeller.labels(t, [RangeImage(t, scan(world, rig, t).distance)]) for t in times]
 
 
@@ -420,6 +422,20 @@ def test_all_classes_occur_in_ten_scenes():
         if len(found) == OCC3D.num_classes:
             return
     assert found == set(range(OCC3D.num_classes))
+
+
+def test_labels_of_any_grid():
+    """A voxel twice as large is occupied where any of its eight parts is; a part of the volume is cut out of it."""
+    world, rig = ToyWorld(0, 0, 2), make_rig(0, 0, SIZE)
+    (whole,) = labels_at(world, rig, (0.0,))
+    (coarse,) = labels_at(world, rig, (0.0,), grid=Grid('ego', OCC3D_GRID.point_cloud_range, 0.8))
+    (part,) = labels_at(world, rig, (0.0,), grid=Grid('ego', (-20.0, -12.0, -1.0, 20.0, 12.0, 2.2), 0.4))
+    occupied = whole.semantics != OCC3D.free_id
+    eight = occupied.reshape(100, 2, 100, 2, 8, 2).any(axis=(1, 3, 5))
+    assert coarse.semantics.shape == (100, 100, 8) and ((coarse.semantics != OCC3D.free_id) == eight).mean() > 0.9999
+    inside = whole.semantics[50:150, 70:130, :8]
+    assert part.semantics.shape == inside.shape and (part.semantics == inside).mean() > 0.9999
+    assert openocc_labels(part, np.zeros((len(world.annotated), 2)))['flow'].shape == (100, 60, 8, 2)
 
 
 def test_ground_stays_within_the_grid():

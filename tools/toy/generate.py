@@ -8,6 +8,7 @@ from typing import Callable, Dict, List
 
 from . import tables
 from .jobs import Job, Options, run_job, scene_record
+from .labels import OCC3D_GRID
 from .pool import Crew, run_tasks
 from .work import WorkFolder
 
@@ -44,7 +45,9 @@ def generate(options: Options, crew: Crew, progress: Callable, prepare: Callable
 
 def _arguments(options) -> Dict:
     """What decides the content of the files."""
+    other = dict(grid=list(options.grid.point_cloud_range) + [options.grid.voxel_size])
     return dict(
+        {} if options.grid == OCC3D_GRID else other,
         version=options.plan.version,
         scenes=options.plan.names,
         keyframes=options.keyframes,

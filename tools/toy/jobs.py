@@ -6,9 +6,11 @@ from typing import List, NamedTuple, Tuple
 
 import numpy as np
 
+from lib.grids import Grid
+
 from . import pool, tables
 from .files import write_bytes, write_jpeg, write_npz, write_png
-from .labels import Labeller, RangeImage, openocc_labels
+from .labels import OCC3D_GRID, Labeller, RangeImage, openocc_labels
 from .lidar import gather, scan, visible_share
 from .names import ScenePlan
 from .rig import CAMERA_PERIOD_US, CAMERA_SWEEPS, KEYFRAME_US, LIDAR, LIDAR_PERIOD_US, LIDAR_SWEEPS, Rig, make_rig
@@ -34,6 +36,7 @@ class Options(NamedTuple):
         sweeps: write the images and scans between keyframes.
         seed: of everything.
         label_sets: names out of LABEL_SETS.
+        grid: of the labels.
     """
 
     out: Path
@@ -43,6 +46,7 @@ class Options(NamedTuple):
     sweeps: bool
     seed: int
     label_sets: Tuple[str, ...]
+    grid: Grid = OCC3D_GRID
 
     @property
     def labelled(self) -> bool:
@@ -206,18 +210,18 @@ def _write_map(job, world):
 
 
 @functools.lru_cache(maxsize=1)
-def _open_labeller(out, scene, seed, keyframes, size):
+def _open_labeller(out, scene, seed, keyframes, size, grid):
     """The labeller of a scene whose scans are all made, and the range images of its keyframes."""
     work = WorkFolder(out)
     world, rig = ToyWorld(seed, scene, keyframes), make_rig(seed, scene, size)
     parts = [work.scans(scene, k) for k in range(keyframes)]
     images = [RangeImage(k * KEYFRAME_US * 1e-6, part.distance) for k, part in enumerate(parts)]
-    return Labeller(world, rig, gather([part.surface for part in parts])), images
+    return Labeller(world, rig, gather([part.surface for part in parts]), grid), images
 
 
 def _write_labels(job, keyframe):
     o, name = job.options, job.options.plan.names[job.scene]
-    labeller, images = _open_labeller(o.out, job.scene, o.seed, o.keyframes, o.size)
+    labeller, images = _open_labeller(o.out, job.scene, o.seed, o.keyframes, o.size, o.grid)
     sample = tables.sample_token(o.seed, name, keyframe)
     t = keyframe * KEYFRAME_US * 1e-6
     near = images[max(keyframe - _CARVING_KEYFRAMES, 0) : keyframe + _CARVING_KEYFRAMES + 1]

@@ -3,7 +3,7 @@
 A voxel is occupied when some scan of the scene reached a surface in it. What stands still is gathered in the
 map, what moves in its own frame, so that its voxels follow its box. A voxel that several things reach into
 takes the one with a box before scenery before ground, and among equals the one with more surface in it. The
-grid is Occ3D's (``lib.task.Task``'s defaults), in the ego frame of the keyframe.
+grid is Occ3D's (``lib.task.Task``'s defaults) or another, in the ego frame of the keyframe.
 """
 
 from typing import Dict, List, NamedTuple, Sequence
@@ -11,6 +11,7 @@ from typing import Dict, List, NamedTuple, Sequence
 import numpy as np
 
 from lib.classes import OCC3D, OPENOCC_V2
+from lib.grids import Grid
 from lib.task import Task
 
 from .lidar import Surface, ground_classes
@@ -20,9 +21,7 @@ from .trace_cpu import trace_image
 from .trace_voxels import Votes, mark_in_view, mark_passed, vote
 from .world import ToyWorld
 
-_TASK = Task(label_set='occ3d')
-GRID_SHAPE, VOXEL = _TASK.grid_shape, _TASK.voxel_size
-GRID_LOW, GRID_HIGH = np.array(_TASK.point_cloud_range[:3]), np.array(_TASK.point_cloud_range[3:])
+OCC3D_GRID = Task(label_set='occ3d').grid
 _GROUND, _SCENERY, _BOXED = range(3)
 _MASK_IMAGE = (400, 225)  # of the depth images for mask_camera
 _MASK_SLACK = (0.1, 0.2)  # metres that a seen surface point, and a seen voxel's centre, may lie behind them
@@ -57,10 +56,12 @@ class Labeller:
     Args:
         world, rig: the scene and its sensors.
         surface: what its scans reached.
+        grid: of the labels, ego frame.
     """
 
-    def __init__(self, world: ToyWorld, rig: Rig, surface: Surface):
-        self.world, self.rig = world, rig
+    def __init__(self, world: ToyWorld, rig: Rig, surface: Surface, grid: Grid = OCC3D_GRID):
+        self.world, self.rig, self.grid = world, rig, grid
+        self._to_grid = _grid_matrix(grid)
         boxed = {item.index: number for number, item in enumerate(world.annotated, start=1)}
         numbers = np.array([boxed.get(o.index, 0) for o in world.objects])
         ground = ground_classes()
@@ -78,8 +79,8 @@ class Labeller:
         ``scans`` are those whose rays show what is free, beside the surfaces that all scans reached.
         """
         ego_to_map = self.world.ego_to_map(t)
-        to_grid = _grid_matrix() @ np.linalg.inv(ego_to_map)
-        votes = vote(self._points, self._first, self._source_matrices(t, to_grid), self._rank, GRID_SHAPE)
+        to_grid = self._to_grid @ np.linalg.inv(ego_to_map)
+        votes = vote(self._points, self._first, self._source_matrices(t, to_grid), self._rank, self.grid.shape)
         occupied = votes.winner >= 0
         semantics = np.where(occupied, self._classes[votes.winner], OCC3D.free_id).astype(np.uint8)
         instances = np.where(occupied, self._instance[votes.winner], 0).astype(np.int16)
@@ -100,7 +101,8 @@ class Labeller:
         """Mark the voxels that the rays of a scan enter."""
         pose = to_grid @ self.world.ego_to_map(image.t) @ self.rig.lidar_to_ego
         rays, _ = lidar_directions()
-        mark_passed(pose[:3, 3], rays @ pose[:3, :3].T * VOXEL, image.distance / VOXEL, mask)
+        voxel = self.grid.voxel_size
+        mark_passed(pose[:3, 3], rays @ pose[:3, :3].T * voxel, image.distance / voxel, mask)
 
     def _seen_by_cameras(self, t, ego_to_map, votes: Votes):
         depths, to_image = [], []
@@ -110,14 +112,14 @@ class Labeller:
             scene = pack_scene(self.world.shapes_at(t, to_map[:3, 3]), self.world.waves, to_map[:3, 3])
             depth, _ = trace_image(scene, to_map[:3, :3], intrinsic, _MASK_IMAGE)
             depths.append(_widened(depth))
-            to_image.append(intrinsic @ np.linalg.inv(_grid_matrix() @ camera.to_ego)[:3])
+            to_image.append(intrinsic @ np.linalg.inv(self._to_grid @ camera.to_ego)[:3])
         return mark_in_view(votes, np.stack(to_image), np.stack(depths), _MASK_SLACK)
 
 
-def _grid_matrix() -> np.ndarray:
+def _grid_matrix(grid: Grid) -> np.ndarray:
     """float64 [4, 4]: ego frame to voxels from the grid's lower corner."""
-    matrix = np.diag([1 / VOXEL] * 3 + [1.0])
-    matrix[:3, 3] = -GRID_LOW / VOXEL
+    matrix = np.diag([1 / grid.voxel_size] * 3 + [1.0])
+    matrix[:3, 3] = -np.array(grid.point_cloud_range[:3]) / grid.voxel_size
     return matrix
 
 
@@ -144,7 +146,7 @@ def openocc_labels(labels: Labels, velocities: np.ndarray) -> Dict[str, np.ndarr
     names = [n if n in OPENOCC_V2.class_names else 'manmade' for n in OCC3D.class_names]
     table = np.array([OPENOCC_V2.class_names.index(n) for n in names], dtype=np.int32)
     semantics = table[labels.semantics]
-    instances = np.zeros(GRID_SHAPE, dtype=np.int64)
+    instances = np.zeros(semantics.shape, dtype=np.int64)
     others = OCC3D.class_names.index('others')
     boxed = (labels.instances > 0) & (labels.semantics != others)
     ids: List[int] = list(np.unique(labels.instances[boxed]))
@@ -153,6 +155,6 @@ def openocc_labels(labels: Labels, velocities: np.ndarray) -> Dict[str, np.ndarr
     stuff = ~boxed & (semantics != OPENOCC_V2.free_id)
     for number, class_id in enumerate(np.unique(semantics[stuff]), start=len(ids) + 1):
         instances[stuff & (semantics == class_id)] = number
-    flow = np.zeros(GRID_SHAPE + (2,), dtype=np.float32)
+    flow = np.zeros(semantics.shape + (2,), dtype=np.float32)
     flow[boxed] = velocities[labels.instances[boxed] - 1]
     return dict(semantics=semantics, instances=instances.astype(np.uint8), flow=flow)
