@@ -73,6 +73,7 @@ class LabelSet:
         colours: RGB 0..255 per class name.
         voxel_counts: training-set voxels of every class by its name; empty if unknown (all weights 1).
         remap: id in this set by id in the label files; empty where the files hold ids of this set.
+        boxes: id in this set by name of a box in the infos; nuScenes' names that this set has need not be given.
     """
 
     name: str
@@ -81,11 +82,14 @@ class LabelSet:
     colours: Mapping[str, Tuple[int, int, int]]
     voxel_counts: Mapping[str, int]
     remap: Mapping[int, int] = field(default_factory=dict)
+    boxes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, 'class_names', tuple(self.class_names))
         object.__setattr__(self, 'things', tuple(self.things))
         object.__setattr__(self, 'colours', {name: tuple(colour) for name, colour in self.colours.items()})
+        named = {name: i for i, name in enumerate(self.class_names[:-1]) if name in BOX_CLASSES}
+        object.__setattr__(self, 'boxes', {**named, **self.boxes})
         if len(self.class_names) < 2 or self.class_names[-1] != FREE:
             raise ConfigError(
                 f'label set {self.name!r}: class_names must hold at least two names and end in {FREE!r}; '
@@ -205,7 +209,7 @@ def get_label_set(spec: Union[str, Mapping, LabelSet]) -> LabelSet:
                 'dict with name, class_names and things'
             )
         return LABEL_SETS[spec]
-    fields = {'name', 'class_names', 'things', 'colours', 'voxel_counts', 'remap', 'remap_from'}
+    fields = {'name', 'class_names', 'things', 'colours', 'voxel_counts', 'remap', 'remap_from', 'boxes'}
     if not isinstance(spec, AnyMapping):
         raise ConfigError(
             f'label_set must be one of {sorted(LABEL_SETS)} or a dict with {sorted(fields)}, got {spec!r}'
@@ -215,14 +219,35 @@ def get_label_set(spec: Union[str, Mapping, LabelSet]) -> LabelSet:
     if missing:
         raise ConfigError(f'task.label_set: keys {sorted(missing)} are missing; the fields are {sorted(fields)}')
     _check_label_set(spec)
+    remap = _resolve_remap(spec)
     return LabelSet(
         name=spec['name'],
         class_names=tuple(spec['class_names']),
         things=tuple(spec['things']),
         colours=dict(spec.get('colours', _COLOURS)),
         voxel_counts=dict(spec.get('voxel_counts', {})),
-        remap=_resolve_remap(spec),
+        remap=remap,
+        boxes=_resolve_boxes(spec, remap),
     )
+
+
+def _resolve_boxes(spec: Mapping, remap: Mapping[int, int]) -> Dict[str, int]:
+    """Ids of this set by names of boxes, from ``boxes`` ({name: class}) and from what ``remap`` makes of the classes
+    of ``remap_from`` that have boxes.
+
+    Raises:
+        ConfigError: no such dict, or a class that there is not.
+    """
+    where, names, given = 'task.label_set.boxes', list(spec['class_names'][:-1]), spec.get('boxes') or {}
+    if not isinstance(given, AnyMapping) or not all(isinstance(name, str) for name in given):
+        raise ConfigError(f'{where} must be a dict {{name of a box: class}}, got {given!r}')
+    source = spec.get('remap_from')
+    old = get_label_set(source).class_names if source is not None else ()
+    found = {name: remap[i] for i, name in enumerate(old) if name in BOX_CLASSES and remap[i] < len(names)}
+    unknown = [name for name in given.values() if name not in names]
+    if unknown:
+        raise ConfigError(f'{where}: {unknown[0]!r} is not in class_names{did_you_mean(unknown[0], names)}')
+    return {**found, **{box: names.index(name) for box, name in given.items()}}
 
 
 def _resolve_remap(spec: Mapping) -> Dict[int, int]:

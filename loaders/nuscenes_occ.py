@@ -178,7 +178,8 @@ class NuSceneOcc(torch.utils.data.Dataset):
         if valid.shape == counts.shape:
             counts &= valid
         names = np.asarray(info.get('gt_names', ()), dtype=str)[counts]
-        return sorted(set(names.tolist()) & set(self.task.label_set.occupied_names))
+        labels = self.task.label_set
+        return sorted({labels.class_names[labels.boxes[name]] for name in names.tolist() if name in labels.boxes})
 
     def label_path(self, index: int) -> Path:
         """Path of the sample's label file.

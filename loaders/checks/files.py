@@ -195,7 +195,7 @@ def _implausible(counts, task: Task) -> List[Finding]:
     known = sum(labels.voxel_counts.get(name, 0) for name in labels.occupied_names)
     for name, count in zip(labels.occupied_names, occupied):
         share, usual = count / occupied.sum(), labels.voxel_counts.get(name, known) / max(known, 1)
-        if share > MAX_RARE_SHARE and usual < RARE:
+        if known and share > MAX_RARE_SHARE and usual < RARE:
             doubts.append(f'{share:.0%} of the occupied voxels are {name} ({usual:.1%} is usual)')
     remedy = f'are these the ids of label set {labels.name!r}, free = {labels.free_id}?'
     return [Finding(WARNING, f'implausible labels: {"; ".join(doubts)}; {remedy}')] if doubts else []

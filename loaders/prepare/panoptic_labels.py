@@ -8,8 +8,8 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from lib.classes import BOX_CLASSES, LabelSet
-from lib.errors import DataError
+from lib.classes import IGNORE_LABEL, LabelSet
+from lib.errors import ConfigError, DataError
 from lib.geometry import rotation_z, transform_points, voxel_centers
 from lib.infos import load_infos, volume_from_lidar
 from lib.io import find_under, path_inside, save_npz
@@ -79,8 +79,16 @@ def write_panoptic_labels(
         processes: worker processes; None = all cores.
 
     Raises:
+        ConfigError: things without boxes.
         DataError: no info file, one of another version, or not one label could be read.
     """
+    labels = task.label_set
+    without = [labels.class_names[i] for i in labels.thing_ids if not _is_box_class(i, labels)]
+    if without:
+        raise ConfigError(
+            f'no box in the infos is of class {without[0]!r}, a thing of label set {labels.name!r}; say which are '
+            f"with task.label_set.boxes, e.g. boxes={{'car': {without[0]!r}}}"
+        )
     infos = _gather_infos(Path(data_root), version, info_files)
     job = PanopticJob(
         infos,
@@ -160,14 +168,14 @@ def boxes_in_volume(info: Dict, label_set: LabelSet, frame: str = 'ego') -> List
     volume_from = volume_from_lidar(info, frame)
     boxes = []
     for name, row in zip(info.get('gt_names', ()), info.get('gt_boxes', ())):
-        if name in BOX_CLASSES and name in label_set.occupied_names:
+        if name in label_set.boxes:
             row = np.asarray(row, dtype=np.float64)
             boxes.append(
                 VolumeBox(
                     center=transform_points(volume_from, row[:3]),
                     axes=volume_from[:3, :3] @ rotation_z(row[6]),
                     size=row[3:6],
-                    class_id=label_set.class_names.index(str(name)),
+                    class_id=label_set.boxes[name],
                 )
             )
     return boxes
@@ -180,7 +188,7 @@ def make_instances(semantics: np.ndarray, boxes: Sequence[VolumeBox], task: Task
     id); each other class present takes one id; each voxel left over goes to the nearest box of its class that
     has an id and holds it once enlarged. More than 255 ids do not fit: the last boxes go without.
     """
-    index = np.argwhere(semantics != task.label_set.free_id)
+    index = np.argwhere((semantics != task.label_set.free_id) & (semantics != IGNORE_LABEL))
     classes = semantics[tuple(index.T)].astype(np.int64)
     points = voxel_centers(task.point_cloud_range, task.voxel_size, task.grid_shape, index)
     stuff = [c for c in np.unique(classes) if not _is_box_class(c, task.label_set)]
@@ -194,7 +202,7 @@ def make_instances(semantics: np.ndarray, boxes: Sequence[VolumeBox], task: Task
 
 
 def _is_box_class(class_id, label_set):
-    return class_id < label_set.free_id and label_set.class_names[class_id] in BOX_CLASSES
+    return class_id in label_set.boxes.values()
 
 
 def _claim_by_boxes(points, classes, boxes, max_boxes):

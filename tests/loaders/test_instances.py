@@ -1,14 +1,17 @@
 """Panoptic labels: hand-made cases of every rule, the box convention, the toy world's own instances."""
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pyquaternion import Quaternion
 
+from lib.classes import BOX_CLASSES, OCC3D, get_label_set
 from lib.cli import run_main
 from lib.config import load_config
-from lib.errors import DataError
+from lib.errors import ConfigError, DataError
 from lib.geometry import voxel_centers
 from lib.io import load_npz_checked, save_npz, save_pickle
 from lib.labels import read_labels
@@ -249,6 +252,48 @@ def test_the_script_takes_the_task_of_a_config(prepared, monkeypatch, capsys, tm
         assert labels['semantics'].max() == 2 and labels['instances'].max() > 0
         source = str(path).replace('occ3d_panoptic', 'occ3d')
         assert (np.load(path)['semantics'] == np.load(source)['semantics']).all()
+
+
+MERGED = dict(
+    name='merged',
+    class_names=['vehicle', 'rest', 'free'],
+    things=['vehicle'],
+    remap_from='occ3d',
+    remap=dict(dict.fromkeys(OCC3D.class_names[:-1], 'rest'), car='vehicle', truck='vehicle', free='free'),
+)
+
+
+def test_boxes_of_merged_classes(prepared, tmp_path):
+    """A box counts for the class that its own became; things without boxes are told, and boxes named by hand serve."""
+    merged = get_label_set(MERGED)
+    assert merged.boxes == {name: int(name not in ('car', 'truck')) for name in BOX_CLASSES}
+    own = dict(name='own', class_names=['vehicle', 'free'], things=['vehicle'])
+    assert get_label_set(dict(own, boxes=dict(car='vehicle', tractor='vehicle'))).boxes == dict(car=0, tractor=0)
+    with pytest.raises(ConfigError, match="boxes: 'vehicel' is not in class_names; did you mean 'vehicle'"):
+        get_label_set(dict(own, boxes=dict(car='vehicel')))
+    with pytest.raises(ConfigError, match='boxes must be a dict'):
+        get_label_set(dict(own, boxes=['car']))
+    volume = dict(point_cloud_range=[-8, -8, -1, 8, 8, 5.4])
+    out = str(tmp_path / 'out')
+    with pytest.raises(ConfigError, match="no box in the infos is of class 'vehicle', a thing of label set 'own'"):
+        write_panoptic_labels(prepared, 'v1.0-mini', 'occ3d', out, Task.from_config(dict(label_set=own, **volume)))
+    tasks = [Task.from_config(dict(label_set=labels, **volume)) for labels in (MERGED, 'occ3d')]
+    found = []
+    for number, task in enumerate(tasks):
+        write_panoptic_labels(prepared, 'v1.0-mini', 'occ3d', f'{out}{number}', task, processes=1)
+        path = next(iter(sorted(Path(f'{out}{number}').rglob('labels.npz'))))
+        found.append(read_labels(path, replace(task, panoptic=True)))
+    vehicles = [np.isin(labels['semantics'], ids) for labels, ids in zip(found, ([0], [4, 10]))]
+    assert (vehicles[0] == vehicles[1]).all() and vehicles[0].any()
+    cars = found[1]['semantics'] == 4  # of the released classes; each keeps to itself, and nothing more is merged
+    merged_ids, ids = found[0]['instances'][cars], found[1]['instances'][cars]
+    assert len(np.unique(merged_ids[ids > 0])) == len(np.unique(ids[ids > 0])) > 0
+
+
+def test_ignored_voxels_have_no_instance():
+    semantics = np.full(TASK.grid_shape, TASK.label_set.free_id, np.uint8)
+    semantics[0, 0, 0], semantics[1, 0, 0] = 255, TASK.label_set.class_names.index('manmade')
+    assert make_instances(semantics, [], TASK)[:2, 0, 0].tolist() == [0, 1]
 
 
 # ---- toy nuScenes ----------------------------------------------------------------------------------------

@@ -270,6 +270,13 @@ def test_real_labels_are_plausible(real_dir):
             assert _implausible(counts, task) == []
 
 
+def test_shares_of_a_label_set_without_counts_are_nothing_unusual():
+    from loaders.checks.files import _implausible
+
+    labels = dict(name='own', class_names=['ground', 'rest', 'free'], things=[])
+    assert _implausible(np.array([90, 10, 900]), Task.from_config(dict(label_set=labels))) == []
+
+
 def test_the_share_of_short_histories_and_the_reason_are_told(root):
     def told(task):
         return [f for f in inspect_dataset(_open(root, task)) if 'earlier keyframes' in f.text or 'follow' in f.text]
