@@ -387,6 +387,7 @@ class Slots:
         """Exit status of a command whose output goes to the run's log; it is asked to stop when time is over."""
         environment = dict(os.environ)
         environment.setdefault('OMP_NUM_THREADS', str(self.workers))
+        environment.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # the cores are shared
         if gpu is not None:
             visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
             environment['CUDA_VISIBLE_DEVICES'] = visible[gpu] if visible[0] else str(gpu)
