@@ -308,6 +308,12 @@ def _check_label_set(spec: Mapping) -> None:
         'voxel_counts': isinstance(counts, AnyMapping) and all(_is_count(count) for count in counts.values()),
     }
     wrong = [name for name, is_right in right.items() if not is_right]
+    if not wrong:
+        unknown = [
+            (key, name) for key in ('colours', 'voxel_counts') for name in spec.get(key) or () if name not in names
+        ]
+        for key, name in unknown[:1]:
+            raise ConfigError(f'label_set.{key}: {name!r} is not in class_names{did_you_mean(name, names)}; remove it')
     if wrong:
         raise ConfigError(
             f'label_set.{wrong[0]} is of the wrong type: name is a text, class_names and things are lists of texts, '

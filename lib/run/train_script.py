@@ -67,6 +67,15 @@ def run_training(args, components: Callable[[], Components]) -> int:
     return 0
 
 
+def check_norms(model: torch.nn.Module, processes: Processes) -> None:
+    """Raise ConfigError where batch norms over all processes have no GPUs to run on."""
+    shared = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+    if shared and processes.world_size > 1 and processes.device.type == 'cpu':
+        raise ConfigError(
+            "norms of type 'SyncBN' work between GPUs alone; set norm_cfg.type='BN', or train in one process or on GPUs"
+        )
+
+
 def config_changes(args) -> List[str]:
     """``--override``, and after it the arguments that stand for a config value."""
     named = {
@@ -130,6 +139,7 @@ class Launch:
         dataset, validation = self._training_set(), self._validation_set()
         self.processes.wait_for_all()
         model = self._model(start).to(self.processes.device)
+        check_norms(model, self.processes)
         trainer = Trainer(self._job(model, dataset, validation))
         if start.checkpoint is not None:
             trainer.resume(start.checkpoint, str(start.path))

@@ -23,3 +23,5 @@ def test_rare_classes_weigh_more():
 def test_counts_of_some_classes_only_are_an_error_that_names_the_others():
     with pytest.raises(ConfigError, match=r"'own': voxel_counts lacks \['car', 'free'\]; give a count for every class"):
         get_label_set(dict(OWN, voxel_counts=dict(road=1000)))
+    with pytest.raises(ConfigError, match="voxel_counts: 'roda' is not in class_names; did you mean 'road'"):
+        get_label_set(dict(OWN, voxel_counts=dict(road=1, car=1, free=1, roda=1)))

@@ -117,6 +117,17 @@ def test_common_changes_of_the_docs(change):
     assert all(torch.isfinite(value) for value in losses.values())
 
 
+def test_convnext_of_the_docs(tmp_path):
+    pytest.importorskip('mmcls')
+    blocks = PAGE.read_text(encoding='utf-8').split('```python\n')
+    (text,) = [block.split('```')[0] for block in blocks if 'mmcls.ConvNeXt' in block.split('```')[0]]
+    (tmp_path / 'c.py').write_text(text.replace("'./r50_nuimg_704x256_8f_v1.1.py'", repr(str(BASE))))
+    cfg = load_config(str(tmp_path / 'c.py'), SMALL)
+    task = Task.from_config(cfg.task)
+    losses = build_model(cfg.model, task)(**synthetic_batch(task, batch_size=1, with_labels=True), return_loss=True)
+    assert all(torch.isfinite(value) for value in losses.values())
+
+
 def test_the_table_of_the_docs_is_read():
     names = [change.name for change in CHANGES]
     assert len(names) == len(set(names)) >= 14

@@ -15,7 +15,9 @@ from lib.run.health import HealthWatch, shares
 from lib.run.loading import make_loader, read_batches
 from lib.run.log import Countdown, RunLog, WindowAverage, duration
 from lib.run.numerics import mix, seed_step
+from lib.run.processes import Processes
 from lib.run.timing_script import quantile
+from lib.run.train_script import check_norms
 from lib.settings import EvaluationSettings, TrainSettings
 
 
@@ -127,6 +129,14 @@ def test_auto_resume_takes_the_newest_run_that_has_a_whole_checkpoint(tmp_path, 
     assert [p.name for p in checkpoints(old)] == ['iter_12.pth', 'iter_9.pth', 'iter_5.pth']
     with pytest.raises(CheckpointError, match='holds no whole checkpoint'):
         find_checkpoint_to_resume(str(empty), None, 'c.py')
+
+
+def test_norms_over_processes_need_gpus():
+    model = torch.nn.Sequential(torch.nn.SyncBatchNorm(4))
+    check_norms(model, Processes())
+    check_norms(torch.nn.BatchNorm1d(4), Processes(0, 2))
+    with pytest.raises(ConfigError, match="'SyncBN' work between GPUs alone; set norm_cfg.type='BN'"):
+        check_norms(model, Processes(0, 2))
 
 
 def test_evidence_of_a_bad_step_is_no_checkpoint(tmp_path):
