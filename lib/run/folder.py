@@ -308,6 +308,15 @@ def read_training_state(path: str, trust: bool = False) -> Dict:
     return checkpoint
 
 
+def _with_own_switches(state: Mapping, optimizer) -> Dict:
+    """An optimizer's state that is computed with as this one does: the run that goes on may be on another device."""
+    groups = [
+        dict(saved, **{key: own[key] for key in ('fused', 'foreach', 'capturable') if key in own})
+        for saved, own in zip(state['param_groups'], optimizer.param_groups)
+    ]
+    return dict(state, param_groups=groups + list(state['param_groups'][len(groups) :]))
+
+
 def restore(
     checkpoint: Mapping,
     path: str,
@@ -337,7 +346,7 @@ def restore(
         fit_weights(model, ema['learning'], path)
     rates = [group['base_lr'] for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        optimizer.load_state_dict(_with_own_switches(checkpoint['optimizer'], optimizer))
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f'checkpoint {path} has another optimizer state than the config builds ({error}); '

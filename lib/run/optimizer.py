@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import os
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -55,8 +54,6 @@ def build_optimizer(model: nn.Module, cfg: Mapping) -> torch.optim.Optimizer:
 
 def can_fuse(kind: type, model: nn.Module) -> bool:
     """Whether PyTorch has one kernel for all of this optimizer's parameters; its rounding is that of the others."""
-    if 'adamw' not in os.environ.get('SPARSEOCC_TRY', '').split(','):  # not measured yet
-        return False
     on_gpu = all(p.is_cuda and p.is_floating_point() for p in model.parameters() if p.requires_grad)
     return on_gpu and _HAS_FUSED and 'fused' in inspect.signature(kind).parameters
 

@@ -1,6 +1,7 @@
 """Custom operators, a folder each: public function with its checks, PyTorch reference, binding and kernel.
 
-The compiled kernels are loaded on first use; without them the references run.
+The compiled kernels are loaded on first use; without them the references run. Kernels in Triton, which comes with
+PyTorch for NVIDIA GPUs and compiles on first use, serve training.
 """
 
 import functools
@@ -35,34 +36,42 @@ def find_kernels(name: str, device: torch.device) -> Optional[ModuleType]:
     return _EXTENSIONS[name].find(device)
 
 
-def runs_fused(operator: str, device: torch.device) -> bool:
-    """Whether Triton's kernels of 'attention', 'mixing' or 'input' serve the device: an NVIDIA GPU since Ampere."""
-    if device.type != 'cuda' or not tries(operator):
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on the device: an NVIDIA GPU since Ampere, with what Triton needs to compile."""
+    if device.type != 'cuda' or torch.version.hip is not None:
         return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0) and _has_triton()
-
-
-def tries(name: str) -> bool:
-    """Whether a faster way that has not been measured yet is asked for: SPARSEOCC_TRY=attention,mixing,neck."""
-    return name in os.environ.get('SPARSEOCC_TRY', '').split(',')
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.get_device_capability(index) >= (8, 0) and _compiles_triton(index)
 
 
 @functools.lru_cache(maxsize=None)
-def _has_triton() -> bool:
-    """Whether Triton is there and can compile, for which it needs a C compiler and Python's headers."""
-    missing = []
-    if importlib.util.find_spec('triton') is None:
-        missing.append('the package triton')
-    if not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
-        missing.append('a C compiler')
-    if not (Path(sysconfig.get_paths()['include']) / 'Python.h').exists():
-        missing.append("Python's header files")
-    if missing:
+def _compiles_triton(index: int) -> bool:
+    """Tried once; a warning says why not, or what is missing: Triton compiles C as well, against Python's headers."""
+    problem = _missing_for_triton()
+    if not problem:
+        try:
+            from models.csrc.triton_probe import check_triton
+
+            problem = '' if check_triton(torch.device('cuda', index)) else 'its kernels compute something else'
+        except Exception as error:  # whatever a compiler may say
+            problem = f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
+    if problem:
         warnings.warn(
-            f'training takes the slower PyTorch operators, because {" and ".join(missing)} cannot be found',
-            stacklevel=2,
+            f'Triton cannot be used ({problem}), so training on the GPU runs slower PyTorch operators',
+            RuntimeWarning,
+            stacklevel=3,
         )
-    return not missing
+    return not problem
+
+
+def _missing_for_triton() -> str:
+    if importlib.util.find_spec('triton') is None:
+        return 'it is not installed'
+    if not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
+        return 'there is no C compiler'
+    if not (Path(sysconfig.get_paths()['include']) / 'Python.h').exists():
+        return "Python's headers are missing; install python3-dev"
+    return ''
 
 
 def compiled_operators(device: torch.device) -> List[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lib.errors import ConfigError
 from lib.task import Task
-from models.csrc import runs_fused
+from models.csrc import has_triton
 from models.csrc.adaptive_mixing import adaptive_mix
 from models.csrc.distance_attention import distance_attention, distance_attention_in_training
 from models.torch_compat import autocast_dtype, recompute
@@ -136,7 +136,7 @@ class DistanceAttention(BaseModule):
         attend = functools.partial(self._attend, exact)
         again = self.save_memory and torch.is_grad_enabled() and query.requires_grad
         with torch.autocast(query.device.type, enabled=False):
-            if again and not runs_fused('attention', query.device):
+            if again and not has_triton(query.device):
                 return recompute(attend, query.float(), positions)
             return attend(query.float(), positions)
 

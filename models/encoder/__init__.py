@@ -9,11 +9,10 @@ from typing import Hashable, List, Mapping, NamedTuple, Optional, Sequence, Tupl
 import torch
 from torch import Tensor, nn
 
-from models.csrc import tries
 from models.csrc.msmv_sampling import GradientSum, select_frames
 from models.cuda_graph import GraphedFunction
 from models.encoder.feature_cache import FeatureCache
-from models.encoder.fused import FusedResNet, can_fuse_backbone, can_fuse_neck, run_neck
+from models.encoder.fused import FusedResNet, can_fuse_backbone, can_fuse_neck, run_neck, run_neck_again
 from models.encoder.image_input import ImageInput
 from models.torch_compat import autocast_dtype
 
@@ -118,8 +117,11 @@ class ImageEncoder:
         fused = self._fused_backbone
         stages = fused(images) if fused is not None and fused.serves(images) else self.backbone(images)
         fuses = self.fuse and images.is_cuda and can_fuse_neck(self.neck)
-        fuses = fuses and (not torch.is_grad_enabled() or tries('neck'))
-        maps = run_neck(self.neck, stages) if fuses else self.neck(stages)
+        if fuses:
+            saves = torch.is_grad_enabled() and getattr(self.backbone, 'with_cp', False)
+            maps = run_neck_again(self.neck, stages) if saves else run_neck(self.neck, stages)
+        else:
+            maps = self.neck(stages)
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]
 
@@ -146,7 +148,7 @@ class ImageEncoder:
 
 
 def _with_gradient_sum(features: ImageFeatures) -> ImageFeatures:
-    if not features.maps[0].requires_grad or not tries('sum'):
+    if not features.maps[0].requires_grad:
         return features
     gradient_sum = GradientSum(features.maps)
     return features._replace(maps=gradient_sum.features, gradient_sum=gradient_sum)

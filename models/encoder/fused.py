@@ -25,7 +25,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.models.necks import FPN
 from torch import Tensor, nn
 
-from models.csrc import runs_fused
+from models.csrc import has_triton
 from models.torch_compat import autocast_dtype, recompute
 
 # Earlier releases reach cuDNN through another interface, which was not tried.
@@ -345,7 +345,7 @@ class _ConvolveReLU(torch.autograd.Function):
 def _can_sum_fused(grad: Tensor, result: Tensor) -> bool:
     layout = torch.channels_last
     both = grad.is_contiguous(memory_format=layout) and result.is_contiguous(memory_format=layout)
-    return both and grad.dtype == result.dtype and runs_fused('relu', grad.device)
+    return both and grad.dtype == result.dtype and has_triton(grad.device)
 
 
 def can_fuse_neck(neck: nn.Module) -> bool:
@@ -380,7 +380,14 @@ def run_neck(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
         level = F.conv2d(stage, module.conv.weight)
         bias = module.conv.bias.to(level.dtype).view(1, -1, 1, 1)
         merged.append(_AddEnlarged.apply(level, merged[-1] + bias) if merged else level.add_(bias))
-    return [module(level) for module, level in zip(neck.fpn_convs, reversed(merged))]
+    levels = [module(level) for module, level in zip(reversed(neck.fpn_convs), merged)]
+    return levels[::-1]
+
+
+def run_neck_again(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
+    """``run_neck`` that keeps nothing but its results; the levels that it convolves are added up again in the backward
+    pass. That ends before the largest level, which comes last, is convolved again."""
+    return list(recompute(lambda *parts: tuple(run_neck(neck, parts)), *stages))
 
 
 class _AddEnlarged(torch.autograd.Function):

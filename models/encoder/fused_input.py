@@ -106,5 +106,6 @@ def prepare_images(
     out = torch.empty((count, height, width, 3), dtype=dtype, device=images.device)
     grid = triton.cdiv(height * width, _BLOCK), count
     given = settings if jitter is None else jitter
-    _prepare[grid](images, settings, given, out, *sizes, jitters=jitter is not None, to_rgb=to_rgb, block=_BLOCK)
+    with torch.cuda.device_of(images):
+        _prepare[grid](images, settings, given, out, *sizes, jitters=jitter is not None, to_rgb=to_rgb, block=_BLOCK)
     return out.permute(0, 3, 1, 2)

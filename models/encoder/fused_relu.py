@@ -57,5 +57,6 @@ def relu_backward(grad: Tensor, result: Tensor) -> Tuple[Tensor, Tensor]:
     blocks = triton.cdiv(pixels, _ROWS * _STEPS)
     sums = torch.empty(blocks, channels, dtype=torch.float32, device=grad.device)
     grid = blocks, triton.cdiv(channels, _COLUMNS)
-    _relu_backward[grid](grad, result, out, sums, pixels, channels, rows=_ROWS, columns=_COLUMNS, steps=_STEPS)
+    with torch.cuda.device_of(grad):
+        _relu_backward[grid](grad, result, out, sums, pixels, channels, rows=_ROWS, columns=_COLUMNS, steps=_STEPS)
     return out, sums.sum(0).to(grad.dtype)

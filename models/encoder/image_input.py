@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lib.dist import batch_rand
 from lib.errors import ConfigError
 from lib.registry import check_keys
-from models.csrc import runs_fused
+from models.csrc import has_triton
 from models.torch_compat import autocast_dtype
 
 _BRIGHTNESS = 32.0
@@ -51,7 +51,7 @@ class ImageInput(nn.Module):
         float32, or, where one kernel does all of this, the type that autocast goes on in.
         """
         jitter = draw_jitter(samples, images.shape[0], images.device) if self.training and self.color_aug else None
-        if images.dtype == torch.uint8 and runs_fused('input', images.device):
+        if images.dtype == torch.uint8 and has_triton(images.device):
             return self._prepare_fused(images, jitter)
         images = images.to(torch.float32)
         if jitter is not None:

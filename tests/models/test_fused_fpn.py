@@ -3,11 +3,17 @@
 import pytest
 import torch
 
-from models.encoder.fused import add_enlarged, can_fuse_neck, run_neck  # before mmdet: makes it importable
+from models.encoder.fused import (
+    add_enlarged,
+    can_fuse_neck,
+    run_neck,
+    run_neck_again,
+)  # before mmdet: makes it importable
 
 from mmdet.models.builder import build_neck  # isort: skip
 
 CHANNELS = [4, 6, 8, 10]
+VERSION = tuple(int(n) for n in torch.__version__.split('.')[:2])
 
 
 def make_neck(**options):
@@ -47,13 +53,32 @@ def test_levels_are_those_of_mmdet(sizes, channels_last):
 @pytest.mark.parametrize('sizes', [[(16, 24), (8, 12), (4, 6), (2, 3)], [(9, 25), (5, 13), (3, 7), (2, 4)]], ids=str)
 def test_gradients_are_those_of_mmdet(sizes, channels_last):
     neck, results = make_neck(), []
-    for compute in (lambda stages: run_neck(neck, stages), neck):
+    for compute in (lambda stages: run_neck(neck, stages), lambda stages: run_neck_again(neck, stages), neck):
         stages = [stage.requires_grad_() for stage in make_stages(sizes, channels_last)]
         neck.zero_grad()
         sum((level * level).sum() for level in compute(stages)).backward()
         results.append([stage.grad for stage in stages] + [parameter.grad for parameter in neck.parameters()])
-    for ours, theirs in zip(*results):
+    for ours, again, theirs in zip(*results):
+        assert torch.equal(ours, again)
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)  # double; sums in another order
+
+
+@pytest.mark.skipif(VERSION < (2, 1), reason='before PyTorch 2.1 all is computed again')
+def test_the_largest_level_is_not_convolved_again(monkeypatch):
+    neck, calls = make_neck(), []
+    convolve = torch.nn.functional.conv2d
+
+    def counted(x, weight, *options):
+        result = convolve(x, weight, *options)
+        calls.append((tuple(weight.shape[2:]), tuple(x.shape[2:])))
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, 'conv2d', counted)
+    sizes = [(16, 24), (8, 12), (4, 6), (2, 3)]
+    levels = run_neck_again(neck, [stage.requires_grad_() for stage in make_stages(sizes)])
+    assert calls.count(((3, 3), sizes[0])) == 1
+    sum(level.sum() for level in levels).backward()
+    assert calls.count(((3, 3), sizes[0])) == 1 and calls.count(((1, 1), sizes[0])) == 2
 
 
 def test_stages_before_the_start_are_left_out():

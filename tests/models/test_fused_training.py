@@ -119,7 +119,7 @@ def test_image_input(jittered, to_rgb, monkeypatch):
     """Without jitter to the bit, so that inference does not depend on Triton; with it to a rounding of 255 values."""
     layer = ImageInput([123.675, 116.28, 103.53], [58.395, 57.12, 57.375], to_rgb, 32, color_aug=True).to(DEVICE)
     layer.train(jittered)
-    monkeypatch.setattr('models.encoder.image_input.runs_fused', lambda *_: False)
+    monkeypatch.setattr('models.encoder.image_input.has_triton', lambda *_: False)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (6, 3, 20, 40), dtype=torch.uint8).to(DEVICE)
     images[0, :, :3], images[1, 1] = 7, images[1, 0]

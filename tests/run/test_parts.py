@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from lib.errors import CheckpointError, ConfigError, UserError
-from lib.run.folder import CheckpointKeeper, checkpoints, create_run_folder, find_checkpoint_to_resume, resume_command
+from lib.run.folder import (
+    CheckpointKeeper,
+    _with_own_switches,
+    checkpoints,
+    create_run_folder,
+    find_checkpoint_to_resume,
+    resume_command,
+)
 from lib.run.health import HealthWatch, shares
 from lib.run.loading import make_loader, read_batches
 from lib.run.log import Countdown, RunLog, WindowAverage, duration
@@ -19,6 +26,8 @@ from lib.run.processes import Processes
 from lib.run.timing_script import quantile
 from lib.run.train_script import check_norms
 from lib.settings import EvaluationSettings, TrainSettings
+
+VERSION = tuple(int(n) for n in torch.__version__.split('.')[:2])
 
 
 def test_window_average_and_its_state():
@@ -233,3 +242,20 @@ def test_a_run_that_goes_wrong_is_told_once(values, words):
 def test_shares_over_passes():
     passes = [dict(a=(1, 2), b=(torch.tensor(0), 0)), dict(a=(torch.tensor(2.0), 2), b=(0, 0))]
     assert shares(passes) == dict(a=0.75) and shares([{}]) == {}
+
+
+@pytest.mark.skipif(VERSION < (2, 4), reason='no such kernel on the CPU')
+@pytest.mark.parametrize('saved, own', [(True, False), (False, True)])
+def test_a_run_goes_on_with_its_own_kernels(saved, own):
+    """A checkpoint of a GPU's run holds that its optimizer was fused, which another device may not have."""
+    optimizers = []
+    for fused in (saved, own):
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizers.append(torch.optim.AdamW([weight], lr=0.1, fused=fused))
+        weight.grad = torch.ones(3)
+    optimizers[0].step()
+    state = _with_own_switches(optimizers[0].state_dict(), optimizers[1])
+    optimizers[1].load_state_dict(state)
+    optimizers[1].step()
+    assert bool(optimizers[1].param_groups[0]['fused']) == own
+    assert float(optimizers[1].state_dict()['state'][0]['step']) == 2

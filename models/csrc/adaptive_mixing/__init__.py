@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.csrc import find_kernels, runs_fused
+from models.csrc import find_kernels, has_triton
 
 # What the kernel is compiled for. Other sizes and types take the reference.
 KERNEL_WIDTH, KERNEL_MAX_IN, KERNEL_MAX_OUT = 64, 32, 128
@@ -91,7 +91,7 @@ def _runs_fused(sampled: Tensor, generated: Tensor, out_points: int) -> bool:
     in_points, width = sampled.shape[-2:]
     fits = width in (16, 32, 64) and 0 < in_points <= KERNEL_MAX_IN and 0 < out_points <= KERNEL_MAX_OUT
     wanted = fits and sampled.dtype in KERNEL_TYPES and sampled.numel() and _needs_grad(sampled, generated)
-    return bool(wanted) and runs_fused('mixing', sampled.device)
+    return bool(wanted) and has_triton(sampled.device)
 
 
 def _mix_fused(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:

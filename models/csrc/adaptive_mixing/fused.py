@@ -118,7 +118,8 @@ class FusedMixing(Function):
         ctx.save_for_backward(x, generated)
         ctx.sizes, ctx.eps = _sizes(x, out_points), eps
         out = x.new_empty(x.shape[0], out_points, x.shape[2])
-        _forward[(x.shape[0],)](x, generated, out, eps, **ctx.sizes)
+        with torch.cuda.device_of(x):
+            _forward[(x.shape[0],)](x, generated, out, eps, **ctx.sizes)
         return out
 
     @staticmethod
@@ -126,5 +127,6 @@ class FusedMixing(Function):
     def backward(ctx, grad: Tensor):
         x, generated = ctx.saved_tensors
         grad_x, grad_generated = torch.empty_like(x), torch.empty_like(generated)
-        _backward[(x.shape[0],)](x, generated, grad.contiguous(), grad_x, grad_generated, ctx.eps, **ctx.sizes)
+        with torch.cuda.device_of(x):
+            _backward[(x.shape[0],)](x, generated, grad.contiguous(), grad_x, grad_generated, ctx.eps, **ctx.sizes)
         return grad_x, grad_generated, None, None

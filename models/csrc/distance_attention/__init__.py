@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.csrc import find_kernels, runs_fused
+from models.csrc import find_kernels, has_triton
 
 KERNEL_WIDTH = 32  # what the kernel is compiled for; other widths take the reference
 
@@ -49,7 +49,7 @@ def distance_attention_in_training(
     Args:
         exact: products as precise as float32's; False takes TF32 where that is faster.
     """
-    if not runs_fused('attention', parts.device) or parts.shape[4] not in (16, 32, 64):
+    if not has_triton(parts.device) or parts.shape[4] not in (16, 32, 64):
         return distance_attention_reference(parts, reach, positions, dropout)
     from models.csrc.distance_attention.fused import FusedAttention  # needs Triton
 

@@ -191,7 +191,8 @@ class FusedAttention(Function):
         ctx.sizes = dict(heads=heads, width=width, block=_BLOCK, drops=keys is not None, precision=precision)
         inputs = (parts, reach, positions, reach if keys is None else keys)
         ctx.save_for_backward(*inputs, out, lse)
-        _forward[_grid(parts)](*inputs, out, lse, *ctx.numbers, **ctx.sizes)
+        with torch.cuda.device_of(parts):
+            _forward[_grid(parts)](*inputs, out, lse, *ctx.numbers, **ctx.sizes)
         return out
 
     @staticmethod
@@ -202,8 +203,9 @@ class FusedAttention(Function):
         delta = (grad * out).view(reach.shape + (-1,)).sum(-1)
         grad_parts, grad_reach = torch.empty_like(parts), torch.empty_like(reach)
         inputs = (parts, reach, positions, keys, lse, delta, grad, grad_parts)
-        _backward_queries[_grid(parts)](*inputs, grad_reach, *ctx.numbers, **ctx.sizes)
-        _backward_keys[_grid(parts)](*inputs, *ctx.numbers, **ctx.sizes)
+        with torch.cuda.device_of(parts):
+            _backward_queries[_grid(parts)](*inputs, grad_reach, *ctx.numbers, **ctx.sizes)
+            _backward_keys[_grid(parts)](*inputs, *ctx.numbers, **ctx.sizes)
         return grad_parts, grad_reach, None, None, None, None
 
 
