@@ -3,13 +3,16 @@
 Random numbers need no state: they are a function of seed and iteration (``lib.run.numerics``).
 """
 
+import errno
+import fcntl
 import os
 import re
 import shlex
 import shutil
+import socket
 import time
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import IO, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from torch import Tensor, nn
 
@@ -24,6 +27,7 @@ OUTPUTS = 'outputs'
 LATEST = 'latest.pth'
 BEST = 'best.pth'
 ELSEWHERE = 'runs_elsewhere.txt'  # in the experiment folder: run folders chosen with --work-dir
+LOCK = '.lock'  # held, and filled with who holds it, by the process that writes to a run folder
 _FACTS_TO_SAY = ('device', 'git', 'torch')
 _NAME = re.compile(r'^(?:epoch_\d+_)?iter_(\d+)\.pth$')
 _LEFTOVER = re.compile(r'^\..*\.tmp\.pth$')
@@ -54,6 +58,38 @@ def create_run_folder(path: Optional[str], config_path: str) -> Path:
                 f'cannot make the run folder {folder}: {error.strerror}; choose another --work-dir'
             ) from error
     raise UserError(f'10000 run folders named {wanted} exist; choose another --work-dir')
+
+
+def claim_folder(folder: Path) -> Optional[IO]:
+    """Keep other runs from writing to a run folder, until the file returned is closed or this process ends.
+
+    The lock belongs to this process alone (POSIX): data-loading workers that outlive it do not hold it.
+
+    Returns:
+        The locked file; None where the file system knows no locks.
+
+    Raises:
+        UserError: a run is writing there.
+    """
+    path = folder / LOCK
+    try:
+        file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115  (open as long as the run lasts)
+    except OSError:  # checkpoints and log will say what is wrong
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        holder = path.read_text(encoding='utf-8').strip() or 'another process'
+        raise UserError(
+            f'run folder {folder} is being written by {holder}; end that run first, or choose another --work-dir'
+        ) from error
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}')
+    file.flush()
+    return file
 
 
 def experiment_folder(config_path: str) -> Path:

@@ -1,9 +1,12 @@
 """The processes of a run: one, or those that torchrun or SLURM's srun started; each with its device."""
 
 import contextlib
+import ctypes
 import datetime
 import os
 import re
+import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
@@ -14,6 +17,7 @@ import torch.distributed as torch_dist
 from ..errors import ConfigError
 
 _TIME_TO_FREE_TENSORS = 0.5  # seconds; it takes microseconds where the machine is not overloaded
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _TIMEOUT = datetime.timedelta(minutes=60)  # rank 0 may evaluate or write for long while the others wait
 
 
@@ -91,6 +95,7 @@ def start_processes(device: Optional[str] = None) -> Iterator[Processes]:
     if 'WORLD_SIZE' not in os.environ or 'RANK' not in os.environ:
         yield Processes(device=chosen)
         return
+    _end_with_torchrun()
     begins_here = not torch_dist.is_initialized()
     if begins_here:
         torch_dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=_TIMEOUT)
@@ -101,6 +106,13 @@ def start_processes(device: Optional[str] = None) -> Iterator[Processes]:
         if begins_here:
             _let_threads_finish()
             torch_dist.destroy_process_group()
+
+
+def _end_with_torchrun() -> None:
+    """Let Linux end this process when the torchrun that started it is gone, were it by SIGKILL: nobody would watch
+    over it any more, and it would go on writing into a run folder that another run may have taken up."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ and sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def variables_of_slurm(environment: Mapping[str, str]) -> Dict[str, str]:

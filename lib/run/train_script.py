@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import IO, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .batch_plan import BatchPlan, EpochOrder, balancing_weights, plan_batch
 from .evaluation import Evaluation
 from .folder import (
     Resumable,
+    claim_folder,
     config_differences,
     config_lines,
     create_run_folder,
@@ -126,10 +127,13 @@ class Launch:
             check_pretrained_file(self.cfg.load_from)
         self.seed = choose_seed(self.args, self.cfg, start, self.processes)
         self.log = RunLog(self.processes.is_main)
+        self.lock: Optional[IO] = None
         try:
             self._prepare(start).run()
         finally:
             self.log.close()
+            if self.lock is not None:
+                self.lock.close()
 
     def _prepare(self, start: Start) -> Trainer:
         tell_start(self.log, self.args, self.cfg, start, self.seed)
@@ -144,6 +148,8 @@ class Launch:
         if start.checkpoint is not None:
             trainer.resume(start.checkpoint, str(start.path))
         folder = make_folder(self.args, start, self.processes)
+        if self.processes.is_main:
+            self.lock = claim_folder(folder)
         self.log.open(str(folder), self.settings.tensorboard)
         write_facts(folder, self.cfg, self.seed, self.processes, self.log)
         trainer.use_folder(folder, resume_command(sys.argv, folder, os.environ))

@@ -1,13 +1,16 @@
-"""A training of two processes that is killed at random moments again and again ends as one that never was.
+"""A training of two processes that is killed again and again ends as one that never was.
 
     make chaos                         # 20 kills, some minutes
-    SPARSEOCC_KILLS=3 pytest tests/run/test_chaos.py
+    SPARSEOCC_KILLS=3 pytest -s tests/run/test_chaos.py
 
-Not part of the usual tests: it is skipped unless SPARSEOCC_KILLS is set. The seed of the moments is printed with a
-failure; SPARSEOCC_CHAOS_SEED repeats them as closely as processes allow.
+Each life of the run is ended in a phase and in a way of their own, at a random moment, and what was done is printed.
+Not part of the usual tests: it is skipped unless SPARSEOCC_KILLS is set. SPARSEOCC_CHAOS_SEED repeats the moments as
+closely as processes allow.
 """
 
 import contextlib
+import itertools
+import json
 import os
 import random
 import signal
@@ -18,15 +21,20 @@ import pytest
 
 KILLS = int(os.environ.get('SPARSEOCC_KILLS', '0'))
 SEED = int(os.environ.get('SPARSEOCC_CHAOS_SEED', random.randrange(10**6)))
+STEPS = 10  # of an epoch
 OPTIONS = (
     'train.checkpoint_interval_iters=1',
     'train.max_keep_ckpts=2',
-    'data.train.length=400',
+    f'data.train.length={8 * STEPS}',
     'data.train.delay=0.01',
+    'data.val.delay=0.1',
     'data.workers_per_gpu=1',
+    f'runner.max_epochs={2 * KILLS + 2}',
     'evaluation.interval=1',
     'model.dropout=0',
 )
+PHASES = ('loading', 'stepping', 'saving', 'evaluating')
+WAYS = ('all', 'one', 'launcher', 'term')  # SIGKILL of everything, of one process, of torchrun alone; SIGTERM
 
 pytestmark = pytest.mark.skipif(not KILLS, reason='long; run it with make chaos')
 
@@ -51,35 +59,66 @@ def kill_all(run):
             os.kill(pid, signal.SIGKILL)
 
 
-def strike(run, rng):
-    """SIGKILL of everything, of one process, or SIGTERM of the launcher, at a random moment; what was done."""
-    moment = rng.uniform(3.0, 12.0)
-    deadline = time.monotonic() + moment
-    while time.monotonic() < deadline and run.poll() is None:
-        time.sleep(0.05)
-    how = rng.choice(('all', 'one', 'term'))
-    below = children(run.pid)
-    if how == 'all' or not below:
+def in_phase(phase, folder, before, rng):
+    """Whether a run is loading, stepping, saving or evaluating now.
+
+    Args:
+        folder: of the run.
+        before: records in its metrics.jsonl when this life of it began.
+    """
+    records = read_records(folder)
+    if phase == 'loading':
+        return len(records) == before and rng.random() < 0.01
+    if phase == 'saving':
+        return bool(list(folder.glob('.*.tmp.pth')))
+    if len(records) == before:
+        return False
+    if phase == 'stepping':
+        return rng.random() < 0.2
+    return records[-1]['kind'] == 'train' and records[-1]['iteration'] % STEPS == 0
+
+
+def read_records(folder):
+    """What a run logged, in order; a line that is being written is left out."""
+    path = folder / 'metrics.jsonl'
+    return [json.loads(line) for line in path.read_text().split('\n')[:-1]] if path.exists() else []
+
+
+def strike(run, way, phase, folder, before, rng):
+    """End a run in a way and a phase."""
+    deadline = time.monotonic() + 100
+    while not in_phase(phase, folder, before, rng):
+        assert run.poll() is None and time.monotonic() < deadline, (phase, run.communicate()[0])
+        time.sleep(0.001 if phase == 'saving' else 0.02)
+    time.sleep(rng.random() * (0.002 if phase == 'saving' else 0.1))
+    if way == 'all':
         kill_all(run)
-    elif how == 'one':
-        os.kill(rng.choice(below), signal.SIGKILL)
+    elif way == 'one':
+        os.kill(rng.choice(children(run.pid) or [run.pid]), signal.SIGKILL)
     else:
-        os.kill(run.pid, signal.SIGTERM)
-    return f'{how} after {moment:.1f} s'
+        os.kill(run.pid, signal.SIGTERM if way == 'term' else signal.SIGKILL)
 
 
 def test_killed_again_and_again(workshop):
     rng, history = random.Random(SEED), []
-    status, text = workshop.launch(['train'] + workshop.arguments(*OPTIONS, work_dir='whole'), processes=2)
-    assert status == 0, text
-    arguments = ['train'] + workshop.arguments(*OPTIONS, more=('--resume', 'auto'))
-    for _ in range(KILLS):
+    whole = workshop.start(['train'] + workshop.arguments(*OPTIONS, work_dir='whole'), processes=2)
+    text = whole.communicate(timeout=1200)[0]
+    assert whole.returncode == 0, text
+    arguments, folder = ['train'] + workshop.arguments(*OPTIONS, more=('--resume', 'auto')), workshop.folder / 'run'
+    pairs = list(itertools.product(WAYS, PHASES))
+    rng.shuffle(pairs)
+    for number in range(KILLS):
+        way, phase = pairs[number % len(pairs)]
+        before = read_records(folder)
         run = workshop.start(arguments, processes=2, start_new_session=True)
         try:
-            history.append(strike(run, rng))
-            run.communicate(timeout=120)
+            strike(run, way, phase, folder, len(before), rng)
+            said = run.communicate(timeout=120)[0]  # also when the last of its processes has ended
         finally:
             kill_all(run)
+        history.append(f'{way} while {phase}, {len(read_records(folder)) - len(before)} steps on')
+        print(history[-1], flush=True)
+        assert run.returncode != 0, (SEED, history, said)
     status, text = workshop.launch(arguments, processes=2)
     assert status == 0, (SEED, history, text)
     assert workshop.curve() == pytest.approx(workshop.curve('whole'), rel=1e-4), (SEED, history)

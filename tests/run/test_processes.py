@@ -4,8 +4,13 @@ import json
 import os
 import signal
 import socket
+import sys
+import time
+from pathlib import Path
 
 import pytest
+
+from lib.errors import UserError
 
 DETERMINISTIC = ('model.dropout=0',)
 
@@ -92,6 +97,31 @@ def test_sigterm_to_torchrun_saves_once_and_leaves(workshop):
     text = run.communicate(timeout=60)[0]
     assert run.returncode != 0 and text.count('stopped by SIGTERM after iteration') == 1, text
     assert [n for n in workshop.files() if n.startswith('iter_')] == [f'iter_{max(workshop.records())}.pth']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='asks the kernel of Linux')
+def test_one_run_at_a_time_writes_to_a_folder(workshop):
+    """A second run is refused while the first goes on; after SIGKILL of torchrun alone its processes end as well,
+    so that the next run takes up the folder."""
+    slow = workshop.arguments('data.train.length=8000', 'data.train.delay=0.01', 'train.checkpoint_interval_iters=1')
+    run = workshop.start(['train'] + slow, processes=2, start_new_session=True)
+    try:
+        workshop.wait_for_iterations(3)
+        below = [int(pid) for pid in Path(f'/proc/{run.pid}/task/{run.pid}/children').read_text().split()]
+        claimed = r'run folder .* is being written by process \d+ on .*; end that run first'
+        with pytest.raises(UserError, match=claimed):
+            workshop.train('data.train.length=8000', more=('--resume', 'auto'))
+    finally:
+        run.kill()
+    deadline = time.monotonic() + 20
+    while [pid for pid in below if Path(f'/proc/{pid}').exists()]:
+        assert len(below) >= 2 and time.monotonic() < deadline, 'its processes go on without it'
+        time.sleep(0.01)
+    run.communicate()
+    done = max(workshop.records())
+    until = f'runner.max_iters={done + 2}'
+    assert workshop.train('data.train.length=8000', until, more=('--resume', 'auto')) == 0
+    assert len(workshop.curve()) == done + 2
 
 
 def test_two_nodes_learn_as_one_process(workshop):
