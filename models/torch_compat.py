@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_NON_REENTRANT = 'use_reentrant' in inspect.signature(checkpoint).parameters  # PyTorch 1.11 and later
+NON_REENTRANT = 'use_reentrant' in inspect.signature(checkpoint).parameters  # PyTorch 1.11 and later
 
 
 def autocast_dtype(device_type: str) -> Optional[torch.dtype]:
@@ -21,6 +21,6 @@ def autocast_dtype(device_type: str) -> Optional[torch.dtype]:
 
 def recompute(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     """``function(*args)`` whose intermediates are made again in the backward pass; random draws repeat there."""
-    if _NON_REENTRANT:
+    if NON_REENTRANT:
         return checkpoint(function, *args, use_reentrant=False)
     return checkpoint(function, *args)

@@ -26,7 +26,7 @@ from mmdet.models.necks import FPN
 from torch import Tensor, nn
 
 from models.csrc import has_triton
-from models.torch_compat import autocast_dtype, recompute
+from models.torch_compat import NON_REENTRANT, autocast_dtype, recompute
 
 # Earlier releases reach cuDNN through another interface, which was not tried.
 _IS_RECENT = tuple(int(n) for n in torch.__version__.split('.')[:2]) >= (2, 2)
@@ -387,6 +387,8 @@ def run_neck(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
 def run_neck_again(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
     """``run_neck`` that keeps nothing but its results; the levels that it convolves are added up again in the backward
     pass. That ends before the largest level, which comes last, is convolved again."""
+    if not NON_REENTRANT:  # DDP wants every weight's gradient in one backward pass
+        return run_neck(neck, stages)
     return list(recompute(lambda *parts: tuple(run_neck(neck, parts)), *stages))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from models.csrc import find_kernels, has_triton
 
 KERNEL_WIDTH = 32  # what the kernel is compiled for; other widths take the reference
+FUSED_WIDTHS = (16, 32)  # of training; wider heads need more shared memory than all GPUs have
 
 
 def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def distance_attention_in_training(
     Args:
         exact: products as precise as float32's; False takes TF32 where that is faster.
     """
-    if not has_triton(parts.device) or parts.shape[4] not in (16, 32, 64):
+    if parts.shape[4] not in FUSED_WIDTHS or not has_triton(parts.device):
         return distance_attention_reference(parts, reach, positions, dropout)
     from models.csrc.distance_attention.fused import FusedAttention  # needs Triton
 
