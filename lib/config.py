@@ -60,6 +60,7 @@ _OPEN_SECTIONS = (
     'model.data_aug',
     'model.data_aug.img_norm_cfg',
     'model.data_aug.img_pad_cfg',
+    'model.auxiliary_losses',
     'model.test_cfg',
     'published',
 )

@@ -45,7 +45,7 @@ def build_model(cfg: Mapping, task: Task):
     return model.train()  # a ResNet fixes its running statistics (norm_eval) only when told to train
 
 
-def build_part(cfg: Mapping, registry, where: str, task: Optional[Task] = None):
+def build_part(cfg: Mapping, registry, where: str, task: Optional[Task] = None, sizes=None):
     """A registered part of the model.
 
     Args:
@@ -53,11 +53,14 @@ def build_part(cfg: Mapping, registry, where: str, task: Optional[Task] = None):
         registry: mmcv Registry.
         where: key of ``cfg`` in the config, for messages.
         task: handed over if the constructor has an argument of that name.
+        sizes: ``DecoderSizes``, handed over likewise.
     """
     kind = cfg.get('type') if isinstance(cfg, Mapping) else None
     cls = kind if inspect.isclass(kind) else look_up(kind, registry)
-    takes_task = cls is not None and 'task' in inspect.signature(cls.__init__).parameters
-    return build_checked(cfg, registry, dict(task=task) if takes_task else {}, where)
+    asked = () if cls is None else inspect.signature(cls.__init__).parameters
+    offered = dict(task=task, sizes=sizes)
+    given = {name: value for name, value in offered.items() if name in asked and value is not None}
+    return build_checked(cfg, registry, given, where)
 
 
 def build_encoder_part(cfg: Mapping, registry, where: str):

@@ -9,7 +9,7 @@ from typing import Dict, List, Mapping, Optional, Sequence, Union
 import numpy as np
 import torch
 from mmcv.runner import BaseModule
-from mmdet.models.builder import BACKBONES, DETECTORS, HEADS, LOSSES, NECKS
+from mmdet.models.builder import BACKBONES, DETECTORS, HEADS, NECKS
 from torch import Tensor
 
 from lib.errors import ConfigError, DataError
@@ -22,7 +22,7 @@ from models.csrc import compiled_operators
 from models.decoders import TransformerOutput
 from models.encoder import ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
-from models.losses import check_targets
+from models.losses import BEGINNING, TrainingPass, build_auxiliary_losses, check_targets
 from models.merging import MergedPrediction
 
 HISTORY = ('full', 'cached')
@@ -54,8 +54,7 @@ class SparseOcc(BaseModule):
         img_backbone, img_neck, pts_bbox_head: configs of the parts.
         data_aug: what happens to the images on the device, see ``ImageInput.from_config``.
         use_mask_camera: train on camera-visible voxels only.
-        loss_depth: config of a loss on the image features, such as ``LidarDepthLoss``; training only.
-        loss_denoising: config of a ``DenoisingLoss``; training only.
+        auxiliary_losses: configs of losses that only training has, by name, see ``build_auxiliary_losses``.
         test_cfg: history ('cached' keeps the features of earlier frames between calls with batch 1, 'full'
             encodes all frames of every sample), draws ('even' or 'random'), merge_stuff ('published' or
             'labelled'), overlap_threshold, score_threshold, cuda_graph (replay the encoder of one frame
@@ -69,7 +68,7 @@ class SparseOcc(BaseModule):
     # what lib.checkpoint asks of a model
     describe_weights = staticmethod(describe_weights)
     pretrained_names = PRETRAINED_NAMES
-    training_only = ('loss_depth.', 'loss_denoising.')
+    training_only = (BEGINNING,)
 
     def __init__(
         self,
@@ -83,8 +82,7 @@ class SparseOcc(BaseModule):
         fuse_backbone: bool = True,
         train_cfg: Optional[Mapping] = None,
         pretrained: Optional[str] = None,
-        loss_depth: Optional[Mapping] = None,
-        loss_denoising: Optional[Mapping] = None,
+        auxiliary_losses: Optional[Mapping] = None,
     ):
         super().__init__()
         if train_cfg is not None or pretrained is not None:
@@ -105,20 +103,14 @@ class SparseOcc(BaseModule):
         head = {key: test_cfg[key] for key in _HEAD_KEYS if key in test_cfg}
         head_cfg = hand_down(pts_bbox_head, _HEAD, head, 'model.test_cfg')
         self.pts_bbox_head = build_part(head_cfg, HEADS, _HEAD, self.task)
-        sizes = self.pts_bbox_head.transformer.sizes
-        levels = dict(in_channels=sizes.embed_dims, num_levels=sizes.num_levels)
-        self.loss_depth = self._build_loss('loss_depth', loss_depth, levels)
-        self.loss_denoising = self._build_loss('loss_denoising', loss_denoising, dict(embed_dims=sizes.embed_dims))
+        auxiliary = build_auxiliary_losses(auxiliary_losses, self.pts_bbox_head.transformer.sizes)
+        for name, loss in auxiliary.items():
+            self.add_module(name, loss)
+        self.auxiliary_losses = tuple(auxiliary.values())
         parts = self.image_input, self.img_backbone, self.img_neck
         self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse=fuse_backbone)
         self._neck_cfg = dict(img_neck)
         self._register_load_state_dict_pre_hook(self._forget_weights)
-
-    def _build_loss(self, name: str, cfg: Optional[Mapping], sizes: Mapping) -> Optional[BaseModule]:
-        """A loss with parameters of its own, which get their sizes from the head; None if there is none."""
-        if cfg is None:
-            return None
-        return build_part(hand_down(cfg, f'model.{name}', sizes, _HEAD), LOSSES, f'model.{name}', self.task)
 
     def check_parts(self):
         """Raise ConfigError unless backbone, neck and head fit together; leaves the former in evaluation mode."""
@@ -164,13 +156,11 @@ class SparseOcc(BaseModule):
     def loss(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, targets: OccupancyTargets) -> Dict[str, Tensor]:
         """Every loss term by name; arguments as in :meth:`forward`."""
         features = self.encoder(img, lidar2img, ego2lidar)
-        head, output = self.pts_bbox_head, self.pts_bbox_head(features)
-        losses = head.loss(output, targets)
-        if self.loss_depth is not None:
-            losses['loss_depth'] = self.loss_depth(features, lidar2img, tuple(img.shape[-2:]), targets)
-        if self.loss_denoising is not None:
-            parts = head.transformer, head.loss_mask2former
-            losses.update(self.loss_denoising(*parts, output.stages[-1], features, targets))
+        output = self.pts_bbox_head(features)
+        losses = self.pts_bbox_head.loss(output, targets)
+        step = TrainingPass(features, output, targets, lidar2img, tuple(img.shape[-2:]), self.pts_bbox_head)
+        for loss in self.auxiliary_losses:
+            losses.update(loss(step))
         return losses
 
     def predict(

@@ -1,17 +1,21 @@
 """Losses of the voxel decoder (per stage) and of the mask decoder (per prediction); importing registers them."""
 
 from . import ray_terms, voxel_terms
+from .auxiliary import BEGINNING, TrainingPass, build_auxiliary_losses
 from .denoising import DenoisingLoss
 from .depth import LidarDepthLoss
 from .mask2former import Mask2FormerLoss
 from .voxel import StageLabels, VoxelLosses, check_targets
 
 __all__ = [
+    'BEGINNING',
     'DenoisingLoss',
     'LidarDepthLoss',
     'Mask2FormerLoss',
     'StageLabels',
+    'TrainingPass',
     'VoxelLosses',
+    'build_auxiliary_losses',
     'check_targets',
     'ray_terms',
     'voxel_terms',

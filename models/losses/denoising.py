@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from lib.dist import batch_rand
 from lib.errors import ConfigError
-from lib.targets import OccupancyTargets
-from lib.task import Task
-from models.decoders import SparseOccTransformer, VoxelStage
-from models.encoder import ImageFeatures
-from models.losses.mask2former import Mask2FormerLoss, MaskTargets, Matching, pairs_of
+from models.decoders.layers import DecoderSizes
+from models.losses.auxiliary import TrainingPass
+from models.losses.mask2former import MaskTargets, Matching, pairs_of
 
 _MOST_INSTANCES = 255  # that a label volume can hold
 
@@ -44,8 +42,7 @@ class DenoisingLoss(BaseModule):
     """The mask decoder's losses for queries that start from spoilt instances; slots without one are to find nothing.
 
     Args:
-        task: classes.
-        embed_dims: C of the decoder.
+        sizes: classes, C of the decoder.
         loss_weight: factor of every term, besides those of ``loss_mask2former``.
         copies: times that every instance is spoilt.
         slots: S; of more instances some are chosen at random.
@@ -55,8 +52,7 @@ class DenoisingLoss(BaseModule):
 
     def __init__(
         self,
-        task: Task,
-        embed_dims: int,
+        sizes: DecoderSizes,
         loss_weight: float = 1.0,
         copies: int = 2,
         slots: int = 20,
@@ -66,35 +62,22 @@ class DenoisingLoss(BaseModule):
         super().__init__()
         if copies < 1 or not 1 <= slots <= _MOST_INSTANCES or not (0 <= label_noise <= 1 and 0 <= mask_noise <= 1):
             raise ConfigError(
-                f'model.loss_denoising: copies must be at least 1, slots in 1..{_MOST_INSTANCES}, label_noise and '
-                f'mask_noise in 0..1, got {copies!r}, {slots!r}, {label_noise!r} and {mask_noise!r}'
+                f'model.auxiliary_losses.loss_denoising: copies must be at least 1, slots in 1..{_MOST_INSTANCES}, '
+                f'label_noise and mask_noise in 0..1, got {copies!r}, {slots!r}, {label_noise!r} and {mask_noise!r}'
             )
-        self.num_classes, self.loss_weight = task.label_set.num_occupied, loss_weight
+        self.num_classes, self.loss_weight = sizes.task.label_set.num_occupied, loss_weight
         self.copies, self.slots, self.label_noise, self.mask_noise = copies, slots, label_noise, mask_noise
-        self.query_feat = nn.Embedding(self.num_classes + 1, embed_dims)
-        self.query_pos = nn.Embedding(1, embed_dims)
+        self.query_feat = nn.Embedding(self.num_classes + 1, sizes.embed_dims)
+        self.query_pos = nn.Embedding(1, sizes.embed_dims)
         copy = torch.arange(copies * slots) // slots
         self.register_buffer('hidden', copy.unsqueeze(0) != copy.unsqueeze(1), persistent=False)
 
-    def forward(
-        self,
-        transformer: SparseOccTransformer,
-        criterion: Mask2FormerLoss,
-        stage: VoxelStage,
-        features: ImageFeatures,
-        targets: OccupancyTargets,
-    ) -> Dict[str, Tensor]:
-        """Terms of every pass of the decoder's layer; names end in its number.
-
-        Args:
-            transformer: whose mask decoder is trained.
-            criterion: losses of a known assignment.
-            stage: the last of the voxel decoder, on these ``features``.
-            targets: labels of the batch.
-        """
-        instances = criterion.instances(targets, stage)
+    def forward(self, step: TrainingPass) -> Dict[str, Tensor]:
+        """Terms of every pass of the decoder's layer; names end in its number."""
+        criterion, stage = step.head.loss_mask2former, step.output.stages[-1]
+        instances = criterion.instances(step.targets, stage)
         slots = self.fill(instances)
-        layers = self._restore(transformer, stage, features, slots)
+        layers = self._restore(step.head.transformer, stage, step.features, slots)
         matchings = [self._assign(chosen) for chosen in slots.instances]
         pairs = pairs_of(matchings, self.copies * self.slots, instances.present.shape[1])
         with torch.autocast(stage.coords.device.type, enabled=False):

@@ -5,7 +5,7 @@ map, M points of a sample (the longest scan of the batch).
 """
 
 import math
-from typing import Optional, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lib.errors import ConfigError, DataError
-from lib.targets import OccupancyTargets
-from lib.task import Task
-from models.encoder import ImageFeatures
+from models.decoders.layers import DecoderSizes
+from models.losses.auxiliary import TrainingPass
+
+_WHERE = 'model.auxiliary_losses.loss_depth'
 
 
 @LOSSES.register_module()
@@ -28,9 +29,7 @@ class LidarDepthLoss(BaseModule):
     cells of a sample that have a point, then over the batch.
 
     Args:
-        task: cameras.
-        in_channels: C of the maps.
-        num_levels: of the pyramid.
+        sizes: cameras, levels of the pyramid, C of the maps.
         loss_weight: factor of the result.
         level: which map; 1 has a stride of 8 pixels.
         num_bins: D.
@@ -40,9 +39,7 @@ class LidarDepthLoss(BaseModule):
 
     def __init__(
         self,
-        task: Task,
-        in_channels: int,
-        num_levels: int,
+        sizes: DecoderSizes,
         loss_weight: float = 1.0,
         level: int = 1,
         num_bins: int = 48,
@@ -50,45 +47,36 @@ class LidarDepthLoss(BaseModule):
         hidden_channels: Optional[int] = None,
     ):
         super().__init__()
-        if not 0 <= level < num_levels or num_bins < 2:
+        if not 0 <= level < sizes.num_levels or num_bins < 2:
             raise ConfigError(
-                f'model.loss_depth: level must be one of 0..{num_levels - 1} and num_bins at least 2, got {level!r} '
+                f'{_WHERE}: level must be one of 0..{sizes.num_levels - 1} and num_bins at least 2, got {level!r} '
                 f'and {num_bins!r}'
             )
         if len(depth_range) != 2 or not 0 < depth_range[0] < depth_range[1]:
-            raise ConfigError(
-                f'model.loss_depth.depth_range must be (nearest, farthest) metres above 0, got {depth_range!r}'
-            )
-        self.num_cameras, self.level, self.num_bins = task.num_cameras, level, num_bins
+            raise ConfigError(f'{_WHERE}.depth_range must be (nearest, farthest) metres above 0, got {depth_range!r}')
+        self.num_cameras, self.level, self.num_bins = sizes.task.num_cameras, level, num_bins
         self.loss_weight, self.depth_range = loss_weight, tuple(depth_range)
-        hidden = hidden_channels or in_channels
+        channels, hidden = sizes.embed_dims, hidden_channels or sizes.embed_dims
         self.head = nn.Sequential(
-            nn.Conv2d(in_channels, hidden, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(hidden, num_bins, 1)
+            nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(hidden, num_bins, 1)
         )
 
-    def forward(
-        self, features: ImageFeatures, lidar2img: Tensor, image_size: Tuple[int, int], targets: OccupancyTargets
-    ) -> Tensor:
-        """Scalar.
-
-        Args:
-            features: of all frames; those of the current one are looked at.
-            lidar2img: [B, T*N, 4, 4], LIDAR_TOP (metres) to pixels of the augmented images.
-            image_size: (height, width) of the images before padding, pixels.
-            targets: with ``lidar_points``.
+    def forward(self, step: TrainingPass) -> Dict[str, Tensor]:
+        """``loss_depth``, a scalar, of the current frame's maps.
 
         Raises:
-            DataError: there are none.
+            DataError: the targets have no ``lidar_points``.
         """
-        if targets.lidar_points is None:
+        features, points = step.features, step.targets.lidar_points
+        if points is None:
             raise DataError(
-                'model.loss_depth needs LiDAR points, which the batch has not; set lidar_points=True of '
+                f'{_WHERE} needs LiDAR points, which the batch has not; set lidar_points=True of '
                 'LoadOccGTFromFile in the pipeline of data.train'
             )
         maps = features.maps[self.level][:, : self.num_cameras]
         logits = self.head(maps.flatten(0, 1).permute(0, 3, 1, 2)).float()  # [B*N, D, h, w]
-        lidar2img = lidar2img[:, : self.num_cameras].float()
-        bins = self.true_bins(targets.lidar_points, lidar2img, image_size, features.image_size, maps.shape[2:4])
+        lidar2img = step.lidar2img[:, : self.num_cameras].float()
+        bins = self.true_bins(points, lidar2img, step.image_size, features.image_size, maps.shape[2:4])
         there = bins < self.num_bins
         entropy = F.cross_entropy(
             logits.permute(0, 2, 3, 1).reshape(-1, self.num_bins),
@@ -96,7 +84,7 @@ class LidarDepthLoss(BaseModule):
             reduction='none',
         ).view_as(bins)
         per_sample = (entropy * there).flatten(1).sum(1) / there.flatten(1).sum(1).clamp(min=1)
-        return self.loss_weight * per_sample.mean()
+        return dict(loss_depth=self.loss_weight * per_sample.mean())
 
     @torch.no_grad()
     def true_bins(
@@ -116,9 +104,8 @@ class LidarDepthLoss(BaseModule):
             map_size: (h, w), which cover the padded image.
         """
         padded = pad_sequence(list(points), batch_first=True, padding_value=float('nan'))  # which lies nowhere
-        turned = (lidar2img[:, :, None, :3, :3] * padded[:, None, :, None]).sum(
-            -1
-        )  # no matrix product, which would be rounded
+        # no matrix product, which would be rounded
+        turned = (lidar2img[:, :, None, :3, :3] * padded[:, None, :, None]).sum(-1)
         seen = turned + lidar2img[:, :, None, :3, 3]
         depth = seen[..., 2]
         x, y = seen[..., 0] / depth, seen[..., 1] / depth

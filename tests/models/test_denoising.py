@@ -10,16 +10,19 @@ from lib.checkpoint import load_model_weights
 from lib.dist import shared_draws
 from lib.errors import ConfigError
 from models import build_model
+from models.decoders.layers import DecoderSizes
 from models.losses import DenoisingLoss
 from models.losses.mask2former import MaskTargets
 
 TASK = small_task()
+SIZES = DecoderSizes(TASK, embed_dims=32)
 NOTHING = 4  # one more than the last occupied class
 
 
 def denoising_model(**options):
     torch.manual_seed(0)
-    model = build_model(dict(small_config(), loss_denoising=dict(dict(type='DenoisingLoss'), **options)), TASK)
+    losses = dict(loss_denoising=dict(dict(type='DenoisingLoss'), **options))
+    model = build_model(dict(small_config(), auxiliary_losses=losses), TASK)
     plain = small_model(TASK)
     model.load_state_dict(plain.state_dict(), strict=False)
     return model, plain
@@ -36,10 +39,8 @@ def random_instances(counts, kept=200):
 
 @pytest.mark.parametrize('counts', [(3, 0), (12, 5)])
 def test_queries_are_to_find_the_instance_that_they_start_from(counts):
-    loss, instances = (
-        DenoisingLoss(TASK, 32, slots=8, copies=3, label_noise=0.0, mask_noise=0.0),
-        random_instances(counts),
-    )
+    loss = DenoisingLoss(SIZES, slots=8, copies=3, label_noise=0.0, mask_noise=0.0)
+    instances = random_instances(counts)
     slots = loss.fill(instances)
     classes, masks = loss.spoil_classes(slots.classes), loss.spoil_masks(slots.masks)
     for b, count in enumerate(counts):
@@ -54,7 +55,7 @@ def test_queries_are_to_find_the_instance_that_they_start_from(counts):
 
 
 def test_noise_changes_the_share_that_it_says():
-    loss = DenoisingLoss(TASK, 32, copies=50, slots=4, label_noise=0.4, mask_noise=0.25)
+    loss = DenoisingLoss(SIZES, copies=50, slots=4, label_noise=0.4, mask_noise=0.25)
     torch.manual_seed(0)
     classes = loss.spoil_classes(torch.tensor([[0, 1, NOTHING, NOTHING]] * 20))
     assert (classes[:, 2::4] == NOTHING).all() and (classes[:, 3::4] == NOTHING).all()
@@ -109,7 +110,8 @@ def test_the_other_losses_and_predictions_do_not_change():
 @pytest.mark.parametrize('points', [None, 50])
 def test_it_is_learnt(points):
     """With a fixed sample and with chosen points of the mask losses, in full and in half precision."""
-    config = dict(small_config(), loss_denoising=dict(type='DenoisingLoss', copies=2, slots=6))
+    losses = dict(loss_denoising=dict(type='DenoisingLoss', copies=2, slots=6))
+    config = dict(small_config(), auxiliary_losses=losses)
     config['pts_bbox_head']['loss_cfgs']['loss_mask2former']['num_points'] = points
     torch.manual_seed(0)
     model, batch, sums = build_model(config, TASK), small_batch(TASK, 2), []
@@ -135,7 +137,7 @@ def test_samples_without_instances_train_the_background_only():
 
 
 def test_draws_do_not_depend_on_how_a_step_is_dealt():
-    loss, instances = DenoisingLoss(TASK, 32, slots=4), random_instances((6, 9))
+    loss, instances = DenoisingLoss(SIZES, slots=4), random_instances((6, 9))
     results = []
     for begin in (0, 1):
         with shared_draws(4, begin, 2, 2, 'cpu'):
@@ -156,6 +158,6 @@ def test_weights_with_it_fit_a_model_without(tmp_path, capsys):
 
 @pytest.mark.parametrize('wrong', [dict(copies=0), dict(slots=300), dict(label_noise=1.5), dict(mask_noise=-0.1)])
 def test_wrong_numbers_are_a_sentence(wrong):
-    with pytest.raises(ConfigError, match='model.loss_denoising: copies must be') as caught:
+    with pytest.raises(ConfigError, match='model.auxiliary_losses.loss_denoising: copies must be') as caught:
         denoising_model(**wrong)
     assert '\n' not in str(caught.value)

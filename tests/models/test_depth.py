@@ -1,5 +1,6 @@
 """The loss on depth: its value, what it trains, and that inference and weights do not know of it."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,13 +11,15 @@ from small_model import sample_of, small_batch, small_config, small_model, small
 from lib.checkpoint import load_model_weights
 from lib.errors import CheckpointError, ConfigError, DataError
 from models import build_model
+from models.losses import TrainingPass
 
 TASK = small_task()
 
 
 def depth_model(**options):
     torch.manual_seed(0)
-    model = build_model(dict(small_config(), loss_depth=dict(dict(type='LidarDepthLoss'), **options)), TASK)
+    losses = dict(loss_depth=dict(dict(type='LidarDepthLoss'), **options))
+    model = build_model(dict(small_config(), auxiliary_losses=losses), TASK)
     plain = small_model(TASK)
     model.load_state_dict(plain.state_dict(), strict=False)
     return model, plain
@@ -33,23 +36,21 @@ def test_its_value_is_the_mean_over_cells_then_samples():
     model, _ = depth_model(level=0, num_bins=10, depth_range=(2.0, 40.0), loss_weight=3.0)
     batch = batch_with_points()
     features = model.encoder(batch['img'], batch['lidar2img'], batch['ego2lidar'])
-    ours = model.loss_depth(features, batch['lidar2img'], TASK.image_size, batch['targets'])
+    step = TrainingPass(features, None, batch['targets'], batch['lidar2img'], TASK.image_size, model.pts_bbox_head)
+    ours = model.loss_depth(step)['loss_depth']
     expected = []
     for b in range(2):
         logits = model.loss_depth.head(features.maps[0][b, :3].permute(0, 3, 1, 2))
         nearest = {}
         for camera in range(3):
             for point in batch['targets'].lidar_points[b].double():
-                u, v, depth = (batch['lidar2img'][b, camera].double() @ torch.cat([point, point.new_ones(1)]))[
-                    :3
-                ].tolist()
+                seen = batch['lidar2img'][b, camera].double() @ torch.cat([point, point.new_ones(1)])
+                u, v, depth = seen[:3].tolist()
                 cell = (camera, int(v / depth // 4), int(u / depth // 4))
                 if 2 <= depth < 40 and 0 <= u / depth < 96 and 0 <= v / depth < 64:
                     nearest[cell] = min(depth, nearest.get(cell, 99.0))
         assert len(nearest) > 20
-        bins = [
-            int(10 * torch.log(torch.tensor(depth / 2)) / torch.log(torch.tensor(20.0))) for depth in nearest.values()
-        ]
+        bins = [int(10 * math.log(depth / 2) / math.log(20.0)) for depth in nearest.values()]
         rows = torch.stack([logits[camera, :, y, x] for camera, y, x in nearest])
         expected.append(F.cross_entropy(rows, torch.tensor(bins)))
     torch.testing.assert_close(ours, 3 * sum(expected) / 2, rtol=1e-4, atol=1e-5)
@@ -116,7 +117,7 @@ def test_weights_with_and_without_it_fit_either_model(tmp_path, capsys):
 
 def test_a_batch_without_points_is_a_sentence():
     model, _ = depth_model()
-    with pytest.raises(DataError, match='model.loss_depth needs LiDAR points.*lidar_points=True of LoadOccGTFromFile'):
+    with pytest.raises(DataError, match='loss_depth needs LiDAR points.*lidar_points=True of LoadOccGTFromFile'):
         model(**small_batch(TASK), return_loss=True)
 
 
@@ -126,7 +127,7 @@ def test_a_batch_without_points_is_a_sentence():
         (dict(level=4), r'level must be one of 0..3'),
         (dict(num_bins=1), 'num_bins at least 2'),
         (dict(depth_range=[0.0, 60.0]), 'depth_range must be'),
-        (dict(in_channels=8), 'in_channels is given twice'),
+        (dict(embed_dims=8), "unknown key 'embed_dims'"),
         (dict(levle=1), "unknown key 'levle'; did you mean 'level'"),
     ],
 )
@@ -134,3 +135,9 @@ def test_wrong_configs_are_a_sentence(wrong, message):
     with pytest.raises(ConfigError, match=message) as caught:
         depth_model(**wrong)
     assert '\n' not in str(caught.value)
+
+
+def test_a_name_that_would_not_count_is_a_sentence():
+    losses = dict(depth=dict(type='LidarDepthLoss'))
+    with pytest.raises(ConfigError, match="auxiliary_losses.depth: names of losses begin with 'loss_'"):
+        build_model(dict(small_config(), auxiliary_losses=losses), TASK)
