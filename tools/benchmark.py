@@ -281,7 +281,7 @@ def kept_switches():
 
 
 def measure(args, processes, cfg, name):
-    """Time one config; dict of its name, parameters and rows, which end where the memory does."""
+    """Time one config; dict of its name, parameters and rows. One of several that fails is told and keeps its rows."""
     with kept_switches():
         return _measure(args, processes, cfg, name)
 
@@ -289,6 +289,7 @@ def measure(args, processes, cfg, name):
 def _measure(args, processes, cfg, name):
     import torch
 
+    from lib.errors import reason
     from lib.run.log import device_name
 
     bench = Bench(args, processes, cfg)
@@ -300,10 +301,11 @@ def _measure(args, processes, cfg, name):
         for part in args.what:
             getattr(bench, part)()
     except RuntimeError as error:
-        if not (args.changes or args.table) or 'out of memory' not in str(error):
+        if not (args.changes or args.table):
             raise
-        print(f'{name}: the next step needs more memory than the GPU has', flush=True)
-        result['out_of_memory'] = True
+        no_room = 'out of memory' in str(error)
+        result['ended'] = 'needs more memory than the GPU has' if no_room else f'failed: {reason(error)}'
+        print(f'{name}: the next step {result["ended"]}', flush=True)
     del bench
     gc.collect()
     if processes.device.type == 'cuda':
