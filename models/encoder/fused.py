@@ -162,7 +162,7 @@ class FusedResNet:
         dtype = autocast_dtype(images.device.type) or images.dtype
         self._fold_learning(dtype)
         x = _convolve_relu(images.to(dtype), *self._fold(net.conv1, net.norm1, dtype), _geometry(net.conv1))
-        x = net.maxpool(x)
+        x = _pool(net.maxpool, x)
         stages = []
         for i, name in enumerate(net.res_layers):
             x = self._run(getattr(net, name), x)
@@ -340,6 +340,19 @@ class _ConvolveReLU(torch.autograd.Function):
         grads = [g if wants else None for g, wants in zip(grads, wanted)]
         grads[2] = grads[2] if of_bias is None else of_bias
         return (*grads, grad if ctx.needs_input_grad[3] else None, None)
+
+
+def _pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
+    """The stem's pooling, without places where no gradient will want them."""
+    plain = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) == (3, 2, 1, 1, False)
+    wants_gradient = torch.is_grad_enabled() and x.requires_grad
+    if not plain or wants_gradient or not x.is_contiguous(memory_format=torch.channels_last):
+        return pool(x)
+    if not has_triton(x.device):
+        return pool(x)
+    from models.encoder.fused_pool import max_pool
+
+    return max_pool(x)
 
 
 def _can_sum_fused(grad: Tensor, result: Tensor) -> bool:

@@ -134,6 +134,20 @@ def test_image_input(jittered, to_rgb, monkeypatch):
 
 
 @runs
+@pytest.mark.parametrize('channels, height, width', [(64, 8, 12), (20, 7, 9), (64, 1, 5)])
+def test_pooling(channels, height, width):
+    from models.encoder.fused_pool import max_pool
+
+    torch.manual_seed(channels)
+    x = random(2, channels, height, width).contiguous(memory_format=torch.channels_last)
+    x[0, 1, -1, 3] = float('nan')
+    result, expected = max_pool(x), torch.nn.functional.max_pool2d(x, 3, 2, 1)
+    assert result.shape == expected.shape and result.is_contiguous(memory_format=torch.channels_last)
+    assert result.isnan().any() and torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result.nan_to_num(0), expected.nan_to_num(0))
+
+
+@runs
 @pytest.mark.parametrize('channels', [64, 20])
 def test_bias_and_relu(channels):
     from models.encoder.fused_relu import relu_backward
