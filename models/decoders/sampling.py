@@ -164,6 +164,8 @@ def build_draws(name: str):
 def select_valid(valid: Tensor, fractions: Tensor) -> Tuple[Tensor, Tensor]:
     """The floor(u * n)-th valid entry of each row, in index order, without leaving the device.
 
+    In pieces where K allows: few entries are drawn, so it is enough to count along the pieces that hold them.
+
     Args:
         valid: bool [B, Q, K].
         fractions: float32 [B, Q, count] in [0, 1).
@@ -171,11 +173,26 @@ def select_valid(valid: Tensor, fractions: Tensor) -> Tuple[Tensor, Tensor]:
     Returns:
         index int64 [B, Q, count] (any index where a row has no valid entry), and bool [B, Q]: no valid entry.
     """
-    running = running_count(valid)
-    total = running[..., -1:]
-    rank = torch.min((fractions * total).floor().to(torch.int32), (total - 1).clamp(min=0))
-    index = torch.searchsorted(running, rank + 1)
-    return index.clamp(max=valid.shape[-1] - 1), total.squeeze(-1) == 0
+    count = valid.shape[-1]
+    if count % _PIECE:
+        running = valid.cumsum(-1, dtype=torch.int32)
+        number = _drawn_number(fractions, running[..., -1:])
+        index = torch.searchsorted(running, number)
+        return index.clamp(max=count - 1), running[..., -1] == 0
+    pieces = valid.reshape(valid.shape[:-1] + (count // _PIECE, _PIECE))
+    counts = pieces.sum(-1, dtype=torch.int32)
+    ends = counts.cumsum(-1, dtype=torch.int32)
+    number = _drawn_number(fractions, ends[..., -1:])
+    piece = torch.searchsorted(ends, number).clamp(max=count // _PIECE - 1)
+    before = (ends - counts).gather(-1, piece)
+    drawn_from = pieces.gather(-2, piece.unsqueeze(-1).expand(piece.shape + (_PIECE,))).cumsum(-1, dtype=torch.int32)
+    index = piece * _PIECE + torch.searchsorted(drawn_from, (number - before).unsqueeze(-1)).squeeze(-1)
+    return index.clamp(max=count - 1), ends[..., -1] == 0
+
+
+def _drawn_number(fractions: Tensor, total: Tensor) -> Tensor:
+    """Which of ``total`` [..., 1] entries a fraction takes, from 1; int32."""
+    return torch.min((fractions * total).floor().to(torch.int32), (total - 1).clamp(min=0)) + 1
 
 
 def running_count(valid: Tensor) -> Tensor:

@@ -34,6 +34,21 @@ def test_selects_the_nth_valid_entry_in_index_order():
     assert empty[:, 0].all() and index.max() < 50
 
 
+@pytest.mark.parametrize('count', [1, 256, 700, 1280])
+@pytest.mark.parametrize('share', [0.0, 0.01, 0.5, 1.0])
+def test_selection_in_one_piece_or_several(count, share):
+    """Against a search in a list of each row's valid entries, at both ends of the fractions and between."""
+    torch.manual_seed(count)
+    valid, fractions = torch.rand(2, 3, count) < share, torch.rand(2, 3, 40)
+    valid[1, 1], fractions[..., 0], fractions[..., 1] = False, 0.0, 1 - 2**-24
+    index, empty = select_valid(valid, fractions)
+    assert torch.equal(empty, ~valid.any(-1)) and int(index.min()) >= 0 and int(index.max()) < count
+    for row in ((b, q) for b in range(2) for q in range(3) if valid[b, q].any()):
+        entries = valid[row].nonzero().flatten()
+        number = (fractions[row] * len(entries)).floor().long().clamp(max=len(entries) - 1)
+        assert torch.equal(index[row], entries[number])
+
+
 def test_even_draws_are_the_same_for_every_query_and_call():
     draws = EvenDraws()
     fractions = draws.fractions(2, 3, 16, torch.device('cpu'))
