@@ -23,7 +23,7 @@ sys.path.insert(0, ROOT)
 
 from lib.extension import reason_not_to_build  # noqa: E402
 
-CONTENT = ('configs', 'lib', 'loaders', 'models', 'tools')  # of the package, beside the scripts
+CONTENT = ('configs', 'lib', 'loaders', 'models', 'requirements', 'tools')  # of the package, beside the scripts
 SCRIPTS = ('train.py', 'val.py', 'timing.py', 'gen_sweep_info.py', 'gen_instance_info.py')
 COMMANDS = dict.fromkeys(('train', 'val', 'infer', 'check-data', 'toy'), 'sparseocc.__main__:run_command')
 COMMANDS['eval'] = 'sparseocc.lib.metrics.command:main'  # needs nothing but the packages of EVALUATOR

@@ -6,11 +6,13 @@ Importing this is quick: ``--help`` and a wrong file name are answered before an
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
 from .config import check_config_file
-from .errors import CheckpointError, UserError
+from .errors import CheckpointError, UserError, missing_package
 
+_ROOT = Path(__file__).resolve().parents[1]
 _PRECISION = 'TF32 in convolutions and matrix products (default: in convolutions; in training train.tf32 of the config)'
 
 SHARED_ARGUMENTS: Dict[str, Dict[str, Any]] = {
@@ -98,7 +100,7 @@ def config_of_predictions(predictions: Optional[str], config: Optional[str], ove
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a script's ``main``; print a :class:`UserError` as one line and exit 2.
+    """Run a script's ``main``; print a :class:`UserError`, or what package is missing, as one line and exit 2.
 
     With ``--debug`` on the command line or ``SPARSEOCC_DEBUG=1`` the traceback is shown instead. Where the reader of
     the output goes away, the script ends in silence with the shell's status for it, 141.
@@ -106,10 +108,11 @@ def run_main(main: Callable[[], object]) -> None:
     debug = '--debug' in sys.argv or os.environ.get('SPARSEOCC_DEBUG', '') not in ('', '0')
     try:
         main()
-    except UserError as error:
-        if debug:
+    except (UserError, ModuleNotFoundError) as error:
+        if debug or _is_missing_here(error):
             raise
-        print(f'error: {error}', file=sys.stderr)
+        sentence = missing_package(error) if isinstance(error, ModuleNotFoundError) else error
+        print(f'error: {sentence}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('stopped by the user', file=sys.stderr)
@@ -117,3 +120,11 @@ def run_main(main: Callable[[], object]) -> None:
     except BrokenPipeError:  # what reads the output has enough, as "| head" has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         sys.exit(141)
+
+
+def _is_missing_here(error: Exception) -> bool:
+    """The error is about a module of this project, or of unknown name: no package that one could install."""
+    if not isinstance(error, ModuleNotFoundError):
+        return False
+    top = (error.name or 'sparseocc').split('.')[0]
+    return top == 'sparseocc' or (_ROOT / top).exists() or (_ROOT / f'{top}.py').exists()

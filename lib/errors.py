@@ -29,6 +29,14 @@ class UserError(Exception):
         super().__init__(' '.join(str(message).splitlines()))
 
 
+def missing_package(error: ModuleNotFoundError) -> UserError:
+    """The sentence for a Python package that is not there."""
+    return UserError(
+        f'the Python package {error.name!r} is not installed; run "make install" in the repository and use '
+        '.venv/bin/python'
+    )
+
+
 class ConfigError(UserError):
     """A config file, key or ``--override`` is wrong."""
 

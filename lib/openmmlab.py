@@ -18,7 +18,7 @@ import sys
 import types
 import warnings
 
-from .errors import UserError
+from .errors import missing_package
 
 # Newest mmcv that mmdet3d 1.0.0rc6 accepts; its code works with the later 1.7.x.
 _NEWEST_MMCV_FOR_MMDET3D = '1.7.0'
@@ -74,9 +74,7 @@ def _import_required(name):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f'the Python package {error.name!r} is not installed; run "make install" and use .venv/bin/python'
-        ) from error
+        raise missing_package(error) from error
 
 
 @contextlib.contextmanager

@@ -152,6 +152,30 @@ def test_package_runs_the_scripts(package, tmp_path, command):
     assert result.returncode == 0 and result.stdout.startswith('usage: '), result.stderr
 
 
+@pytest.mark.parametrize(
+    'command',
+    [
+        'val --config configs/toy/semantic.py --weights w',
+        'infer --config configs/toy/semantic.py --weights w --out o',
+        'check-data --config configs/toy/semantic.py',
+        'toy --out o',
+    ],
+)
+def test_a_command_names_the_package_that_it_lacks(package, tmp_path, command):
+    """As where only the evaluator is installed."""
+    (tmp_path / 'w').write_bytes(b'weights')
+    words = f'sparseocc-{command}'.split()
+    code = f'import sys, sparseocc.__main__ as m; sys.modules["torch"] = None; sys.argv = {words}; m.run_command()'
+    result = run('env', '-C', tmp_path, sys.executable, '-c', code, PYTHONPATH=str(package))
+    assert result.returncode == 2 and result.stderr.count('\n') == 1, result.stderr
+    assert "error: the Python package 'torch' is not installed" in result.stderr
+
+
+def test_the_package_knows_what_was_tested(package, tmp_path):
+    result = run('env', '-C', tmp_path, sys.executable, '-m', 'sparseocc', 'check-env', PYTHONPATH=str(package))
+    assert result.stdout.startswith(f'SparseOcc {__version__}\n') and 'Traceback' not in result.stderr
+
+
 def test_package_finds_its_configs_and_loads_names_when_they_are_used(package, tmp_path):
     code = """if True:
         import sys, sparseocc

@@ -13,6 +13,7 @@ import runpy
 import sys
 
 from . import ROOT
+from .lib.cli import run_main
 
 SCRIPTS = {
     'train': 'train.py',
@@ -46,7 +47,7 @@ def run(command, arguments) -> None:
     script = str(ROOT / SCRIPTS[command])
     sys.path.insert(0, str(ROOT))
     sys.argv = [script] + [find_config(text) for text in arguments]
-    runpy.run_path(script, run_name='__main__')
+    run_main(lambda: runpy.run_path(script, run_name='__main__'))
 
 
 def find_config(text: str) -> str:

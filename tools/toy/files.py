@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Dict, List
 
 import numpy as np
-from PIL import Image
 
 from lib.errors import UserError
 
@@ -33,15 +32,19 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_jpeg(path: Path, image: np.ndarray) -> None:
     """Write uint8 [height, width, 3] RGB."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, 'JPEG', quality=JPEG_QUALITY)
-    write_bytes(path, stream.getvalue())
+    _write_image(path, image, 'JPEG', quality=JPEG_QUALITY)
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write uint8 [height, width]."""
+    _write_image(path, image, 'PNG')
+
+
+def _write_image(path, image, kind, **options):
+    from PIL import Image
+
     stream = io.BytesIO()
-    Image.fromarray(image).save(stream, 'PNG')
+    Image.fromarray(image).save(stream, kind, **options)
     write_bytes(path, stream.getvalue())
 
 
