@@ -187,7 +187,7 @@ def tables(comparison: Comparison) -> List[Tuple[str, List[List[str]]]]:
             [_title(name, first)] + [_verdict(name, one) for one in comparison.differences[name]]
             for name in comparison.names
         ]
-        found.append((f'Above {first.name}', [[''] + head[2:]] + rows))
+        found.append((f'Difference from {first.name}', [[''] + head[2:]] + rows))
     for column in comparison.class_columns:
         rows = [
             [label] + [text_of(column, _number(result.content['per_class'][label][column])) for result in results]
@@ -270,7 +270,7 @@ def as_html(comparison: Comparison) -> str:
     shown = [name for name in comparison.names if name not in _ERRORS]
     parts += ['<h2>Scores</h2>', _legend(names), _bars(comparison, shown)]
     if len(names) > 1:
-        parts += [f'<h2>Above {html.escape(names[0])}</h2>', _differences(comparison, shown)]
+        parts += [f'<h2>Difference from {html.escape(names[0])}</h2>', _differences(comparison, shown)]
     for column in comparison.class_columns:
         title = html.escape(_title(column, comparison.results[0]))
         parts += [f'<h2>{title} by class</h2>', _legend(names), _class_bars(comparison, column)]

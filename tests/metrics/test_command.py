@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,6 +221,23 @@ def test_origins_from_infos_or_tables(data):
         command(['origins'])
     with pytest.raises(DataError, match='scene.json does not exist'):
         command(['origins', '--tables', str(data)])
+
+
+def test_the_training_loop_of_the_docs(tmp_path, monkeypatch, capsys):
+    """The lines of docs/evaluate_your_model.md as they stand."""
+    page = (Path(__file__).resolve().parents[2] / 'docs' / 'evaluate_your_model.md').read_text(encoding='utf-8')
+    code = page.split('## In a training loop')[1].split('```python\n')[1].split('```')[0]
+    monkeypatch.chdir(tmp_path)
+    save_pickle('nuscenes_infos_val.pkl', dict(infos=[keyframe(number) for number in range(6)], metadata={}))
+    truth = np.full((200, 200, 16), 17, np.uint8)
+    truth[:, :, 2] = 11
+    names = dict(
+        predictions=[(f'token{number}', truth) for number in (0, 4)],
+        labels={f'token{number}': dict(semantics=truth, mask_camera=truth < 18) for number in range(6)},
+    )
+    exec(compile(code.replace('from sparseocc import', 'from tools.package import'), 'the page', 'exec'), names)
+    assert names['evaluator'].compute().totals['RayIoU'] == 1.0
+    assert '2 samples' in capsys.readouterr().out
 
 
 def test_results_come_in_order_and_errors_end_the_work():

@@ -146,7 +146,7 @@ def test_command_writes_all_forms(files, tmp_path, capsys):
     arguments = ['--markdown', str(out['md']), '--csv', str(out['csv']), '--html', str(out['html'])]
     command(['compare', *map(str, files), '--names', 'one', 'two', 'three', *arguments])
     printed = capsys.readouterr()
-    assert 'Above one' in printed.out and all(f'wrote {path}\n' in printed.err for path in out.values())
+    assert 'Difference from one' in printed.out and all(f'wrote {path}\n' in printed.err for path in out.values())
     table = out['md'].read_text().splitlines()
     assert '| | one | two | three |' in [line.replace('  ', ' ') for line in table]
     rows = list(csv.DictReader(out['csv'].open()))

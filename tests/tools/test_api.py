@@ -318,3 +318,20 @@ def test_page_of_the_documentation_runs(tmp_path, monkeypatch):
     exec(compile(code, 'docs/api.md', 'exec'), names)
     assert (tmp_path / 'occupancy.png').is_file() and list((tmp_path / 'predictions').glob('*.npz'))
     assert names['occupancy'].seconds == 1.5 and len(names['both']) == 2
+
+
+def test_lines_of_the_readme_run(tmp_path, monkeypatch):
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    code = re.search(r'^```python\n(.*?)^```$', text, re.M | re.S).group(1)
+    made = "SparseOccPredictor('configs/toybench/demo.py', 'weights/toybench_small.pth', amp=None)"
+    assert code.count(made) == 1
+    code = code.replace(made, 'SparseOccPredictor(CONFIG, WEIGHTS, override=SMALL)')
+    code = code.replace('from sparseocc import', 'from tools.package import')
+    cameras = dict(zip(('CAM_FRONT', 'CAM_BACK'), CAMERAS.values()))
+    (tmp_path / 'my_cameras.json').write_text(json.dumps(dict(cameras=cameras)))
+    front, back = _images(0).values()
+    cv2.imwrite(str(tmp_path / 'front.jpg'), front)
+    monkeypatch.chdir(tmp_path)
+    names = dict(CONFIG=CONFIG, WEIGHTS=WEIGHTS, SMALL=SMALL, array=back, seconds=0.0, ego2global=_pose(0.0))
+    exec(compile(code, 'README.md', 'exec'), dict(names, images=dict(CAM_FRONT=front, CAM_BACK=back)))
+    assert (tmp_path / 'picture.png').is_file()
