@@ -72,6 +72,7 @@ NOT_RUN = {
     'make lint': 'needs packages from the index; CI runs it',
     'make demo': 'minutes; its steps are scripts, which are tested, and its own part is by tests/tools/test_demo.py',
     'make fuzz': 'minutes; a few hundred of its cases are tests',
+    'make chaos': 'minutes; tests/run/test_chaos.py kills less often',
     'tools/toybench.sh': 'hours on several GPUs; its commands are tested one by one',
     'tools/ship_weights.py': 'takes a finished run of the toy benchmark',
     'make build-ops': 'compiles for a GPU',
