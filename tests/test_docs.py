@@ -55,6 +55,7 @@ RUN_BY = {
     'tools/export.py': 'tests/models/test_export.py',
     'tools/benchmark.py': 'tests/tools/test_benchmark.py',
     'tools/benchmark_table.py': 'tests/tools/test_benchmark.py',
+    'tools/bench_evaluation.py': 'tests/tools/test_bench_evaluation.py',
     'tools/watch_folder.py': 'tests/tools/test_api.py',
     'tools/visualize.py': 'tests/tools/test_visualize_infer.py',
     'tools/plot_run.py': 'tests/tools/test_plot_run.py',
@@ -121,7 +122,7 @@ def code_in_text(text):
 def is_whole(code):
     """More than a name, and not one with an option or two that are talked about."""
     words = split(code)
-    return len(words) > 1 and not words[0].startswith('sparseocc-') and '...' not in words
+    return len(words) > 1 and not words[0].startswith(('sparseocc-', 'torchrun')) and '...' not in words
 
 
 def code_blocks(text):
