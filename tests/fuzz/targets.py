@@ -196,6 +196,34 @@ class Labels:
         assert labels['instances'].min() >= 0
 
 
+class ListedLabels:
+    """A label file of SurroundOcc, brought onto a coarse grid of the LiDAR's frame."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.task = Task(
+            'lidarseg',
+            label_files='surroundocc',
+            frame='lidar',
+            point_cloud_range=(-48, -48, -5, 48, 48, 3),
+            voxel_size=1,
+        )
+        rng = np.random.default_rng(0)
+        self.rows = np.column_stack([rng.integers(0, n, 3000) for n in (200, 200, 16, 17)]).astype(np.int32)
+
+    def damage(self, rng):
+        rows = mutate_array(rng, self.rows) if rng.random() < 0.7 else self.rows
+        path = self.folder / 'listed.npy'
+        content = npy_bytes(rows)
+        path.write_bytes(mutate_bytes(rng, content) if rng.random() < 0.4 else content)
+        return path
+
+    def read(self, path):
+        semantics = read_labels(path, self.task)['semantics']
+        known = semantics[semantics != 255]
+        assert semantics.shape == self.task.grid_shape and known.max() <= self.task.label_set.free_id
+
+
 class Infos:
     """An info file, opened as a data set: history, matrices, images, ray origins and labels of two samples."""
 
@@ -415,6 +443,7 @@ TARGETS = {
     'prediction_zips': PredictionZips,
     'submissions': Submissions,
     'labels': Labels,
+    'listed_labels': ListedLabels,
     'infos': Infos,
     'origins': Origins,
     'own_data': OwnData,
