@@ -38,15 +38,16 @@ def find_kernels(name: str, device: torch.device) -> Optional[ModuleType]:
 
 def has_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on the device: an NVIDIA GPU since Ampere, with what Triton needs to compile."""
-    if device.type != 'cuda' or torch.version.hip is not None:
+    if device.type != 'cuda':
         return False
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.cuda.get_device_capability(index) >= (8, 0) and _compiles_triton(index)
+    return _compiles_triton(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.lru_cache(maxsize=None)
 def _compiles_triton(index: int) -> bool:
     """Tried once; a warning says why not, or what is missing: Triton compiles C as well, against Python's headers."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(index) < (8, 0):
+        return False
     problem = _missing_for_triton()
     if not problem:
         try:
