@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from lib.errors import ConfigError
 from lib.task import Task
-from models.csrc import has_triton
 from models.csrc.adaptive_mixing import adaptive_mix
-from models.csrc.distance_attention import distance_attention, distance_attention_in_training
+from models.csrc.distance_attention import distance_attention, distance_attention_in_training, trains_fused
 from models.torch_compat import autocast_dtype, recompute
 
 _WHERE = 'model.pts_bbox_head.transformer'
@@ -107,7 +106,7 @@ class DistanceAttention(BaseModule):
     """Multi-head self-attention with bias -tau * distance; tau, a learned reach per head, is read from the query.
 
     Paper section 3.2.
-    Computed in float32 also under autocast.
+    Computed in float32 also under autocast, where training may take TF32 products of queries, keys and values.
 
     Args:
         embed_dims: C.
@@ -136,7 +135,7 @@ class DistanceAttention(BaseModule):
         attend = functools.partial(self._attend, exact)
         again = self.save_memory and torch.is_grad_enabled() and query.requires_grad
         with torch.autocast(query.device.type, enabled=False):
-            if again and not has_triton(query.device):
+            if again and not trains_fused(query.shape[2] // self.num_heads, query.device):
                 return recompute(attend, query.float(), positions)
             return attend(query.float(), positions)
 

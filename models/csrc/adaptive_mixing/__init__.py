@@ -1,4 +1,4 @@
-"""Public mixing operator, and its definition in plain PyTorch, which training and CPU tensors run.
+"""Public mixing operator, and its definition in plain PyTorch, which CPU tensors run.
 
 Shapes: n any leading dimensions, G groups, W channels of a group, p_in sampled points, p_out mixed points.
 """
@@ -34,8 +34,8 @@ def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
 
     Without gradients, one CUDA kernel does all of it when it is built: it reads x, M and S once and writes only
     the result. It computes in float32; in float16 tensor cores make both products of float16 values, added up in
-    float32. With gradients, on the CPU and for other sizes it is a chain of PyTorch operations. Autocast is off
-    inside.
+    float32. With gradients, Triton's kernels do, forward and backward. On the CPU, without either and for other
+    sizes it is a chain of PyTorch operations. Autocast is off inside.
     """
     _check(sampled, generated, out_points)
     if _runs_fused(sampled, generated, out_points):

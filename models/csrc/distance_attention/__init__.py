@@ -1,4 +1,4 @@
-"""Public attention operator, and its definition in plain PyTorch, which training and CPU tensors run.
+"""Public attention operators, and their definition in plain PyTorch, which CPU tensors run.
 
 Shapes: B batch, Q queries, H heads, D channels of a head.
 """
@@ -45,12 +45,12 @@ def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor) -> Tenso
 def distance_attention_in_training(
     parts: Tensor, reach: Tensor, positions: Tensor, dropout: float, exact: bool = True
 ) -> Tensor:
-    """``distance_attention`` with dropout of the weights; float32.
+    """``distance_attention`` with dropout of the weights; where Triton is, neither pass stores logits or distances.
 
     Args:
         exact: products as precise as float32's; False takes TF32 where that is faster.
     """
-    if parts.shape[4] not in FUSED_WIDTHS or not has_triton(parts.device):
+    if parts.dtype != torch.float32 or not trains_fused(parts.shape[4], parts.device):
         return distance_attention_reference(parts, reach, positions, dropout)
     from models.csrc.distance_attention.fused import FusedAttention  # needs Triton
 
@@ -61,6 +61,11 @@ def distance_attention_in_training(
     return FusedAttention.apply(
         parts.contiguous(), reach.contiguous(), places, keys, dropout, 'tf32x3' if exact else 'tf32'
     )
+
+
+def trains_fused(width: int, device: torch.device) -> bool:
+    """Whether heads of D = width have kernels of training on the device."""
+    return width in FUSED_WIDTHS and has_triton(device)
 
 
 def distance_attention_reference(parts: Tensor, reach: Tensor, positions: Tensor, dropout: float = 0.0) -> Tensor:
