@@ -233,19 +233,21 @@ def test_the_script(prepared, monkeypatch, capsys):
     assert '2 label files written, 0 were there already, 0 failed' in capsys.readouterr().out
 
 
-def test_the_script_takes_the_task_of_a_config(prepared, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize('folder', ['occ3d', 'occ3d_panoptic'])
+def test_the_script_takes_the_task_of_a_config(prepared, monkeypatch, capsys, tmp_path, folder):
     """Classes of one's own by a remap; what is written keeps the ids of the source, so the same config reads it."""
     import gen_instance_info
 
     config = tmp_path / 'own.py'
     config.write_text(
+        f'data = dict(train=dict(data_root={str(prepared)!r}, occ_gt_root={folder!r}))\n'
         'task = dict(point_cloud_range=[-8, -8, -1, 8, 8, 5.4], label_set=dict(name="own", things=["car"], '
         'class_names=["rest", "car", "free"], remap={**{i: "rest" for i in range(17)}, 4: "car", 17: "free"}))'
     )
-    options = ['--config', str(config), '--version', 'v1.0-mini', '--processes', '1']
-    monkeypatch.setattr(sys, 'argv', ['x', '--data-root', str(prepared), *options])
+    options = ['--config', str(config), '--version', 'v1.0-mini', '--processes', '1', '--overwrite']
+    monkeypatch.setattr(sys, 'argv', ['x', *options])
     run_main(gen_instance_info.main)
-    assert '2 label files written' in capsys.readouterr().out
+    assert f'{prepared / "occ3d_panoptic"}: 2 label files written' in capsys.readouterr().out
     task = Task.from_config(dict(load_config(str(config)).task, panoptic=True))
     for path in sorted((prepared / 'occ3d_panoptic').rglob('labels.npz')):
         labels = read_labels(path, task)
