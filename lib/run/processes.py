@@ -6,6 +6,7 @@ import datetime
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 import torch
 import torch.distributed as torch_dist
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
 
 _TIME_TO_FREE_TENSORS = 0.5  # seconds; it takes microseconds where the machine is not overloaded
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+_SECONDS_TO_CONNECT = 30
 _TIMEOUT = datetime.timedelta(minutes=60)  # rank 0 may evaluate or write for long while the others wait
 
 
@@ -110,9 +112,22 @@ def start_processes(device: Optional[str] = None) -> Iterator[Processes]:
 
 def _end_with_torchrun() -> None:
     """Let Linux end this process when the torchrun that started it is gone, were it by SIGKILL: nobody would watch
-    over it any more, and it would go on writing into a run folder that another run may have taken up."""
-    if 'TORCHELASTIC_RUN_ID' in os.environ and sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    over it any more, and it would go on writing into a run folder that another run may have taken up.
+
+    Raises:
+        UserError: torchrun has gone already; its store, which has been there since before this process, is not.
+    """
+    if 'TORCHELASTIC_RUN_ID' not in os.environ or sys.platform != 'linux':
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+        try:
+            socket.create_connection(address, _SECONDS_TO_CONNECT).close()
+        except ConnectionRefusedError as error:
+            raise UserError('the torchrun that started this process has ended; start it again') from error
+        except OSError:  # who joins the processes will tell
+            pass
 
 
 def variables_of_slurm(environment: Mapping[str, str]) -> Dict[str, str]:

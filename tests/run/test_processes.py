@@ -124,6 +124,19 @@ def test_one_run_at_a_time_writes_to_a_folder(workshop):
     assert len(workshop.curve()) == done + 2
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='as above')
+def test_a_process_whose_torchrun_has_ended_already_does_not_wait_for_it(workshop):
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = str(probe.getsockname()[1])
+    left_behind = dict(TORCHELASTIC_RUN_ID='x', TORCHELASTIC_USE_AGENT_STORE='True', RANK='0', WORLD_SIZE='1')
+    run = workshop.start(
+        ['train'] + workshop.arguments(), environment=dict(left_behind, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    )
+    assert 'error: the torchrun that started this process has ended' in run.communicate(timeout=60)[0]
+    assert run.returncode == 2 and not workshop.files(work_dir='run')
+
+
 def test_two_nodes_learn_as_one_process(workshop):
     """The commands of docs/training.md ("Several machines"), the nodes being two torchruns on the loopback."""
     workshop.train(*DETERMINISTIC, work_dir='one')
