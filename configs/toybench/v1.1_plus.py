@@ -1,4 +1,4 @@
-"""Toy benchmark v1, release 1.1 at full size with averaged weights and a loss on rays, as r50_nuimg_704x256_8f_plus.py."""
+"""Toy benchmark v1, release 1.1 at full size, with averaged weights and a loss on rays."""
 
 _base_ = './v1.1.py'
 
