@@ -418,7 +418,20 @@ def test_golden_rays_on_cuda(golden_dir):
 
 # What the evaluation needs
 
-FOREIGN = {'torch', 'torchvision', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d', 'nuscenes', 'cv2', 'PIL', 'loaders', 'models', 'tools'}
+FOREIGN = {
+    'torch',
+    'torchvision',
+    'mmcv',
+    'mmdet',
+    'mmseg',
+    'mmdet3d',
+    'nuscenes',
+    'cv2',
+    'PIL',
+    'loaders',
+    'models',
+    'tools',
+}
 EVALUATION = """
 import sys
 import numpy as np
