@@ -2,19 +2,22 @@
 
 import inspect
 import logging
-from typing import Mapping, Optional
+from typing import Mapping, NamedTuple, Optional
 
 from mmdet.models.builder import DETECTORS
 from torch import Tensor
 
 from lib.checkpoint import WeightsKind
 from lib.errors import ConfigError, reason
-from lib.registry import build_checked, look_up
+from lib.registry import build_checked, check_keys, look_up
 from lib.task import Task
 from models.architecture import check_layers
 
 # Another detector's names for the parts: mmdet calls the pyramid 'neck'. Its weights fit where the widths agree.
 PRETRAINED_NAMES = ((r'^neck\.', 'img_neck.'),)
+
+_HISTORY = ('full', 'cached')
+_HEAD_SETTINGS = ('draws', 'merge_stuff', 'overlap_threshold', 'score_threshold')
 
 _CONFIGS = {
     ('1.0', 17): 'configs/r50_nuimg_704x256_8f.py (or _pano.py)',
@@ -72,6 +75,33 @@ def build_encoder_part(cfg: Mapping, registry, where: str):
     if isinstance(cfg, Mapping):
         check_layers(cfg, where)
     return build_part(cfg, registry, where)
+
+
+class InferenceSettings(NamedTuple):
+    """``model.test_cfg``.
+
+    history     'cached' keeps the features of earlier frames between calls with batch 1, 'full' encodes all frames of
+                every sample
+    cuda_graph  replay the encoder of one frame and the head as CUDA graphs at batch 1: the same numbers sooner, for
+                more memory; off by default
+    head        draws ('even' or 'random'), merge_stuff ('published' or 'labelled'), overlap_threshold and
+                score_threshold, where they are given
+    """
+
+    history: str
+    cuda_graph: bool
+    head: Mapping
+
+    @staticmethod
+    def from_config(test_cfg: Optional[Mapping]) -> 'InferenceSettings':
+        """The settings, or ConfigError for a key or history that there is not."""
+        cfg = dict(test_cfg or {})
+        check_keys(cfg, ('history', 'cuda_graph', *_HEAD_SETTINGS), 'model.test_cfg')
+        history = cfg.get('history', 'full')
+        if history not in _HISTORY:
+            raise ConfigError(f'model.test_cfg.history must be one of {list(_HISTORY)}, got {history!r}')
+        head = {key: cfg[key] for key in _HEAD_SETTINGS if key in cfg}
+        return InferenceSettings(history, bool(cfg.get('cuda_graph', False)), head)
 
 
 def hand_down(cfg: Mapping, where: str, values: Mapping, source: str) -> Mapping:

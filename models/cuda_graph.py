@@ -7,6 +7,7 @@ batch 1 the time to launch them exceeds the time they run; a graph removes it. T
 from typing import Callable, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import torch
+from mmcv.runner import BaseModule
 from torch import Tensor
 
 from models.torch_compat import autocast_dtype
@@ -109,6 +110,33 @@ class GraphedFunction:
             return _Captured(run, inputs)
         with torch.autocast('cuda', dtype=dtype, cache_enabled=False):
             return _Captured(run, inputs)
+
+
+class MadeOfWeights(BaseModule):
+    """A module that keeps what it made from its weights: graphs, folded layers, features.
+
+    It forgets that when weights are loaded, moved or converted, and when training begins or ends.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._register_load_state_dict_pre_hook(self._forget_on_load)
+
+    def forget_weights(self):
+        """Drop everything that was made from the weights as they were."""
+        raise NotImplementedError
+
+    def _forget_on_load(self, *_):
+        self.forget_weights()
+
+    def train(self, mode: bool = True):
+        if mode != self.training:
+            self.forget_weights()
+        return super().train(mode)
+
+    def _apply(self, fn, *args, **kwargs):
+        self.forget_weights()
+        return super()._apply(fn, *args, **kwargs)
 
 
 def _describe(tensors: MaybeTensors) -> Tuple:

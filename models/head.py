@@ -3,6 +3,7 @@
 Shapes: B batch, K kept voxels of the last stage; X, Y, Z the grid.
 """
 
+from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Tuple
 
 import torch
@@ -23,6 +24,21 @@ from models.merging import MergedPrediction, merge_panoptic, merge_semantic
 
 _WHERE = 'model.pts_bbox_head'
 MERGE_STUFF = ('published', 'labelled')
+
+
+@dataclass
+class RawPrediction:
+    """Everything on the way from images to labels, for tests and analysis.
+
+    Attributes:
+        features: image features and projection matrices.
+        output: stages of the voxel decoder, layers of the mask decoder.
+        merged: labels per sample.
+    """
+
+    features: ImageFeatures
+    output: TransformerOutput
+    merged: List[MergedPrediction]
 
 
 @HEADS.register_module()
@@ -85,6 +101,11 @@ class SparseOccHead(BaseModule):
                     losses[f'{name}_{i}'] = value
             losses.update(self.loss_mask2former(output.layers, output.stages[-1], targets))
             return losses
+
+    def predict_raw(self, features: ImageFeatures) -> RawPrediction:
+        """Intermediate results and labels."""
+        output = self(features)
+        return RawPrediction(features, output, self.merge(output))
 
     def predict(self, features: ImageFeatures, graphed: bool = False) -> List[MergedPrediction]:
         """Labels of each sample.

@@ -3,50 +3,37 @@
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n; X, Y, Z the grid.
 """
 
-from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
-from mmcv.runner import BaseModule
 from mmdet.models.builder import BACKBONES, DETECTORS, HEADS, NECKS
 from torch import Tensor
 
-from lib.errors import ConfigError, DataError
-from lib.registry import check_keys
+from lib.errors import ConfigError
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.architecture import check_maps
-from models.builder import PRETRAINED_NAMES, build_encoder_part, build_part, describe_weights, hand_down
-from models.csrc import compiled_operators
-from models.decoders import TransformerOutput
+from models.builder import (
+    PRETRAINED_NAMES,
+    InferenceSettings,
+    build_encoder_part,
+    build_part,
+    describe_weights,
+    hand_down,
+)
+from models.csrc import describe_operators
+from models.cuda_graph import MadeOfWeights
 from models.encoder import ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
+from models.head import RawPrediction
 from models.losses import BEGINNING, TrainingPass, build_auxiliary_losses, check_targets
-from models.merging import MergedPrediction
 
-HISTORY = ('full', 'cached')
 _HEAD = 'model.pts_bbox_head'
-_HEAD_KEYS = ('draws', 'merge_stuff', 'overlap_threshold', 'score_threshold')  # of test_cfg, for the head
-
-
-@dataclass
-class RawPrediction:
-    """Everything on the way from images to labels, for tests and analysis.
-
-    Attributes:
-        features: image features and projection matrices.
-        output: stages of the voxel decoder, layers of the mask decoder.
-        merged: labels per sample.
-    """
-
-    features: ImageFeatures
-    output: TransformerOutput
-    merged: List[MergedPrediction]
 
 
 @DETECTORS.register_module()
-class SparseOcc(BaseModule):
+class SparseOcc(MadeOfWeights):
     """Fully sparse 3-D occupancy from multi-view video (arXiv 2312.17118).
 
     Args:
@@ -55,10 +42,7 @@ class SparseOcc(BaseModule):
         data_aug: what happens to the images on the device, see ``ImageInput.from_config``.
         use_mask_camera: train on camera-visible voxels only.
         auxiliary_losses: configs of losses that only training has, by name, see ``build_auxiliary_losses``.
-        test_cfg: history ('cached' keeps the features of earlier frames between calls with batch 1, 'full'
-            encodes all frames of every sample), draws ('even' or 'random'), merge_stuff ('published' or
-            'labelled'), overlap_threshold, score_threshold, cuda_graph (replay the encoder of one frame
-            and the head as CUDA graphs at batch 1: the same numbers sooner, for more memory; off by default).
+        test_cfg: what inference does, see ``InferenceSettings``.
         fuse_backbone: on a GPU, compute a ResNet with fixed norm statistics by ``FusedResNet``: the same but for
             rounding, sooner and in less memory; at inference a plain FPN by ``run_neck`` as well. False runs mmdet's
             modules as they are.
@@ -91,18 +75,13 @@ class SparseOcc(BaseModule):
                 'start from are given by load_from)'
             )
         self.task = task if isinstance(task, Task) else Task.from_config(task)
-        test_cfg = dict(test_cfg or {})
-        check_keys(test_cfg, ('history', 'cuda_graph', *_HEAD_KEYS), 'model.test_cfg')
-        self.history, self.cuda_graph = test_cfg.get('history', 'full'), bool(test_cfg.get('cuda_graph', False))
-        if self.history not in HISTORY:
-            raise ConfigError(f'model.test_cfg.history must be one of {list(HISTORY)}, got {self.history!r}')
-        self.use_mask_camera = use_mask_camera
+        settings = InferenceSettings.from_config(test_cfg)
+        self.history, self.cuda_graph, self.use_mask_camera = settings.history, settings.cuda_graph, use_mask_camera
         self.image_input = ImageInput.from_config(data_aug)
         self.img_backbone = build_encoder_part(img_backbone, BACKBONES, 'model.img_backbone')
         self.img_neck = build_encoder_part(img_neck, NECKS, 'model.img_neck')
-        head = {key: test_cfg[key] for key in _HEAD_KEYS if key in test_cfg}
-        head_cfg = hand_down(pts_bbox_head, _HEAD, head, 'model.test_cfg')
-        self.pts_bbox_head = build_part(head_cfg, HEADS, _HEAD, self.task)
+        head = hand_down(pts_bbox_head, _HEAD, settings.head, 'model.test_cfg')
+        self.pts_bbox_head = build_part(head, HEADS, _HEAD, self.task)
         auxiliary = build_auxiliary_losses(auxiliary_losses, self.pts_bbox_head.transformer.sizes)
         for name, loss in auxiliary.items():
             self.add_module(name, loss)
@@ -110,7 +89,6 @@ class SparseOcc(BaseModule):
         parts = self.image_input, self.img_backbone, self.img_neck
         self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse=fuse_backbone)
         self._neck_cfg = dict(img_neck)
-        self._register_load_state_dict_pre_hook(self._forget_weights)
 
     def check_parts(self):
         """Raise ConfigError unless backbone, neck and head fit together; leaves the former in evaluation mode."""
@@ -147,14 +125,16 @@ class SparseOcc(BaseModule):
             occ_loc [1, K, 3] voxel indices and, for panoptic tasks, pano_inst int16 [1, K] and pano_sem
             uint8 [1, K].
         """
-        self._check_images(img)
         if return_loss:
-            return self.loss(img, lidar2img, ego2lidar, check_targets(targets, self.task, self.use_mask_camera))
+            return self.loss(img, lidar2img, ego2lidar, targets)
         with torch.no_grad():
             return self.predict(img, lidar2img, ego2lidar, img_metas)
 
-    def loss(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, targets: OccupancyTargets) -> Dict[str, Tensor]:
+    def loss(
+        self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, targets: Optional[OccupancyTargets]
+    ) -> Dict[str, Tensor]:
         """Every loss term by name; arguments as in :meth:`forward`."""
+        targets = check_targets(targets, self.task, self.use_mask_camera)
         features = self.encoder(img, lidar2img, ego2lidar)
         output = self.pts_bbox_head(features)
         losses = self.pts_bbox_head.loss(output, targets)
@@ -180,8 +160,7 @@ class SparseOcc(BaseModule):
         Call it under ``torch.no_grad()`` unless gradients are wanted; with gradients nothing comes from the cache.
         """
         features = self._features(img, lidar2img, ego2lidar, img_metas).in_order(self.task.num_cameras)
-        output = self.pts_bbox_head(features)
-        return RawPrediction(features, output, self.pts_bbox_head.merge(output))
+        return self.pts_bbox_head.predict_raw(features)
 
     def _features(self, img, lidar2img, ego2lidar, img_metas) -> ImageFeatures:
         """What to predict from, with the history that the config asks for."""
@@ -190,37 +169,18 @@ class SparseOcc(BaseModule):
 
     def describe_speed(self) -> str:
         """One sentence on what, besides the precision, decides how fast inference at batch 1 is."""
-        device = next(self.parameters()).device
-        if device.type != 'cuda':
-            return 'PyTorch operators'
-        operators = ', '.join(compiled_operators(device)) or 'none (make build-ops)'
-        return f'compiled operators: {operators}; CUDA graphs {"on" if self.cuda_graph else "off"}'
+        return describe_operators(next(self.parameters()).device, self.cuda_graph)
 
     def reset_history(self):
         """Forget the features of earlier frames."""
         self.encoder.cache.clear()
 
     def train(self, mode: bool = True):
-        """Switch mode; leaving or entering training forgets the features of earlier frames."""
+        """Switch mode, which forgets the features of earlier frames."""
         self.reset_history()
-        if mode != self.training:
-            self._forget_weights()
         return super().train(mode)
 
-    def _forget_weights(self, *_):
+    def forget_weights(self):
         """Drop everything that was made from the weights as they were."""
         self.encoder.forget_weights()
         self.pts_bbox_head.forget_weights()
-
-    def _apply(self, fn, *args, **kwargs):
-        """Move or convert the parameters; graphs and features hold the old ones."""
-        self._forget_weights()
-        return super()._apply(fn, *args, **kwargs)
-
-    def _check_images(self, img: Tensor):
-        frames, cameras = self.task.num_frames, self.task.num_cameras
-        if img.dim() != 5 or img.shape[1] != frames * cameras:
-            raise DataError(
-                f'a batch of shape {tuple(img.shape)} does not hold the {frames * cameras} images per sample '
-                f'({frames} frames x {cameras} cameras) of the task'
-            )

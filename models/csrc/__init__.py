@@ -78,3 +78,11 @@ def _missing_for_triton() -> str:
 def compiled_operators(device: torch.device) -> List[str]:
     """Names of the operators whose compiled kernels run on the device; none on the CPU."""
     return [name.lstrip('_') for name in sorted(_EXTENSIONS) if find_kernels(name, device) is not None]
+
+
+def describe_operators(device: torch.device, graphs: bool) -> str:
+    """One sentence on what runs on the device; ``graphs``: whether CUDA graphs replay it there."""
+    if device.type != 'cuda':
+        return 'PyTorch operators'
+    operators = ', '.join(compiled_operators(device)) or 'none (make build-ops)'
+    return f'compiled operators: {operators}; CUDA graphs {"on" if graphs else "off"}'

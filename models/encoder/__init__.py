@@ -9,6 +9,7 @@ from typing import Hashable, List, Mapping, NamedTuple, Optional, Sequence, Tupl
 import torch
 from torch import Tensor, nn
 
+from lib.errors import DataError
 from models.csrc.msmv_sampling import GradientSum, select_frames
 from models.cuda_graph import GraphedFunction
 from models.encoder.feature_cache import FeatureCache
@@ -65,7 +66,7 @@ class ImageEncoder:
         fuse: bool = True,
     ):
         self.image_input, self.backbone, self.neck = image_input, backbone, neck
-        self.num_cameras, self.fuse = num_cameras, fuse
+        self.num_frames, self.num_cameras, self.fuse = num_frames, num_cameras, fuse
         self.cache = FeatureCache(capacity=num_frames)
         self._fused_backbone = FusedResNet(backbone) if fuse and can_fuse_backbone(backbone) else None
         self._graphed = GraphedFunction(self._encode, state=self._backbone_version)
@@ -87,7 +88,11 @@ class ImageEncoder:
             img_metas: with the ``frame_keys`` (T*N image names) of one sample at test time, the maps of frames seen
                 before are found again and those of new ones kept. Otherwise every image is encoded.
             graphed: at test time, replay the encoder of one frame as a CUDA graph.
+
+        Raises:
+            DataError: these are not the images of so many frames and cameras.
         """
+        self._check_images(img)
         features = self._locate(img, lidar2img, ego2lidar)  # first, so that the GPU need not wait for it later
         keys = self._frame_keys(img, img_metas)
         if keys is None:
@@ -124,6 +129,14 @@ class ImageEncoder:
             maps = self.neck(stages)
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]
+
+    def _check_images(self, img: Tensor):
+        count = self.num_frames * self.num_cameras
+        if img.dim() != 5 or img.shape[1] != count:
+            raise DataError(
+                f'a batch of shape {tuple(img.shape)} does not hold the {count} images per sample '
+                f'({self.num_frames} frames x {self.num_cameras} cameras) of the task'
+            )
 
     def _is_testing(self) -> bool:
         return not (self.image_input.training or torch.is_grad_enabled())
