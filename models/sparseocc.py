@@ -13,12 +13,12 @@ from torch import Tensor
 from lib.errors import ConfigError
 from lib.targets import OccupancyTargets
 from lib.task import Task
-from models.architecture import check_maps
 from models.builder import (
     PRETRAINED_NAMES,
     InferenceSettings,
     build_encoder_part,
     build_part,
+    check_maps,
     describe_weights,
     hand_down,
 )

@@ -1,10 +1,10 @@
 """What PyTorch's releases call by different names."""
 
+import functools
 import inspect
-from typing import Callable, Optional
+from typing import Optional
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 NON_REENTRANT = 'use_reentrant' in inspect.signature(checkpoint).parameters  # PyTorch 1.11 and later
@@ -19,8 +19,5 @@ def autocast_dtype(device_type: str) -> Optional[torch.dtype]:
     return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
 
 
-def recompute(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """``function(*args)`` whose intermediates are made again in the backward pass; random draws repeat there."""
-    if NON_REENTRANT:
-        return checkpoint(function, *args, use_reentrant=False)
-    return checkpoint(function, *args)
+# ``recompute(function, *args)``: its intermediates are made again in the backward pass; random draws repeat there
+recompute = functools.partial(checkpoint, use_reentrant=False) if NON_REENTRANT else checkpoint

@@ -6,9 +6,9 @@ from mmcv.runner import BaseModule
 from mmdet.models.utils.builder import TRANSFORMER
 
 from lib.task import Task
+from models.decoders.draws import RandomDraws, build_draws
 from models.decoders.layers import DecoderSizes
 from models.decoders.mask_decoder import MaskDecoder, MaskPrediction
-from models.decoders.sampling import RandomDraws, build_draws
 from models.decoders.sparse_voxel_decoder import SparseVoxelDecoder, VoxelStage
 from models.encoder import ImageFeatures
 

@@ -1,6 +1,8 @@
-"""What both decoders are made of: their common sizes, adaptive mixing, attention that falls with distance.
+"""What both decoders are made of: their common sizes, sampling of features, adaptive mixing, attention by distance.
 
-Shapes: B batch, Q queries, G groups, C channels, p_in sampled points (T*P), p_out mixed points.
+Shapes: B batch, T frames, N cameras, L pyramid levels, Q queries, G groups, P points per group, C channels, K kept
+voxels, p_in sampled points (T*P), p_out mixed points. Points are in metres, ego frame of the current keyframe; the same
+points serve all frames.
 """
 
 import functools
@@ -16,6 +18,9 @@ from lib.errors import ConfigError
 from lib.task import Task
 from models.csrc.adaptive_mixing import adaptive_mix
 from models.csrc.distance_attention import distance_attention, distance_attention_in_training, trains_fused
+from models.csrc.msmv_sampling import sample_multi_view
+from models.decoders.draws import select_valid
+from models.encoder import ImageFeatures
 from models.torch_compat import autocast_dtype, recompute
 
 _WHERE = 'model.pts_bbox_head.transformer'
@@ -149,3 +154,104 @@ class DistanceAttention(BaseModule):
         else:
             attended = distance_attention(parts, reach, positions)
         return query + weights.out_proj(attended)
+
+
+class _Sampling(BaseModule):
+    """What both kinds share: offsets and level weights from the query, then the sampling op.
+
+    Args:
+        sizes: of the decoder; its ``num_points`` is P.
+    """
+
+    def __init__(self, sizes: DecoderSizes):
+        super().__init__()
+        self.sizes = sizes
+        self.scale_weights = nn.Linear(sizes.embed_dims, sizes.num_groups * sizes.num_points * sizes.num_levels)
+
+    def sample(self, query: Tensor, points: Tensor, features: ImageFeatures) -> Tensor:
+        """query [B, Q, C], points [B, Q, G, P, 3] metres -> [B, Q, G, T*P, C/G]."""
+        level_logits = self.scale_weights(query).view(points.shape[:4] + (-1,))
+        return sample_multi_view(
+            features.maps,
+            points,
+            features.ego2img,
+            level_logits,
+            features.image_size,
+            self.sizes.task.num_cameras,
+            published_weight_order=self.sizes.published_weight_order,
+            frame_index=features.frame_index,
+            gradient_sum=features.gradient_sum,
+        )
+
+    def group(self, values: Tensor) -> Tensor:
+        """[B, Q, G*P*3] or [B, Q, G*P, 3] -> [B, Q, G, P, 3]."""
+        return values.reshape(values.shape[:2] + (self.sizes.num_groups, self.sizes.num_points, 3))
+
+
+class BlockSampling(_Sampling):
+    """Points around the centre of each query's block (paper section 3.2)."""
+
+    def __init__(self, sizes: DecoderSizes):
+        super().__init__(sizes)
+        self.sampling_offset = nn.Linear(sizes.embed_dims, sizes.num_groups * sizes.num_points * 3)
+
+    def init_weights(self):
+        nn.init.zeros_(self.sampling_offset.weight)
+        nn.init.uniform_(self.sampling_offset.bias, -0.5, 0.5)
+
+    def forward(self, query: Tensor, centres: Tensor, block_size: float, features: ImageFeatures) -> Tensor:
+        """query [B, Q, C], centres [B, Q, 3] metres, block_size metres -> [B, Q, G, T*P, C/G]."""
+        offsets = self.group(self.sampling_offset(query).float())
+        return self.sample(query, centres[:, :, None, None, :] + block_size * offsets, features)
+
+
+class MaskGuidedSampling(_Sampling):
+    """Points at voxels drawn from each query's own mask (paper section 3.3).
+
+    Args:
+        sizes: of the decoder.
+        guided: False draws from the whole volume, whatever the mask, which is what the paper compares with.
+    """
+
+    def __init__(self, sizes: DecoderSizes, guided: bool = True):
+        super().__init__(sizes)
+        task, self.guided = sizes.task, guided
+        self.offset = nn.Linear(sizes.embed_dims, sizes.num_groups * sizes.num_points * 3)
+        span = torch.tensor(task.point_cloud_range[3:]) - torch.tensor(task.point_cloud_range[:3])
+        self.register_buffer('grid_shape', torch.tensor(task.grid_shape).float(), persistent=False)
+        self.register_buffer('range_min', torch.tensor(task.point_cloud_range[:3]), persistent=False)
+        self.register_buffer('range_span', span, persistent=False)
+
+    def init_weights(self):
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, query: Tensor, valid: Tensor, voxels: Tensor, draws, features: ImageFeatures) -> Tensor:
+        """Sampled features of each query's mask.
+
+        Args:
+            query: [B, Q, C].
+            valid: bool [B, Q, K], voxels of each query's mask.
+            voxels: int64 [B, K, 3], full-resolution voxel indices.
+            draws: strategy of drawing.
+
+        Returns:
+            [B, Q, G, T*P, C/G].
+        """
+        drawn = self.draw_voxels(valid, voxels, draws)
+        offsets = self.offset(query).float().view(drawn.shape)
+        points = (drawn + offsets) / self.grid_shape * self.range_span + self.range_min
+        return self.sample(query, self.group(points), features)
+
+    def draw_voxels(self, valid: Tensor, voxels: Tensor, draws) -> Tensor:
+        """Voxel positions [B, Q, G*P, 3] float32: drawn from the mask, or from the volume if it is empty."""
+        batch, queries, _ = valid.shape
+        count = self.sizes.num_groups * self.sizes.num_points
+        if not self.guided:
+            return draws.positions(batch, queries, count, valid.device) * self.grid_shape
+        fractions = draws.fractions(batch, queries, count, valid.device)
+        index, empty = select_valid(valid, fractions)
+        chosen = voxels.gather(1, index.flatten(1).unsqueeze(-1).expand(-1, -1, 3))
+        chosen = chosen.view(batch, queries, count, 3).float()
+        anywhere = draws.positions(batch, queries, count, valid.device) * self.grid_shape
+        return torch.where(empty[:, :, None, None], anywhere, chosen)

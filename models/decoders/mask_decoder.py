@@ -11,8 +11,7 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
-from models.decoders.layers import AdaptiveMixing, DecoderSizes
-from models.decoders.sampling import MaskGuidedSampling
+from models.decoders.layers import AdaptiveMixing, DecoderSizes, MaskGuidedSampling
 from models.decoders.sparse_voxel_decoder import VoxelStage
 from models.encoder import ImageFeatures
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lib.errors import ConfigError
 from lib.task import Task
-from models.decoders.layers import AdaptiveMixing, DecoderSizes, DistanceAttention
-from models.decoders.sampling import BlockSampling, running_count
+from models.decoders.draws import running_count
+from models.decoders.layers import AdaptiveMixing, BlockSampling, DecoderSizes, DistanceAttention
 from models.encoder import ImageFeatures
 
 # Child order: the corner itself, then one step along x, y, z, xy, xz, yz, xyz.

@@ -1,10 +1,10 @@
 """Losses of the voxel decoder (per stage) and of the mask decoder (per prediction); importing registers them."""
 
-from . import ray_terms, voxel_terms
 from .auxiliary import BEGINNING, TrainingPass, build_auxiliary_losses
 from .denoising import DenoisingLoss
 from .depth import LidarDepthLoss
 from .mask2former import Mask2FormerLoss
+from .ray_terms import RayConsistencyLoss
 from .voxel import StageLabels, VoxelLosses, check_targets
 
 __all__ = [
@@ -12,11 +12,10 @@ __all__ = [
     'DenoisingLoss',
     'LidarDepthLoss',
     'Mask2FormerLoss',
+    'RayConsistencyLoss',
     'StageLabels',
     'TrainingPass',
     'VoxelLosses',
     'build_auxiliary_losses',
     'check_targets',
-    'ray_terms',
-    'voxel_terms',
 ]

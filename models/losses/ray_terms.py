@@ -23,8 +23,7 @@ from lib.metrics.rays import ray_pitches
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.decoders import VoxelStage
-from models.losses.voxel import StageLabels, take_blocks
-from models.losses.voxel_terms import Term
+from models.losses.voxel import StageLabels, Term, take_blocks
 
 _NUSCENES_LIDAR = (0.94, 0.0, 1.84)  # metres, ego frame
 _LEAST_HIT = 1e-3  # of the probability that a ray ends where it should; keeps the logarithm finite

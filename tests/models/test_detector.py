@@ -11,7 +11,7 @@ from small_model import CLASSES, sample_of, small_batch, small_config, small_mod
 from lib.config import load_config
 from lib.errors import ConfigError, DataError
 from models import build_model
-from models.decoders.sampling import RandomDraws
+from models.decoders.draws import RandomDraws
 from tools.synthetic import synthetic_meta
 
 IMAGES = ('img', 'lidar2img', 'ego2lidar', 'img_metas')

@@ -5,7 +5,7 @@ import torch
 
 from lib.dist import shared_draws
 from lib.errors import ConfigError
-from models.decoders.sampling import EvenDraws, RandomDraws, build_draws, running_count, select_valid
+from models.decoders.draws import EvenDraws, RandomDraws, build_draws, running_count, select_valid
 from models.encoder.image_input import draw_jitter, jitter_colours
 
 

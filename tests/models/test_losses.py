@@ -17,9 +17,9 @@ from lib.targets import OccupancyTargets
 from models.decoders import MaskPrediction, VoxelStage
 from models.losses import Mask2FormerLoss, VoxelLosses
 from models.losses.mask2former import focal_loss, instances_among_kept
-from models.losses.voxel import count_labels
-from models.losses.voxel_terms import (
+from models.losses.voxel import (
     balanced_occupancy,
+    count_labels,
     geometric_affinity,
     lovasz_softmax,
     negative_log,

@@ -11,7 +11,7 @@ from lib.dist import shared_draws
 from lib.errors import ConfigError
 from models import build_model
 from models.losses import Mask2FormerLoss
-from models.losses.points import PointChoice
+from models.losses.mask2former import PointChoice
 
 
 def even(count):

@@ -3,8 +3,8 @@
 import torch
 from small_model import small_task
 
-from models.decoders.layers import DecoderSizes
-from models.decoders.sampling import BlockSampling, EvenDraws, MaskGuidedSampling
+from models.decoders.draws import EvenDraws
+from models.decoders.layers import BlockSampling, DecoderSizes, MaskGuidedSampling
 from models.encoder import ImageFeatures
 
 
@@ -16,7 +16,7 @@ def capture_points(module, monkeypatch, *args):
         seen.update(points=points, level_logits=level_logits, published=published_weight_order)
         return points.new_zeros(points.shape[:3] + (1, 1))
 
-    monkeypatch.setattr('models.decoders.sampling.sample_multi_view', fake)
+    monkeypatch.setattr('models.decoders.layers.sample_multi_view', fake)
     module(*args, ImageFeatures([], torch.zeros(1, 1, 4, 4), (64, 96)))
     return seen
 

@@ -1,6 +1,6 @@
 """Operators that ONNX cannot say, said otherwise while a model is traced; the sampling as one node of its own.
 
-Shapes as in ``models.decoders.sampling`` and ``models.csrc.msmv_sampling``. The substitutes give the same values as
+Shapes as in ``models.decoders.layers`` and ``models.csrc.msmv_sampling``. The substitutes give the same values as
 what they stand for (tests/models/test_export.py); they are for tracing, and slower on a GPU.
 
 ``sparseocc::MultiViewSampling``, version 1, is ``models.csrc.msmv_sampling.sample_multi_view``:
@@ -33,12 +33,12 @@ def traceable(sampling: str = 'standard') -> Iterator[None]:
         sampling: 'standard' traces the sampling into standard operators, 'custom' makes it one node.
     """
     substitutes = {
-        'models.decoders.sampling.select_valid': select_valid_by_table,
+        'models.decoders.layers.select_valid': select_valid_by_table,
         'models.decoders.sparse_voxel_decoder.top_in_order': top_in_order_by_sorting,
         'models.csrc.msmv_sampling.reference._weighted_rows': weighted_rows_by_gathering,
     }
     if sampling == 'custom':
-        substitutes['models.decoders.sampling.sample_multi_view'] = sampling_node
+        substitutes['models.decoders.layers.sample_multi_view'] = sampling_node
     with contextlib.ExitStack() as stack:
         for name, substitute in substitutes.items():
             stack.enter_context(mock.patch(name, substitute))
@@ -46,7 +46,7 @@ def traceable(sampling: str = 'standard') -> Iterator[None]:
 
 
 def select_valid_by_table(valid: Tensor, fractions: Tensor) -> Tuple[Tensor, Tensor]:
-    """``models.decoders.sampling.select_valid`` by a table of each row's valid entries, not a search."""
+    """``models.decoders.draws.select_valid`` by a table of each row's valid entries, not a search."""
     count = valid.shape[-1]
     running = valid.to(torch.int32).cumsum(-1, dtype=torch.int32)
     total = running[..., -1:]
