@@ -1,16 +1,21 @@
-"""Image files to pixels: one function per decoder, all giving BGR uint8 [H, W, 3]."""
+"""Files of sensors to arrays: images to BGR uint8 [H, W, 3] by any of three decoders, and LiDAR scans to points.
+
+A scan of nuScenes is a file of float32, five a point: x, y, z in metres (frame of LIDAR_TOP), intensity, ring.
+"""
 
 import io
 import os
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Mapping, NamedTuple, Optional, Tuple
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from lib.errors import ConfigError, DataError
+from lib.infos import relocate
 
 _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
+_VALUES = 5  # of a LiDAR point
 _TRAILER = 4096  # bytes at the end of a file in which the end mark of a JPEG is looked for
 
 
@@ -90,17 +95,15 @@ def _is_whole_jpeg(path, start, end, size) -> bool:
     return is_jpeg
 
 
-def _read(path, action):
-    """``action(stream)`` on the open file."""
+def _read(path, action, what='image', remedy='check data_root, and that its samples/ and sweeps/ are complete'):
+    """``action(stream)`` on the open file; what it is and what to do where it is not there."""
     try:
         with open(os.fspath(path), 'rb') as stream:
             return action(stream)
     except FileNotFoundError as error:
-        raise DataError(
-            f'image {path} does not exist; check data_root, and that its samples/ and sweeps/ are complete'
-        ) from error
+        raise DataError(f'{what} {path} does not exist; {remedy}') from error
     except OSError as error:
-        raise DataError(f'image {path} cannot be read ({error})') from error
+        raise DataError(f'{what} {path} cannot be read ({error.strerror})') from error
 
 
 def _decode_cv2(content, half):
@@ -139,3 +142,26 @@ def _turbojpeg():
 
 
 _DECODERS: Dict[str, Callable] = {'cv2': _decode_cv2, 'pillow': _decode_pillow, 'turbojpeg': _decode_turbojpeg}
+
+
+def read_scan(info: Mapping, data_root) -> np.ndarray:
+    """Points of a keyframe's own scan, float32 [n, 3], metres, LIDAR_TOP.
+
+    Args:
+        info: keyframe, see ``lib.infos``.
+        data_root: nuScenes folder.
+
+    Raises:
+        DataError: the keyframe names no scan, or its file is missing or damaged.
+    """
+    if not info.get('lidar_path'):
+        raise DataError(f'keyframe {info["token"]} names no LiDAR scan (lidar_path); train without lidar_points')
+    path = relocate(info['lidar_path'], data_root)
+    remedy = 'unpack samples/LIDAR_TOP into data_root, or train without lidar_points'
+    content = _read(path, lambda stream: stream.read(), 'LiDAR scan', remedy)
+    if not content or len(content) % (4 * _VALUES):
+        raise DataError(f'LiDAR scan {path} is empty or cut off ({len(content)} bytes); fetch it again')
+    points = np.frombuffer(content, dtype='<f4').reshape(-1, _VALUES)[:, :3]
+    if not np.isfinite(points).all():
+        raise DataError(f'LiDAR scan {path} holds values that are no numbers; fetch it again')
+    return np.ascontiguousarray(points, dtype=np.float32)

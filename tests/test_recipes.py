@@ -23,7 +23,7 @@ from lib.targets import stack_targets
 from lib.task import Task
 from loaders import build_dataset, collate
 from loaders.own_data import read_own_data
-from loaders.pipelines.bev_aug import BEVAug, BEVTransform
+from loaders.pipelines.augmentation import BEVAug, BEVTransform
 from models import build_model
 from tools.synthetic import synthetic_batch
 

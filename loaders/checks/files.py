@@ -10,8 +10,7 @@ from lib.infos import camera_sweeps, relocate
 from lib.labels import LabelLoss, measure_loss
 from lib.task import Task
 
-from ..decode import check_whole, read_image
-from ..lidar import read_scan
+from ..decode import check_whole, read_image, read_scan
 from ..prepare import parallel_map
 from . import ERROR, OK, WARNING, Finding, Look, name_some
 

@@ -17,8 +17,7 @@ from lib.registry import build_checked, look_up
 from lib.targets import stack_targets
 from lib.task import Task
 
-from .bev_aug import BEVAug
-from .image_aug import RandomTransformImage
+from .augmentation import BEVAug, RandomTransformImage
 from .loading import LoadMultiViewImageFromMultiSweeps, LoadOccGTFromFile
 
 __all__ = [

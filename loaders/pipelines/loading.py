@@ -15,9 +15,8 @@ from lib.labels import read_labels
 from lib.targets import NO_INSTANCE, OccupancyTargets
 from lib.task import Task
 
-from ..decode import DecodedImage, check_decoder, read_image
+from ..decode import DecodedImage, check_decoder, read_image, read_scan
 from ..history import choose_test_frames, choose_train_frames
-from ..lidar import read_scan
 
 MAX_INSTANCES = 255
 

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from lib.task import NUSCENES_CAMERAS
+from tools.toy.names import TABLES
 
 SENSORS = NUSCENES_CAMERAS + ('LIDAR_TOP',)
 SCENES = ('scene-0061', 'scene-0553', 'scene-0103')  # two of mini_train, one of mini_val
@@ -26,22 +27,7 @@ class FakeNuScenes:
         self.root, self.version, self.image_size = Path(root), version, image_size
         self.sweeps = sweeps
         self.rng = np.random.default_rng(seed)
-        names = (
-            'category',
-            'attribute',
-            'visibility',
-            'instance',
-            'sensor',
-            'calibrated_sensor',
-            'ego_pose',
-            'log',
-            'scene',
-            'sample',
-            'sample_data',
-            'sample_annotation',
-            'map',
-        )
-        self.tables = {name: [] for name in names}
+        self.tables = {name: [] for name in TABLES}
         self._add_fixed_tables()
         for number, name in enumerate(scenes):
             self._add_scene(name, start=1_500_000_000_000_000 + number * 60_000_000, keyframes=keyframes)

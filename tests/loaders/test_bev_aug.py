@@ -11,8 +11,8 @@ from lib.geometry import rotation_z, voxel_centers
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from loaders.pipelines import BEVAug
-from loaders.pipelines import bev_aug as module
-from loaders.pipelines.bev_aug import BEVTransform
+from loaders.pipelines import augmentation as module
+from loaders.pipelines.augmentation import BEVTransform
 
 TASK = Task('occ3d', num_frames=1, cameras=('CAM_FRONT',))
 CAR, FREE, IGNORE = 4, 17, 255

@@ -7,7 +7,7 @@ from PIL import Image
 from lib.errors import ConfigError
 from lib.task import Task
 from loaders.pipelines import RandomTransformImage
-from loaders.pipelines.image_aug import ImageTransform
+from loaders.pipelines.augmentation import ImageTransform
 
 TASK = Task('occ3d', image_size=(256, 704), num_frames=1)
 

@@ -6,7 +6,7 @@ import torch
 from small_model import small_batch, small_model, small_task
 
 from lib.infos import NOWHERE
-from loaders.pipelines.image_aug import ImageTransform
+from loaders.pipelines.augmentation import ImageTransform
 
 
 @pytest.mark.parametrize('place', [0, 1, 4])

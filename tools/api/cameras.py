@@ -20,7 +20,7 @@ from lib.registry import did_you_mean
 from loaders.decode import DecodedImage, read_image
 from loaders.own_data import read_camera, read_pose
 from loaders.pipelines import build_pipeline
-from loaders.pipelines.image_aug import RandomTransformImage
+from loaders.pipelines.augmentation import RandomTransformImage
 from loaders.pipelines.loading import LoadMultiViewImageFromMultiSweeps
 
 Pose = Union[np.ndarray, Mapping]  # 4x4, or dict(rotation=quaternion w x y z or 3x3, translation=3 metres)

@@ -1,4 +1,4 @@
-"""Names of the toy scenes: nuScenes' own, so that its devkit knows which split each belongs to."""
+"""Names of nuScenes' tables and of the toy scenes: its own, so that its devkit knows which split each belongs to."""
 
 from typing import List, NamedTuple, Optional
 
@@ -17,6 +17,23 @@ MINI_TRAIN = (
 MINI_VAL = ('scene-0103', 'scene-0916')
 SPLITS = ('both', 'train', 'val', 'test')
 VERSIONS = ('v1.0-mini', 'v1.0-trainval', 'v1.0-test')
+
+
+TABLES = (
+    'category',
+    'attribute',
+    'visibility',
+    'instance',
+    'sensor',
+    'calibrated_sensor',
+    'ego_pose',
+    'log',
+    'scene',
+    'sample',
+    'sample_data',
+    'sample_annotation',
+    'map',
+)
 
 
 class ScenePlan(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from .files import json_bytes, write_bytes
+from .names import TABLES
 from .objects import OBJECT_TYPES
 from .rig import LIDAR, Rig
 
@@ -123,24 +124,7 @@ class TableWriter:
 
     def __init__(self, seed: int, annotations: bool = True):
         self._seed, self._annotations = seed, annotations
-        self._tables = {
-            name: []
-            for name in (
-                'category',
-                'attribute',
-                'visibility',
-                'instance',
-                'sensor',
-                'calibrated_sensor',
-                'ego_pose',
-                'log',
-                'scene',
-                'sample',
-                'sample_data',
-                'sample_annotation',
-                'map',
-            )
-        }
+        self._tables = {name: [] for name in TABLES}
         self._channels = []
         self._fixed_tables()
 
