@@ -73,13 +73,25 @@ def instance_ids(array, name: str, where: str) -> np.ndarray:
 
 def velocities(array, name: str, where: str) -> np.ndarray:
     """float32 velocities of any shape. Raises DataError for another type, and for what is not finite."""
+    return finite(array, np.float32, name, where, 'velocities that are not finite; save 0 where nothing moves')
+
+
+def finite(array, dtype, name: str, where: str, otherwise: str = 'numbers that are not finite') -> np.ndarray:
+    """The array in a floating type, in which all of it is finite.
+
+    Args:
+        otherwise: what it holds where it is not.
+
+    Raises:
+        DataError: that, or it holds no numbers.
+    """
     array = np.asarray(array)
     if array.dtype.kind not in 'iuf':
-        raise DataError(f'{where}: {name!r} holds {array.dtype}, numbers (m/s) are needed')
+        raise DataError(f'{where}: {name!r} holds {array.dtype}, numbers are needed')
     with np.errstate(over='ignore'):
-        array = array.astype(np.float32)
+        array = array.astype(dtype)
     if not np.isfinite(array).all():
-        raise DataError(f'{where}: {name!r} holds velocities that are not finite; save 0 where nothing moves')
+        raise DataError(f'{where}: {name!r} holds {otherwise}')
     return array
 
 

@@ -141,8 +141,7 @@ def parts(args):
     from lib.labels import LabelFolder, read_labels
     from lib.metrics import Evaluator
     from lib.metrics.formats import open_predictions
-    from lib.metrics.origins import read_keyframes
-    from lib.metrics.rays import lidar_rays
+    from lib.metrics.origins import lidar_rays, read_keyframes
     from lib.raycast import trace
     from lib.task import Task
 

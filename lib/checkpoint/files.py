@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, UserError, reason
-from ..io import atomic_write
-from ..npy import UNREADABLE
-from ..pickle_scan import find_damage
+from ..io import UNREADABLE, atomic_write
+from ..pickles import find_damage
 
 _UNREADABLE = (*UNREADABLE, ImportError, AssertionError)
 

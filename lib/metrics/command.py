@@ -322,7 +322,7 @@ def _open_predictions(args, inputs: _Inputs, metrics) -> Tuple[List[str], Callab
 
 
 def _open_submission(args, inputs: _Inputs) -> Tuple[List[str], Callable]:
-    from .rays import lidar_rays
+    from .origins import lidar_rays
     from .submission import read_submission
 
     tokens = inputs.tokens(())[: args.max_samples]
@@ -334,7 +334,7 @@ def _open_submission(args, inputs: _Inputs) -> Tuple[List[str], Callable]:
 
 def _write_submission(args, tokens, read, inputs: _Inputs) -> None:
     """Write the predictions in the form of a challenge."""
-    from .flow import cast_flow
+    from .counting import cast_flow
     from .submission import write_occ3d_submission, write_submission
 
     if Path(args.submission).suffix == '.zip':

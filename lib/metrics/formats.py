@@ -25,7 +25,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from ..errors import DataError, reason
-from ..npy import UNREADABLE, array_names, read_npy
+from ..io import UNREADABLE, array_names, read_npy
 from ..prediction import (
     RECORD_FILE,
     check_record,

@@ -1,9 +1,14 @@
-"""Where the LiDAR stands in each frame of a scene: the origins of the evaluation's rays (paper section 4.1,
-RayIoU; SPEC section 6). They come from info files, from a small file of poses, or as they are.
+"""The evaluation's rays (paper section 4.1, RayIoU; SPEC section 6): where they begin and in which directions they go.
+
+Origins are where the LiDAR stands in each frame of a scene; they come from info files, from a small file of poses, or
+as they are. Directions are those of a LiDAR like nuScenes' with finer steps far away; they do not depend on the
+volume: any grid and range is evaluated with the same rays.
 
 Frames: LIDAR_TOP and ego of one keyframe, global. Metres, quaternions wxyz, timestamps in microseconds.
 """
 
+import math
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
@@ -18,6 +23,9 @@ from ..task import OCC3D_RANGE
 
 MAX_ORIGINS = 8
 ORIGIN_MARGIN = 1.0  # metres between an origin and the sides of the volume
+NUM_AZIMUTHS = 360
+_GROUND_RINGS = 10  # rings that meet flat ground 1, 2, ... 10 sensor heights away
+_TOP_PITCH = 0.21  # radians, upper edge of nuScenes' LiDAR
 _POSES = ('ego2global_rotation', 'ego2global_translation', 'lidar2ego_rotation', 'lidar2ego_translation')
 _OF_LABELS = ('token', 'scene_name', 'scene_token', 'lidar_token', 'lidar_path', *_POSES[2:])  # of an info
 _KIND = 'lidar poses'
@@ -279,3 +287,25 @@ def _given_origins(arrays, path) -> Keyframes:
     if len(origins) != len(names):
         raise DataError(f'{path} names a sample twice; {_REMEDY}')
     return Keyframes(origins, dict(zip(names, (str(scene) for scene in scenes))), {})
+
+
+def ray_pitches():
+    """Pitches above the horizon in radians, ascending (39 of them)."""
+    pitches = [-(math.pi / 2 - math.atan(ring + 1)) for ring in range(_GROUND_RINGS)]
+    while pitches[-1] < _TOP_PITCH:
+        pitches.append(pitches[-1] + (pitches[-1] - pitches[-2]))
+    return pitches
+
+
+@lru_cache(maxsize=1)
+def lidar_rays() -> np.ndarray:
+    """Unit vectors float32 [39 * 360, 3], pitch by pitch, azimuths 0..359 degrees from x to y. Read-only."""
+    azimuths = [math.radians(degrees) for degrees in range(NUM_AZIMUTHS)]
+    around = np.array([(math.cos(a), math.sin(a)) for a in azimuths])
+    up = np.array([(math.cos(p), math.sin(p)) for p in ray_pitches()])
+    rays = np.empty((len(up), NUM_AZIMUTHS, 3), dtype=np.float32)
+    rays[..., :2] = up[:, None, :1] * around[None]
+    rays[..., 2] = up[:, None, 1]
+    rays = rays.reshape(-1, 3)
+    rays.setflags(write=False)
+    return rays

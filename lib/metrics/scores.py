@@ -9,13 +9,12 @@ from typing import Dict, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from .counting import EXACT, FALSE_ALARMS, HALF_BITS, IOU_HIGH, IOU_LOW, MATCHED, MISSED, Counts
+from .counting import EXACT, FALSE_ALARMS, FLOW_THRESHOLDS, HALF_BITS, IOU_HIGH, IOU_LOW, MATCHED, MISSED, Counts
 
 Tallies = Dict[str, np.ndarray]
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-FLOW_THRESHOLDS = (1.0, 2.0, 4.0)
-VARIANTS = ('true_positives', 'all_rays')  # of the velocity error, see lib.metrics.flow
+VARIANTS = ('true_positives', 'all_rays')  # of the velocity error, see lib.metrics.counting
 _SEED = 0
 
 

@@ -2,9 +2,9 @@
 
 The first is ``submission.gz``: gzip of one pickled dict with the keys of ``ABOUT`` and ``results``, which holds for
 each sample the ends of its N rays: ``pcd_cls`` uint8 [N], ``pcd_dist`` float16 [N] metres, ``pcd_flow`` float16 [N, 2]
-m/s (``lib.metrics.flow``). Samples are written one at a time, so that memory stays flat. A submission from others is
-data: it is read by ``lib.metrics.plain_pickle``, and no more of it is unpacked than the samples asked for can need. The
-second is a zip of ``<token>.npz``, which ``lib.metrics.formats`` reads.
+m/s (``lib.metrics.counting``). Samples are written one at a time, so that memory stays flat. A submission from others
+is data: it is read by ``lib.pickles``, and no more of it is unpacked than the samples asked for can need. The second is
+a zip of ``<token>.npz``, which ``lib.metrics.formats`` reads.
 """
 
 import gzip
@@ -19,12 +19,11 @@ import numpy as np
 
 from ..errors import DataError, reason
 from ..io import PathLike, atomic_write
-from ..prediction import class_ids
+from ..pickles import NotPlain, read_plain_pickle
+from ..prediction import class_ids, finite
 from ..task import Task
-from .flow import FlowRays
-from .origins import MAX_ORIGINS
-from .plain_pickle import NotPlain, read_plain_pickle
-from .rays import lidar_rays
+from .counting import FlowRays
+from .origins import MAX_ORIGINS, lidar_rays
 
 ABOUT = {
     'method': str,
@@ -149,17 +148,9 @@ def _rays(entry, task, where) -> FlowRays:
         shapes = ', '.join(f'{name} {list(array.shape)}' for name, array in zip(_ARRAYS, arrays))
         raise DataError(f'{where} has arrays that do not fit together: {shapes}; needed are [N], [N] and [N, 2]')
     label = class_ids(arrays[0], 'pcd_cls', task, where)
-    return FlowRays(label, *(_half_precision(array, name, where) for name, array in zip(_ARRAYS[1:], arrays[1:])))
-
-
-def _half_precision(array, name, where):
-    if array.dtype.kind not in 'iuf':
-        raise DataError(f'{where}: {name!r} holds {array.dtype}, numbers are needed')
-    with np.errstate(over='ignore'):
-        array = array.astype(np.float16)
-    if not np.isfinite(array).all():
-        raise DataError(f'{where}: {name!r} holds numbers that are not finite in half precision')
-    return array
+    lost = 'numbers that are not finite in half precision'
+    rest = (finite(array, np.float16, name, where, lost) for name, array in zip(_ARRAYS[1:], arrays[1:]))
+    return FlowRays(label, *rest)
 
 
 def write_occ3d_submission(path: PathLike, results: Iterable[Tuple[str, np.ndarray]]) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..checkpoint import fit_weights, is_complete, read_checkpoint, save_checkpoint, state_dict_of
 from ..config import dump_config
 from ..errors import CheckpointError, UserError
-from .averaging import WeightAverage
 from .log import RunLog, describe_environment, versions
+from .optimizer import WeightAverage
 from .processes import Processes
 
 OUTPUTS = 'outputs'

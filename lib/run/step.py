@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..dist import Counted, all_reduce_sum, counting_shares, share_of_batch, shared_draws
 from .batch_plan import BatchPlan
-from .health import shares
 from .loading import to_device
+from .log import shares
 from .numerics import autocast, mix, seed_step
 from .processes import Processes
 from .stopping import NonFinite

@@ -13,15 +13,13 @@ from torch import nn
 from ..dataset import Dataset
 from ..errors import DataError, UserError
 from ..settings import EvaluationSettings, TrainSettings
-from .averaging import WeightAverage
 from .batch_plan import BatchPlan, EpochOrder, RankBatches
 from .evaluation import Evaluation, score_text, scores_of_run
 from .folder import BEST, CheckpointKeeper, capture, restore
-from .health import HealthWatch, describe_health
 from .loading import make_loader, read_batches
-from .log import Countdown, RunLog, WindowAverage, duration, peak_memory_mib
+from .log import Countdown, HealthWatch, RunLog, WindowAverage, describe_health, duration, peak_memory_mib
 from .numerics import make_scaler
-from .optimizer import Schedule, highest_learning_rate, set_learning_rate
+from .optimizer import Schedule, WeightAverage, highest_learning_rate, set_learning_rate
 from .pictures import ValidationPictures
 from .processes import Processes
 from .step import Stepper

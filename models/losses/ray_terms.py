@@ -19,7 +19,7 @@ from torch import Tensor
 from lib.classes import IGNORE_LABEL
 from lib.dist import batch_rand
 from lib.errors import ConfigError
-from lib.metrics.rays import ray_pitches
+from lib.metrics.origins import ray_pitches
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.decoders import VoxelStage

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.checkpoint import load_model_weights
-from lib.run.averaging import WeightAverage
+from lib.run.optimizer import WeightAverage
 
 EMA = 'train.ema_decay=0.8'
 

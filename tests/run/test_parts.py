@@ -18,9 +18,8 @@ from lib.run.folder import (
     find_checkpoint_to_resume,
     resume_command,
 )
-from lib.run.health import HealthWatch, shares
 from lib.run.loading import make_loader, read_batches
-from lib.run.log import Countdown, RunLog, WindowAverage, duration
+from lib.run.log import Countdown, HealthWatch, RunLog, WindowAverage, duration, shares
 from lib.run.numerics import mix, seed_step
 from lib.run.processes import Processes
 from lib.run.timing_script import quantile

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from lib import pickle_scan
+from lib import pickles
 from lib.errors import DataError
 from lib.io import load_pickle_safe
 
@@ -30,8 +30,8 @@ def write(path, content):
 def test_whatever_pickle_writes_passes_compiled_or_not(tmp_path, monkeypatch, protocol):
     path = write(tmp_path / 'a.pkl', pickle.dumps(VALUE, protocol=protocol))
     for compile_from in (1, 1 << 30):
-        monkeypatch.setattr(pickle_scan, '_COMPILE_FROM', compile_from)
-        assert pickle_scan.find_damage(path) is None
+        monkeypatch.setattr(pickles, '_COMPILE_FROM', compile_from)
+        assert pickles.find_damage(path) is None
 
 
 BAD = {
@@ -53,8 +53,8 @@ def test_what_cannot_be_true_is_found_compiled_or_not(tmp_path, monkeypatch, nam
     content, place = BAD[name]
     path = write(tmp_path / 'a.pkl', content)
     for compile_from in (0, 1 << 30):
-        monkeypatch.setattr(pickle_scan, '_COMPILE_FROM', compile_from)
-        assert pickle_scan.find_damage(path) == place
+        monkeypatch.setattr(pickles, '_COMPILE_FROM', compile_from)
+        assert pickles.find_damage(path) == place
     with pytest.raises(DataError, match=f'a.pkl is not a readable pickle .byte {place} cannot be right'):
         load_pickle_safe(path)
 
@@ -62,8 +62,8 @@ def test_what_cannot_be_true_is_found_compiled_or_not(tmp_path, monkeypatch, nam
 def test_several_pickles_behind_one_another(tmp_path):
     one = pickle.dumps(VALUE, protocol=2)
     path = write(tmp_path / 'a.pkl', one * 3 + b'and what is no pickle')
-    assert pickle_scan.find_damage(path, pickles=3) is None
-    assert pickle_scan.find_damage(path, pickles=4) == 3 * len(one) + 1  # 'a' is an instruction
+    assert pickles.find_damage(path, pickles=3) is None
+    assert pickles.find_damage(path, pickles=4) == 3 * len(one) + 1  # 'a' is an instruction
 
 
 @pytest.mark.parametrize('kind', [bytes, bytearray])
