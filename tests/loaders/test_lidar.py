@@ -15,6 +15,7 @@ from loaders import build_dataset, collate
 from loaders.checks import Look
 from loaders.preflight import inspect_dataset, preflight
 from loaders.prepare.sweep_infos import write_sweep_infos
+from models.decoders.layers import DecoderSizes
 from models.losses.depth import LidarDepthLoss
 
 TASK = Task('occ3d', point_cloud_range=(-8, -8, -1, 8, 8, 5.4), image_size=(64, 128), num_frames=2)
@@ -68,7 +69,7 @@ def open_set(root, **options):
 
 def test_depth_lies_where_augmented_images_show_the_point(root):
     """Resized, cropped and mirrored images, a turned and flipped volume: the spot tells the cell, the point the bin."""
-    dataset, loss, found = open_set(root), LidarDepthLoss(TASK, in_channels=8, num_levels=4), 0
+    dataset, loss, found = open_set(root), LidarDepthLoss(DecoderSizes(TASK, embed_dims=8)), 0
     for epoch in range(3):
         dataset.set_epoch(epoch)
         batch = collate([dataset[index] for index in range(len(dataset))])
@@ -117,7 +118,7 @@ def test_the_volume_of_an_augmented_sample_holds_the_points(root):
 
 def test_of_several_points_the_nearest_counts_and_others_do_not_count_at_all(root):
     batch = collate([open_set(root)[0]])
-    loss = LidarDepthLoss(TASK, in_channels=8, num_levels=4)
+    loss = LidarDepthLoss(DecoderSizes(TASK, embed_dims=8))
     eye = torch.eye(4).expand(1, 6, 4, 4)
     at = lambda u, v, d: [u * d, v * d, d]  # noqa: E731
     points = torch.tensor(

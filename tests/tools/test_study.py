@@ -12,7 +12,7 @@ import pytest
 from lib.config import load_config
 from lib.errors import ConfigError, UserError
 from tools import study
-from tools.study_table import summarize
+from tools.studies.table import summarize
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
