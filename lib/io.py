@@ -350,6 +350,22 @@ def load_npz_checked(
     return arrays
 
 
+def npz_sizes(path: PathLike) -> Dict[str, int]:
+    """Bytes of each array of an ``.npz`` file once unpacked, with its header; its directory alone is read.
+
+    Raises:
+        DataError: missing or damaged file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f'{path} does not exist; check the path, or fetch the file')
+    try:
+        with zipfile.ZipFile(str(path)) as archive:
+            return {name: archive.getinfo(f'{name}.npy').file_size for name in array_names(archive, str(path))}
+    except UNREADABLE as error:
+        raise DataError(f'{path} is damaged or no .npz file ({reason(error)}); make or fetch it again') from error
+
+
 def load_npy_checked(path: PathLike, most_values: int = MOST_VALUES) -> np.ndarray:
     """The array of an ``.npy`` file of real numbers, read as data.
 

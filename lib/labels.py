@@ -5,7 +5,7 @@ They are ``<occ_gt_root>/<scene-name>/<sample-token>/labels.npz``, or of a forma
 
 import os
 from pathlib import Path
-from typing import Dict, Mapping, NamedTuple, Optional, Sequence
+from typing import Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -14,12 +14,17 @@ from .errors import DataError
 from .geometry import invert_rigid
 from .grids import find_sources, held_classes, take
 from .infos import volume_from_lidar
-from .io import load_npz_checked, path_inside, read_json
+from .io import load_npz_checked, npz_sizes, path_inside, read_json
 from .label_formats import LABEL_FORMATS, NPZ, read_listed
 from .task import Task
 
 LABEL_FILE = 'labels.npz'
 OPTIONAL = ('instances', 'mask_camera', 'mask_lidar')
+_NO_INSTANCES = (
+    '{path} has no instances, which task.panoptic needs; make labels that have them with gen_instance_info.py and '
+    'point occ_gt_root at its output'
+)
+_LONGEST_HEADER = 1024  # bytes before an array's values; 128 of those that NumPy writes
 _MAX_INSTANCE = np.iinfo(np.int32).max
 
 
@@ -128,10 +133,7 @@ def read_labels(
     arrays = fit_to_task(path, read_arrays(path, task, names), task, info)
     velocity = arrays.pop('flow', None)
     if task.panoptic and 'instances' not in arrays:
-        raise DataError(
-            f'{path} has no instances, which task.panoptic needs; make labels that have them with '
-            'gen_instance_info.py and point occ_gt_root at its output'
-        )
+        raise DataError(_NO_INSTANCES.format(path=path))
     check_labels(path, arrays, task)
     labels = {'semantics': arrays['semantics'].astype(np.uint8)}
     if 'instances' in arrays:
@@ -150,6 +152,33 @@ def read_arrays(path, task: Task, names: Sequence[str] = OPTIONAL) -> Dict[str, 
     if task.label_files in LABEL_FORMATS and Path(path).suffix == '.npy':
         return dict(semantics=read_listed(path, task.label_files))
     return load_npz_checked(path, required, names, 2 * int(np.prod(task.label_grid.shape)))
+
+
+def arrays_of_file(path, task: Task) -> Tuple[str, ...]:
+    """Names of the arrays of a label file that is there and whole, as far as its directory tells; none is unpacked.
+
+    Raises:
+        DataError: it is missing or cut short, lacks an array that the task needs, or has one of another grid's size.
+    """
+    if task.label_files in LABEL_FORMATS and Path(path).suffix == '.npy':
+        if not Path(path).is_file():
+            raise DataError(f'{path} does not exist; check occ_gt_root and task.label_files')
+        return ('semantics',)
+    sizes = npz_sizes(path)
+    if 'semantics' not in sizes:
+        found = ', '.join(sorted(sizes)) or 'nothing'
+        raise DataError(f"{path} has no 'semantics' (it holds {found}); is it a file of another kind?")
+    if task.panoptic and 'instances' not in sizes:
+        raise DataError(_NO_INSTANCES.format(path=path))
+    shape = task.label_grid.shape
+    voxels = int(np.prod(shape))
+    for name in ('semantics', *(name for name in OPTIONAL if name in sizes)):
+        if not any(0 < sizes[name] - width * voxels < _LONGEST_HEADER for width in (1, 2, 4, 8)):
+            raise DataError(
+                f'{path}: {name!r} takes {sizes[name]} bytes, as no array of {list(shape)} voxels does; use labels of '
+                'that grid, or change task.point_cloud_range and task.voxel_size'
+            )
+    return tuple(sizes)
 
 
 def fit_to_task(

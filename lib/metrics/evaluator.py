@@ -164,7 +164,7 @@ class Evaluator:
             if self.device == 'cpu':
                 (rays, segments), volumes = self._counter.on_cpu(volumes, self._threads), None
         if 'miou' in self.metrics:
-            mask = self._state.mask or ('camera' if labels.get('mask_camera') is not None else 'none')
+            mask = self.miou_mask or ('camera' if labels.get('mask_camera') is not None else 'none')
             masks = [self._volume(labels, key, 'the label' + name, 1, bool) for key in _MASKS_NEEDED[mask]]
             seen = np.logical_and.reduce(masks) if masks else None
             voxels = count_voxels(truth, predicted, seen, self._regions, free + 1)
@@ -195,8 +195,8 @@ class Evaluator:
 
     def add(self, sample: Prepared) -> None:
         """Take in a sample that :meth:`prepare` gave."""
-        self._note_token(sample.token, sample.scene)
         self._note_mask(sample.mask, sample.token)
+        self._note_token(sample.token, sample.scene)
         if sample.volumes is None:
             self._take_in(sample, sample.counts)
             return

@@ -1,5 +1,7 @@
 """Are images and label files there and whole? Are labels of the right shape and label set, and what do they hold?"""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -7,7 +9,7 @@ import numpy as np
 from lib.classes import IGNORE_LABEL
 from lib.errors import DataError, UserError
 from lib.infos import camera_sweeps, relocate
-from lib.labels import LabelLoss, measure_loss
+from lib.labels import LabelLoss, arrays_of_file, measure_loss
 from lib.task import Task
 
 from ..decode import check_whole, read_image, read_scan
@@ -17,6 +19,7 @@ from . import ERROR, OK, WARNING, Finding, Look, name_some
 MOST_LOST = 0.5  # of the occupied voxels of the files
 MAX_OCCUPIED = 0.5  # of all voxels
 USUAL_OCCUPIED = '5 to 10 %'  # Occ3D and OpenOcc
+THREADS = 16  # that open label files at once, which takes time on network disks alone
 RARE, MAX_RARE_SHARE = 0.05, 0.5  # of the occupied voxels: a class usually below the first is never above the second
 
 
@@ -95,41 +98,81 @@ class LabelFacts(NamedTuple):
     loss: Optional[LabelLoss] = None
 
 
+class LabelArrays(NamedTuple):
+    """What the directory of one label file says.
+
+    Attributes:
+        path: the file.
+        problem: '' or what is wrong with it.
+        names: of its arrays.
+    """
+
+    path: str
+    problem: str
+    names: Tuple[str, ...] = ()
+
+
 def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
-    """Findings on the label files of some samples of a ``NuSceneOcc`` with labels."""
+    """Findings on the label files of a ``NuSceneOcc`` with labels: those of some samples are read, and of all it is
+    looked whether they are there, with which arrays."""
     try:
         dataset.label_path(0)
     except UserError as error:  # not even the scene can be told
         return [Finding(ERROR, str(error))]
     facts = list(parallel_map(_facts_of_label, samples, dataset, 'labels', look.processes, look.full))
-    problems = [fact.problem for fact in facts if fact.problem]
+    others = _glance(dataset, set(range(len(dataset))) - set(samples))
+    problems = [one.problem for one in (*facts, *others) if one.problem]
     findings = name_some(problems, 'labels cannot be used', look.level, look.shown)
     usable = [fact for fact in facts if not fact.problem]
     if not usable:
         return [finding._replace(level=ERROR) for finding in findings]
-    arrays = set.intersection(*[set(fact.keys) for fact in usable])
-    grid, names = list(dataset.task.grid_shape), ', '.join(sorted(arrays))
-    findings.append(Finding(OK, f'{len(usable)} of {len(dataset)} label files read; grid {grid}, arrays: {names}'))
+    paths = [dataset.label_path(index) for index, fact in zip(samples, facts) if not fact.problem]
+    good = [LabelArrays(str(path), '', fact.keys) for path, fact in zip(paths, usable)]
+    good += [one for one in others if not one.problem]
+    findings.append(_read(len(usable), good, dataset))
     findings.extend(_histogram(sum(fact.counts for fact in usable), dataset.task))
     findings.extend(_for_the_config(sum(fact.counts for fact in usable), dataset.task))
     findings.extend(_loss([fact.loss for fact in usable if fact.loss], dataset.task))
-    with_path = [(fact, dataset.label_path(index)) for fact, index in zip(facts, samples) if not fact.problem]
-    findings.extend(_masks(with_path, look))
+    findings.extend(_masks(good, look))
     if dataset.task.panoptic:
         findings.append(_instances(usable))
     return findings
 
 
-def _masks(with_path, look: Look) -> List[Finding]:
+def _glance(dataset, indices: Iterable[int]) -> List[LabelArrays]:
+    """What the directories of label files say, some at once."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(partial(_arrays_of_label, dataset), sorted(indices)))
+
+
+def _arrays_of_label(dataset, index) -> LabelArrays:
+    try:
+        path = str(dataset.label_path(index))
+    except DataError as error:
+        return LabelArrays('', str(error))
+    try:
+        return LabelArrays(path, '', arrays_of_file(path, dataset.task))
+    except DataError as error:
+        return LabelArrays(path, str(error))
+
+
+def _read(count: int, good: List[LabelArrays], dataset) -> Finding:
+    names = ', '.join(sorted(set.intersection(*[set(one.names) for one in good])))
+    others = f', {len(good) - count} more are there' if len(good) > count else ''
+    grid = list(dataset.task.grid_shape)
+    return Finding(OK, f'{count} of {len(dataset)} label files read{others}; grid {grid}, arrays in all: {names}')
+
+
+def _masks(good: List[LabelArrays], look: Look) -> List[Finding]:
     """Label files without ``mask_camera``, where some have it or all need it."""
-    without = [path for fact, path in with_path if 'mask_camera' not in fact.keys]
-    if not without or (len(without) == len(with_path) and not look.needs_mask):
+    without = [one.path for one in good if 'mask_camera' not in one.names]
+    if not without or (len(without) == len(good) and not look.needs_mask):
         return []
-    text = f'{len(without)} of {len(with_path)} label files, e.g. {without[0]}, have no mask_camera'
+    text = f'{len(without)} of {len(good)} label files, e.g. {without[0]}, have no mask_camera'
     if look.needs_mask:
         remedy = 'model.use_mask_camera needs it; use labels that have it, or set it to False'
         return [Finding(ERROR, f'{text}: {remedy}')]
-    return [Finding(WARNING, f'{text}: their mIoU counts other voxels than that of the others')]
+    return [Finding(WARNING, f'{text}, and mIoU never mixes them with the others: score without miou, or take others')]
 
 
 def _facts_of_label(dataset, index) -> LabelFacts:

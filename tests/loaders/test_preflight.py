@@ -239,6 +239,53 @@ def test_labels_without_the_mask_that_the_model_needs_are_named_before_training(
     assert [w for w in _lines(root, 'warning') if 'mIoU' in w and culprit in w]
 
 
+def _without(name):
+    return lambda path, arrays: np.savez(str(path), **{key: value for key, value in arrays.items() if key != name})
+
+
+def _smaller(path, arrays):
+    np.savez_compressed(str(path), semantics=arrays['semantics'][:20])
+
+
+def _gone(path, arrays):
+    path.unlink()
+
+
+def _cut(path, arrays):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    'damage, message',
+    [
+        (_without('mask_camera'), '1 of 6 label files, e.g. {}, have no mask_camera: model.use_mask_camera needs it'),
+        (_without('semantics'), "{} has no 'semantics'"),
+        (_gone, '{} does not exist'),
+        (_cut, '{} is damaged or no .npz file'),
+        (_smaller, "{}: 'semantics' takes 12928 bytes, as no array of"),
+    ],
+)
+def test_label_files_that_are_not_read_are_looked_at_too(root, monkeypatch, damage, message):
+    """The quick look reads 64 files; a mask missing in another one is found all the same."""
+    monkeypatch.setattr('loaders.preflight.QUICK_LABELS', 2)
+    (ok,) = [line for line in _lines(root, 'ok', needs_mask=True) if 'label files' in line]
+    assert '2 of 6 label files read, 4 more are there; grid [40, 40, 16], arrays in all: mask_camera, mask_li' in ok
+    path = _open(root).label_path(3)
+    with np.load(str(path)) as archive:
+        arrays = dict(archive)
+    damage(path, arrays)
+    with pytest.raises(DataError) as caught:
+        preflight(_open(root), 'train', _config(use_mask_camera=True))
+    assert message.format(path) in str(caught.value)
+
+
+def test_instances_are_looked_for_in_all_label_files(root, monkeypatch):
+    monkeypatch.setattr('loaders.preflight.QUICK_LABELS', 2)
+    _labels(root, lambda index, arrays: dict(arrays, instances=arrays['semantics']) if index != 4 else arrays)
+    with pytest.raises(DataError, match='sample-.*labels.npz has no instances, which task.panoptic needs'):
+        preflight(_open(root, replace(TASK, panoptic=True)), 'train')
+
+
 def _shifted(index, arrays):
     """Ids of a set whose free is 0: one more for each class."""
     return dict(arrays, semantics=(arrays['semantics'].astype(int) + 1) % 18)

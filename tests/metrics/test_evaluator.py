@@ -145,11 +145,16 @@ def test_masks_are_never_mixed(task):
     without = {name: volume for name, volume in street(task, 1).items() if name != 'mask_camera'}
     evaluator = Evaluator(task, ['miou'])
     evaluator.update(street(task, 0), street(task, 0), token='a')
-    with pytest.raises(DataError, match="label of sample b has no 'mask_camera'"):
+    with pytest.raises(DataError, match='sample b have another mask .* mIoU never mixes them'):
         evaluator.update(street(task, 0), without, token='b')
+    chosen = Evaluator(task, ['miou'], miou_mask='camera')
+    with pytest.raises(DataError, match="label of sample b has no 'mask_camera'"):
+        chosen.update(street(task, 0), without, token='b')
     other = Evaluator(task, ['miou'])
     other.update(street(task, 0), without, token='b')
     assert other.compute().mask == 'none'
+    with pytest.raises(DataError, match='mIoU never mixes them'):
+        other.update(street(task, 0), street(task, 0), token='c')
     with pytest.raises(DataError, match='mIoU never mixes them'):
         evaluator.merge(other)
     with pytest.raises(ConfigError, match='miou_mask'):
