@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
+from .errors import UserError, missing_package, reason
+
 _said: Set[Tuple[str, str]] = set()  # warnings given: (how to build it, what is wrong)
 
 
@@ -92,13 +94,24 @@ def jit(function):
     Strict floating point: nothing is reordered or fused, so results do not depend on the machine. A division by
     zero gives an infinity or NaN as in NumPy: checks for it would keep loops from becoming vector instructions.
     """
-    import numba  # not when an extension is built
-
+    numba = _import_numba()
     options = dict(nogil=True, error_model='numpy')
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder to keep it in can be written
         return numba.njit(**options)(function)
+
+
+def _import_numba() -> ModuleType:  # here, not when an extension is built
+    try:
+        return importlib.import_module('numba')
+    except ModuleNotFoundError as error:
+        raise missing_package(error) from error
+    except ImportError as error:  # of another NumPy, most often
+        raise UserError(
+            f'Numba is installed but cannot be used ({reason(error)}); run "make install" in the repository, or '
+            'install versions that fit each other'
+        ) from error
 
 
 # -- building

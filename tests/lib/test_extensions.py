@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lib import extension
+from lib.errors import UserError
 from lib.extension import Extension
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,3 +124,16 @@ def test_toolkit_named_by_the_environment_is_used(monkeypatch, tmp_path):
 def test_a_setup_runs_from_its_own_folder_and_imports_no_torch_before_it_builds(folder):
     code = 'import runpy, sys; runpy.run_path("setup.py"); assert "torch" not in sys.modules'
     subprocess.run([sys.executable, '-c', code], cwd=str(ROOT / folder), check=True)
+
+
+@pytest.mark.parametrize(
+    'error, sentence',
+    [
+        (ImportError('Numba needs NumPy 2.3 or less'), 'Numba is installed but cannot be used .Numba needs NumPy'),
+        (ModuleNotFoundError("No module named 'numba'", name='numba'), "the Python package 'numba' is not installed"),
+    ],
+)
+def test_loops_without_numba_are_a_sentence(monkeypatch, error, sentence):
+    loads(monkeypatch, error)
+    with pytest.raises(UserError, match=sentence):
+        extension.jit(len)

@@ -69,6 +69,7 @@ def test_it_trains_the_backbone_and_leaves_the_other_losses_alone():
     assert model.img_backbone.conv1.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.skipif(int(torch.__version__.split('.')[0]) < 2, reason='no LayerNorm in the CPU autocast of PyTorch 1')
 def test_points_of_half_precision_training_are_projected_in_full():
     model, _ = depth_model()
     batch, seen = batch_with_points(), []

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 
 import cv2
 import numpy as np
@@ -132,7 +133,16 @@ def test_recording_holds_cameras_voxels_boxes_and_the_way(tmp_path):
 
 
 def test_recording_without_rerun_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__('sys').modules, 'rerun', None)
-    with pytest.raises(UserError, match='pip install rerun-sdk'):
+    monkeypatch.setitem(sys.modules, 'rerun', None)
+    with pytest.raises(UserError, match='which is not installed; pip install rerun-sdk'):
         write_recording(tmp_path / 'a.rrd', TASK, [], 'toy')
     assert not (tmp_path / 'a.rrd').exists()
+
+
+def test_a_rerun_that_does_not_fit_is_a_sentence(tmp_path, monkeypatch):
+    """As where pip brought a pyarrow for another NumPy."""
+    (tmp_path / 'rerun.py').write_text("raise ImportError('pyarrow requires NumPy 2.0 or newer')")
+    monkeypatch.delitem(sys.modules, 'rerun', raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r'which cannot be used here \(pyarrow requires NumPy 2.0 or newer\)'):
+        write_recording(tmp_path / 'a.rrd', TASK, [], 'toy')

@@ -9,7 +9,7 @@ from typing import Iterable, List
 import cv2
 import numpy as np
 
-from lib.errors import DataError, UserError
+from lib.errors import DataError, UserError, reason
 from lib.geometry import invert_rigid, voxel_centers
 from lib.io import atomic_write
 from lib.task import Task
@@ -62,7 +62,11 @@ def _import_rerun():
     try:
         import rerun
     except ImportError as error:
-        raise UserError('--rerun needs the package rerun-sdk, which is not installed; pip install rerun-sdk') from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == 'rerun'
+        what = 'is not installed' if missing else f'cannot be used here ({reason(error)})'
+        raise UserError(
+            f'--rerun needs the package rerun-sdk, which {what}; pip install rerun-sdk, see docs/viewer.md'
+        ) from error
     if not hasattr(rerun.RecordingStream, 'set_time'):
         raise UserError(f'--rerun needs rerun-sdk 0.23 or newer, here is {rerun.__version__}; pip install -U rerun-sdk')
     return rerun
