@@ -11,7 +11,7 @@ from small_model import small_model, small_task
 
 from lib.errors import UserError
 from models.csrc.msmv_sampling import reference, sample_multi_view
-from models.decoders import sampling, sparse_voxel_decoder
+from models.decoders import layers, sparse_voxel_decoder
 from models.encoder import ImageFeatures
 from tools import export
 from tools.exporting import operators
@@ -53,7 +53,7 @@ def test_table_finds_what_the_search_finds(count):
     generator = torch.Generator().manual_seed(count)
     valid = torch.rand(2, 7, count, generator=generator) < torch.linspace(0, 1, 7).view(1, 7, 1)  # none .. all
     fractions = torch.rand(2, 7, 16, generator=generator)
-    index, empty = sampling.select_valid(valid, fractions)
+    index, empty = layers.select_valid(valid, fractions)
     table, none = operators.select_valid_by_table(valid, fractions)
     assert torch.equal(empty, none) and empty.any() and not empty.all()
     assert torch.equal(index[~empty], table[~empty]) and (table < count).all()
@@ -74,12 +74,12 @@ def test_gathered_rows_are_those_of_the_bag():
 
 
 def test_substitutes_are_gone_afterwards():
-    before = sampling.select_valid, sparse_voxel_decoder.top_in_order, sampling.sample_multi_view
+    before = layers.select_valid, sparse_voxel_decoder.top_in_order, layers.sample_multi_view
     with pytest.raises(ZeroDivisionError):
         with operators.traceable('custom'):
-            assert sampling.sample_multi_view is operators.sampling_node
+            assert layers.sample_multi_view is operators.sampling_node
             raise ZeroDivisionError
-    assert before == (sampling.select_valid, sparse_voxel_decoder.top_in_order, sampling.sample_multi_view)
+    assert before == (layers.select_valid, sparse_voxel_decoder.top_in_order, layers.sample_multi_view)
 
 
 def _sampling_case():
