@@ -31,7 +31,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     check_files(args.config, None, args.weights)
-    from lib.run.val_script import run_validation
+    from lib.run.evaluation import run_validation
 
     sys.exit(run_validation(args, components))
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from .classes import IGNORE_LABEL, OCC3D
 from .errors import DataError
-from .grids import Grid
+from .geometry import Grid
 from .io import load_npy_checked, path_inside
 
 NPZ = 'npz'  # this project's, and Occ3D's and OpenOcc's: dense, <scene>/<token>/labels.npz

@@ -11,8 +11,7 @@ import numpy as np
 
 from .classes import IGNORE_LABEL
 from .errors import DataError
-from .geometry import invert_rigid
-from .grids import find_sources, held_classes, take
+from .geometry import find_sources, held_classes, invert_rigid, take
 from .infos import volume_from_lidar
 from .io import load_npz_checked, npz_sizes, path_inside, read_json
 from .label_formats import LABEL_FORMATS, NPZ, read_listed
@@ -186,7 +185,7 @@ def fit_to_task(
 ) -> Dict[str, np.ndarray]:
     """Arrays of a label file on the task's grid, with ids of its label set.
 
-    ``lib.grids.find_sources`` says by which rule labels of other voxels are merged. Outside the file's volume voxels
+    ``lib.geometry.find_sources`` says by which rule labels of other voxels are merged. Outside the file's volume voxels
     are ignored, in no instance and in no mask.
 
     Raises:

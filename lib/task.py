@@ -12,7 +12,7 @@ from typing import Any, Mapping, Optional, Tuple
 
 from .classes import LabelSet, get_label_set
 from .errors import ConfigError
-from .grids import FRAMES, Grid
+from .geometry import FRAMES, Grid
 from .label_formats import LABEL_FORMATS, NPZ
 from .registry import check_keys
 

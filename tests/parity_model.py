@@ -23,7 +23,7 @@ from lib.config import load_config
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from models import build_model
-from models.merging import merge_panoptic, merge_semantic
+from models.head import merge_panoptic, merge_semantic
 
 ROOT = Path(__file__).resolve().parent.parent
 _CONFIGS = {'1.0': 'r50_nuimg_704x256_8f', '1.1': 'r50_nuimg_704x256_8f_v1.1'}

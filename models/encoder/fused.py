@@ -327,7 +327,7 @@ class _ConvolveReLU(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         grads, of_bias = [None, None, None], None
         if wanted[2] and _can_sum_fused(grad, y):
-            from models.encoder.fused_relu import relu_backward  # needs Triton
+            from models.encoder.kernels import relu_backward  # needs Triton
 
             grad, of_bias = relu_backward(grad, y)
             wanted[2] = False
@@ -350,7 +350,7 @@ def _pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
         return pool(x)
     if not has_triton(x.device):
         return pool(x)
-    from models.encoder.fused_pool import max_pool
+    from models.encoder.kernels import max_pool
 
     return max_pool(x)
 

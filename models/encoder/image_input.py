@@ -64,7 +64,7 @@ class ImageInput(nn.Module):
         return images.contiguous(memory_format=torch.channels_last)
 
     def _prepare_fused(self, images: Tensor, jitter: Optional['Jitter']) -> Tensor:
-        from models.encoder.fused_input import InputSizes, prepare_images  # needs Triton
+        from models.encoder.kernels import InputSizes, prepare_images  # needs Triton
 
         sizes = InputSizes(*images.shape[-2:], *self.padded_size(images.shape[-2:]))
         settings = torch.cat([self.mean.flatten(), self.std.flatten()])

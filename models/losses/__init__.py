@@ -1,8 +1,6 @@
 """Losses of the voxel decoder (per stage) and of the mask decoder (per prediction); importing registers them."""
 
-from .auxiliary import BEGINNING, TrainingPass, build_auxiliary_losses
-from .denoising import DenoisingLoss
-from .depth import LidarDepthLoss
+from .auxiliary import BEGINNING, DenoisingLoss, LidarDepthLoss, TrainingPass, build_auxiliary_losses
 from .mask2former import Mask2FormerLoss
 from .ray_terms import RayConsistencyLoss
 from .voxel import StageLabels, VoxelLosses, check_targets

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from lib.classes import IGNORE_LABEL
-from lib.geometry import invert_rigid, make_transform, rotation_z
-from lib.grids import Grid, find_sources, held_classes, take
+from lib.geometry import Grid, find_sources, held_classes, invert_rigid, make_transform, rotation_z, take
 
 FREE = 5
 TURNED = make_transform(rotation_z(0.4), [0.3, -0.7, 0.2])

@@ -16,7 +16,7 @@ from loaders.checks import Look
 from loaders.preflight import inspect_dataset, preflight
 from loaders.prepare.sweep_infos import write_sweep_infos
 from models.decoders.layers import DecoderSizes
-from models.losses.depth import LidarDepthLoss
+from models.losses.auxiliary import LidarDepthLoss
 
 TASK = Task('occ3d', point_cloud_range=(-8, -8, -1, 8, 8, 5.4), image_size=(64, 128), num_frames=2)
 INFOS = 'nuscenes_infos_train_sweep.pkl'

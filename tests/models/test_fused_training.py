@@ -136,7 +136,7 @@ def test_image_input(jittered, to_rgb, monkeypatch):
 @runs
 @pytest.mark.parametrize('channels, height, width', [(64, 8, 12), (20, 7, 9), (64, 1, 5)])
 def test_pooling(channels, height, width):
-    from models.encoder.fused_pool import max_pool
+    from models.encoder.kernels import max_pool
 
     torch.manual_seed(channels)
     x = random(2, channels, height, width).contiguous(memory_format=torch.channels_last)
@@ -150,7 +150,7 @@ def test_pooling(channels, height, width):
 @runs
 @pytest.mark.parametrize('channels', [64, 20])
 def test_bias_and_relu(channels):
-    from models.encoder.fused_relu import relu_backward
+    from models.encoder.kernels import relu_backward
 
     torch.manual_seed(channels)
     grad, result = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.merging import merge_panoptic, merge_semantic
+from models.head import merge_panoptic, merge_semantic
 
 CLASSES = 5
 THINGS = (0, 1)

@@ -21,8 +21,8 @@ import fakes  # noqa: E402
 import train as train_script  # noqa: E402
 import val as val_script  # noqa: E402
 from lib.checkpoint import read_checkpoint  # noqa: E402
+from lib.run.evaluation import run_validation  # noqa: E402
 from lib.run.train_script import run_training  # noqa: E402
-from lib.run.val_script import run_validation  # noqa: E402
 
 
 class Workshop:

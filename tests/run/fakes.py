@@ -235,7 +235,7 @@ def run_script(name, arguments):
 
         return run_training(train.parse_args(arguments), components)
     import val
-    from lib.run.val_script import run_validation
+    from lib.run.evaluation import run_validation
 
     return run_validation(val.parse_args(arguments), components)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lib.classes import OCC3D, OPENOCC_V2
 from lib.errors import UserError
-from lib.grids import Grid
+from lib.geometry import Grid
 from lib.openmmlab import prepare_openmmlab
 from tools.toy import pool
 from tools.toy import shapes as sh

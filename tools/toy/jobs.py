@@ -6,7 +6,7 @@ from typing import List, NamedTuple, Tuple
 
 import numpy as np
 
-from lib.grids import Grid
+from lib.geometry import Grid
 
 from . import pool, tables
 from .files import write_bytes, write_jpeg, write_npz, write_png

@@ -11,7 +11,7 @@ from typing import Dict, List, NamedTuple, Sequence
 import numpy as np
 
 from lib.classes import OCC3D, OPENOCC_V2
-from lib.grids import Grid
+from lib.geometry import Grid
 from lib.task import Task
 
 from .lidar import Surface, ground_classes

@@ -1,0 +1,201 @@
+"""The encoder's Triton kernels, which save passes over memory; import it only where Triton is.
+
+Input: jitter, normalisation and padding in one kernel. A pixel is read as three bytes and written once, in the type
+that the backbone computes in and with its channels last. PyTorch's operators make some forty passes over float32
+images in training, seven in inference.
+
+Backward pass of bias and ReLU: gradient and result of a convolution are read once, what goes through the ReLU is
+written, and that is summed over the pixels for the bias. Partial sums are added up in a second step, in a fixed
+order.
+
+Max pooling 3x3 with stride 2 that keeps no places: PyTorch's also writes, for every result, where it came from, in
+eight bytes, whether or not a gradient will be wanted.
+"""
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024  # pixels of the input
+_ROWS, _COLUMNS, _STEPS = 32, 64, 16  # of the backward pass
+_PIXELS = 32  # of pooling
+
+
+class InputSizes(NamedTuple):
+    """Of the images and of the padded result, pixels."""
+
+    height: int
+    width: int
+    padded_height: int
+    padded_width: int
+
+
+@triton.jit
+def _from_hue(value, chroma, sector, offset: tl.constexpr):
+    k = sector + offset
+    k = tl.where(k >= 6.0, k - 6.0, k)
+    return value - chroma * tl.minimum(tl.maximum(tl.minimum(k, 4.0 - k), 0.0), 1.0)
+
+
+@triton.jit
+def _pick(order, blue, green, red):
+    return tl.where(order == 0.0, blue, tl.where(order == 1.0, green, red))
+
+
+@triton.jit
+def _prepare(
+    images_at, settings_at, jitter_at, out_at, height, width, padded_height, padded_width,
+    jitters: tl.constexpr, to_rgb: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    image = tl.program_id(1).to(tl.int64)
+    row, column = place // padded_width, place % padded_width
+    inside = (row < height) & (column < width)
+    start = images_at + image * 3 * height * width + row * width + column
+    blue = tl.load(start, mask=inside, other=0).to(tl.float32)
+    green = tl.load(start + height * width, mask=inside, other=0).to(tl.float32)
+    red = tl.load(start + 2 * height * width, mask=inside, other=0).to(tl.float32)
+    if jitters:
+        own = jitter_at + image * 8  # brightness, contrast, saturation, sixths of hue, contrast, channel order
+        blue = (blue + tl.load(own)) * tl.load(own + 1)
+        green = (green + tl.load(own)) * tl.load(own + 1)
+        red = (red + tl.load(own)) * tl.load(own + 1)
+        value = tl.maximum(tl.maximum(blue, green), red)
+        chroma = value - tl.minimum(tl.minimum(blue, green), red)
+        safe = tl.where(chroma > 0.0, chroma, 1.0)
+        other = tl.where(value == green, 2.0 + (blue - red) / safe, 4.0 + (red - green) / safe)
+        sector = tl.where(value == red, (green - blue) / safe, other) + tl.load(own + 3)
+        sector = tl.where(sector < 0.0, sector + 6.0, sector)
+        sector = tl.where(sector >= 6.0, sector - 6.0, sector)
+        chroma = chroma * tl.load(own + 2)
+        contrast = tl.load(own + 4)
+        b = _from_hue(value, chroma, sector, 1) * contrast
+        g = _from_hue(value, chroma, sector, 3) * contrast
+        r = _from_hue(value, chroma, sector, 5) * contrast
+        blue, green, red = (
+            _pick(tl.load(own + 5), b, g, r),
+            _pick(tl.load(own + 6), b, g, r),
+            _pick(tl.load(own + 7), b, g, r),
+        )
+    if to_rgb:
+        first, last = red, blue
+    else:
+        first, last = blue, red
+    kind = out_at.dtype.element_ty
+    out = out_at + (image * padded_height * padded_width + place) * 3
+    fits = place < padded_height * padded_width
+    first = tl.div_rn(first - tl.load(settings_at), tl.load(settings_at + 3) + tl.zeros([block], tl.float32))
+    green = tl.div_rn(green - tl.load(settings_at + 1), tl.load(settings_at + 4) + tl.zeros([block], tl.float32))
+    last = tl.div_rn(last - tl.load(settings_at + 2), tl.load(settings_at + 5) + tl.zeros([block], tl.float32))
+    tl.store(out, tl.where(inside, first, 0.0).to(kind), mask=fits)
+    tl.store(out + 1, tl.where(inside, green, 0.0).to(kind), mask=fits)
+    tl.store(out + 2, tl.where(inside, last, 0.0).to(kind), mask=fits)
+
+
+def prepare_images(
+    images: Tensor, settings: Tensor, jitter: Optional[Tensor], sizes: InputSizes, to_rgb: bool, dtype: torch.dtype
+) -> Tensor:
+    """Jittered, normalised, padded images.
+
+    Args:
+        images: uint8 [n, 3, H, W] BGR, contiguous.
+        settings: float32 [6], mean and std of each channel of the result.
+        jitter: float32 [n, 8]: brightness to add, contrast before, saturation, sixths of a turn of hue, contrast
+            after, and for each channel which one it takes; None jitters nothing.
+        sizes: H, W and what they are padded to.
+        to_rgb: reverse the channels.
+        dtype: of the result.
+
+    Returns:
+        [n, 3, H', W'], channels last in memory.
+    """
+    count, height, width = len(images), sizes.padded_height, sizes.padded_width
+    out = torch.empty((count, height, width, 3), dtype=dtype, device=images.device)
+    grid = triton.cdiv(height * width, _BLOCK), count
+    given = settings if jitter is None else jitter
+    with torch.cuda.device_of(images):
+        _prepare[grid](images, settings, given, out, *sizes, jitters=jitter is not None, to_rgb=to_rgb, block=_BLOCK)
+    return out.permute(0, 3, 1, 2)
+
+
+@triton.jit
+def _relu_backward(
+    grad_at,
+    result_at,
+    out_at,
+    sums_at,
+    pixels,
+    channels,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    steps: tl.constexpr,
+):
+    channel = tl.program_id(1) * columns + tl.arange(0, columns)
+    first = tl.program_id(0).to(tl.int64) * (rows * steps)
+    total = tl.zeros([rows, columns], tl.float32)
+    for step in range(steps):
+        pixel = first + step * rows + tl.arange(0, rows)
+        places = pixel[:, None] * channels + channel[None, :]
+        inside = (pixel[:, None] < pixels) & (channel[None, :] < channels)
+        grad = tl.load(grad_at + places, mask=inside, other=0.0)
+        result = tl.load(result_at + places, mask=inside, other=0.0)
+        grad = tl.where(result <= 0.0, 0.0, grad)
+        tl.store(out_at + places, grad, mask=inside)
+        total += grad.to(tl.float32)
+    sums = sums_at + tl.program_id(0).to(tl.int64) * channels + channel
+    tl.store(sums, tl.sum(total, 0), mask=channel < channels)
+
+
+def relu_backward(grad: Tensor, result: Tensor) -> Tuple[Tensor, Tensor]:
+    """What of a gradient goes through the ReLU, and its sum per channel.
+
+    Args:
+        grad, result: [n, C, H, W], channels last in memory, of one type.
+
+    Returns:
+        like ``grad``; [C] in the same type.
+    """
+    count, channels, height, width = result.shape
+    pixels = count * height * width
+    out = torch.empty_like(result)
+    blocks = triton.cdiv(pixels, _ROWS * _STEPS)
+    sums = torch.empty(blocks, channels, dtype=torch.float32, device=grad.device)
+    grid = blocks, triton.cdiv(channels, _COLUMNS)
+    with torch.cuda.device_of(grad):
+        _relu_backward[grid](grad, result, out, sums, pixels, channels, rows=_ROWS, columns=_COLUMNS, steps=_STEPS)
+    return out, sums.sum(0).to(grad.dtype)
+
+
+@triton.jit
+def _pool(
+    x_at, out_at, height, width, out_height, out_width, count, channels: tl.constexpr, block: tl.constexpr,
+    pixels: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0) * pixels + tl.arange(0, pixels)
+    column, row = place % out_width, place // out_width % out_height
+    image = (place // out_width // out_height).to(tl.int64)
+    channel = tl.program_id(1) * block + tl.arange(0, block)
+    inside = (place < count)[:, None] & (channel < channels)[None, :]
+    largest = tl.full([pixels, block], float('-inf'), x_at.dtype.element_ty)
+    for step in tl.static_range(9):
+        y, x = 2 * row + (step // 3 - 1), 2 * column + (step % 3 - 1)
+        seen = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        source = ((image * height + y) * width + x)[:, None] * channels + channel[None, :]
+        values = tl.load(x_at + source, mask=seen[:, None] & inside, other=float('-inf'))
+        largest = tl.maximum(largest, values, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out_at + place.to(tl.int64)[:, None] * channels + channel[None, :], largest, mask=inside)
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """x [n, C, H, W], channels last in memory -> [n, C, ceil(H / 2), ceil(W / 2)], likewise; without gradients."""
+    images, channels, height, width = x.shape
+    out_height, out_width = (height + 1) // 2, (width + 1) // 2
+    out = torch.empty((images, out_height, out_width, channels), dtype=x.dtype, device=x.device)
+    count, block = images * out_height * out_width, min(64, triton.next_power_of_2(channels))
+    grid = triton.cdiv(count, _PIXELS), triton.cdiv(channels, block)
+    with torch.cuda.device_of(x):
+        _pool[grid](x, out, height, width, out_height, out_width, count, channels=channels, block=block, pixels=_PIXELS)
+    return out.permute(0, 3, 1, 2)
