@@ -85,6 +85,14 @@ def test_a_loss(carry_out):
     assert losses['loss_flat_0'] > 0 and losses['loss_flat_0'].requires_grad
 
 
+def test_an_auxiliary_loss(carry_out):
+    task, cfg = small_task(), carry_out('A loss', 'small_features.py')
+    model = built(dict(small_version(cfg), auxiliary_losses=cfg.model.auxiliary_losses), task)
+    losses = model(**small_batch(task))
+    losses['loss_features'].backward()
+    assert model.img_neck.fpn_convs[0].conv.weight.grad.abs().sum() > 0 and 'loss_sem_ce_0' in losses
+
+
 def test_an_output(carry_out, tmp_path):
     task = small_task(panoptic=False)
     cfg = carry_out('An output', 'openocc_flow.py')

@@ -140,5 +140,5 @@ def test_wrong_configs_are_a_sentence(wrong, message):
 
 def test_a_name_that_would_not_count_is_a_sentence():
     losses = dict(depth=dict(type='LidarDepthLoss'))
-    with pytest.raises(ConfigError, match="auxiliary_losses.auxiliary: names of losses begin with 'loss_'"):
+    with pytest.raises(ConfigError, match="auxiliary_losses.depth: names of losses begin with 'loss_'"):
         build_model(dict(small_config(), auxiliary_losses=losses), TASK)
