@@ -45,6 +45,12 @@ _MASKS_NEEDED = {
     'both': ('mask_camera', 'mask_lidar'),
     'none': (),
 }
+_NEEDED_BY = {  # and what to do where it is missing
+    'instances': 'ray_pq needs; leave that metric out, or give panoptic files',
+    'flow': 'occ_score needs; leave that metric out, or give files with flow',
+    'mask_camera': 'miou needs; choose another mask, or give labels that have it',
+    'mask_lidar': 'miou needs; choose another mask, or give labels that have it',
+}
 
 
 @dataclass
@@ -290,8 +296,7 @@ class Evaluator:
         volume = volumes.get(name)
         if volume is None:
             raise DataError(
-                f'{owner} has no {name!r}, which the metrics {", ".join(self.metrics)} need; evaluate without them, '
-                'choose another mask, or make files that have it'
+                f'{owner} has no {name!r}, which {_NEEDED_BY.get(name, "all metrics need; give a file that has it")}'
             )
         volume = volume if isinstance(volume, np.ndarray) else _to_array(volume)
         if volume.shape != self.task.grid_shape:

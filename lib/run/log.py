@@ -80,6 +80,8 @@ class RunLog:
         with atomic_write(folder / f'{name}_iter_{iteration}.png') as temporary:
             Image.fromarray(image).save(str(temporary), 'PNG')
         if self._board is not None:
+            if not hasattr(Image, 'ANTIALIAS'):  # Pillow 10 has it no more, and PyTorch 1 asks for it
+                Image.ANTIALIAS = Image.LANCZOS
             self._board.add_image(name, image, iteration, dataformats='HWC')
 
     def close(self) -> None:

@@ -304,7 +304,7 @@ def test_wrong_settings_are_named(change, words):
     'name, change, words',
     [
         ('prediction', dict(semantics=np.zeros((4, 4, 4), np.uint8)), r'prediction of sample t1.*\[4, 4, 4\]'),
-        ('prediction', dict(instances=None), "no 'instances'"),
+        ('prediction', dict(instances=None), "no 'instances', which ray_pq needs; leave"),
         ('truth', dict(semantics=None), "label of sample t1 has no 'semantics'"),
         ('prediction', dict(semantics=None), "no 'semantics'"),
         ('prediction', 'id', 'id 9, allowed are 0..3'),
