@@ -174,7 +174,7 @@ class PredictionFiles:
             remedy = ', or score the others with --only-predicted' if chosen else ''
             raise DataError(
                 f'{len(missing)} of {len(tokens)} samples have no prediction, e.g. {missing[0]}{unused}; predict them, '
-                f'or choose the split that they are of with --split{remedy}'
+                f'or give the split or infos that they are of{remedy}'
             )
         notes = [f'left out: {_count(missing)} without a prediction'] if missing else []
         notes += [f'not used: {_count(surplus)} predicted but not in the data set'] if surplus else []
