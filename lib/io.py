@@ -17,7 +17,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Optional, Union
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 
@@ -43,6 +43,18 @@ UNREADABLE = (
     LookupError,
     AttributeError,
     RuntimeError,  # encrypted, or a compression that zipfile lacks
+    MemoryError,
+    OverflowError,
+)
+_NO_PICKLE = (  # what loading a damaged one raises
+    EOFError,
+    ValueError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    ImportError,
+    OSError,
     MemoryError,
     OverflowError,
 )
@@ -216,19 +228,7 @@ def load_pickle_safe(path: PathLike, allow_any: bool = False):
             f'{path} was refused: {reason(error)}, and only plain data and numpy arrays are read from pickles; if you '
             'trust where the file is from, set allow_any_pickle=True in that section of data'
         ) from error
-    except (
-        EOFError,
-        ValueError,
-        IndexError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        ImportError,
-        OSError,
-        MemoryError,
-        OverflowError,
-        UnicodeDecodeError,
-    ) as error:
+    except _NO_PICKLE as error:
         raise DataError(
             f'{path} is not a readable pickle ({type(error).__name__}: {reason(error)}); make or fetch it again'
         ) from error
@@ -331,22 +331,15 @@ def load_npz_checked(
     Raises:
         DataError: missing or damaged file, a required key is not in it, or an array is larger.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f'{path} does not exist; check the path, or fetch the file')
     arrays = {}
-    try:
-        with zipfile.ZipFile(str(path)) as archive:
-            names = array_names(archive, str(path))
-            missing = [key for key in required if key not in names]
-            if missing:
-                found = ', '.join(sorted(names)) or 'nothing'
-                raise DataError(f'{path} has no {missing[0]!r} (it holds {found}); is it a file of another kind?')
-            for name in names if optional is None else [k for k in names if k in set(required) | set(optional)]:
-                with archive.open(f'{name}.npy') as stream:
-                    arrays[name] = read_npy(stream, f'{path}: {name!r}', most_values, PLAIN).copy()
-    except UNREADABLE as error:
-        raise DataError(f'{path} is damaged or no .npz file ({reason(error)}); make or fetch it again') from error
+    with _open_npz(path) as (archive, names):
+        missing = [key for key in required if key not in names]
+        if missing:
+            found = ', '.join(sorted(names)) or 'nothing'
+            raise DataError(f'{path} has no {missing[0]!r} (it holds {found}); is it a file of another kind?')
+        for name in names if optional is None else [k for k in names if k in set(required) | set(optional)]:
+            with archive.open(f'{name}.npy') as stream:
+                arrays[name] = read_npy(stream, f'{path}: {name!r}', most_values, PLAIN).copy()
     return arrays
 
 
@@ -356,12 +349,19 @@ def npz_sizes(path: PathLike) -> Dict[str, int]:
     Raises:
         DataError: missing or damaged file.
     """
+    with _open_npz(path) as (archive, names):
+        return {name: archive.getinfo(f'{name}.npy').file_size for name in names}
+
+
+@contextlib.contextmanager
+def _open_npz(path: PathLike) -> Iterator[Tuple[zipfile.ZipFile, List[str]]]:
+    """An ``.npz`` file and the names of its arrays; DataError where it is missing, or what is done with it fails."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f'{path} does not exist; check the path, or fetch the file')
     try:
         with zipfile.ZipFile(str(path)) as archive:
-            return {name: archive.getinfo(f'{name}.npy').file_size for name in array_names(archive, str(path))}
+            yield archive, array_names(archive, str(path))
     except UNREADABLE as error:
         raise DataError(f'{path} is damaged or no .npz file ({reason(error)}); make or fetch it again') from error
 

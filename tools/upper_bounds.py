@@ -76,39 +76,46 @@ def batches(cfg, dataset, device):
     return (to_device(batch, device) for batch in read_batches(loader))
 
 
+def kept_voxels(args, cfg, dataset, task):
+    """Per sample a mask of the voxels that each stage keeps: by the model if there are weights, else the fullest."""
+    import torch
+
+    from lib.run.evaluation import load_for_inference
+    from lib.run.processes import pick_device
+    from models import build_model
+
+    if not args.weights:
+        topk = cfg.model.pts_bbox_head.transformer.topk_testing
+        for index in range(len(dataset)):
+            occupied = dataset.ground_truth(index)['semantics'] != task.label_set.free_id
+            yield [fullest_blocks(occupied, scale, count) for scale, count in zip(_SCALES, topk)]
+        return
+    device = pick_device(args.device)
+    model, _ = load_for_inference(build_model, cfg, task, args, device)
+    for batch in batches(cfg, dataset, device):
+        with torch.no_grad():
+            kept = kept_by_model(model, batch, task)
+        yield kept
+
+
 def main():
     args = parse_args()
     check_files(args.config, None, args.weights)
     import numpy as np
-    import torch
 
     from lib.config import load_config
     from lib.io import write_json
     from lib.metrics import Evaluator
     from lib.run import read_task
-    from lib.run.evaluation import load_for_inference
-    from lib.run.processes import pick_device
     from loaders import build_dataset
-    from models import build_model
 
     cfg = load_config(args.config, args.override)
     task = read_task(cfg)
     dataset = build_dataset(dict(cfg.data.val, max_samples=args.max_samples), task)
-    free_id, topk = task.label_set.free_id, cfg.model.pts_bbox_head.transformer.topk_testing
-    model = stream = None
-    if args.weights:
-        device = pick_device(args.device)
-        model, _ = load_for_inference(build_model, cfg, task, args, device)
-        stream = batches(cfg, dataset, device)
-    stats = {}
-    for index in range(len(dataset)):
+    free_id, stats = task.label_set.free_id, {}
+    for index, kept in enumerate(kept_voxels(args, cfg, dataset, task)):
         truth = dataset.ground_truth(index)
         occupied = truth['semantics'] != free_id
-        if model:
-            with torch.no_grad():
-                kept = kept_by_model(model, next(stream), task)
-        else:
-            kept = [fullest_blocks(occupied, scale, count) for scale, count in zip(_SCALES, topk)]
         for name, mask in cuts(truth, kept, free_id).items():
             evaluator, recall = stats.setdefault(name, (Evaluator(task, ('ray_iou', 'miou')), []))
             volume = np.where(mask, truth['semantics'], free_id).astype(np.uint8)

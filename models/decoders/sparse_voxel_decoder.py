@@ -114,24 +114,10 @@ class SparseVoxelDecoder(BaseModule):
         keep_threshold: Optional[float] = None,
     ):
         super().__init__()
-        if keep_threshold is not None and not 0 < keep_threshold < 1:
-            raise ConfigError(
-                f'transformer.keep_threshold must be a probability between 0 and 1, or None, got {keep_threshold!r}'
-            )
+        _check_options(sizes, topk_training, topk_testing, scoring, num_heads, keep_threshold)
         self.keep_threshold, self._least_score = keep_threshold, keep_threshold
         if keep_threshold is not None and scoring == 'occupancy':  # whose scores are logits
             self._least_score = math.log(keep_threshold / (1 - keep_threshold))
-        if scoring not in ('semantic', 'occupancy'):
-            raise ConfigError(f"transformer.scoring must be 'semantic' or 'occupancy', got {scoring!r}")
-        if len(topk_training) != len(topk_testing) or not topk_training:
-            raise ConfigError(
-                'transformer.topk_training and topk_testing need one number per stage, got '
-                f'{topk_training!r} and {topk_testing!r}'
-            )
-        if num_heads and sizes.embed_dims % num_heads:
-            raise ConfigError(
-                f'transformer.embed_dims {sizes.embed_dims} is not a multiple of num_heads {num_heads}; change one'
-            )
         self.topk_training, self.topk_testing = tuple(topk_training), tuple(topk_testing)
         task, embed_dims = sizes.task, sizes.embed_dims
         self.embed_dims, self.scoring = embed_dims, scoring
@@ -251,6 +237,24 @@ def _block_corners(grid_shape, interval: int) -> Tensor:
     """int64 [blocks, 3]: lower corners of all blocks, z fastest, then y, then x."""
     axes = [torch.arange(0, size, interval) for size in grid_shape]
     return torch.cartesian_prod(*axes)
+
+
+def _check_options(sizes: DecoderSizes, topk_training, topk_testing, scoring, num_heads, keep_threshold) -> None:
+    if keep_threshold is not None and not 0 < keep_threshold < 1:
+        raise ConfigError(
+            f'transformer.keep_threshold must be a probability between 0 and 1, or None, got {keep_threshold!r}'
+        )
+    if scoring not in ('semantic', 'occupancy'):
+        raise ConfigError(f"transformer.scoring must be 'semantic' or 'occupancy', got {scoring!r}")
+    if len(topk_training) != len(topk_testing) or not topk_training:
+        raise ConfigError(
+            'transformer.topk_training and topk_testing need one number per stage, got '
+            f'{topk_training!r} and {topk_testing!r}'
+        )
+    if num_heads and sizes.embed_dims % num_heads:
+        raise ConfigError(
+            f'transformer.embed_dims {sizes.embed_dims} is not a multiple of num_heads {num_heads}; change one'
+        )
 
 
 def _check_divisible(task: Task, interval: int):

@@ -40,13 +40,6 @@ def source(tmp_path_factory):
     return fake.root
 
 
-@pytest.fixture
-def root(source, tmp_path):
-    """A copy to spoil."""
-    shutil.copytree(str(source), str(tmp_path / 'nuscenes'))
-    return tmp_path / 'nuscenes'
-
-
 def _train(root, task=TASK, **options):
     cfg = dict(
         type='NuSceneOcc',

@@ -35,12 +35,6 @@ def source(tmp_path_factory):
     return fake.root
 
 
-@pytest.fixture
-def root(source, tmp_path):
-    shutil.copytree(str(source), str(tmp_path / 'nuscenes'))
-    return tmp_path / 'nuscenes'
-
-
 def _open(root, task=TASK, **options):
     return build_dataset(
         dict(dict(type='NuSceneOcc', data_root=str(root), ann_file=INFOS, occ_gt_root='occ3d', pipeline=[]), **options),

@@ -19,20 +19,20 @@ LOSSES = dict(
 )
 CLASSES = ('car', 'pedestrian', 'road', 'wall', 'free')
 
+SMALL = dict(
+    label_set=dict(name='small', class_names=CLASSES, things=CLASSES[:2]),
+    panoptic=True,
+    point_cloud_range=[-4.0, -6.0, -1.0, 4.0, 6.0, 3.0],
+    voxel_size=0.5,
+    num_frames=2,
+    cameras=['CAM_FRONT', 'CAM_BACK', 'CAM_BACK_LEFT'],
+    image_size=(64, 96),
+)
+
 
 def small_task(**changes) -> Task:
     """16 x 24 x 8 voxels of 0.5 m, 4 classes and free, 2 frames of 3 cameras at 64 x 96."""
-    fields = dict(
-        label_set=dict(name='small', class_names=CLASSES, things=CLASSES[:2]),
-        panoptic=True,
-        point_cloud_range=[-4.0, -6.0, -1.0, 4.0, 6.0, 3.0],
-        voxel_size=0.5,
-        num_frames=2,
-        cameras=['CAM_FRONT', 'CAM_BACK', 'CAM_BACK_LEFT'],
-        image_size=(64, 96),
-    )
-    fields.update(changes)
-    return Task.from_config(fields)
+    return Task.from_config(dict(SMALL, **changes))
 
 
 def small_config(scoring: str = 'semantic', **transformer) -> Dict:

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from small_model import CLASSES, sample_of, small_batch, small_config, small_model, small_task
+from small_model import SMALL, sample_of, small_batch, small_config, small_model, small_task
 
 from lib.config import load_config
 from lib.errors import ConfigError, DataError
@@ -302,16 +302,7 @@ def test_mixed_precision_stays_finite_and_keeps_losses_in_float32():
 def test_builds_through_mmdet_with_the_task_as_a_dict():
     from mmdet.models import build_detector  # importable once models has prepared OpenMMLab
 
-    task = dict(
-        label_set=dict(name='small', class_names=CLASSES, things=CLASSES[:2]),
-        panoptic=True,
-        point_cloud_range=[-4.0, -6.0, -1.0, 4.0, 6.0, 3.0],
-        voxel_size=0.5,
-        num_frames=2,
-        cameras=['CAM_FRONT', 'CAM_BACK', 'CAM_BACK_LEFT'],
-        image_size=(64, 96),
-    )
-    model = build_detector(dict(small_config(), task=task))
+    model = build_detector(dict(small_config(), task=SMALL))
     assert model.task == small_task()
 
 

@@ -58,28 +58,22 @@ def losses(folder):
     return {r['iteration']: r['loss'] for r in records if r['kind'] == 'train'}
 
 
+def train_to_step_3(monkeypatch, folder, *more):
+    """Exit status of a training of three iterations, in this process on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    status = call(train, monkeypatch, '--config', CONFIG, '--work-dir', folder, '--max-iters', 3, *more)
+    torch.set_num_threads(threads)
+    return status
+
+
 @pytest.fixture(scope='module')
 def trained(toy_root, tmp_path_factory):
     """Run folder of three iterations with an evaluation, in one process on one thread."""
     folder = tmp_path_factory.mktemp('end_to_end') / 'whole'
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        assert (
-            call(
-                train,
-                monkeypatch,
-                '--config',
-                CONFIG,
-                '--work-dir',
-                folder,
-                '--max-iters',
-                3,
-                *overrides(toy_root, 'train.checkpoint_interval_iters=2', 'train.max_keep_ckpts=0'),
-            )
-            == 0
-        )
-    torch.set_num_threads(threads)
+        kept = overrides(toy_root, 'train.checkpoint_interval_iters=2', 'train.max_keep_ckpts=0')
+        assert train_to_step_3(monkeypatch, folder, *kept) == 0
     return folder
 
 
@@ -93,26 +87,8 @@ def test_training_and_evaluation(trained):
 
 def test_resume_is_exact_on_the_real_model(trained, toy_root, tmp_path, monkeypatch):
     """Augmentation, colour jitter and mask draws are those of the run that was not cut: the same bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert (
-        call(
-            train,
-            monkeypatch,
-            '--config',
-            CONFIG,
-            '--work-dir',
-            tmp_path / 'cut',
-            '--max-iters',
-            3,
-            '--no-eval',
-            '--resume',
-            trained / 'iter_2.pth',
-            *overrides(toy_root),
-        )
-        == 0
-    )
-    torch.set_num_threads(threads)
+    more = ['--no-eval', '--resume', trained / 'iter_2.pth', *overrides(toy_root)]
+    assert train_to_step_3(monkeypatch, tmp_path / 'cut', *more) == 0
     assert losses(tmp_path / 'cut') == {3: losses(trained)[3]}
 
 
