@@ -186,13 +186,21 @@ def _check_start(path, key):
         raise ConfigError(f'{key}: the file {path} does not exist; correct it, or set init_cfg=None and use load_from')
 
 
-def check_maps(backbone: nn.Module, neck: nn.Module, num_levels: int, channels: int, neck_cfg: Mapping) -> None:
+def check_graph(cuda_graph: bool, keep_threshold: Optional[float]) -> None:
+    """Raise ConfigError where CUDA graphs are to replay what a threshold makes vary."""
+    if cuda_graph and keep_threshold is not None:
+        raise ConfigError(
+            'model.test_cfg.cuda_graph replays work of one size, which transformer.keep_threshold makes vary; use one '
+            'of them'
+        )
+
+
+def check_maps(backbone: nn.Module, neck: nn.Module, sizes, neck_cfg: Mapping) -> None:
     """Run backbone and neck on one tiny image and compare what comes out with what comes next.
 
     Args:
         backbone, neck: as built, on the CPU; left in evaluation mode.
-        num_levels: maps that the head looks at.
-        channels: of these maps.
+        sizes: ``DecoderSizes``: how many maps of how many channels the head looks at.
         neck_cfg: config of the neck.
 
     Raises:
@@ -209,6 +217,7 @@ def check_maps(backbone: nn.Module, neck: nn.Module, num_levels: int, channels: 
             f'model.img_backbone ({given}) gives {len(widths)} maps of {widths} channels, but '
             f'model.img_neck.in_channels is {list(wanted)}; set model.img_neck.in_channels={widths}'
         )
+    num_levels, channels = sizes.num_levels, sizes.embed_dims
     outs = _try(neck, tuple(maps), 'model.img_neck')
     if len(outs) != num_levels:
         raise ConfigError(

@@ -13,15 +13,7 @@ from torch import Tensor
 from lib.errors import ConfigError
 from lib.targets import OccupancyTargets
 from lib.task import Task
-from models.builder import (
-    PRETRAINED_NAMES,
-    InferenceSettings,
-    build_encoder_part,
-    build_part,
-    check_maps,
-    describe_weights,
-    hand_down,
-)
+from models import builder
 from models.csrc import describe_operators
 from models.cuda_graph import MadeOfWeights
 from models.encoder import ImageEncoder, ImageFeatures
@@ -50,8 +42,8 @@ class SparseOcc(MadeOfWeights):
     """
 
     # what lib.checkpoint asks of a model
-    describe_weights = staticmethod(describe_weights)
-    pretrained_names = PRETRAINED_NAMES
+    describe_weights = staticmethod(builder.describe_weights)
+    pretrained_names = builder.PRETRAINED_NAMES
     training_only = (BEGINNING,)
 
     def __init__(
@@ -70,18 +62,15 @@ class SparseOcc(MadeOfWeights):
     ):
         super().__init__()
         if train_cfg is not None or pretrained is not None:
-            raise ConfigError(
-                'model.train_cfg and model.pretrained are not used; remove them (weights to '
-                'start from are given by load_from)'
-            )
+            raise ConfigError('model.train_cfg and model.pretrained are not used; remove them (use load_from)')
         self.task = task if isinstance(task, Task) else Task.from_config(task)
-        settings = InferenceSettings.from_config(test_cfg)
+        settings = builder.InferenceSettings.from_config(test_cfg)
         self.history, self.cuda_graph, self.use_mask_camera = settings.history, settings.cuda_graph, use_mask_camera
         self.image_input = ImageInput.from_config(data_aug)
-        self.img_backbone = build_encoder_part(img_backbone, BACKBONES, 'model.img_backbone')
-        self.img_neck = build_encoder_part(img_neck, NECKS, 'model.img_neck')
-        head = hand_down(pts_bbox_head, _HEAD, settings.head, 'model.test_cfg')
-        self.pts_bbox_head = build_part(head, HEADS, _HEAD, self.task)
+        self.img_backbone = builder.build_encoder_part(img_backbone, BACKBONES, 'model.img_backbone')
+        self.img_neck = builder.build_encoder_part(img_neck, NECKS, 'model.img_neck')
+        head = builder.hand_down(pts_bbox_head, _HEAD, settings.head, 'model.test_cfg')
+        self.pts_bbox_head = builder.build_part(head, HEADS, _HEAD, self.task)
         auxiliary = build_auxiliary_losses(auxiliary_losses, self.pts_bbox_head.transformer.sizes)
         for name, loss in auxiliary.items():
             self.add_module(name, loss)
@@ -92,13 +81,9 @@ class SparseOcc(MadeOfWeights):
 
     def check_parts(self):
         """Raise ConfigError unless backbone, neck and head fit together; leaves the former in evaluation mode."""
-        sizes = self.pts_bbox_head.transformer.sizes
-        if self.cuda_graph and self.pts_bbox_head.transformer.voxel_decoder.keep_threshold is not None:
-            raise ConfigError(
-                'model.test_cfg.cuda_graph replays work of one size, which transformer.keep_threshold makes vary; '
-                'use one of them'
-            )
-        check_maps(self.img_backbone, self.img_neck, sizes.num_levels, sizes.embed_dims, self._neck_cfg)
+        transformer = self.pts_bbox_head.transformer
+        builder.check_graph(self.cuda_graph, transformer.voxel_decoder.keep_threshold)
+        builder.check_maps(self.img_backbone, self.img_neck, transformer.sizes, self._neck_cfg)
 
     def forward(
         self,
