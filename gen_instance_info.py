@@ -12,7 +12,7 @@ are kept.
 import os
 
 from lib.classes import LABEL_SETS
-from lib.cli import make_parser, run_main
+from lib.cli import make_parser, real_number, run_main, whole_number
 from lib.config import load_config
 from lib.errors import DataError
 from lib.io import expand_path, find_under
@@ -33,12 +33,12 @@ def parse_args():
     add(
         '--point-cloud-range',
         nargs=6,
-        type=float,
+        type=real_number(),
         default=OCC3D_RANGE,
         metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'),
         help='volume of the labels, metres',
     )
-    add('--voxel-size', type=float, default=Task.voxel_size, help='metres (default: %(default)s)')
+    add('--voxel-size', type=real_number(above=0), default=Task.voxel_size, help='metres (default: %(default)s)')
     add(
         '--infos',
         nargs='+',
@@ -46,7 +46,7 @@ def parse_args():
         help='info files (default: nuscenes_infos_{train,val}_sweep.pkl in the data root)',
     )
     add('--overwrite', action='store_true', help='make files anew that are there already')
-    add('--processes', type=int, help='worker processes (default: all cores)')
+    add('--processes', type=whole_number(1), help='worker processes (default: all cores)')
     return parser.parse_args()
 
 

@@ -13,7 +13,7 @@ nuscenes_infos_{split}.pkl of MMDetection3D 1.0 are extended instead. Files of a
 unless --overwrite says so.
 """
 
-from lib.cli import make_parser, run_main
+from lib.cli import make_parser, run_main, whole_number
 from lib.io import expand_path
 
 
@@ -32,7 +32,7 @@ def parse_args():
     add('--only-present', action='store_true', help='only scenes of which all images exist')
     add('--overwrite', action='store_true', help='replace files of another version, or with more scenes')
     add('--from-infos', type=expand_path, metavar='DIR', help='extend the nuscenes_infos_{split}.pkl of this folder')
-    add('--processes', type=int, help='worker processes (default: all cores)')
+    add('--processes', type=whole_number(1), help='worker processes (default: all cores)')
     return parser.parse_args()
 
 

@@ -11,7 +11,7 @@ the model works, as val.py does, and gives the time from one result to the next.
 stops.
 """
 
-from lib.cli import check_files, make_parser, run_main
+from lib.cli import check_files, make_parser, run_main, whole_number
 from tools.components import components
 
 
@@ -19,8 +19,8 @@ def parse_args(argv=None):
     parser = make_parser(__doc__, 'config', 'override', 'split', 'amp', 'tf32', 'device', 'workers', 'trust-weights')
     add = parser.add_argument
     add('--weights', help='checkpoint of the model that the config builds (default: random weights)')
-    add('--samples', type=int, default=50, help='timed samples (default: 50)')
-    add('--warmup', type=int, default=10, help='samples before the clock runs (default: 10)')
+    add('--samples', type=whole_number(1), default=50, help='timed samples (default: 50)')
+    add('--warmup', type=whole_number(0), default=10, help='samples before the clock runs (default: 10)')
     add('--history', default='both', choices=('cached', 'full', 'both'), help='default: both')
     add(
         '--cuda-graph',

@@ -14,7 +14,7 @@ lists what happens when something goes wrong.
 
 import sys
 
-from lib.cli import check_files, make_parser, run_main
+from lib.cli import check_files, make_parser, run_main, whole_number
 from tools.components import components
 
 
@@ -28,10 +28,10 @@ def parse_args(argv=None):
         help='go on from the newest checkpoint of the last run or --work-dir (auto), of a folder, or a file',
     )
     add('--load-from', metavar='PATH', help='start from these weights instead of load_from of the config')
-    add('--seed', type=int, help='default: seed of the config')
+    add('--seed', type=whole_number(0), help='default: seed of the config')
     add('--accumulate', metavar='auto|N', help='forward passes per optimizer step')
-    add('--max-epochs', type=int, help='default: runner.max_epochs')
-    add('--max-iters', type=int, help='stop after so many optimizer steps in all')
+    add('--max-epochs', type=whole_number(1), help='default: runner.max_epochs')
+    add('--max-iters', type=whole_number(1), help='stop after so many optimizer steps in all')
     add('--no-eval', action='store_true', help='do not evaluate')
     return parser.parse_args(argv)
 

@@ -11,7 +11,7 @@ them again.
 
 import sys
 
-from lib.cli import check_files, make_parser, run_main
+from lib.cli import check_files, make_parser, run_main, whole_number
 from tools.components import components
 
 SHARED = ('config', 'override', 'split', 'max-samples', 'amp', 'tf32', 'device', 'workers')
@@ -23,7 +23,11 @@ def parse_args(argv=None):
     add('--weights', required=True, help='checkpoint of the model that the config builds')
     add('--metrics', nargs='+', choices=('ray_iou', 'ray_pq', 'miou'), help='default: evaluation.metrics')
     add('--save-predictions', metavar='DIR', help='write every prediction into this folder')
-    add('--seed', type=int, help="of what is drawn where model.test_cfg.draws is 'random' (default: PyTorch's own)")
+    add(
+        '--seed',
+        type=whole_number(0),
+        help="of what is drawn where model.test_cfg.draws is 'random' (default: PyTorch's own)",
+    )
     add('--out', metavar='JSON', help='where the figures go (default: beside the checkpoint)')
     return parser.parse_args(argv)
 

@@ -4,6 +4,7 @@ Importing this is quick: ``--help`` and a wrong file name are answered before an
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -15,17 +16,51 @@ from .errors import CheckpointError, UserError, missing_package
 _ROOT = Path(__file__).resolve().parents[1]
 _PRECISION = 'TF32 in convolutions and matrix products (default: in convolutions; in training train.tf32 of the config)'
 
+_MOST = 2**31 - 1
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Type of an argument: a whole number of at least ``least``."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= _MOST:
+            raise argparse.ArgumentTypeError(f'must be a whole number of at least {least}, got {text[:40]!r}')
+        return value
+
+    return read
+
+
+def real_number(least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
+    """Type of an argument: a finite number of at least ``least`` and more than ``above``."""
+    limit = f' of at least {least:g}' if least > -math.inf else f' above {above:g}' if above > -math.inf else ''
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= least and value > above):
+            raise argparse.ArgumentTypeError(f'must be a finite number{limit}, got {text[:40]!r}')
+        return value
+
+    return read
+
+
 SHARED_ARGUMENTS: Dict[str, Dict[str, Any]] = {
     'config': dict(required=True, help='config file, e.g. one of configs/'),
     'override': dict(nargs='+', default=[], metavar='KEY=VALUE', help='change values of the config'),
     'split': dict(default='val', choices=('train', 'val', 'test'), help='section of data (default: val)'),
-    'max-samples': dict(type=int, help='at most so many samples (the first)'),
+    'max-samples': dict(type=whole_number(1), help='at most so many samples (the first)'),
     'amp': dict(
         choices=('fp16', 'bf16'), help='mixed precision (default: float32; in training train.amp of the config)'
     ),
     'tf32': dict(choices=('on', 'off'), help=_PRECISION),
     'device': dict(choices=('cpu', 'cuda'), help='default: cuda if there is one'),
-    'workers': dict(type=int, help='data-loading processes (default: data.workers_per_gpu)'),
+    'workers': dict(type=whole_number(0), help='data-loading processes (default: data.workers_per_gpu)'),
     'no-preflight': dict(action='store_true', help='do not look for missing data files first'),
     'trust-weights': dict(action='store_true', help='let checkpoint files run code; for known sources only'),
     'debug': dict(action='store_true', help='show the traceback of an error'),

@@ -200,7 +200,10 @@ def _check_sections(config):
     for name, keys in SECTION_KEYS.items():
         value = config.get(name)
         check_keys(section(value, name), keys, name)
-    workers = section(config.get('data'), 'data').get('workers_per_gpu', 0)
+    data = section(config.get('data'), 'data')
+    for split in ('train', 'val', 'test'):
+        section(data.get(split), f'data.{split}')
+    workers = data.get('workers_per_gpu', 0)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise ConfigError(f'data.workers_per_gpu must be an integer of at least 0, got {workers!r}')
     TrainSettings.from_config(config.get('train'))

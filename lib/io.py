@@ -263,6 +263,39 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
+def check_outputs(*paths: Optional[PathLike]) -> None:
+    """Raise UserError for the first of the files that can be told beforehand not to be writable; None is left out.
+
+    For scripts that write at their end with :func:`atomic_write`, which makes missing folders: the work should not be
+    lost to a wrong name.
+    """
+    for path in filter(None, paths):
+        if Path(path).is_dir():
+            raise UserError(f'cannot write {path}, which is a folder; give the name of a file in it')
+        folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+        if not folder.is_dir() or not os.access(str(folder), os.W_OK):
+            raise UserError(f'cannot write {path}: {folder} is no folder that you may write to; choose another place')
+
+
+def make_folder(path: PathLike, option: str = '--out') -> Path:
+    """The folder, made if missing and checked to be writable.
+
+    Args:
+        option: of the command line that names it.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot make the folder {path} ({error.strerror}); choose another {option}') from error
+    if not os.access(str(folder), os.W_OK):
+        raise UserError(f'cannot write to {path}; choose another {option}')
+    return folder
+
+
 def _flush_to_disk(path):
     descriptor = os.open(str(path), os.O_RDONLY)
     try:

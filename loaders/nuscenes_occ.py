@@ -20,7 +20,7 @@ from lib.settings import TrainSettings
 from lib.task import Task
 
 from .history import History, history_limit
-from .pipelines import build_pipeline, format_sample
+from .pipelines import LoadMultiViewImageFromMultiSweeps, build_pipeline, format_sample
 
 _MAX_WORKERS = 1024
 
@@ -241,9 +241,16 @@ class NuSceneOcc(torch.utils.data.Dataset):
         try:
             for step in self._pipeline:
                 sample = step(sample)
+            return format_sample(sample)
         except DataError as error:
             raise DataError(f'keyframe {info["token"]}: {error}') from error
-        return format_sample(sample)
+        except KeyError as error:
+            if not error.args or error.args[0] not in LoadMultiViewImageFromMultiSweeps.makes:
+                raise
+            raise ConfigError(
+                f'the pipeline needs {error.args[0]!r}, which no step of it makes; begin with '
+                'LoadMultiViewImageFromMultiSweeps'
+            ) from error
 
 
 class SkipCounter:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import make_parser, run_main  # noqa: E402
+from lib.cli import make_parser, run_main, whole_number  # noqa: E402
 
 
 def parse_args(argv=None):
     parser = make_parser(__doc__, 'config', 'override', 'max-samples')
-    parser.add_argument('--max-train-samples', type=int, help='count labels of this many training samples only')
+    parser.add_argument(
+        '--max-train-samples', type=whole_number(1), help='count labels of this many training samples only'
+    )
     parser.add_argument('--json', help='write the scores to this file as well')
     return parser.parse_args(argv)
 
@@ -56,10 +58,11 @@ def score(volume, dataset, task, metrics, max_samples=None):
 def main():
     args = parse_args()
     from lib.config import load_config
-    from lib.io import write_json
+    from lib.io import check_outputs, write_json
     from lib.task import Task
     from loaders import build_dataset
 
+    check_outputs(args.json)
     cfg = load_config(args.config, args.override)
     task = Task.from_config(cfg.task)
     train = build_dataset(cfg.data.train, task)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import run_main, whole_number  # noqa: E402
 
 GRID, FREE = (200, 200, 16), 17
 CAR, ROAD, SIDEWALK, MANMADE, VEGETATION = 4, 11, 13, 15, 16
@@ -33,14 +33,14 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest='command', required=True)
     make = commands.add_parser('make', help='write made-up labels, predictions and poses')
     make.add_argument('--out', required=True)
-    make.add_argument('--samples', type=int, default=6019)
-    make.add_argument('--distinct', type=int, default=48, help='samples that differ (default: 48)')
+    make.add_argument('--samples', type=whole_number(1), default=6019)
+    make.add_argument('--distinct', type=whole_number(1), default=48, help='samples that differ (default: 48)')
     for name in ('run', 'parts'):
         command = commands.add_parser(name)
         command.add_argument('--data', required=True, help='folder that "make" wrote')
         command.add_argument('--metrics', nargs='+', default=['ray_iou', 'miou'])
         command.add_argument('--device', default='cpu')
-        command.add_argument('--workers', type=int, default=2)
+        command.add_argument('--workers', type=whole_number(1), default=2)
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
 

@@ -16,7 +16,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from lib.cli import make_parser, run_main  # noqa: E402
+from lib.cli import make_parser, run_main, whole_number  # noqa: E402
 from lib.errors import ConfigError, DataError  # noqa: E402
 
 IMAGES_PER_KEYFRAME = 6
@@ -27,13 +27,13 @@ def parse_args():
     parser.add_argument('--images', metavar='DIR', help='folder of JPEGs; the first six are used')
     parser.add_argument(
         '--network',
-        type=int,
+        type=whole_number(1),
         nargs=2,
         default=(256, 704),
         metavar=('HEIGHT', 'WIDTH'),
         help="size of the network's images (default: 256 704)",
     )
-    parser.add_argument('--repeats', type=int, default=20, help='keyframes timed (default: %(default)s)')
+    parser.add_argument('--repeats', type=whole_number(1), default=20, help='keyframes timed (default: %(default)s)')
     parser.add_argument('--json', metavar='FILE', help='write the figures there')
     return parser.parse_args()
 

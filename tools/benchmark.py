@@ -24,7 +24,7 @@ from typing import List, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import check_files, make_parser, run_main  # noqa: E402
+from lib.cli import check_files, make_parser, real_number, run_main, whole_number  # noqa: E402
 from tools.benchmark_table import SETTINGS, compare, read_rows  # noqa: E402
 
 PARTS = ('inference', 'encoder', 'training')
@@ -36,13 +36,13 @@ def parse_args(argv=None):
     add('--what', nargs='+', default=list(PARTS), choices=PARTS)
     add('--no-cudnn-benchmark', action='store_true', help='let cuDNN guess its algorithms')
     add('--cuda-graph', action='store_true', help='inference: replay encoder and head as CUDA graphs')
-    add('--batch-sizes', nargs='+', type=int, default=[1], help='training batch sizes per GPU')
-    add('--steps', type=int, default=30, help='timed steps')
-    add('--warmup', type=int, default=10, help='steps before timing')
+    add('--batch-sizes', nargs='+', type=whole_number(1), default=[1], help='training batch sizes per GPU')
+    add('--steps', type=whole_number(1), default=30, help='timed steps')
+    add('--warmup', type=whole_number(0), default=10, help='steps before timing')
     add('--changes', help='a page with a table of changes of the config: time each of them as well')
     add('--table', action='store_true', help='time every precision, with and without graphs, one after the other')
     add('--against', metavar='JSON', help='a stored run (--json) to compare with')
-    add('--tolerance', type=float, default=0.1, help='share that a row may be worse by (default: 0.1)')
+    add('--tolerance', type=real_number(least=0), default=0.1, help='share that a row may be worse by (default: 0.1)')
     add('--json', help='write the figures to this file as well')
     add('--profile', help='write a PyTorch profiler table of one inference step to this file')
     return parser.parse_args(argv)
@@ -216,9 +216,10 @@ def main():
 
 def run(args, processes):
     from lib.config import load_config
-    from lib.io import write_json
+    from lib.io import check_outputs, write_json
     from lib.run.log import device_name
 
+    check_outputs(args.json, args.profile)
     stored = read_rows(args.against) if args.against else []  # first, should it not be there
     device = processes.device
     about = dict(device=device_name(device), precision=args.amp or 'fp32', config=args.config)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib.cli import whole_number  # noqa: E402
 from models.csrc import compiled_operators  # noqa: E402
 from models.csrc.adaptive_mixing import (
     adaptive_mix,  # noqa: E402
@@ -207,8 +208,8 @@ def report_attention(queries: int, batch: int, repeats: int) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--types', nargs='+', choices=sorted(TYPES), default=['fp32', 'fp16'])
-    parser.add_argument('--batch', type=int, default=1)
-    parser.add_argument('--repeats', type=int, default=30)
+    parser.add_argument('--batch', type=whole_number(1), default=1)
+    parser.add_argument('--repeats', type=whole_number(1), default=30)
     return parser.parse_args()
 
 

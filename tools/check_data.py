@@ -14,7 +14,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from lib.cli import make_parser, run_main  # noqa: E402
+from lib.cli import make_parser, run_main, whole_number  # noqa: E402
 from lib.errors import DataError, UserError  # noqa: E402
 
 
@@ -29,8 +29,10 @@ def parse_args():
     )
     parser.add_argument('--full', action='store_true', help='look at every file')
     parser.add_argument('--decode', action='store_true', help='decode the images looked at')
-    parser.add_argument('--processes', type=int, help='worker processes (default: all cores)')
-    parser.add_argument('--shown', type=int, default=1000, help='most files named per kind (default: %(default)s)')
+    parser.add_argument('--processes', type=whole_number(1), help='worker processes (default: all cores)')
+    parser.add_argument(
+        '--shown', type=whole_number(1), default=1000, help='most files named per kind (default: %(default)s)'
+    )
     return parser.parse_args()
 
 

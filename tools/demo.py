@@ -24,7 +24,7 @@ from typing import Dict, List
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import run_main, whole_number  # noqa: E402
 from lib.errors import CheckpointError, UserError  # noqa: E402
 
 CONFIG = 'configs/toybench/demo.py'
@@ -37,11 +37,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default='outputs/demo', help='folder of all runs (default: %(default)s)')
     parser.add_argument('--weights', default=WEIGHTS, help='of configs/toybench/demo.py (default: %(default)s)')
-    parser.add_argument('--scenes', type=int, default=3, help='of the toy data; all but one are scored (default 3)')
-    parser.add_argument('--keyframes', type=int, default=10, help='per scene (default 10)')
+    parser.add_argument(
+        '--scenes', type=whole_number(1), default=3, help='of the toy data; all but one are scored (default 3)'
+    )
+    parser.add_argument('--keyframes', type=whole_number(1), default=10, help='per scene (default 10)')
     parser.add_argument('--image-size', default='800x450', help='of the toy data (default %(default)s)')
-    parser.add_argument('--max-iters', type=int, help='steps of fine-tuning (default: those of the config)')
-    parser.add_argument('--seed', type=int, default=0, help='of data and training (default 0)')
+    parser.add_argument('--max-iters', type=whole_number(1), help='steps of fine-tuning (default: those of the config)')
+    parser.add_argument('--seed', type=whole_number(0), default=0, help='of data and training (default 0)')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser.parse_args(argv)
 

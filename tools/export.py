@@ -190,11 +190,11 @@ def main():
     check_packages(args)
     import torch
 
-    from lib.io import write_json
+    from lib.io import make_folder, write_json
     from tools.exporting.parts import Decoders, Encoder
 
     model = load_model(args)
-    os.makedirs(args.out, exist_ok=True)
+    make_folder(args.out)
     encoder = Encoder(model)
     with torch.no_grad():
         modules = dict(encoder=encoder, decoders=Decoders(model, encoder(*encoder.example().values())))

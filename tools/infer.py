@@ -95,7 +95,7 @@ def main():
     args = parse_args()
     check_files(args.config, None, args.weights)
     from lib.config import load_config
-    from lib.io import write_json
+    from lib.io import make_folder, write_json
     from lib.prediction import write_record
     from lib.run import read_task
     from lib.run.log import Countdown
@@ -106,7 +106,7 @@ def main():
 
     cfg = load_config(args.config, args.override)
     folder = os.path.join(args.out, 'predictions')
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     dataset = make_dataset(args, cfg, read_task(cfg))
     task = dataset.task
     write_record(folder, task, args.config, args.weights, 'test', recorded_override(args, dataset))

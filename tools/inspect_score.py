@@ -128,7 +128,7 @@ def main():
     args = parse_args()
     from lib.cli import config_of_predictions
     from lib.errors import UserError
-    from lib.io import atomic_write
+    from lib.io import atomic_write, check_outputs
     from lib.metrics import Evaluator
     from lib.metrics.formats import open_predictions
     from lib.run import read_task
@@ -136,6 +136,7 @@ def main():
 
     if len(args.predictions) > 2 or len(set(args.predictions)) < len(args.predictions):
         raise UserError('--predictions takes one folder, or two different ones to put side by side')
+    check_outputs(args.csv)
     cfg, split = config_of_predictions(args.predictions[0], args.config, args.override, args.split)
     task = read_task(cfg)
     changes = {} if args.max_samples is None else dict(max_samples=args.max_samples)

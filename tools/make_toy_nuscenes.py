@@ -21,7 +21,7 @@ for _name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'):
     os.environ[_name] = '1'
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import make_parser, run_main  # noqa: E402
+from lib.cli import make_parser, real_number, run_main, whole_number  # noqa: E402
 from lib.errors import DataError, UserError  # noqa: E402
 from lib.task import Task  # noqa: E402
 from tools.toy.generate import LABEL_SETS, generate  # noqa: E402
@@ -54,8 +54,10 @@ def parse_args():
     parser = make_parser(__doc__)
     parser.add_argument('--out', type=Path, required=True, help='data root to write; new or empty')
     parser.add_argument('--preset', choices=sorted(PRESETS), help='a frozen data set: decides everything below it')
-    parser.add_argument('--scenes', type=int, default=10, help='number of scenes (default 10)')
-    parser.add_argument('--keyframes', type=int, default=10, help='keyframes per scene, 2 a second (default 10)')
+    parser.add_argument('--scenes', type=whole_number(1), default=10, help='number of scenes (default 10)')
+    parser.add_argument(
+        '--keyframes', type=whole_number(1), default=10, help='keyframes per scene, 2 a second (default 10)'
+    )
     parser.add_argument(
         '--image-size',
         default='800x450',
@@ -63,14 +65,16 @@ def parse_args():
         help='image size; calibration is scaled to it (default 800x450; nuScenes: 1600x900)',
     )
     parser.add_argument('--no-sweeps', action='store_true', help='keyframes only: no 12 Hz images, no 20 Hz scans')
-    parser.add_argument('--seed', type=int, default=0, help='another seed makes another world (default 0)')
+    parser.add_argument('--seed', type=whole_number(0), default=0, help='another seed makes another world (default 0)')
     parser.add_argument(
         '--split',
         choices=SPLITS,
         default='both',
         help='splits that the scenes belong to (default both: about one in five is val)',
     )
-    parser.add_argument('--held-out', type=int, help='scenes of --split both that are val (default: one in five)')
+    parser.add_argument(
+        '--held-out', type=whole_number(1), help='scenes of --split both that are val (default: one in five)'
+    )
     parser.add_argument('--version', choices=VERSIONS, help='default: v1.0-mini if its scenes suffice')
     parser.add_argument(
         '--label-sets',
@@ -79,12 +83,15 @@ def parse_args():
         help='occupancy labels to write (default occ3d,openocc_v2)',
     )
     parser.add_argument(
-        '--voxel-size', type=float, default=OCC3D_GRID.voxel_size, help="of labels, metres (Occ3D's: 0.4)"
+        '--voxel-size',
+        type=real_number(above=0),
+        default=OCC3D_GRID.voxel_size,
+        help="of labels, metres (Occ3D's: 0.4)",
     )
     parser.add_argument(
         '--point-cloud-range',
         nargs=6,
-        type=float,
+        type=real_number(),
         default=OCC3D_GRID.point_cloud_range,
         metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'),
         help="volume of the labels, metres, ego frame (default: Occ3D's)",
@@ -96,7 +103,9 @@ def parse_args():
         default='auto',
         help='where images are traced (default: all GPUs, if there are any)',
     )
-    parser.add_argument('--workers', type=int, help='processes, at most (default: as cores and memory allow)')
+    parser.add_argument(
+        '--workers', type=whole_number(1), help='processes, at most (default: as cores and memory allow)'
+    )
     parser.add_argument(
         '--overwrite',
         action='store_true',

@@ -17,7 +17,7 @@ from typing import Dict, List, Sequence, Tuple
 if str(Path(__file__).resolve().parent.parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import make_parser, run_main
+from lib.cli import make_parser, real_number, run_main, whole_number
 from lib.errors import DataError, UserError
 from lib.registry import did_you_mean
 
@@ -44,8 +44,8 @@ def parse_args(argv=None):
     add('runs', nargs='+', metavar='RUN', help='run folders or metrics.jsonl files')
     add('--names', nargs='+', metavar='NAME', help='what to call them (default: their folders)')
     add('--show', nargs='+', metavar='VALUE', help='one panel per value of metrics.jsonl instead of the usual ones')
-    add('--smooth', type=int, default=1, metavar='N', help='average over so many log lines')
-    add('--width', type=float, default=4.2, help='of a panel, inches (default: %(default)s)')
+    add('--smooth', type=whole_number(1), default=1, metavar='N', help='average over so many log lines')
+    add('--width', type=real_number(above=0), default=4.2, help='of a panel, inches (default: %(default)s)')
     add('--out', default='run.png', help='.png, .svg or .pdf (default: %(default)s)')
     return parser.parse_args(argv)
 
@@ -60,7 +60,7 @@ def read_run(path: str) -> Dict[str, Curve]:
     if not file.is_file():
         raise DataError(f'{file} does not exist; give a run folder or its metrics.jsonl')
     curves: Dict[str, Dict[int, float]] = {}
-    for number, line in enumerate(file.read_text(encoding='utf-8').splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding='utf-8', errors='replace').splitlines(), 1):
         try:
             record = json.loads(line)
             kind, iteration = record.pop('kind'), int(record.pop('iteration'))
@@ -165,8 +165,6 @@ def main():
     names = args.names or [Path(path).parent.name if path.endswith('.jsonl') else Path(path).name for path in args.runs]
     if len(names) != len(args.runs) or len(set(names)) != len(names):
         raise UserError(f'{len(args.runs)} runs need as many different --names, got {", ".join(names)}')
-    if args.smooth < 1:
-        raise UserError(f'--smooth must be at least 1, got {args.smooth}')
     runs = {name: read_run(path) for name, path in zip(names, args.runs)}
     known = set().union(*runs.values())
     unknown = [name for name in args.show or () if name not in known]

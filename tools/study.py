@@ -35,9 +35,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from lib.cli import run_main  # noqa: E402
+from lib.cli import real_number, run_main, whole_number  # noqa: E402
 from lib.config import load_config  # noqa: E402
 from lib.errors import reason  # noqa: E402
+from lib.io import make_folder  # noqa: E402
 from lib.run.log import describe_commit, device_name  # noqa: E402
 from tools.studies import Run, Variant, make_runs, read_study  # noqa: E402
 from tools.studies.table import write_table  # noqa: E402
@@ -52,15 +53,25 @@ def parse_args(argv=None):
     add('--study', required=True, help='JSON file of the variants')
     add('--out', required=True, type=Path, help='folder for everything')
     add('--only', nargs='+', metavar='NAME', help='these variants of it')
-    add('--seeds', nargs='+', type=int, help='instead of those of the study, for every variant that is trained')
-    add('--iters', type=int, help='optimizer steps of every run (default: those of its config)')
+    add(
+        '--seeds',
+        nargs='+',
+        type=whole_number(0),
+        help='instead of those of the study, for every variant that is trained',
+    )
+    add('--iters', type=whole_number(1), help='optimizer steps of every run (default: those of its config)')
     add('--data', help='data root (default: those of the configs)')
     add('--override', nargs='+', default=[], metavar='KEY=VALUE', help='for all runs, after those of the study')
-    add('--per-gpu', type=int, default=1, help='runs side by side on a GPU (default: %(default)s)')
-    add('--workers', type=int, help='data-loading processes of a run (default: cores / runs side by side)')
+    add('--per-gpu', type=whole_number(1), default=1, help='runs side by side on a GPU (default: %(default)s)')
+    add('--workers', type=whole_number(0), help='data-loading processes of a run (default: cores / runs side by side)')
     add('--device', choices=('cpu', 'cuda'), help='default: cuda if there is one')
-    add('--time-limit', type=float, help='seconds after which trainings are stopped')
-    add('--score-limit', type=float, default=180, help='seconds for scoring after that (default: %(default)s)')
+    add('--time-limit', type=real_number(least=0), help='seconds after which trainings are stopped')
+    add(
+        '--score-limit',
+        type=real_number(least=0),
+        default=180,
+        help='seconds for scoring after that (default: %(default)s)',
+    )
     add('--finished-only', action='store_true', help='do not score runs that were cut off')
     add('--note', default='', help='what else the table should say, e.g. the commit where there is no git')
     add('--table', action='store_true', help='only write the table of what is there')
@@ -284,7 +295,7 @@ def main():
     args.out, args.study = args.out.resolve(), os.path.abspath(args.study)
     os.chdir(str(ROOT))
     variants, base = read_study(args.study)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     runs = make_runs(variants, args)
     gpus = count_gpus(args.device)
     about = dict(

@@ -104,11 +104,12 @@ def main():
     import numpy as np
 
     from lib.config import load_config
-    from lib.io import write_json
+    from lib.io import check_outputs, write_json
     from lib.metrics import Evaluator
     from lib.run import read_task
     from loaders import build_dataset
 
+    check_outputs(args.json)
     cfg = load_config(args.config, args.override)
     task = read_task(cfg)
     dataset = build_dataset(dict(cfg.data.val, max_samples=args.max_samples), task)

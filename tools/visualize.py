@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import make_parser, run_main  # noqa: E402
+from lib.cli import make_parser, real_number, run_main, whole_number  # noqa: E402
 
 VIDEO_SUFFIXES = ('.mp4', '.gif')
 DEFAULT_PICTURE = 'outputs/pictures/sample.png'
@@ -33,19 +33,21 @@ def parse_args(argv=None):
     )
     what.add_argument('--infos', metavar='PKL', help='another info file of this split, absolute or in the data root')
     what.add_argument('--sample', help='sample token, or its number in the data set (default: the first)')
-    what.add_argument('--samples', type=int, metavar='N', help='the first N samples')
+    what.add_argument('--samples', type=whole_number(1), metavar='N', help='the first N samples')
     what.add_argument('--scene', help='all samples of this scene (name or token)')
     what.add_argument('--labels', metavar='FILE', help='this label file alone; no config needed')
     what.add_argument('--label-set', default='occ3d', help='with --labels: occ3d (default), or as in sparseocc-eval')
     what.add_argument('--visible-only', action='store_true', help='leave out true voxels that no camera saw')
     where = parser.add_argument_group('what is written')
     where.add_argument('--out', help=f'.png or .jpg, of several samples .mp4 or .gif (default: {DEFAULT_PICTURE})')
-    where.add_argument('--fps', type=float, default=2.0, help='frames per second of a film (default 2)')
+    where.add_argument('--fps', type=real_number(above=0), default=2.0, help='frames per second of a film (default 2)')
     where.add_argument('--html', metavar='FILE', help='interactive page that needs nothing but a browser')
     where.add_argument('--rerun', metavar='RRD', help='recording for the Rerun viewer (needs rerun-sdk)')
     where.add_argument('--ply', metavar='FILE', help='voxels of one sample as a point cloud')
     where.add_argument('--gltf', metavar='GLB', help='voxels of one sample as a mesh')
-    where.add_argument('--image-width', type=int, default=480, help='of images in pages and recordings (default 480)')
+    where.add_argument(
+        '--image-width', type=whole_number(1), default=480, help='of images in pages and recordings (default 480)'
+    )
     return parser.parse_args(argv)
 
 

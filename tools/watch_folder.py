@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.cli import check_files, make_parser, run_main  # noqa: E402
+from lib.cli import check_files, make_parser, real_number, run_main  # noqa: E402
 
 CAMERAS = 'cameras.json'
 SHARED = ('config', 'override', 'amp', 'tf32', 'device', 'trust-weights')
@@ -33,8 +33,8 @@ def parse_args(argv=None):
     add('--watch', required=True, metavar='FOLDER', help='where frames appear')
     add('--out', required=True, metavar='DIR', help='where predictions go')
     add('--pictures', action='store_true', help='also draw every frame')
-    add('--poll', type=float, default=0.05, help='seconds between looks (default: 0.05)')
-    add('--idle', type=float, help='end after so many seconds without a new frame (default: never)')
+    add('--poll', type=real_number(least=0), default=0.05, help='seconds between looks (default: 0.05)')
+    add('--idle', type=real_number(least=0), help='end after so many seconds without a new frame (default: never)')
     return parser.parse_args(argv)
 
 

@@ -15,6 +15,7 @@ prediction, unless --only-predicted is given. mIoU alone needs neither infos nor
 
 import argparse
 import importlib.util
+import re
 import sys
 import time
 from collections import deque
@@ -24,9 +25,9 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 from ..classes import LABEL_SETS
-from ..cli import run_main
+from ..cli import real_number, run_main, whole_number
 from ..errors import DataError, UserError
-from ..io import read_json, write_json
+from ..io import check_outputs, read_json, write_json
 from ..label_formats import LABEL_FORMATS, NPZ
 from ..task import Task
 from .evaluator import METRICS, THRESHOLDS, Evaluator
@@ -120,13 +121,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--metrics', nargs='+', choices=METRICS, help='default: ray_iou and miou, as far as they can be scored')
     add('--miou-mask', choices=tuple(MASKS), help='voxels that mIoU counts (default: camera where labels have it)')
-    add('--thresholds', nargs='+', type=float, default=THRESHOLDS, metavar='M', help='metres (default: 1 2 4)')
-    add('--device', default='cpu', help='where rays are cast and counted: cpu (default) or cuda')
-    add('--workers', type=int, metavar='N', help='threads (default: one per CPU)')
+    add(
+        '--thresholds',
+        nargs='+',
+        type=real_number(above=0),
+        default=THRESHOLDS,
+        metavar='M',
+        help='metres (default: 1 2 4)',
+    )
+    add('--device', default='cpu', type=_device, help='where rays are cast and counted: cpu (default) or cuda')
+    add('--workers', type=whole_number(1), metavar='N', help='threads (default: one per CPU)')
     add('--only-predicted', action='store_true', help='leave out samples without a prediction')
     add('--json', metavar='FILE', help='write all figures, and what "compare" needs')
     add('--csv', metavar='FILE', help='write all scores, one a line')
     add('--per-sample', metavar='FILE', help='write the scores of every sample, as .csv or .json')
+
+
+def _device(text: str) -> str:
+    """Type of an argument: cpu, cuda or cuda:N."""
+    if not re.fullmatch(r'cpu|cuda(:\d{1,3})?', text):
+        raise argparse.ArgumentTypeError(f'must be cpu, cuda or cuda:N, got {text!r}')
+    return text
 
 
 def score_and_report(
@@ -142,9 +157,7 @@ def score_and_report(
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'scoring needs {missing[0]}, which is not installed; run pip install {" ".join(missing)}')
-    for path in filter(None, (args.json, args.csv, args.per_sample)):
-        if not Path(path).absolute().parent.is_dir():
-            raise UserError(f'the folder of {path} does not exist; make it, or choose another place')
+    check_outputs(args.json, args.csv, args.per_sample)
     evaluator = Evaluator(
         task,
         metrics,
@@ -199,7 +212,7 @@ def _parse_evaluate(argv):
         metavar='NAME',
         help=f'{", ".join((*LABEL_SETS, *LABEL_FORMATS))}, or a JSON file (default: occ3d)',
     )
-    add('--max-samples', type=int, metavar='N', help='at most so many samples (the first)')
+    add('--max-samples', type=whole_number(1), metavar='N', help='at most so many samples (the first)')
     add('--submission', metavar='FILE', help='write the predictions as submission.gz (CVPR 2024), or .zip (Occ3D 2023)')
     add('--about', metavar='FILE', help='JSON file that says whose submission it is')
     add_arguments(parser)
@@ -207,6 +220,8 @@ def _parse_evaluate(argv):
     args = parser.parse_args(argv)
     if bool(args.predictions) == bool(args.score_submission):
         parser.error('give --predictions, or --score-submission')
+    if args.submission and not args.submission.endswith(('.gz', '.zip')):
+        parser.error(f'--submission must end in .gz (CVPR 2024) or .zip (Occ3D 2023), got {args.submission!r}')
     if args.infos and args.origins:
         parser.error('give --infos or --origins, not both')
     return args
@@ -286,6 +301,7 @@ def evaluate_command(args) -> None:
     else:
         tokens, read = _open_predictions(args, inputs, metrics)
     inputs.check_labels(tokens)
+    check_outputs(args.submission, args.json, args.csv, args.per_sample)
     if args.submission:
         _write_submission(args, tokens, read, inputs)
     about = dict(predictions=args.predictions or args.score_submission, labels=args.labels, label_set=args.label_set)

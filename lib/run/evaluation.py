@@ -19,8 +19,7 @@ from torch import nn
 from ..checkpoint import load_model_weights
 from ..config import load_config
 from ..dataset import ScoredDataset
-from ..errors import UserError
-from ..io import path_inside, read_json, write_json
+from ..io import check_outputs, make_folder, path_inside, read_json, write_json
 from ..prediction import save_prediction, to_dense, write_record
 from ..settings import EvaluationSettings
 from ..task import Task
@@ -183,24 +182,6 @@ def _totals(scores) -> Dict[str, float]:
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
-def make_predictions_folder(path: str) -> Path:
-    """The folder, made if missing and checked to be writable.
-
-    Raises:
-        UserError: it cannot be made or written.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f'cannot make the folder {path} ({error.strerror}); choose another --save-predictions'
-        ) from error
-    if not os.access(str(folder), os.W_OK):
-        raise UserError(f'cannot write to {path}; choose another --save-predictions')
-    return folder
-
-
 class _Progress:
     """Lines with the pace and the remaining time."""
 
@@ -240,10 +221,10 @@ def run_validation(args, components: Callable[[], Components]) -> int:
 def _validate(args, cfg, components, processes: Processes) -> None:
     log = RunLog(is_main=processes.is_main)
     out = args.out or os.path.splitext(os.path.realpath(args.weights))[0] + '.eval.json'
-    _check_writable(out)
+    check_outputs(out)
     task = read_task(cfg)
     model, meta = load_for_inference(components.build_model, cfg, task, args, processes.device)
-    folder = make_predictions_folder(args.save_predictions) if args.save_predictions else None
+    folder = make_folder(args.save_predictions, '--save-predictions') if args.save_predictions else None
     if folder is not None and processes.is_main:
         limit = [] if args.max_samples is None else [f'data.{args.split}.max_samples={args.max_samples}']
         write_record(folder, task, args.config, args.weights, args.split, [*args.override, *limit])
@@ -273,10 +254,3 @@ def _report(result, out, args, meta: Dict, seconds: float, folder: Optional[Path
     write_json(out, dict(result.as_dict(details=True), run=about))
     saved = f'; predictions in {folder}' if folder else ''
     print(f'evaluated in {duration(seconds)}; figures in {out}{saved}', flush=True)
-
-
-def _check_writable(path: str) -> None:
-    """Raise UserError now rather than after the evaluation."""
-    folder = os.path.dirname(path) or '.'
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f'cannot write the figures to {path}; give a file in an existing, writable folder with --out')

@@ -136,8 +136,16 @@ _MULTIPLIER = 6364136223846793005
 
 
 def pick_seed(seed: Optional[int]) -> int:
-    """The given seed, or one from the operating system."""
-    return random.SystemRandom().randrange(2**31) if seed is None else int(seed)
+    """The given seed, or one from the operating system.
+
+    Raises:
+        ConfigError: it is no whole number from 0 to 2^63 - 1.
+    """
+    if seed is None:
+        return random.SystemRandom().randrange(2**31)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f'seed must be a whole number from 0 to 2^63 - 1, or None for a random one, got {seed!r}')
+    return seed
 
 
 def mix(*numbers: int) -> int:

@@ -6,8 +6,7 @@ from typing import Callable, Dict, List, Optional, Sequence
 import torch
 
 from ..config import load_config
-from ..errors import ConfigError
-from ..io import write_json
+from ..io import check_outputs, write_json
 from . import Components, open_dataset, read_task
 from .evaluation import load_for_inference, predict
 from .loading import make_loader, read_batches, to_device
@@ -22,8 +21,7 @@ def run_timing(args, components: Callable[[], Components]) -> List[Dict]:
     Raises:
         UserError: bad input.
     """
-    if args.samples < 1 or args.warmup < 0:
-        raise ConfigError(f'--samples must be at least 1 and --warmup at least 0, got {args.samples} and {args.warmup}')
+    check_outputs(args.out)
     graph = ['model.test_cfg.cuda_graph=True'] if args.cuda_graph else []
     cfg = load_config(args.config, list(args.override) + graph)
     torch.backends.cudnn.benchmark = True  # all samples have one size

@@ -1,12 +1,13 @@
 """From a keyframe to a sample and on to a batch: the steps, registered with mmdet's ``PIPELINES``, and what follows.
 
 A step takes and returns one dict. It finds there what the data set put in (``info``, ``history``, ``rng``,
-``data_root``, ``label_folder``, ``test_mode``) and what the steps before it added. B samples, T frames, N cameras,
+``data_root``, ``label_folder``, ``test_mode``) and what the steps before it added; ``makes`` and ``changes`` of its
+class name keys of the dict, so that steps in the wrong order are refused. B samples, T frames, N cameras,
 image index = t*N + n.
 """
 
 import inspect
-from typing import Callable, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,14 +36,27 @@ def build_pipeline(configs: Sequence[Mapping], task: Task) -> List[Callable[[Dic
     """Steps from their configs; those that take a ``task`` get it.
 
     Raises:
-        ConfigError: an unknown step or argument.
+        ConfigError: an unknown step or argument, or a step that makes what one before it was to change.
     """
-    steps = []
+    steps: List[Any] = []
     for position, config in enumerate(configs):
         step_class = look_up(config.get('type') if isinstance(config, Mapping) else None, PIPELINES)
         takes_task = step_class is not None and 'task' in inspect.signature(step_class).parameters
         steps.append(build_checked(config, PIPELINES, dict(task=task) if takes_task else {}, f'pipeline[{position}]'))
+        _check_order(steps)
     return steps
+
+
+def _check_order(steps) -> None:
+    """The last step must not make what one before it changes: labels loaded after BEVAug would not be turned."""
+    *before, last = steps
+    for step in before:
+        both = sorted(set(getattr(last, 'makes', ())) & set(getattr(step, 'changes', ())))
+        if both:
+            raise ConfigError(
+                f'pipeline: {type(step).__name__} stands before {type(last).__name__}, whose {both[0]!r} it is to '
+                'change; put the steps that load first'
+            )
 
 
 def format_sample(sample: Dict) -> Dict:

@@ -81,6 +81,8 @@ class RandomTransformImage:
             takes ``resize_lim`` as plain factors for whatever the images are.
     """
 
+    changes = ('img', 'lidar2img')
+
     def __init__(
         self,
         task: Task,
@@ -186,6 +188,8 @@ class BEVAug:
         flip_dx_ratio: probability of x changing sign.
         flip_dy_ratio: probability of y changing sign.
     """
+
+    changes = ('ego2lidar', 'targets')
 
     def __init__(
         self,

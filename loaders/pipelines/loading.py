@@ -38,6 +38,8 @@ class LoadMultiViewImageFromMultiSweeps:
         threads: threads that decode one sample's images; 1 decodes in the worker itself.
     """
 
+    makes = ('img', 'lidar2img', 'ego2lidar', 'frame_keys')
+
     def __init__(self, task: Task, decoder: str = 'cv2', fast_decode: bool = False, threads: int = 1):
         if threads < 1:
             raise ConfigError(f'LoadMultiViewImageFromMultiSweeps: threads must be at least 1, got {threads!r}')
@@ -110,6 +112,8 @@ class LoadOccGTFromFile:
         lidar_points: read the keyframe's LiDAR scan as well, for a loss on depth. No augmentation moves its points:
             they are in the frame that ``lidar2img`` and ``ego2lidar`` of the augmented sample refer to.
     """
+
+    makes = ('targets',)
 
     def __init__(self, task: Task, lidar_points: bool = False):
         self.task, self.lidar_points = task, lidar_points

@@ -197,3 +197,21 @@ def test_plain_names_stay_inside_the_folder(tmp_path):
     assert (
         io.path_inside(tmp_path, 'scene-0001', 'ab12', 'labels.npz') == tmp_path / 'scene-0001' / 'ab12' / 'labels.npz'
     )
+
+
+def test_outputs_that_cannot_be_written_are_told_beforehand(tmp_path):
+    (tmp_path / 'file').write_text('')
+    io.check_outputs(tmp_path / 'new.json', tmp_path / 'new' / 'deep' / 'x.json', tmp_path / 'file', None, 'x.json')
+    with pytest.raises(UserError, match='dir.*, which is a folder; give the name of a file in it'):
+        (tmp_path / 'dir').mkdir()
+        io.check_outputs(None, tmp_path / 'dir')
+    with pytest.raises(UserError, match='x.json: .*file is no folder that you may write to'):
+        io.check_outputs(tmp_path / 'file' / 'x.json')
+
+
+def test_folders_that_cannot_be_made_are_told(tmp_path):
+    assert io.make_folder(tmp_path / 'a' / 'b').is_dir()
+    (tmp_path / 'file').write_text('')
+    for path in (tmp_path / 'file', tmp_path / 'file' / 'below'):
+        with pytest.raises(UserError, match='cannot make the folder .*file.*; choose another --out'):
+            io.make_folder(path)

@@ -636,3 +636,18 @@ def test_evaluation_without_the_label_folder_needs_neither_scene_nor_tables(root
     shutil.rmtree(str(root / 'occ3d'))
     shutil.rmtree(str(root / 'v1.0-mini'))
     assert 'img' in _test(root)[3]
+
+
+@pytest.mark.parametrize(
+    'steps, message',
+    [
+        ([], "the pipeline needs 'img', which no step of it makes; begin with LoadMultiViewImageFromMultiSweeps"),
+        (TRAIN[1:], "needs '(ego2lidar|img)', which no step of it makes"),
+        (TRAIN[1:] + TRAIN[:1], "BEVAug stands before LoadMultiViewImageFromMultiSweeps, whose 'ego2lidar'"),
+        ([TRAIN[0], TRAIN[2], TRAIN[1]], "BEVAug stands before LoadOccGTFromFile, whose 'targets' it is to change"),
+        (TRAIN[3:] + TRAIN[:3], "RandomTransformImage stands before LoadMultiViewImageFromMultiSweeps, whose 'img'"),
+    ],
+)
+def test_steps_that_are_missing_or_in_the_wrong_order_are_refused(source, steps, message):
+    with pytest.raises(ConfigError, match=message):
+        _train(source, pipeline=steps)[1]

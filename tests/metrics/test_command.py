@@ -167,8 +167,8 @@ def test_a_damaged_file_is_named(data):
 def test_what_cannot_be_scored_is_said_first(data):
     with pytest.raises(UserError, match='give --infos or --origins'):
         run(data, '--metrics', 'ray_iou', infos=False)
-    with pytest.raises(UserError, match='the folder of .*nowhere.*scores.csv does not exist'):
-        run(data, '--csv', data / 'nowhere' / 'scores.csv')
+    with pytest.raises(UserError, match='cannot write .*infos.pkl/scores.csv: .*infos.pkl is no folder'):
+        run(data, '--csv', data / 'infos.pkl' / 'scores.csv')
     with pytest.raises(UserError, match='a submission.gz says whose it is; give --about'):
         run(data, '--submission', data / 'out.gz')
     for words in (
@@ -178,6 +178,36 @@ def test_what_cannot_be_scored_is_said_first(data):
     ):
         with pytest.raises(SystemExit):
             parse(words)
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ('--device', 'foo'),
+        ('--device', 'cuda:x'),
+        ('--max-samples', '0'),
+        ('--max-samples', '-1'),
+        ('--workers', '0'),
+        ('--thresholds', '1', 'nan'),
+        ('--thresholds', '0'),
+        ('--submission', 'results.tar'),
+        ('--submission', 'folder'),
+    ],
+)
+def test_arguments_of_no_use_are_refused(data, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(data, *arguments)
+    assert stop.value.code == 2
+    assert f'{arguments[0]}' in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('argument', ['--csv', '--per-sample', '--submission'])
+def test_outputs_are_looked_at_before_the_work(data, argument, monkeypatch):
+    monkeypatch.setattr(Evaluator, 'prepare', None)
+    folder = data / 'folder.zip'
+    folder.mkdir()
+    with pytest.raises(UserError, match='folder.zip, which is a folder'):
+        run(data, argument, folder)
 
 
 def test_packages_that_are_missing_are_named(data, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from lib.errors import CheckpointError, ConfigError, DataError
+from lib.errors import CheckpointError, ConfigError, DataError, UserError
 from lib.run.stopping import RunStopped
 from lib.run.train_script import run_training
 
@@ -347,7 +347,7 @@ def test_bfloat16_on_the_cpu(workshop):
         ((), ('--accumulate', '9'), ConfigError, 'too small for 1 processes x 9'),
         ((), ('--accumulate', 'x'), ConfigError, 'train.accumulate'),
         ((), ('--amp', 'fp16'), ConfigError, 'fp16 needs a GPU'),
-        ((), ('--max-epochs', '0'), ConfigError, 'runner.max_epochs'),
+        (('runner.max_epochs=0',), (), ConfigError, 'runner.max_epochs'),
         (('optimizer.type=Adan',), (), ConfigError, "'Adan'; did you mean 'Adam'"),
         (('optimizer.lrr=1',), (), ConfigError, 'lrr'),
         (("optimizer.paramwise_cfg.custom_keys={'nowhere': dict()}",), (), ConfigError, 'custom_keys'),
@@ -367,3 +367,15 @@ def test_bad_input_ends_before_training(workshop, overrides, more, error, words)
     with pytest.raises(error, match=words):
         workshop.train(*overrides, more=more)
     assert not (workshop.folder / 'run').exists()
+
+
+@pytest.mark.parametrize('seed', ["'abc'", '-1', '1.5', 'True', '2**63', '[1]', '99999999999999999999'])
+def test_seeds_that_are_none_are_named(workshop, seed):
+    with pytest.raises(UserError, match='^seed must be a whole number from 0 to 2'):
+        workshop.train(f'seed={seed}')
+
+
+@pytest.mark.parametrize('override', ['data.train=3', 'data.val=[1]', "data.test='x'"])
+def test_sections_of_data_are_dicts(workshop, override):
+    with pytest.raises(UserError, match=r'data\.(train|val|test).* must be a dict, got'):
+        workshop.train(override)

@@ -54,7 +54,6 @@ def test_pictures_of_one_and_of_several_runs(suffix, start, tmp_path, monkeypatc
         (('none',), 'does not exist'),
         (('a', '--show', 'los'), "did you mean 'loss'"),
         (('a', 'a'), 'different --names'),
-        (('a', '--smooth', '0'), '--smooth'),
         (('a', '--out', 'nowhere/x.png'), 'nowhere/x.png'),
         (('bad',), 'line 1'),
         (('empty',), 'no records'),

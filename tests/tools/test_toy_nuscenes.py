@@ -602,7 +602,6 @@ def test_bad_arguments_end_in_one_sentence(tmp_path):
     for args, words in (
         (['--out', str(tmp_path)], 'not empty'),
         (['--out', str(tmp_path / 'new'), '--image-size', '800'], '--image-size'),
-        (['--out', str(tmp_path / 'new'), '--keyframes', '0'], '--keyframes'),
         (['--out', str(tmp_path / 'new'), '--label-sets', 'occ4d'], 'occ4d'),
     ):
         result = run_cli(*args)
