@@ -34,16 +34,17 @@ def whole_number(least: int) -> Callable[[str], int]:
     return read
 
 
-def real_number(least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
-    """Type of an argument: a finite number of at least ``least`` and more than ``above``."""
+def real_number(least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
+    """Type of an argument: a finite number of at least ``least``, more than ``above`` and at most ``most``."""
     limit = f' of at least {least:g}' if least > -math.inf else f' above {above:g}' if above > -math.inf else ''
+    limit += f' and at most {most:g}' if most < math.inf else ''
 
     def read(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value >= least and value > above):
+        if not (math.isfinite(value) and least <= value <= most and value > above):
             raise argparse.ArgumentTypeError(f'must be a finite number{limit}, got {text[:40]!r}')
         return value
 

@@ -269,10 +269,10 @@ def check_outputs(*paths: Optional[PathLike]) -> None:
     For scripts that write at their end with :func:`atomic_write`, which makes missing folders: the work should not be
     lost to a wrong name.
     """
-    for path in filter(None, paths):
-        if Path(path).is_dir():
+    for path in [Path(path) for path in paths if path]:
+        if path.is_dir():
             raise UserError(f'cannot write {path}, which is a folder; give the name of a file in it')
-        folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(str(folder), os.W_OK):
             raise UserError(f'cannot write {path}: {folder} is no folder that you may write to; choose another place')
 

@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add('--names', nargs='+', metavar='NAME', help='what to call them (default: their folders)')
     add('--show', nargs='+', metavar='VALUE', help='one panel per value of metrics.jsonl instead of the usual ones')
     add('--smooth', type=whole_number(1), default=1, metavar='N', help='average over so many log lines')
-    add('--width', type=real_number(above=0), default=4.2, help='of a panel, inches (default: %(default)s)')
+    add('--width', type=real_number(above=0, most=40), default=4.2, help='of a panel, inches (default: %(default)s)')
     add('--out', default='run.png', help='.png, .svg or .pdf (default: %(default)s)')
     return parser.parse_args(argv)
 

@@ -62,6 +62,7 @@ def test_every_number_of_the_command_line_has_its_limits(path):
         (whole_number(1), '1 7 2147483647'),
         (real_number(above=0), '0.5 1.5 1 1e9'),
         (real_number(least=0), '0 0.5 1.5 1e9'),
+        (real_number(above=0, most=40), '0.5 1 1.5 7'),
         (real_number(), '-7 -1 -40 0 1.5 5.4'),
     ],
 )
