@@ -415,16 +415,20 @@ def load_npy_checked(path: PathLike, most_values: int = MOST_VALUES) -> np.ndarr
         raise DataError(f'{path} is damaged or no .npy file ({reason(error)}); make or fetch it again') from error
 
 
+_LONGEST_FILE_NAME = 255  # bytes, of all file systems in use
+
+
 def path_inside(folder: PathLike, *parts: str) -> Path:
     """``folder/parts...``, where the parts come from data and must be plain names.
 
     Raises:
-        UserError: a part is empty, '.' or '..', or holds a path separator or what cannot be printed.
+        UserError: a part is empty, '.' or '..', too long, or holds a path separator or what cannot be printed.
     """
     for part in parts:
-        if part in ('', '.', '..') or '/' in part or '\\' in part or not part.isprintable():
+        fits = part.isprintable() and len(os.fsencode(part)) <= _LONGEST_FILE_NAME
+        if part in ('', '.', '..') or '/' in part or '\\' in part or not fits:
             raise UserError(
-                f'{part!r} is no plain file or folder name, so nothing is read or written under it in {folder}; '
+                f'{part[:60]!r} is no plain file or folder name, so nothing is read or written under it in {folder}; '
                 'the file that it comes from is damaged'
             )
     return Path(folder, *parts)

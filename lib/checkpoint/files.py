@@ -76,10 +76,12 @@ def check_archive(path: str) -> None:
     """
     with open(path, 'rb') as stream:
         start = stream.read(4)
-    if start[:1] == b'\x80' and find_damage(path, _OLD_PICKLES) is not None:
-        raise CheckpointError(f'checkpoint {path} is cut short or damaged; fetch or write it again')
-    if start != b'PK\x03\x04':
-        return  # PyTorch's old format, or no checkpoint at all
+    if start != b'PK\x03\x04':  # PyTorch's old format, or no checkpoint at all
+        if find_damage(path, _OLD_PICKLES) is not None:
+            raise CheckpointError(
+                f'checkpoint {path} is cut short, damaged or no PyTorch checkpoint; fetch or write it again'
+            )
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

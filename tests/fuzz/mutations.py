@@ -105,7 +105,7 @@ def mutate_array(rng: random.Random, array) -> np.ndarray:
         with np.errstate(all='ignore'):
             try:
                 return array.astype(np.dtype(rng.choice(TYPES)))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):  # -1 as uint8, for NumPy 2
                 return np.zeros(array.shape, rng.choice(TYPES))
     if action == 1:
         return array.reshape(rng.choice(((-1,), (1,) + array.shape, array.shape + (1,), array.shape[::-1])))

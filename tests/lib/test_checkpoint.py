@@ -15,7 +15,7 @@ from mmcv import Config
 from torch import nn
 
 from lib import checkpoint as ckpt
-from lib.checkpoint.files import RESTRICTED_PICKLE
+from lib.checkpoint.files import RESTRICTED_PICKLE, read_checkpoint
 from lib.checkpoint.fitting import other_task
 from lib.errors import CheckpointError, UserError
 from lib.run.folder import config_lines
@@ -318,3 +318,13 @@ def test_what_a_checkpoint_was_trained_for_comes_from_its_own_record(tmp_path, c
     with pytest.raises(CheckpointError, match="was trained for label set 'own'"):
         ckpt.load_model_weights(other, path)
     assert other_task(dict(config='task.label_set = (('), model.task) == '' == other_task({}, model.task)
+
+
+@pytest.mark.parametrize('first', [b'\x8d' + b'\xff' * 6 + b'\x7f\x00', b'X\xff\xff\xff\x7f', b'B\xff\xff\xff\x7f'])
+def test_sizes_beyond_the_end_are_found_before_memory_is_asked_for(tmp_path, first):
+    """A text or bytes of two gigabytes and more, as the first thing of a file that is no zip."""
+    path = tmp_path / 'w.pth'
+    path.write_bytes(first + b'abc.')
+    with pytest.raises(CheckpointError, match='w.pth is cut short, damaged or no PyTorch checkpoint; fetch') as error:
+        read_checkpoint(str(path))
+    assert error.value.__cause__ is None

@@ -187,7 +187,7 @@ def test_objects_in_an_npz_are_not_built(tmp_path):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize('part', ['..', '.', '', 'a/b', '/etc', 'a\\b', 'a\0'])
+@pytest.mark.parametrize('part', ['..', '.', '', 'a/b', '/etc', 'a\\b', 'a\0', 256 * 'x', 128 * 'ü'])
 def test_names_from_data_cannot_leave_the_folder(tmp_path, part):
     with pytest.raises(UserError, match='no plain file or folder name'):
         io.path_inside(tmp_path, part, 'labels.npz')
