@@ -11,11 +11,14 @@ gen_instance_info.py make. The same arguments give the same files, byte for byte
 A run that was stopped goes on when it is started again with the same arguments.
 """
 
+import contextlib
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
+_BEGIN = time.monotonic()
 # Each process computes on one core; threads of linear algebra would fight over them.
 for _name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'):
     os.environ[_name] = '1'
@@ -24,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.cli import make_parser, real_number, run_main, whole_number  # noqa: E402
 from lib.errors import DataError, UserError  # noqa: E402
 from lib.task import Task  # noqa: E402
-from tools.toy.generate import LABEL_SETS, generate  # noqa: E402
+from tools.toy.generate import COMPILED, LABEL_SETS, Seconds, generate  # noqa: E402
 from tools.toy.jobs import Options  # noqa: E402
 from tools.toy.labels import OCC3D_GRID  # noqa: E402
 from tools.toy.names import SPLITS, VERSIONS, plan_scenes  # noqa: E402
@@ -141,19 +144,6 @@ def parse_label_sets(text):
     return names
 
 
-def choose_device(name):
-    """'cpu' or 'cuda'."""
-    if name == 'cpu':
-        return name
-    import torch
-
-    if torch.cuda.is_available():
-        return 'cuda'
-    if name == 'cuda':
-        raise UserError('--device cuda, but PyTorch finds no GPU; use --device cpu')
-    return 'cpu'
-
-
 def check_out(out, overwrite):
     """The data root must be new, empty, or of a run that was stopped, unless the user says otherwise."""
     if out.exists() and not out.is_dir():
@@ -179,6 +169,17 @@ def show_progress(results, total):
     return tqdm(results, total=total, desc='toy nuScenes', unit='keyframe', mininterval=1.0)
 
 
+def import_prepare():
+    """Import what :func:`prepare` needs, which takes seconds; it tells what is missing."""
+    from lib.openmmlab import prepare_openmmlab
+
+    with contextlib.suppress(ImportError, UserError):
+        from loaders.prepare import panoptic_labels, sweep_infos  # noqa: F401
+
+        prepare_openmmlab()
+        from nuscenes import NuScenes  # noqa: F401
+
+
 def prepare(out, version, processes, task):
     """Make info files, and panoptic labels where there are labels to make them from."""
     from loaders.prepare.panoptic_labels import write_panoptic_labels
@@ -190,6 +191,16 @@ def prepare(out, version, processes, task):
         made = write_panoptic_labels(str(out), version, 'occ3d', panoptic, task, None, False, processes)
         if made.failed:
             raise DataError(f'{len(made.failed)} keyframes got no panoptic label; the first: {made.failed[0]}')
+
+
+def describe_seconds(start, seconds: Seconds, keyframes):
+    """One line: how long ``keyframes`` took, and which phase took how much of it."""
+    whole = start + seconds.keyframes + seconds.tables + seconds.prepare
+    return (
+        f'{keyframes} keyframes in {whole:.1f} s, {keyframes / whole:.1f} a second: {start:.1f} s to start, '
+        f'{seconds.keyframes:.1f} s for keyframes (the first after {seconds.first:.1f} s), {seconds.tables:.1f} s for '
+        f'tables, {seconds.prepare:.1f} s for info files and panoptic labels'
+    )
 
 
 def main():
@@ -205,19 +216,21 @@ def main():
     )
     size, label_sets = parse_size(args.image_size), parse_label_sets(args.label_sets)
     check_out(args.out, args.overwrite)
-    crew = plan_crew(choose_device(args.device), args.workers)
+    crew = plan_crew(args.device, args.workers, COMPILED)
     gpus = len({name for name in crew.devices if name != 'cpu'})
     print(f'{crew.workers} processes, {gpus} GPUs')
     if args.workers and args.workers > crew.workers:
         print(f'(of the {args.workers} asked for, no more fit into free memory)')
     options = Options(args.out, plan, args.keyframes, size, not args.no_sweeps, args.seed, label_sets, task.grid)
     last = (lambda: prepare(args.out, plan.version, crew.workers, task)) if args.prepare else (lambda: None)
-    generate(options, crew, show_progress, last)
+    planned = time.monotonic()
+    seconds = generate(options, crew, show_progress, last, import_prepare if args.prepare else lambda: None)
     splits = f'train: {len(plan.train)}, val: {len(plan.val)}, test: {len(plan.test)}'
     print(
         f'{args.out}: {len(plan.names)} scenes ({splits}) of {args.keyframes} keyframes, '
         f'tables in {args.out / plan.version}'
     )
+    print(describe_seconds(planned - _BEGIN, seconds, len(plan.names) * args.keyframes))
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """The toy nuScenes: read by the devkit, and true to its own geometry in images, scans and labels."""
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -505,8 +506,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_files(tmp_path, monkeypatch):
     assert digest(stopped.out) == digest(whole.out) and not (stopped.out / 'toy_work').exists()
 
 
-def test_processes_are_started_afresh_for_devices(tmp_path):
-    """The way of GPUs: several devices, processes that do not share the parent's memory."""
+def test_processes_of_several_devices_make_the_same_files(tmp_path):
     one, two = options_of(tmp_path / 'one'), options_of(tmp_path / 'two')
     generate(one, Crew(('cpu',), 1), lambda results, total: results)
     generate(two, Crew(('cpu', 'cpu'), 2), lambda results, total: results)
@@ -515,14 +515,30 @@ def test_processes_are_started_afresh_for_devices(tmp_path):
 
 def test_no_more_processes_than_fit(monkeypatch):
     monkeypatch.setattr(pool, '_cores', lambda: 44)
-    monkeypatch.setattr(pool, '_free_gpu_memory', lambda: [8 << 30, 1 << 30, 6 << 30])
+    monkeypatch.setattr(pool, '_ask_aside', lambda *_: [8 << 30, 1 << 30, 6 << 30])
     assert plan_crew('cuda', 44) == Crew(('cuda:0', 'cuda:2', 'cuda:0', 'cuda:2', 'cuda:0'), 5)
     assert plan_crew('cuda', 2).devices == ('cuda:0', 'cuda:2')
     monkeypatch.setattr(pool, '_free_memory', lambda: 3 << 30)
-    assert plan_crew('cuda').workers == 4 and plan_crew('cpu', 44).workers == 4
-    monkeypatch.setattr(pool, '_free_gpu_memory', lambda: [1 << 30])
+    assert plan_crew('cuda').workers == plan_crew('auto').workers == 4
+    monkeypatch.setattr(pool, '_ask_aside', lambda *_: [1 << 30])
     with pytest.raises(UserError, match='no GPU has room'):
         plan_crew('cuda')
+    monkeypatch.setattr(pool, '_ask_aside', lambda *_: [])
+    with pytest.raises(UserError, match='finds no GPU'):
+        plan_crew('cuda')
+    assert plan_crew('auto', 44) == plan_crew('cpu', 44) == Crew(('cpu',), 4)
+
+
+def test_gpus_are_asked_in_another_process(tmp_path, monkeypatch):
+    """CUDA does not survive that a process which has used it is copied, as this one will be."""
+
+    def is_available():
+        (tmp_path / 'asked_by').write_text(str(os.getpid()))
+        return False
+
+    monkeypatch.setattr(torch.cuda, 'is_available', is_available)
+    assert plan_crew('auto', 2).devices == ('cpu',)
+    assert int((tmp_path / 'asked_by').read_text()) != os.getpid()
 
 
 def test_a_full_gpu_is_told_in_a_sentence():

@@ -4,7 +4,8 @@ A run that was stopped goes on where it stopped. The tables are written when eve
 folder that has them is complete.
 """
 
-from typing import Callable, Dict, List
+import time
+from typing import Callable, Dict, List, NamedTuple, Optional
 
 from . import tables
 from .jobs import Job, Options, run_job, scene_record
@@ -16,7 +17,23 @@ LABEL_SETS = ('occ3d', 'openocc_v2')
 _LABELS_AT_ONCE = 5  # keyframes of a scene that one process labels in a row
 
 
-def generate(options: Options, crew: Crew, progress: Callable, prepare: Callable[[], None] = lambda: None) -> None:
+class Seconds(NamedTuple):
+    """How long the phases of a run took: until the first keyframe's images and scans were made, until everything
+    of every keyframe was, then the tables, and what is prepared from them."""
+
+    first: float
+    keyframes: float
+    tables: float
+    prepare: float
+
+
+def generate(
+    options: Options,
+    crew: Crew,
+    progress: Callable,
+    prepare: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Seconds:
     """Make the data set.
 
     Args:
@@ -24,6 +41,10 @@ def generate(options: Options, crew: Crew, progress: Callable, prepare: Callable
         crew: the processes that make it.
         progress: ``progress(iterable, total)`` wraps the finished keyframes to show how far they are.
         prepare: what else belongs to it and needs the tables; called last.
+        meanwhile: called in a thread while other processes make keyframes.
+
+    Returns:
+        How long each phase took.
 
     Raises:
         UserError: a file cannot be written, a GPU is full, a process was killed, or the folder holds an
@@ -32,15 +53,20 @@ def generate(options: Options, crew: Crew, progress: Callable, prepare: Callable
     work = WorkFolder(options.out)
     work.begin(_arguments(options))
     flow = _Flow(options, work)
+    begin = time.monotonic()
     total = len(options.plan.names) * options.keyframes
-    for _ in progress(flow.run(crew), total):
+    for _ in progress(flow.run(crew, meanwhile), total):
         pass
+    made = time.monotonic()
     writer = tables.TableWriter(options.seed, annotations=options.labelled)
     for scene in range(len(options.plan.names)):
         writer.add_scene(scene_record(options, scene))
     writer.write(options.out / options.plan.version)
+    tabled = time.monotonic()
     prepare()
     work.finish()
+    end = time.monotonic()
+    return Seconds((flow.first_at or begin) - begin, made - begin, tabled - made, end - tabled)
 
 
 def _arguments(options) -> Dict:
@@ -63,12 +89,13 @@ class _Flow:
 
     def __init__(self, options: Options, work: WorkFolder):
         self._options, self._work = options, work
+        self.first_at: Optional[float] = None  # time.monotonic() when the first job was done
         every = range(options.keyframes)
         self._unmade = {
             scene: {k for k in every if not work.has_keyframe(scene, k)} for scene in range(len(options.plan.names))
         }
 
-    def run(self, crew: Crew):
+    def run(self, crew: Crew, meanwhile: Callable[[], None]):
         """Do what is left; yield once per finished keyframe, those of earlier runs first."""
         scenes, per_scene, labelled = self._unmade, self._options.keyframes, self._options.labelled
         jobs = [Job(self._options, scene, k, k + 1, False) for scene in scenes for k in sorted(scenes[scene])]
@@ -79,7 +106,8 @@ class _Flow:
             left = len(jobs)
         for _ in range(per_scene * len(scenes) - left):
             yield
-        for job in run_tasks(jobs, run_job, self._following, crew, compile_tracers):
+        for job in run_tasks(jobs, run_job, self._following, crew, compile_tracers, meanwhile):
+            self.first_at = self.first_at or time.monotonic()
             if job.labels or not labelled:
                 for _ in range(job.first, job.last):
                     yield
@@ -106,18 +134,38 @@ class _Flow:
 
 
 def compile_tracers() -> None:
-    """Run every compiled function once on next to nothing."""
+    """Import what all processes need, and run every compiled function once on next to nothing."""
+    from PIL import Image
+
+    from . import render, trace_torch  # noqa: F401
+
+    Image.preinit()
+    for function in COMPILED:
+        function()
+
+
+def _compile_rays() -> None:
     import numpy as np
 
     from .trace import PackedScene
     from .trace_cpu import trace_fan, trace_image, trace_rays
-    from .trace_voxels import first_of_each, mark_in_view, mark_passed, vote
 
     scene = PackedScene(np.zeros(1, np.int32), np.ones((1, 11), np.float32), np.zeros((5, 3), np.float32))
     trace_image(scene, np.eye(3), np.eye(3), (2, 2))
     trace_rays(scene, np.eye(3))
     trace_fan(scene, np.eye(3), np.ones((1, 1, 3)), 10.0)
+
+
+def _compile_voxels() -> None:
+    import numpy as np
+
+    from .trace_voxels import first_of_each, mark_in_view, mark_passed, vote
+
     first_of_each(np.zeros(1, np.int64))
     mark_passed(np.ones(3), np.eye(3), np.ones(3), np.zeros((2, 2, 2), np.uint8))
     votes = vote(np.ones((1, 3), np.float32), np.array([0, 1]), np.eye(4)[None, :3], np.zeros(1, np.int64), (2, 2, 2))
     mark_in_view(votes, np.eye(4)[None, :3], np.ones((1, 2, 2), np.float32), (0.1, 0.1))
+
+
+# They share no compiled function, so processes side by side may fill numba's cache with them.
+COMPILED = (_compile_rays, _compile_voxels)

@@ -1,12 +1,17 @@
-"""The processes that make a toy data set: how many fit, which device each renders on, and how they end."""
+"""The processes that make a toy data set: how many fit, which device each renders on, and how they end.
+
+They are copies of this process, which is why it imports and compiles first but never touches a GPU: CUDA does not
+survive being copied.
+"""
 
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Tuple
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 from lib.errors import UserError
 
@@ -27,17 +32,23 @@ class Stopped(Exception):
     """Nobody waits for this task any more."""
 
 
-def plan_crew(device: str, wanted: Optional[int] = None) -> Crew:
-    """As many processes as cores and memory allow, at most ``wanted``; with 'cuda' on all GPUs with room.
+def plan_crew(device: str, wanted: Optional[int] = None, meanwhile: Sequence[Callable[[], None]] = ()) -> Crew:
+    """As many processes as cores and memory allow, at most ``wanted``; on all GPUs with room.
+
+    Args:
+        device: 'cpu', 'cuda', or 'auto': on GPUs if there are any.
+        meanwhile: called in processes of their own, side by side, while the GPUs are asked.
 
     Raises:
-        UserError: 'cuda', and no GPU has room for a process.
+        UserError: 'cuda', and there is no GPU, or none has room for a process.
     """
     room = max(_free_memory() // CPU_BYTES_PER_WORKER, 1)
     most = min(wanted or _cores(), room)
-    if device == 'cpu':
+    free = _ask_aside(device, meanwhile)
+    if device == 'cuda' and not free:
+        raise UserError('--device cuda, but PyTorch finds no GPU; use --device cpu')
+    if not free:
         return Crew(('cpu',), most)
-    free = _free_gpu_memory()
     slots = [bytes_ // GPU_BYTES_PER_WORKER for bytes_ in free]
     turns = [f'cuda:{k}' for turn in range(max(slots)) for k in range(len(slots)) if turn < slots[k]]
     if not turns:
@@ -46,6 +57,23 @@ def plan_crew(device: str, wanted: Optional[int] = None) -> Crew:
             f'{GPU_BYTES_PER_WORKER / 2**30:.1f} GiB; end what runs there, or use --device cpu'
         )
     return Crew(tuple(turns[:most]), min(most, len(turns)))
+
+
+def _context():
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context('fork' if 'fork' in methods else 'spawn')
+
+
+def _ask_aside(device, meanwhile) -> Sequence[int]:
+    """Free bytes of every GPU, none for 'cpu', found out in another process; and what is to be done meanwhile."""
+    import torch  # noqa: F401  once, for all processes
+
+    functions = [*meanwhile, *([] if device == 'cpu' else [_free_gpu_memory])]
+    if not functions:
+        return []
+    with ProcessPoolExecutor(len(functions), _context()) as aside:
+        results = [future.result() for future in [aside.submit(function) for function in functions]]
+    return [] if device == 'cpu' else results[-1]
 
 
 def _cores() -> int:
@@ -62,23 +90,31 @@ def _free_memory() -> int:
         return 1 << 50
 
 
-def _free_gpu_memory():
+def _free_gpu_memory() -> Sequence[int]:
     """Free bytes of every GPU; room for four processes each where PyTorch cannot tell (before 1.11)."""
     import torch
 
+    if not torch.cuda.is_available():
+        return []
     if not hasattr(torch.cuda, 'mem_get_info'):
         return [4 * GPU_BYTES_PER_WORKER] * torch.cuda.device_count()
     return [torch.cuda.mem_get_info(k)[0] for k in range(torch.cuda.device_count())]
 
 
 def run_tasks(
-    tasks: Iterable, work: Callable, following: Callable, crew: Crew, prepare: Callable[[], None]
+    tasks: Iterable,
+    work: Callable,
+    following: Callable,
+    crew: Crew,
+    prepare: Callable[[], None],
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Iterator:
     """Do ``work(task)`` in the crew's processes for all tasks, and yield the tasks as they are done.
 
     Args:
         following: called with every finished task; returns the tasks that may begin now. They come first.
         prepare: called once before processes start, for what they would otherwise all do.
+        meanwhile: called once in a thread of this process while the others work.
 
     Raises:
         UserError: a task raised it, or a process was killed.
@@ -94,13 +130,15 @@ def run_tasks(
             yield task
         return
     prepare()
-    fork = crew.devices == ('cpu',) and 'fork' in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context('fork' if fork else 'spawn')
+    context = _context()
     stop, turn = context.Event(), context.Value('i', 0)
     try:
         with ProcessPoolExecutor(workers, context, _start_worker, (stop, crew.devices, turn)) as pool:
             try:
+                aside = threading.Thread(target=meanwhile, daemon=True)
                 for task in _keep_busy(pool, work, following, waiting, 2 * workers):
+                    if aside.ident is None:  # all processes are there: none is copied in the midst of an import
+                        aside.start()
                     yield task
             finally:
                 stop.set()
