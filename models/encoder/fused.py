@@ -15,7 +15,7 @@ value of it to the four below it.
 The weights stay where they are, in mmdet's modules; this only computes with them.
 """
 
-import functools
+import itertools
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -161,7 +161,7 @@ class FusedResNet:
         self.version()
         dtype = autocast_dtype(images.device.type) or images.dtype
         self._fold_learning(dtype)
-        x = _convolve_relu(images.to(dtype), *self._fold(net.conv1, net.norm1, dtype), _geometry(net.conv1))
+        x = _ConvolveReLU.apply(images.to(dtype), *self._fold(net.conv1, net.norm1, dtype), _geometry(net.conv1))
         x = _pool(net.maxpool, x)
         stages = []
         for i, name in enumerate(net.res_layers):
@@ -180,9 +180,8 @@ class FusedResNet:
             pairs = _pairs_of(block)
             weights += [value for conv, norm in pairs for value in self._fold(conv, norm, x.dtype)]
             plans.append(_BlockPlan([_geometry(conv) for conv, _ in pairs], _depth(block)))
-        run = functools.partial(_run_stage, plans)
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [x, *weights])
-        return recompute(run, x, *weights) if learns and stage[0].with_cp else run(x, *weights)
+        return _Stage.apply(plans, bool(stage[0].with_cp), x, *weights) if learns else _run_stage(plans, x, weights)
 
     def _fold_learning(self, dtype: torch.dtype) -> None:
         """Fold all norms that gradients flow through at once."""
@@ -272,50 +271,82 @@ def _geometry(conv: nn.Conv2d) -> _Geometry:
     return _Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _run_stage(plans: Sequence[_BlockPlan], x: Tensor, *weights: Tensor) -> Tensor:
+class _Layer(NamedTuple):
+    """A convolution with its norm folded in."""
+
+    weight: Tensor
+    bias: Tensor
+    geometry: _Geometry
+
+
+def _layers_of(plan: _BlockPlan, weights: Sequence[Tensor]) -> List[_Layer]:
+    """weights: weight and bias of each convolution in turn."""
+    return [_Layer(*parts) for parts in zip(weights[::2], weights[1::2], plan.geometries)]
+
+
+def _run_stage(
+    plans: Sequence[_BlockPlan], x: Tensor, weights: Sequence[Tensor], kept: Optional[List] = None
+) -> Tensor:
     """Blocks one after the other.
 
     Args:
         x: [n, C, H, W].
         weights: weight and bias of each convolution in turn.
+        kept: for the backward pass: results of each block's convolutions, a list a block, are put here.
     """
-    start = 0
-    for geometries, depth in plans:
-        end = start + 2 * len(geometries)
-        x = _run_block(geometries, depth, x, *weights[start:end])
-        start = end
+    for plan, own in zip(plans, _split(plans, weights)):
+        results: Optional[List[Tensor]] = None if kept is None else []
+        x = _run_block(_layers_of(plan, own), plan.depth, x, results)
+        if kept is not None:
+            kept.append(results)
     return x
 
 
-def _run_block(geometries: Sequence[_Geometry], depth: int, x: Tensor, *weights: Tensor) -> Tensor:
-    layers = list(zip(weights[::2], weights[1::2], geometries))
-    weight, bias, geometry = layers[depth - 1]
-    shortcut = x
+def _split(plans: Sequence[_BlockPlan], values: Sequence) -> List[Sequence]:
+    """What belongs to the weights, two a convolution, by blocks."""
+    ends = list(itertools.accumulate(2 * len(plan.geometries) for plan in plans))
+    return [values[start:end] for start, end in zip([0, *ends], ends)]
+
+
+def _run_block(layers: Sequence[_Layer], depth: int, x: Tensor, kept: Optional[List[Tensor]]) -> Tensor:
+    """A block, whose projection of the shortcut, if there is one, comes last; each result is put into ``kept``."""
+    last = layers[depth - 1]
+    shortcut, bias = x, last.bias
     if len(layers) > depth:
-        projection, shift, its_geometry = layers[depth]
-        shortcut = F.conv2d(x, projection, None, *its_geometry)
-        bias = bias + shift  # added by the last convolution
-    for layer in layers[: depth - 1]:
+        projection = layers[depth]
+        shortcut = F.conv2d(x, projection.weight, None, *projection.geometry)
+        bias = bias + projection.bias  # added by the last convolution
+    x = _run_inner(layers[: depth - 1], x, kept)
+    x = _convolve_relu(x, last.weight, bias, last.geometry, shortcut)
+    if kept is not None:
+        kept.append(x)
+    return x
+
+
+def _run_inner(layers: Sequence[_Layer], x: Tensor, kept: Optional[List[Tensor]]) -> Tensor:
+    """A block up to its last convolution."""
+    for layer in layers:
         x = _convolve_relu(x, *layer)
-    return _convolve_relu(x, weight, bias, geometry, shortcut)
+        if kept is not None:
+            kept.append(x)
+    return x
 
 
 def _convolve_relu(
     x: Tensor, weight: Tensor, bias: Tensor, geometry: _Geometry, added: Optional[Tensor] = None
 ) -> Tensor:
-    """relu(convolution + bias [+ added])."""
-    return _ConvolveReLU.apply(x, weight, bias, added, geometry)
+    """relu(convolution + bias [+ added]) in cuDNN's fused call, which has no gradients by itself."""
+    if added is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, added, 1.0, bias, *geometry)
 
 
 class _ConvolveReLU(torch.autograd.Function):
-    """cuDNN's fused call; the backward pass needs its inputs and its result."""
+    """``_convolve_relu`` of a layer by itself."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, added, geometry):
-        if added is None:
-            y = torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-        else:
-            y = torch.cudnn_convolution_add_relu(x, weight, added, 1.0, bias, *geometry)
+    def forward(ctx, x, weight, bias, geometry):
+        y = _convolve_relu(x, weight, bias, geometry)
         ctx.save_for_backward(x, weight, y)
         ctx.geometry = geometry
         return y
@@ -324,22 +355,132 @@ class _ConvolveReLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, y = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
-        grads, of_bias = [None, None, None], None
-        if wanted[2] and _can_sum_fused(grad, y):
-            from models.encoder.kernels import relu_backward  # needs Triton
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        grad, bias_grad = _through_relu([grad], y, of_bias)
+        return (*_through_convolution(grad, x, weight, ctx.geometry, of_x, of_weight), bias_grad, None)
 
-            grad, of_bias = relu_backward(grad, y)
-            wanted[2] = False
-        else:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        if any(wanted):
-            grads = torch.ops.aten.convolution_backward(
-                grad, x, weight, [weight.shape[0]], *ctx.geometry[:3], False, [0, 0], ctx.geometry.groups, wanted
-            )
-        grads = [g if wants else None for g, wants in zip(grads, wanted)]
-        grads[2] = grads[2] if of_bias is None else of_bias
-        return (*grads, grad if ctx.needs_input_grad[3] else None, None)
+
+class _Stage(torch.autograd.Function):
+    """``_run_stage`` with its backward pass, in which gradients of a block's two ways meet inside the ReLU's pass.
+
+    It keeps the results of all convolutions or, to save memory, none but the last, which others keep as well; then
+    the rest is made again.
+    """
+
+    @staticmethod
+    def forward(ctx, plans, saves_memory, x, *weights):
+        kept: List[List[Tensor]] = []
+        y = _run_stage(plans, x, weights, None if saves_memory else kept)
+        results = [result for block in kept for result in block] or [y]
+        ctx.save_for_backward(x, *weights, *results)
+        ctx.plans, ctx.saves_memory = plans, saves_memory
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, *rest = ctx.saved_tensors
+        count, plans = len(ctx.needs_input_grad) - 3, ctx.plans
+        weights, results = rest[:count], rest[count:]
+        kept = _run_again(plans, x, weights, results[0]) if ctx.saves_memory else _by_blocks(plans, results)
+        del results, rest
+        wanted = _split(plans, ctx.needs_input_grad[3:])
+        reaches = list(itertools.accumulate([ctx.needs_input_grad[2], *map(any, wanted)], lambda a, b: a or b))
+        grads, of_weights = [grad], []
+        for i, own in reversed(list(enumerate(_split(plans, weights)))):
+            if not (reaches[i] or any(wanted[i])):
+                break
+            given = kept[i - 1][-1] if i else x
+            layers = _layers_of(plans[i], own)
+            grads, found = _through_block(layers, plans[i].depth, given, kept.pop(), grads, reaches[i], wanted[i])
+            of_weights = found + of_weights
+        of_weights = [None] * (count - len(of_weights)) + of_weights
+        return (None, None, sum(grads[1:], grads[0]) if ctx.needs_input_grad[2] else None, *of_weights)
+
+
+def _run_again(plans: Sequence[_BlockPlan], x: Tensor, weights: Sequence[Tensor], y: Tensor) -> List[List[Tensor]]:
+    """Results by blocks; all but the last convolution's, which are known."""
+    kept: List[List[Tensor]] = []
+    last = _split(plans, weights)[-1]
+    before = _run_stage(plans[:-1], x, weights[: len(weights) - len(last)], kept)
+    inner: List[Tensor] = []
+    _run_inner(_layers_of(plans[-1], last)[: plans[-1].depth - 1], before, inner)
+    return [*kept, [*inner, y]]
+
+
+def _by_blocks(plans: Sequence[_BlockPlan], results: Sequence[Tensor]) -> List[List[Tensor]]:
+    ends = list(itertools.accumulate(plan.depth for plan in plans))
+    return [list(results[start:end]) for start, end in zip([0, *ends], ends)]
+
+
+def _through_block(
+    layers: Sequence[_Layer],
+    depth: int,
+    x: Tensor,
+    results: List[Tensor],
+    grads: List[Tensor],
+    of_x: bool,
+    wanted: Sequence[bool],
+) -> Tuple[List[Tensor], List[Optional[Tensor]]]:
+    """Backward pass of ``_run_block``.
+
+    Args:
+        results: of the convolutions.
+        grads: of the block's result, to be added up.
+        of_x: whether x has a gradient.
+        wanted: whether weight and bias of each layer have.
+
+    Returns:
+        gradients of x, to be added up (none if it has none), and those of weights and biases in turn.
+    """
+    found: List[Optional[Tensor]] = [None] * len(wanted)
+    projects, last = len(layers) > depth, 2 * depth - 2
+    wants_bias = wanted[last + 1] or projects and wanted[2 * depth + 1]
+    at_sum, of_bias = _through_relu(grads, results[-1], wants_bias)
+    found[last + 1] = of_bias
+    passed = [at_sum] if of_x and not projects else []
+    if projects:
+        found[2 * depth + 1] = of_bias
+        of_shortcut, found[2 * depth] = _through_convolution(
+            at_sum, x, layers[depth].weight, layers[depth].geometry, of_x, wanted[2 * depth]
+        )
+        passed = [of_shortcut] if of_x else []
+    grad = at_sum
+    for i in reversed(range(depth)):
+        given = results[i - 1] if i else x
+        further = of_x or any(wanted[: 2 * i])
+        if i < depth - 1:
+            grad, found[2 * i + 1] = _through_relu([grad], results[i], wanted[2 * i + 1])
+        grad, found[2 * i] = _through_convolution(
+            grad, given, layers[i].weight, layers[i].geometry, further, wanted[2 * i]
+        )
+        if not further:
+            break
+    return ([grad, *passed] if of_x else []), [value if wants else None for value, wants in zip(found, wanted)]
+
+
+def _through_relu(grads: Sequence[Tensor], result: Tensor, wants_bias: bool) -> Tuple[Tensor, Optional[Tensor]]:
+    """What of the sum of one or two gradients goes through the ReLU and, if wanted, its sum per channel.
+
+    Args:
+        grads, result: [n, C, H, W].
+    """
+    if wants_bias and all(_can_sum_fused(grad, result) for grad in grads):
+        from models.encoder.kernels import relu_backward  # needs Triton
+
+        return relu_backward(result, *grads)
+    grad = torch.ops.aten.threshold_backward(sum(grads[1:], grads[0]), result, 0)
+    return grad, grad.sum((0, 2, 3)) if wants_bias else None
+
+
+def _through_convolution(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry, of_x: bool, of_weight: bool
+) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """Gradients of x and weight, where they are wanted."""
+    if not (of_x or of_weight):
+        return None, None
+    places = (*geometry[:3], False, [0, 0], geometry.groups)
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *places, [of_x, of_weight, False])[:2]
 
 
 def _pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:

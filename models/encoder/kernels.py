@@ -124,11 +124,13 @@ def prepare_images(
 @triton.jit
 def _relu_backward(
     grad_at,
+    other_at,
     result_at,
     out_at,
     sums_at,
     pixels,
     channels,
+    has_other: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
     steps: tl.constexpr,
@@ -142,6 +144,9 @@ def _relu_backward(
         inside = (pixel[:, None] < pixels) & (channel[None, :] < channels)
         grad = tl.load(grad_at + places, mask=inside, other=0.0)
         result = tl.load(result_at + places, mask=inside, other=0.0)
+        if has_other:
+            other = tl.load(other_at + places, mask=inside, other=0.0)
+            grad = (grad.to(tl.float32) + other.to(tl.float32)).to(grad.dtype)
         grad = tl.where(result <= 0.0, 0.0, grad)
         tl.store(out_at + places, grad, mask=inside)
         total += grad.to(tl.float32)
@@ -149,11 +154,11 @@ def _relu_backward(
     tl.store(sums, tl.sum(total, 0), mask=channel < channels)
 
 
-def relu_backward(grad: Tensor, result: Tensor) -> Tuple[Tensor, Tensor]:
-    """What of a gradient goes through the ReLU, and its sum per channel.
+def relu_backward(result: Tensor, grad: Tensor, other: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+    """What of a gradient, or of the sum of two, goes through the ReLU, and its sum per channel.
 
     Args:
-        grad, result: [n, C, H, W], channels last in memory, of one type.
+        result, grad, other: [n, C, H, W], channels last in memory, of one type.
 
     Returns:
         like ``grad``; [C] in the same type.
@@ -164,8 +169,12 @@ def relu_backward(grad: Tensor, result: Tensor) -> Tuple[Tensor, Tensor]:
     blocks = triton.cdiv(pixels, _ROWS * _STEPS)
     sums = torch.empty(blocks, channels, dtype=torch.float32, device=grad.device)
     grid = blocks, triton.cdiv(channels, _COLUMNS)
+    given = grad, grad if other is None else other
     with torch.cuda.device_of(grad):
-        _relu_backward[grid](grad, result, out, sums, pixels, channels, rows=_ROWS, columns=_COLUMNS, steps=_STEPS)
+        _relu_backward[grid](
+            *given, result, out, sums, pixels, channels,
+            has_other=other is not None, rows=_ROWS, columns=_COLUMNS, steps=_STEPS,
+        )  # fmt: skip
     return out, sums.sum(0).to(grad.dtype)
 
 

@@ -105,6 +105,35 @@ def test_features_and_gradients_are_those_of_the_modules(plain_operations, depth
     assert ('layer1.0.conv1.weight' in gradients) == (frozen < 1) and 'layer4.0.conv1.weight' in gradients
 
 
+@needs_backward
+@pytest.mark.parametrize('with_cp, again', [(False, 0), (True, 1)])
+def test_the_last_result_of_a_stage_is_not_made_again(plain_operations, monkeypatch, with_cp, again):
+    """A stage of n blocks makes n sums with its shortcuts and, for the backward pass, all but the last again."""
+    calls, compute = [], torch.cudnn_convolution_add_relu
+    monkeypatch.setattr(torch, 'cudnn_convolution_add_relu', lambda *given: calls.append(1) or compute(*given))
+    net = make_resnet(50, frozen_stages=1, with_cp=with_cp)
+    stages = FusedResNet(net)(torch.randn(1, 3, 32, 32))
+    assert len(calls) == 3 + 4 + 6 + 3
+    sum(stage.sum() for stage in stages).backward()
+    assert len(calls) == 3 + 4 + 6 + 3 + again * (3 + 5 + 2)
+
+
+@needs_backward
+def test_gradients_end_at_the_first_block_that_learns(plain_operations):
+    net, images = make_resnet(18).double(), torch.randn(1, 3, 64, 64, dtype=torch.double)
+    for part in (net.layer2[0], net.layer3[0].downsample, net.layer3[0].conv1, net.layer3[0].bn1):
+        for parameter in part.parameters():
+            parameter.requires_grad_(False)
+    results = []
+    for compute in (FusedResNet(net), net):
+        net.zero_grad()
+        sum((stage * stage).sum() for stage in compute(images)).backward()
+        results.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys() and 'layer2.1.conv1.weight' in results[0]
+    for name, theirs in results[1].items():
+        torch.testing.assert_close(results[0][name], theirs, rtol=1e-9, atol=1e-9)  # double
+
+
 CHANGES = {
     'nothing': lambda net: None,
     'a weight in place': lambda net: net.layer2[0].conv1.weight.mul_(2.0),

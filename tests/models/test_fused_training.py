@@ -148,17 +148,51 @@ def test_pooling(channels, height, width):
 
 
 @runs
-@pytest.mark.parametrize('channels', [64, 20])
-def test_bias_and_relu(channels):
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize('channels, adds', [(64, False), (20, False), (64, True), (20, True)])
+def test_bias_and_relu(channels, adds, dtype):
     from models.encoder.kernels import relu_backward
 
     torch.manual_seed(channels)
-    grad, result = [
-        random(3, channels, 33, 20).contiguous(memory_format=torch.channels_last) for _ in range(2)
+    grad, other, result = [
+        random(3, channels, 33, 20, dtype=dtype).contiguous(memory_format=torch.channels_last) for _ in range(3)
     ]  # some of the result is 0, or not a number
     result = result.relu()
     result[0, 1, 2, 3] = float('nan')
-    ours, of_bias = relu_backward(grad, result)
-    expected = torch.ops.aten.threshold_backward(grad, result, 0)
+    ours, of_bias = relu_backward(result, grad, other) if adds else relu_backward(result, grad)
+    expected = torch.ops.aten.threshold_backward(grad + other if adds else grad, result, 0)
     assert torch.equal(ours, expected) and ours.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(of_bias, expected.sum((0, 2, 3)), rtol=1e-5, atol=1e-4)  # sums of 2000 float32
+    # sums of 2000 float32; rounded to the narrow type at the end
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(of_bias, expected.float().sum((0, 2, 3)).to(dtype), rtol=tolerance, atol=1e-4)
+
+
+@runs
+@pytest.mark.parametrize('saves_memory', [False, True])
+def test_stage_of_the_backbone(saves_memory, monkeypatch):
+    """Both ways of a block meet in the kernel: against autograd through the same operations."""
+    import models.encoder.fused as fused
+
+    def convolve(x, weight, bias, geometry, added=None):
+        y = torch.nn.functional.conv2d(x, weight, bias, *geometry)
+        return torch.relu(y if added is None else y + added)
+
+    monkeypatch.setattr(fused, '_convolve_relu', convolve)
+    monkeypatch.setattr(fused, 'has_triton', lambda *_: True)
+    torch.manual_seed(0)
+    sizes = [(8, 16, 1), (8, 8, 3), (32, 8, 1), (32, 16, 1), (8, 32, 1), (8, 8, 3), (32, 8, 1)]
+    weights = [value for a, b, k in sizes for value in (random(a, b, k, k) * b**-0.5, random(a))]
+    geometries = [fused._Geometry([1, 1], [w.shape[2] // 2] * 2, [1, 1], 1) for w in weights[::2]]
+    plans = [fused._BlockPlan(geometries[:4], 3), fused._BlockPlan(geometries[4:], 3)]
+    given = [random(2, 16, 6, 10), *weights]
+    grad, results = random(2, 32, 6, 10), []
+    for compute in (
+        lambda x, *w: fused._Stage.apply(plans, saves_memory, x, *w),
+        lambda x, *w: fused._run_stage(plans, x, w),
+    ):
+        leaves = [value.clone().requires_grad_() for value in given]
+        leaves[0] = given[0].contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = compute(*leaves)
+        y.backward(grad.contiguous(memory_format=torch.channels_last))
+        results.append([y, leaves[0].grad, *(leaf.grad for leaf in leaves[1:])])
+    assert all(distance(a, b) < 1e-5 for a, b in zip(*results))
