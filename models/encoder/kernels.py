@@ -8,6 +8,8 @@ Backward pass of bias and ReLU: gradient and result of a convolution are read on
 written, and that is summed over the pixels for the bias. Partial sums are added up in a second step, in a fixed
 order.
 
+The stem's input: squares of 2x2 pixels as pixels of 16 channels, with the convolution's padding around them.
+
 Max pooling 3x3 with stride 2 that keeps no places: PyTorch's also writes, for every result, where it came from, in
 eight bytes, whether or not a gradient will be wanted.
 """
@@ -22,6 +24,7 @@ from torch import Tensor
 _BLOCK = 1024  # pixels of the input
 _ROWS, _COLUMNS, _STEPS = 32, 64, 16  # of the backward pass
 _PIXELS = 32  # of pooling
+_SQUARES = 64
 
 
 class InputSizes(NamedTuple):
@@ -118,6 +121,32 @@ def prepare_images(
     given = settings if jitter is None else jitter
     with torch.cuda.device_of(images):
         _prepare[grid](images, settings, given, out, *sizes, jitters=jitter is not None, to_rgb=to_rgb, block=_BLOCK)
+    return out.permute(0, 3, 1, 2)
+
+
+@triton.jit
+def _gather_squares(images_at, out_at, height, width, rows, columns, count, squares: tl.constexpr):
+    place = tl.program_id(0) * squares + tl.arange(0, squares)
+    channel = tl.arange(0, 16)
+    column, row, image = place % columns, place // columns % rows, place // columns // rows
+    y = 2 * (row[:, None] - 2) + channel[None, :] // 6
+    x = 2 * (column[:, None] - 2) + channel[None, :] // 3 % 2
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (channel < 12)[None, :] & (place < count)[:, None]
+    source = ((image[:, None] * height + y) * width + x) * 3 + channel[None, :] % 3
+    values = tl.load(images_at + source, mask=inside, other=0.0)
+    tl.store(out_at + place[:, None] * 16 + channel[None, :], values, mask=(place < count)[:, None])
+
+
+def gather_squares(images: Tensor) -> Tensor:
+    """``models.encoder.fused.squares_of`` images [n, 3, H, W], channels last in memory; without gradients."""
+    number, _, height, width = images.shape
+    rows, columns = height // 2 + 3, width // 2 + 3
+    out = torch.empty((number, rows, columns, 16), dtype=images.dtype, device=images.device)
+    count = number * rows * columns
+    with torch.cuda.device_of(images):
+        _gather_squares[(triton.cdiv(count, _SQUARES),)](
+            images, out, height, width, rows, columns, count, squares=_SQUARES
+        )
     return out.permute(0, 3, 1, 2)
 
 

@@ -134,6 +134,24 @@ def test_gradients_end_at_the_first_block_that_learns(plain_operations):
         torch.testing.assert_close(results[0][name], theirs, rtol=1e-9, atol=1e-9)  # double
 
 
+@pytest.mark.parametrize('height, width, calls', [(64, 96, 1), (63, 96, 0)])
+def test_the_stem_over_squares_is_the_stem(plain_operations, monkeypatch, height, width, calls):
+    """The same sums, as a convolution of 4x4 where the images' sides are even; double."""
+    kernels, compute = [], torch.cudnn_convolution_relu
+    monkeypatch.setattr(
+        torch,
+        'cudnn_convolution_relu',
+        lambda x, w, *given: kernels.append(tuple(w.shape[2:])) or compute(x, w, *given),
+    )
+    net, images = make_resnet(18).double(), torch.randn(2, 3, height, width, dtype=torch.double)
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        ours = FusedResNet(net)._run_stem(images)
+        theirs = F.relu(net.bn1(net.conv1(images)))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert kernels.count((4, 4)) == calls
+
+
 CHANGES = {
     'nothing': lambda net: None,
     'a weight in place': lambda net: net.layer2[0].conv1.weight.mul_(2.0),

@@ -148,6 +148,19 @@ def test_pooling(channels, height, width):
 
 
 @runs
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('height, width', [(32, 64), (2, 6)])
+def test_squares_of_pixels(height, width, dtype):
+    from models.encoder.fused import squares_of
+    from models.encoder.kernels import gather_squares
+
+    torch.manual_seed(height)
+    images = random(3, 3, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    ours, expected = gather_squares(images), squares_of(images.clone().requires_grad_())
+    assert torch.equal(ours, expected) and ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@runs
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize('channels, adds', [(64, False), (20, False), (64, True), (20, True)])
 def test_bias_and_relu(channels, adds, dtype):
