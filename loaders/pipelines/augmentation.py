@@ -7,11 +7,12 @@ from typing import Dict, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from mmdet.datasets.builder import PIPELINES
-from PIL import Image
 
 from lib.errors import ConfigError
 from lib.geometry import rotation_z
 from lib.task import Task
+
+from .resize import compile_resizing, resize_window
 
 REFERENCE_SOURCE = (900, 1600)  # (height, width) of nuScenes images
 REFERENCE_NETWORK = (256, 704)  # (height, width) of the published networks' input
@@ -50,11 +51,19 @@ class ImageTransform(NamedTuple):
 
     def apply(self, image: np.ndarray) -> np.ndarray:
         """uint8 [height, width, 3] of the result from the file's image, uint8 [H, W, 3]."""
-        height, width = self.resized
-        picture = Image.fromarray(image).resize((width, height), resample=Image.BICUBIC)
-        picture = picture.crop((self.left, self.top, self.left + self.size[1], self.top + self.size[0]))
-        result = np.asarray(picture)
+        rows = _inside(self.top, self.size[0], self.resized[0])
+        columns = _inside(self.left, self.size[1], self.resized[1])
+        result = resize_window(image, self.resized, rows, columns)
+        if result.shape[:2] != self.size:
+            seen, result = result, np.zeros(self.size + image.shape[2:], dtype=np.uint8)
+            y, x = rows[0] - self.top, columns[0] - self.left
+            result[y : y + len(seen), x : x + seen.shape[1]] = seen
         return result[:, ::-1] if self.mirror else result
+
+
+def _inside(start: int, count: int, length: int) -> Tuple[int, int]:
+    """(start, stop) of what a crop of ``count`` pixels takes of a line of ``length``."""
+    return max(start, 0), min(start + count, length)
 
 
 def fitting_scale(source: Sequence[int], network: Sequence[int]) -> float:
@@ -100,6 +109,7 @@ class RandomTransformImage:
         self.rand_flip = rand_flip
         self.training = training
         self.resize_reference = resize_reference
+        compile_resizing()
 
     def __call__(self, sample: Dict) -> Dict:
         training = not sample['test_mode'] if self.training is None else self.training
