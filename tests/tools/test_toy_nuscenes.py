@@ -502,7 +502,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_files(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(module, 'run_job', lambda job: done.append(job) or run_job(job))
     generate(stopped, crew, plain)
-    assert 0 < len(done) < 6  # of four keyframes and two scenes of labels
+    assert 0 < len(done) < 6  # of four keyframes, and two scenes of labels and of rows of the tables
     assert digest(stopped.out) == digest(whole.out) and not (stopped.out / 'toy_work').exists()
 
 

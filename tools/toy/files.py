@@ -4,7 +4,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, Iterable, List
 
 import numpy as np
 
@@ -55,7 +55,12 @@ def write_npz(path: Path, arrays: Dict[str, np.ndarray]) -> None:
     write_bytes(path, stream.getvalue())
 
 
-def json_bytes(records: List) -> bytes:
-    """JSON of a list, one record a line; NumPy numbers and arrays become plain ones."""
-    lines = (json.dumps(record, default=lambda value: value.tolist()) for record in records)
-    return '[\n{}\n]\n'.format(',\n'.join(lines)).encode() if records else b'[]\n'
+def json_lines(records: Iterable) -> List[str]:
+    """Each record as JSON; NumPy numbers and arrays become plain ones."""
+    return [json.dumps(record, default=lambda value: value.tolist()) for record in records]
+
+
+def json_list(lines: Iterable[str]) -> bytes:
+    """JSON of a list, from one or more of its elements a line."""
+    text = ',\n'.join(lines)
+    return f'[\n{text}\n]\n'.encode() if text else b'[]\n'

@@ -8,7 +8,7 @@ import time
 from typing import Callable, Dict, List, NamedTuple, Optional
 
 from . import tables
-from .jobs import Job, Options, run_job, scene_record
+from .jobs import KEYFRAMES, LABELS, ROWS, Job, Options, run_job
 from .labels import OCC3D_GRID
 from .pool import Crew, run_tasks
 from .work import WorkFolder
@@ -58,10 +58,9 @@ def generate(
     for _ in progress(flow.run(crew, meanwhile), total):
         pass
     made = time.monotonic()
-    writer = tables.TableWriter(options.seed, annotations=options.labelled)
-    for scene in range(len(options.plan.names)):
-        writer.add_scene(scene_record(options, scene))
-    writer.write(options.out / options.plan.version)
+    tables.write_tables(
+        options.out / options.plan.version, [work.rows(scene) for scene in range(len(options.plan.names))]
+    )
     tabled = time.monotonic()
     prepare()
     work.finish()
@@ -98,25 +97,30 @@ class _Flow:
     def run(self, crew: Crew, meanwhile: Callable[[], None]):
         """Do what is left; yield once per finished keyframe, those of earlier runs first."""
         scenes, per_scene, labelled = self._unmade, self._options.keyframes, self._options.labelled
-        jobs = [Job(self._options, scene, k, k + 1, False) for scene in scenes for k in sorted(scenes[scene])]
-        jobs += [job for scene, unmade in scenes.items() if not unmade for job in self._label_jobs(scene)]
+        jobs = [Job(self._options, scene, k, k + 1, KEYFRAMES) for scene in scenes for k in sorted(scenes[scene])]
+        jobs += [job for scene, unmade in scenes.items() if not unmade for job in self._closing_jobs(scene)]
         if labelled:
             left = sum(not self._work.has_labels(scene, k) for scene in scenes for k in range(per_scene))
         else:
-            left = len(jobs)
+            left = sum(len(unmade) for unmade in scenes.values())
         for _ in range(per_scene * len(scenes) - left):
             yield
         for job in run_tasks(jobs, run_job, self._following, crew, compile_tracers, meanwhile):
             self.first_at = self.first_at or time.monotonic()
-            if job.labels or not labelled:
+            if job.kind == (LABELS if labelled else KEYFRAMES):
                 for _ in range(job.first, job.last):
                     yield
 
     def _following(self, job: Job) -> List[Job]:
-        if job.labels:
+        if job.kind != KEYFRAMES:
             return []
         self._unmade[job.scene].discard(job.first)
-        return [] if self._unmade[job.scene] else self._label_jobs(job.scene)
+        return [] if self._unmade[job.scene] else self._closing_jobs(job.scene)
+
+    def _closing_jobs(self, scene) -> List[Job]:
+        """What is left to do once the scene's keyframes are made."""
+        rows = [] if self._work.has_rows(scene) else [Job(self._options, scene, 0, 0, ROWS)]
+        return self._label_jobs(scene) + rows
 
     def _label_jobs(self, scene) -> List[Job]:
         """Runs of keyframes that have no labels yet."""
@@ -129,7 +133,7 @@ class _Flow:
             if jobs and jobs[-1].last == k and k - jobs[-1].first < _LABELS_AT_ONCE:
                 jobs[-1] = jobs[-1]._replace(last=k + 1)
             else:
-                jobs.append(Job(self._options, scene, k, k + 1, True))
+                jobs.append(Job(self._options, scene, k, k + 1, LABELS))
         return jobs
 
 

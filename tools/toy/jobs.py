@@ -54,15 +54,19 @@ class Options(NamedTuple):
         return self.plan.version != 'v1.0-test'
 
 
+KEYFRAMES, LABELS, ROWS = 'keyframes', 'labels', 'rows'
+
+
 class Job(NamedTuple):
-    """Keyframes ``first`` to ``last`` (excluded) of one scene: their images and scans, with the sweeps up to
-    the next keyframe, or, once those of the whole scene are there, their labels."""
+    """Something to do for keyframes ``first`` to ``last`` (excluded) of one scene. ``kind``: KEYFRAMES, their images
+    and scans, with the sweeps up to the next keyframe; and once those of the whole scene are there, LABELS, and
+    ROWS, the scene's part of the tables, which is of no keyframe."""
 
     options: Options
     scene: int
     first: int
     last: int
-    labels: bool
+    kind: str
 
 
 class _Moment(NamedTuple):
@@ -103,9 +107,12 @@ def _scene_of(job):
 def run_job(job: Job) -> None:
     """Make all files of a job, its receipts last."""
     work = WorkFolder(job.options.out)
+    if job.kind == ROWS:
+        rows = tables.scene_rows(job.options.seed, _scene_record(job.options, job.scene), job.options.labelled)
+        work.put_rows(job.scene, rows)
     for keyframe in range(job.first, job.last):
         pool.check_wanted()
-        if job.labels:
+        if job.kind == LABELS:
             _write_labels(job, keyframe)
             work.put_labels(job.scene, keyframe)
         else:
@@ -279,7 +286,7 @@ def _boxes(scene, keyframe, owner):
     return boxes
 
 
-def scene_record(options: Options, scene: int) -> tables.SceneRecord:
+def _scene_record(options: Options, scene: int) -> tables.SceneRecord:
     """What the tables say of a finished scene."""
     name, work = options.plan.names[scene], WorkFolder(options.out)
     receipts = [work.keyframe(scene, k) for k in range(options.keyframes)]

@@ -6,7 +6,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from .files import json_bytes, write_bytes
+from .files import json_lines, json_list, write_bytes
 from .names import TABLES
 from .objects import OBJECT_TYPES
 from .rig import LIDAR, Rig
@@ -114,18 +114,35 @@ def quaternion(rotation: np.ndarray) -> List[float]:
     return [float(v) for v in (q if q[0] >= 0 else -q)]
 
 
-class TableWriter:
-    """Collects scenes and writes the 13 tables.
+_SHARED = ('category', 'attribute', 'visibility', 'sensor')  # the same whichever scenes there are
+
+
+def scene_rows(seed: int, scene: SceneRecord, annotations: bool = True) -> Dict[str, str]:
+    """A scene's part of every table, JSON rows one a line; rows that all scenes share are in each scene's part.
 
     Args:
         seed: of the data set; tokens depend on it and on nothing but names.
+        scene: what they say.
         annotations: write boxes (test sets have none).
     """
+    rows = _SceneRows(seed, annotations)
+    rows.add_scene(scene)
+    return {name: ',\n'.join(json_lines(records)) for name, records in rows.tables.items()}
+
+
+def write_tables(folder: Path, parts: Sequence[Dict[str, str]]) -> None:
+    """Write all tables to ``folder`` from the parts of the scenes, in the order that the scenes shall have."""
+    for name in TABLES:
+        rows = [part[name] for part in (parts[:1] if name in _SHARED else parts) if part[name]]
+        write_bytes(folder / f'{name}.json', json_list(rows))
+
+
+class _SceneRows:
+    """Collects the rows of a scene in ``tables``, lists of records by table."""
 
     def __init__(self, seed: int, annotations: bool = True):
         self._seed, self._annotations = seed, annotations
-        self._tables = {name: [] for name in TABLES}
-        self._channels = []
+        self.tables: Dict[str, List[Dict]] = {name: [] for name in TABLES}
         self._fixed_tables()
 
     def token(self, *parts) -> str:
@@ -142,11 +159,11 @@ class TableWriter:
 
     def _add(self, table, key, **fields):
         record = dict(token=key, **fields)
-        self._tables[table].append(record)
+        self.tables[table].append(record)
         return record
 
     def add_scene(self, scene: SceneRecord) -> None:
-        """Add one scene; call in the order the scenes shall have in the tables."""
+        """Add the rows of the scene."""
         name = scene.name
         self._add_channels(scene)
         log, count = self.token('log', name), len(scene.timestamps)
@@ -180,11 +197,8 @@ class TableWriter:
         mounts = [(LIDAR, scene.rig.lidar_to_ego, [])]
         mounts += [(c.name, c.to_ego, c.intrinsic.tolist()) for c in scene.rig.cameras.values()]
         for channel, to_ego, intrinsic in mounts:
-            if channel not in self._channels:
-                self._channels.append(channel)
-                self._add(
-                    'sensor', self.token('sensor', channel), channel=channel, modality=MODALITIES.get(channel, 'camera')
-                )
+            modality = MODALITIES.get(channel, 'camera')
+            self._add('sensor', self.token('sensor', channel), channel=channel, modality=modality)
             self._add(
                 'calibrated_sensor',
                 self.token('calibrated', scene.name, channel),
@@ -260,11 +274,6 @@ class TableWriter:
                     num_lidar_pts=int(box.lidar_points),
                     num_radar_pts=0,
                 )
-
-    def write(self, folder: Path) -> None:
-        """Write all tables to ``folder``."""
-        for name, records in self._tables.items():
-            write_bytes(folder / f'{name}.json', json_bytes(records))
 
 
 def log_name(scene_name: str) -> str:

@@ -1,6 +1,7 @@
 """What a run has finished: a folder in the data root that lets a stopped run go on, gone once all is made."""
 
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Dict, List, NamedTuple
@@ -11,7 +12,7 @@ from lib.errors import UserError
 from lib.io import load_npz_checked, read_json, write_json
 
 from . import tables
-from .files import json_bytes, write_bytes
+from .files import json_lines, json_list, write_bytes
 from .lidar import Surface
 
 FOLDER = 'toy_work'
@@ -65,8 +66,8 @@ class WorkFolder:
         """Everything is made."""
         shutil.rmtree(str(self.path))
 
-    def _file(self, scene, keyframe, suffix) -> Path:
-        return self.path / str(scene) / f'{keyframe}{suffix}'
+    def _file(self, scene, name, suffix) -> Path:
+        return self.path / str(scene) / f'{name}{suffix}'
 
     def has_keyframe(self, scene: int, keyframe: int) -> bool:
         """Images and scans of the keyframe are made."""
@@ -78,7 +79,7 @@ class WorkFolder:
 
     def put_keyframe(self, scene: int, keyframe: int, receipt: Receipt) -> None:
         """Images and scans of the keyframe are made."""
-        write_bytes(self._file(scene, keyframe, '.json'), json_bytes(list(receipt)))
+        write_bytes(self._file(scene, keyframe, '.json'), json_list(json_lines(receipt)))
 
     def keyframe(self, scene: int, keyframe: int) -> Receipt:
         """The receipt of a finished keyframe."""
@@ -103,3 +104,15 @@ class WorkFolder:
     def put_labels(self, scene: int, keyframe: int) -> None:
         """Labels of the keyframe are made."""
         write_bytes(self._file(scene, keyframe, '.labels'), b'')
+
+    def has_rows(self, scene: int) -> bool:
+        """The scene's part of the tables is made."""
+        return self._file(scene, 'tables', '.json').exists()
+
+    def put_rows(self, scene: int, rows: Dict[str, str]) -> None:
+        """The scene's part of every table (see ``tables.scene_rows``)."""
+        write_bytes(self._file(scene, 'tables', '.json'), json.dumps(rows).encode())
+
+    def rows(self, scene: int) -> Dict[str, str]:
+        """The same again."""
+        return read_json(self._file(scene, 'tables', '.json'))
