@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lib.errors import ConfigError
 from lib.task import Task
-from models.csrc.adaptive_mixing import adaptive_mix
+from models.csrc.adaptive_mixing import adaptive_mix, mix_in_pieces
 from models.csrc.distance_attention import distance_attention, distance_attention_in_training, trains_fused
 from models.csrc.msmv_sampling import sample_multi_view
 from models.decoders.draws import select_valid
@@ -93,12 +93,17 @@ class AdaptiveMixing(BaseModule):
         """sampled [B, Q, G, p_in, C/G], query [B, Q, C] -> [B, Q, C]."""
         batch, count, channels = query.shape
         sampled, flat = sampled.flatten(0, 1), query.flatten(0, 1)
-        if self.chunk and torch.is_grad_enabled() and flat.requires_grad:
-            pieces = zip(sampled.split(self.chunk), flat.split(self.chunk))
-            mixed = torch.cat([recompute(self._mix, s, q) for s, q in pieces])
-        else:
-            mixed = self._mix(sampled, flat)
+        in_pieces = self.chunk and torch.is_grad_enabled() and flat.requires_grad
+        mixed = self._mix_in_pieces(sampled, flat) if in_pieces else self._mix(sampled, flat)
         return query + mixed.view(batch, count, channels)
+
+    def _mix_in_pieces(self, sampled: Tensor, query: Tensor) -> Tensor:
+        layers = self.parameter_generator, self.out_proj
+        mixed = mix_in_pieces(sampled, query, *layers, self.out_points, self.chunk)
+        if mixed is None:
+            pieces = zip(sampled.split(self.chunk), query.split(self.chunk))
+            mixed = torch.cat([recompute(self._mix, s, q) for s, q in pieces])
+        return mixed
 
     def _mix(self, sampled: Tensor, query: Tensor) -> Tensor:
         """sampled [n, G, p_in, C/G], query [n, C] -> [n, C]."""

@@ -593,7 +593,7 @@ def run_neck_again(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
     pass. That ends before the largest level, which comes last, is convolved again."""
     if not NON_REENTRANT:  # DDP wants every weight's gradient in one backward pass
         return run_neck(neck, stages)
-    return list(recompute(lambda *parts: tuple(run_neck(neck, parts)), *stages))
+    return list(recompute(lambda *parts: tuple(run_neck(neck, parts)), *stages, preserve_rng_state=False))
 
 
 class _AddEnlarged(torch.autograd.Function):

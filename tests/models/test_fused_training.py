@@ -3,6 +3,7 @@
 On a GPU as they are; elsewhere Triton interprets them, which it decides when it is imported: in a process of its own.
 """
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -65,6 +66,33 @@ def test_mixing(dtype, in_points, out_points, width):
     of_result, of_gradient = MIXING_TOLERANCES[dtype]
     assert result.dtype == dtype and distance(result, expected) < of_result
     assert all(distance(a.grad, b.grad) < of_gradient for a, b in zip(ours, exact))
+
+
+@runs
+@pytest.mark.parametrize('count', [7, 3])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+def test_mixing_in_pieces(count, dtype, monkeypatch):
+    """Pieces of three queries against all at once in double: result, and gradients of features, queries, weights."""
+    import models.csrc.adaptive_mixing as mixing
+    from models.decoders.layers import AdaptiveMixing
+
+    monkeypatch.setattr(mixing, 'has_triton', lambda *_: True)
+    torch.manual_seed(count)
+    layer = AdaptiveMixing(64, in_points=6, out_points=5, num_groups=4, chunk=3).to(DEVICE)
+    exact = copy.deepcopy(layer).double()
+    exact.chunk = 0
+    given = random(1, count, 4, 6, 16), random(1, count, 64)
+    grad, results = random(1, count, 64), []
+    for run, kind in ((layer, torch.float32), (exact, torch.float64)):
+        leaves = [value.detach().to(kind).clone().requires_grad_() for value in given]
+        with torch.autocast(DEVICE.type, dtype=torch.float16, enabled=dtype != kind and kind != torch.float64):
+            mixed = run(*leaves)
+        mixed.backward(grad.to(mixed.dtype))
+        results.append([mixed - leaves[1], *(leaf.grad for leaf in leaves), *(p.grad for p in run.parameters())])
+    of_result, of_gradient = MIXING_TOLERANCES[dtype]
+    assert results[0][0].dtype == torch.float32 and all(value.dtype == torch.float32 for value in results[0])
+    assert distance(results[0][0], results[1][0]) < of_result
+    assert all(distance(a, b) < of_gradient for a, b in zip(*results))
 
 
 @runs

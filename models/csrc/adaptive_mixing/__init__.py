@@ -8,9 +8,10 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.csrc import find_kernels, has_triton
+from models.torch_compat import autocast_dtype
 
 # What the kernel is compiled for. Other sizes and types take the reference.
 KERNEL_WIDTH, KERNEL_MAX_IN, KERNEL_MAX_OUT = 64, 32, 128
@@ -52,6 +53,29 @@ def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
     return result.view(sampled.shape[:-2] + (out_points, width))
 
 
+def mix_in_pieces(
+    sampled: Tensor, query: Tensor, generator: nn.Linear, projection: nn.Linear, out_points: int, piece: int
+) -> Optional[Tensor]:
+    """``projection(adaptive_mix(sampled, generator(query)))``, keeping none of the three for the backward pass.
+
+    Args:
+        sampled: [n, G, p_in, W].
+        query: [n, C].
+        out_points: p_out.
+        piece: queries whose intermediates are held at a time.
+
+    Returns:
+        [n, C] in the type that autocast computes in; None where there are no kernels for it.
+    """
+    kind = autocast_dtype(query.device.type) or query.dtype
+    if not len(query) or kind not in KERNEL_TYPES or not _fits(sampled, out_points) or not has_triton(query.device):
+        return None
+    from models.csrc.adaptive_mixing.fused import MixInPieces  # needs Triton
+
+    weights = generator.weight, generator.bias, projection.weight, projection.bias
+    return MixInPieces.apply(kind, piece, out_points, NORM_EPS, sampled, query, *weights)
+
+
 def adaptive_mix_reference(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
     """x·M -> LayerNorm [p_in, W] -> ReLU -> S·x -> LayerNorm [p_out, W] -> ReLU; see ``adaptive_mix``."""
     in_points, width = sampled.shape[-2:]
@@ -88,10 +112,19 @@ def _needs_grad(sampled: Tensor, generated: Tensor) -> bool:
 
 
 def _runs_fused(sampled: Tensor, generated: Tensor, out_points: int) -> bool:
-    in_points, width = sampled.shape[-2:]
-    fits = width in (16, 32, 64) and 0 < in_points <= KERNEL_MAX_IN and 0 < out_points <= KERNEL_MAX_OUT
-    wanted = fits and sampled.dtype in KERNEL_TYPES and sampled.numel() and _needs_grad(sampled, generated)
+    wanted = (
+        _fits(sampled, out_points)
+        and sampled.dtype in KERNEL_TYPES
+        and sampled.numel()
+        and _needs_grad(sampled, generated)
+    )
     return bool(wanted) and has_triton(sampled.device)
+
+
+def _fits(sampled: Tensor, out_points: int) -> bool:
+    """Whether the kernels of training take these sizes."""
+    in_points, width = sampled.shape[-2:]
+    return width in (16, 32, 64) and 0 < in_points <= KERNEL_MAX_IN and 0 < out_points <= KERNEL_MAX_OUT
 
 
 def _mix_fused(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:

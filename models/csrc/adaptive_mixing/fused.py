@@ -4,10 +4,15 @@ Shapes: n items (query and group), W channels of a group, p_in sampled points, p
 
 An item is one program. Forward reads x, M and S and writes the result; backward makes the rest again from x, M and
 S, which costs less than reading it would, and writes the gradients of all three. No sum crosses items, so results
-repeat to the bit. Sums are in float32; products are of the tensors' own type, in float32 of three TF32 products.
+repeat to the bit. ``MixInPieces`` makes M and S as well, of some items at a time.
+
+Sums are in float32; products are of the tensors' own type, in float32 of three TF32 products.
 """
 
+from typing import Iterator, List, Optional, Tuple
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -110,23 +115,89 @@ def _sizes(x: Tensor, out_points: int) -> dict:
     )
 
 
+def _mix(x: Tensor, generated: Tensor, out_points: int, eps: float) -> Tensor:
+    out = x.new_empty(x.shape[0], out_points, x.shape[2])
+    with torch.cuda.device_of(x):
+        _forward[(x.shape[0],)](x, generated, out, eps, **_sizes(x, out_points))
+    return out
+
+
+def _mix_backward(x: Tensor, generated: Tensor, grad: Tensor, eps: float, grad_x: Tensor) -> Tensor:
+    """The gradient of what was generated; that of x is written to ``grad_x``."""
+    grad_generated = torch.empty_like(generated)
+    with torch.cuda.device_of(x):
+        _backward[(x.shape[0],)](x, generated, grad, grad_x, grad_generated, eps, **_sizes(x, grad.shape[1]))
+    return grad_generated
+
+
 class FusedMixing(Function):
     """x [n, p_in, W], generated [n, W*W + p_out*p_in], both contiguous and of one type -> [n, p_out, W]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, generated: Tensor, out_points: int, eps: float) -> Tensor:
         ctx.save_for_backward(x, generated)
-        ctx.sizes, ctx.eps = _sizes(x, out_points), eps
-        out = x.new_empty(x.shape[0], out_points, x.shape[2])
-        with torch.cuda.device_of(x):
-            _forward[(x.shape[0],)](x, generated, out, eps, **ctx.sizes)
-        return out
+        ctx.eps = eps
+        return _mix(x, generated, out_points, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, generated = ctx.saved_tensors
-        grad_x, grad_generated = torch.empty_like(x), torch.empty_like(generated)
-        with torch.cuda.device_of(x):
-            _backward[(x.shape[0],)](x, generated, grad.contiguous(), grad_x, grad_generated, ctx.eps, **ctx.sizes)
-        return grad_x, grad_generated, None, None
+        grad_x = torch.empty_like(x)
+        return grad_x, _mix_backward(x, generated, grad.contiguous(), ctx.eps, grad_x), None, None
+
+
+class MixInPieces(Function):
+    """Matrices made from the queries, mixing with them, and the projection of what comes out, some queries at a time.
+
+    The backward pass makes the matrices of a piece again. Gradients of the weights are added up in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, kind: torch.dtype, piece: int, out_points: int, eps: float, sampled: Tensor, query: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """sampled [n, G, p_in, W], query [n, C], weight and bias of generator and projection -> [n, C] of ``kind``."""
+        ctx.types = [tensor.dtype for tensor in (sampled, query, *weights)]
+        ctx.piece, ctx.out_points, ctx.eps = piece, out_points, eps
+        tensors = [tensor.to(kind).contiguous() for tensor in (sampled, query, *weights)]
+        ctx.save_for_backward(*tensors[:5])
+        sampled, query, make, shift, project, offset = tensors
+        out = torch.empty(len(query), len(project), dtype=kind, device=query.device)
+        with torch.autocast(query.device.type, enabled=False):
+            for rows in _pieces(len(query), piece):
+                _, _, mixed = _make_and_mix(sampled[rows], query[rows], make, shift, out_points, eps)
+                torch.addmm(offset, mixed, project.t(), out=out[rows])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        sampled, query, make, shift, project = ctx.saved_tensors
+        grad, of_sampled, of_query = grad.contiguous(), torch.empty_like(sampled), torch.empty_like(query)
+        sums: List[Optional[Tensor]] = [None, None, None]
+        with torch.autocast(query.device.type, enabled=False):
+            for rows in _pieces(len(query), ctx.piece):
+                own = query[rows]
+                x, generated, mixed = _make_and_mix(sampled[rows], own, make, shift, ctx.out_points, ctx.eps)
+                of_mixed = (grad[rows] @ project).view(len(x), ctx.out_points, -1)
+                of_generated = _mix_backward(x, generated, of_mixed, ctx.eps, of_sampled[rows]).view(len(own), -1)
+                parts = of_generated.t() @ own, of_generated.sum(0), grad[rows].t() @ mixed
+                sums = [part.float() if total is None else total.add_(part) for total, part in zip(sums, parts)]
+                torch.mm(of_generated, make, out=of_query[rows])
+        grads = of_sampled, of_query, *sums, grad.sum(0, dtype=torch.float32)
+        return (None,) * 4 + tuple(value.to(kind) for value, kind in zip(grads, ctx.types))
+
+
+def _pieces(count: int, piece: int) -> Iterator[slice]:
+    return (slice(start, min(start + piece, count)) for start in range(0, count, piece))
+
+
+def _make_and_mix(
+    sampled: Tensor, query: Tensor, make: Tensor, shift: Tensor, out_points: int, eps: float
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """x [n * G, p_in, W], what is generated for it [n * G, ...], and what is mixed [n, G * p_out * W]."""
+    x = sampled.flatten(0, 1)
+    generated = F.linear(query, make, shift).view(len(x), -1)
+    return x, generated, _mix(x, generated, out_points, eps).view(len(query), -1)
