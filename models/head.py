@@ -20,6 +20,7 @@ from lib.task import Task
 from models.builder import build_part, hand_down
 from models.cuda_graph import GraphedFunction
 from models.decoders import TransformerOutput
+from models.decoders.fused import kernels_for
 from models.encoder import ImageFeatures
 from models.losses import VoxelLosses
 
@@ -70,12 +71,16 @@ def merge_semantic(class_logits: Tensor, mask_logits: Tensor, score_threshold: f
 
     Args:
         class_logits: [Q, C] float32, before the sigmoid.
-        mask_logits: [Q, K] float32, before the sigmoid.
+        mask_logits: [Q, K], before the sigmoid.
         score_threshold: queries whose best class score is not above this do not count.
 
     Returns:
         uint8 [K], C (free) where the best class has less than 0.01.
     """
+    kernels = kernels_for(mask_logits)
+    if kernels is not None and kernels.merges(class_logits):
+        return kernels.merge_labels(class_logits, mask_logits, score_threshold, _MIN_SEMANTIC_SCORE)
+    mask_logits = mask_logits.float()
     scores = class_logits.sigmoid()
     scores = scores * (scores.max(-1, keepdim=True).values > score_threshold)
     best = torch.einsum('qc,qk->ck', scores, mask_logits.sigmoid()).max(0)
@@ -95,14 +100,14 @@ def merge_panoptic(
 
     Args:
         class_logits: [Q, C] float32, before the sigmoid.
-        mask_logits: [Q, K] float32, before the sigmoid.
+        mask_logits: [Q, K], before the sigmoid.
         is_thing: bool [C], classes counted one by one; queries of any other class merge into one segment.
         score_threshold: queries whose best class score is not above this do not count.
         overlap_threshold: least ratio of the voxels a query won to those of its own mask.
         label_merged_stuff: False is the published behaviour (a quirk that published numbers contain): the
             second and later queries of a stuff class give their voxels the segment's id but leave them free.
     """
-    masks = mask_logits.sigmoid()
+    masks = mask_logits.float().sigmoid()
     scores, classes = class_logits.sigmoid().max(-1)
     candidate = scores > score_threshold
     weighted = scores.masked_fill(~candidate, -1.0).unsqueeze(1) * masks

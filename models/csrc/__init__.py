@@ -1,7 +1,7 @@
 """Custom operators, a folder each: public function with its checks, PyTorch reference, binding and kernel.
 
 The compiled kernels are loaded on first use; without them the references run. Kernels in Triton, which comes with
-PyTorch for NVIDIA GPUs and compiles on first use, serve training.
+PyTorch for NVIDIA GPUs and compiles on first use, serve training and what inference does between its products.
 """
 
 import functools
@@ -58,9 +58,7 @@ def _compiles_triton(index: int) -> bool:
             problem = f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
     if problem:
         warnings.warn(
-            f'Triton cannot be used ({problem}), so training on the GPU runs slower PyTorch operators',
-            RuntimeWarning,
-            stacklevel=3,
+            f'Triton cannot be used ({problem}), so the GPU runs slower PyTorch operators', RuntimeWarning, stacklevel=3
         )
     return not problem
 

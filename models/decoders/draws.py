@@ -6,6 +6,7 @@ repeatable by default: ``even``. A strategy of drawing is any object with the tw
 Shapes: B batch, Q queries, K kept voxels.
 """
 
+import functools
 from typing import Tuple
 
 import torch
@@ -35,14 +36,27 @@ class EvenDraws:
 
     def fractions(self, batch: int, queries: int, count: int, device: torch.device) -> Tensor:
         """float32 [B, Q, count], the same for every query."""
-        steps = torch.arange(count, device=device, dtype=torch.float32)
-        return ((steps + 0.5) / count).expand(batch, queries, count)
+        return _even_fractions(count, device).expand(batch, queries, count)
 
     def positions(self, batch: int, queries: int, count: int, device: torch.device) -> Tensor:
         """float32 [B, Q, count, 3], a Kronecker sequence that fills the unit cube evenly."""
+        return _even_positions(count, device).expand(batch, queries, count, 3)
+
+
+# Made once and kept, also for CUDA graphs, which read them where they are; not to be written to.
+
+
+@functools.lru_cache(maxsize=None)
+def _even_fractions(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return (torch.arange(count, device=device, dtype=torch.float32) + 0.5) / count
+
+
+@functools.lru_cache(maxsize=None)
+def _even_positions(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
         steps = torch.arange(1, count + 1, device=device, dtype=torch.float32).unsqueeze(1)
-        places = torch.cat([steps * ratio for ratio in _CUBE_RATIOS], dim=1).frac()
-        return places.expand(batch, queries, count, 3)
+        return torch.cat([steps * ratio for ratio in _CUBE_RATIOS], dim=1).frac()
 
 
 STRATEGIES = {'even': EvenDraws, 'random': RandomDraws}

@@ -20,6 +20,7 @@ from models.csrc.adaptive_mixing import adaptive_mix, mix_in_pieces
 from models.csrc.distance_attention import distance_attention, distance_attention_in_training, trains_fused
 from models.csrc.msmv_sampling import sample_multi_view
 from models.decoders.draws import select_valid
+from models.decoders.fused import kernels_for
 from models.encoder import ImageFeatures
 from models.torch_compat import autocast_dtype, recompute
 
@@ -91,11 +92,14 @@ class AdaptiveMixing(BaseModule):
 
     def forward(self, sampled: Tensor, query: Tensor) -> Tensor:
         """sampled [B, Q, G, p_in, C/G], query [B, Q, C] -> [B, Q, C]."""
-        batch, count, channels = query.shape
+        return query + self.mix(sampled, query)
+
+    def mix(self, sampled: Tensor, query: Tensor) -> Tensor:
+        """The same without the query that is added."""
         sampled, flat = sampled.flatten(0, 1), query.flatten(0, 1)
         in_pieces = self.chunk and torch.is_grad_enabled() and flat.requires_grad
         mixed = self._mix_in_pieces(sampled, flat) if in_pieces else self._mix(sampled, flat)
-        return query + mixed.view(batch, count, channels)
+        return mixed.view(query.shape)
 
     def _mix_in_pieces(self, sampled: Tensor, query: Tensor) -> Tensor:
         layers = self.parameter_generator, self.out_proj
@@ -116,7 +120,8 @@ class DistanceAttention(BaseModule):
     """Multi-head self-attention with bias -tau * distance; tau, a learned reach per head, is read from the query.
 
     Paper section 3.2.
-    Computed in float32 also under autocast, where training may take TF32 products of queries, keys and values.
+    Computed in float32 also under autocast, which lets products of queries, keys and values be of TF32; but inference
+    in mixed float16, whose products are as precise as TF32's, takes float16 where Triton is.
 
     Args:
         embed_dims: C.
@@ -141,11 +146,19 @@ class DistanceAttention(BaseModule):
 
     def forward(self, query: Tensor, positions: Tensor) -> Tensor:
         """query [B, Q, C], positions [B or 1, Q, 2 or more] metres -> [B, Q, C]: the query plus what it attends to."""
+        return query + self.attend(query, positions)
+
+    def attend(self, query: Tensor, positions: Tensor) -> Tensor:
+        """The same without the query that is added."""
         exact = autocast_dtype(query.device.type) is None and not torch.backends.cuda.matmul.allow_tf32
         attend = functools.partial(self._attend, exact)
         again = self.save_memory and torch.is_grad_enabled() and query.requires_grad
+        width = query.shape[2] // self.num_heads
+        in_half = autocast_dtype(query.device.type) == torch.float16 and not self.training
+        if in_half and kernels_for(query) is not None and trains_fused(width, query.device):
+            return attend(query, positions)
         with torch.autocast(query.device.type, enabled=False):
-            if again and not trains_fused(query.shape[2] // self.num_heads, query.device):
+            if again and not trains_fused(width, query.device):
                 return recompute(attend, query.float(), positions)
             return attend(query.float(), positions)
 
@@ -157,8 +170,8 @@ class DistanceAttention(BaseModule):
         if self.training:  # the CUDA kernel has neither dropout nor a backward pass
             attended = distance_attention_in_training(parts, reach, positions, weights.dropout, exact)
         else:
-            attended = distance_attention(parts, reach, positions)
-        return query + weights.out_proj(attended)
+            attended = distance_attention(parts, reach, positions, exact)
+        return weights.out_proj(attended)
 
 
 class _Sampling(BaseModule):

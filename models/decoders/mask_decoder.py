@@ -11,6 +11,7 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
+from models.decoders.fused import kernels_for, run_ffn, type_of_queries
 from models.decoders.layers import AdaptiveMixing, DecoderSizes, MaskGuidedSampling
 from models.decoders.sparse_voxel_decoder import VoxelStage
 from models.encoder import ImageFeatures
@@ -22,7 +23,8 @@ class MaskPrediction:
 
     Attributes:
         class_logits: [B, Q, classes without free] float32, for a sigmoid.
-        mask_logits: [B, Q, K] float32, in the order of the voxels; positive is inside.
+        mask_logits: [B, Q, K], in the order of the voxels; positive is inside. float32, or, at inference in mixed
+            precision on a GPU, narrower.
     """
 
     class_logits: Tensor
@@ -63,15 +65,34 @@ class MaskDecoderLayer(BaseModule):
     ) -> Tensor:
         """query and position [B, Q, C], mask_logits [B, Q, K], voxels int64 [B, K, 3] -> [B, Q, C]; hidden bool [Q, Q]
         as in ``QueryAttention``."""
+        kernels = None if self.training or hidden is not None or not self.sampling.guided else kernels_for(query)
+        if kernels is not None:
+            return self._forward_fused(kernels, query, position, mask_logits, voxels, draws, features)
         query = self.norm1(self.self_attn(query, position, hidden))
         sampled = self.sampling(query, mask_logits.detach() > 0, voxels, draws, features)
         query = self.norm2(self.mixing(sampled, query))
         return self.norm3(self.ffn(query))
 
+    def _forward_fused(
+        self, kernels, query: Tensor, position: Tensor, mask_logits: Tensor, voxels: Tensor, draws, features
+    ) -> Tensor:
+        """As :meth:`forward`, with the kernels of ``kernels_for``."""
+        dtype, sampling = type_of_queries(query), self.sampling
+        query = kernels.add_and_norm(query, self.norm1, dtype, added=self.self_attn.attend(query, position))
+        wanted = (*query.shape[:2], sampling.sizes.num_groups * sampling.sizes.num_points, query.device)
+        drawn = draws.fractions(*wanted), draws.positions(*wanted)
+        volume = sampling.grid_shape, sampling.range_min, sampling.range_span
+        points = kernels.draw_points(mask_logits, *drawn, voxels, sampling.offset(query), kernels.Volume(*volume))
+        sampled = sampling.sample(query, sampling.group(points), features)
+        query = kernels.add_and_norm(query, self.norm2, dtype, added=self.mixing.mix(sampled, query))
+        return kernels.add_and_norm(query, self.norm3, dtype, added=run_ffn(self.ffn, query))
+
     def predict(self, query: Tensor, voxel_features: Tensor) -> MaskPrediction:
         """query [B, Q, C], voxel_features [B, K, C]."""
         mask_logits = torch.bmm(self.mask_proj(query), voxel_features.transpose(1, 2))
-        return MaskPrediction(self.classifier(query).float(), mask_logits.float())
+        if self.training or kernels_for(query) is None:  # which take any type
+            mask_logits = mask_logits.float()
+        return MaskPrediction(self.classifier(query).float(), mask_logits)
 
 
 class QueryAttention(BaseModule):
@@ -88,8 +109,12 @@ class QueryAttention(BaseModule):
 
     def forward(self, query: Tensor, position: Tensor, hidden: Optional[Tensor] = None) -> Tensor:
         """query and position [B, Q, C] -> [B, Q, C]; row q of hidden, bool [Q, Q], says which others q cannot see."""
+        return query + self.attend(query, position, hidden)
+
+    def attend(self, query: Tensor, position: Tensor, hidden: Optional[Tensor] = None) -> Tensor:
+        """The same without the query that is added."""
         placed = query + position
-        return query + self.self_attn(placed, placed, value=query, need_weights=False, attn_mask=hidden)[0]
+        return self.self_attn(placed, placed, value=query, need_weights=False, attn_mask=hidden)[0]
 
 
 class MaskDecoder(BaseModule):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lib.errors import ConfigError
 from lib.task import Task
 from models.decoders.draws import running_count
+from models.decoders.fused import kernels_for, linear_relu, run_ffn, type_of_products, type_of_queries
 from models.decoders.layers import AdaptiveMixing, BlockSampling, DecoderSizes, DistanceAttention
 from models.encoder import ImageFeatures
 
@@ -79,6 +80,9 @@ class SparseVoxelDecoderLayer(BaseModule):
 
     def forward(self, query: Tensor, coords: Tensor, features: ImageFeatures) -> Tensor:
         """query [B, Q, C], coords int64 [B, Q, 3] full-resolution lower corners -> [B, Q, C]."""
+        kernels = None if self.training else kernels_for(query)
+        if kernels is not None:
+            return self._forward_fused(kernels, query, coords, features)
         corners = coords.float() * self.voxel_size
         query = query + self.position_encoder(coords.float() / self.grid_shape)
         if self.self_attn is not None:
@@ -88,6 +92,20 @@ class SparseVoxelDecoderLayer(BaseModule):
         sampled = self.sampling(query, centres, block_size, features)
         query = self.norm2(self.mixing(sampled, query))
         return self.norm3(self.ffn(query))
+
+    def _forward_fused(self, kernels, query: Tensor, coords: Tensor, features: ImageFeatures) -> Tensor:
+        """As :meth:`forward`, with the kernels of ``kernels_for``."""
+        linear, norm, _, second_linear, second_norm, _ = self.position_encoder
+        product, dtype = type_of_products(query), type_of_queries(query)
+        hidden, corners = kernels.embed_positions(coords, self.grid_shape, linear, norm, self.voxel_size, product)
+        query = kernels.add_and_norm(second_linear(hidden), second_norm, dtype, positive=True, after=query)
+        if self.self_attn is not None:
+            query = kernels.add_and_norm(query, self.norm1, dtype, added=self.self_attn.attend(query, corners))
+        offsets = self.sampling.sampling_offset(query)
+        points = kernels.place_points(corners, self.range_min, offsets, self.interval * self.voxel_size)
+        sampled = self.sampling.sample(query, self.sampling.group(points), features)
+        query = kernels.add_and_norm(query, self.norm2, dtype, added=self.mixing.mix(sampled, query))
+        return kernels.add_and_norm(query, self.norm3, dtype, added=run_ffn(self.ffn, query))
 
 
 class SparseVoxelDecoder(BaseModule):
@@ -161,6 +179,9 @@ class SparseVoxelDecoder(BaseModule):
 
     def _split_and_keep(self, i: int, query: Tensor, coords: Tensor) -> VoxelStage:
         """Children of the blocks of stage i, scored, the best k kept in candidate order."""
+        kernels = None if self.training or self.keep_threshold is not None else kernels_for(query)
+        if kernels is not None and self.topk_testing[i] < 8 * query.shape[1]:
+            return self._split_fused(kernels, i, query, coords)
         batch, scale = query.shape[0], self.intervals[i] // 2
         children = self.lift_feat_heads[i](query).view(batch, -1, self.embed_dims)
         coords = torch.div(coords, scale, rounding_mode='floor').unsqueeze(2) + self.child_steps
@@ -180,6 +201,21 @@ class SparseVoxelDecoder(BaseModule):
         scores = 1 - logits.softmax(-1)[..., -1]
         keep = top_in_order(scores, self._how_many(i, scores))
         return VoxelStage(_take(coords, keep), _take(logits, keep), _take(children, keep), scale)
+
+    def _split_fused(self, kernels, i: int, query: Tensor, coords: Tensor) -> VoxelStage:
+        """As :meth:`_split_and_keep`, with the kernels of ``kernels_for``."""
+        scale, k = self.intervals[i] // 2, self.topk_testing[i]
+        children = linear_relu(self.lift_feat_heads[i][0], query).view(query.shape[0], -1, self.embed_dims)
+        if self.scoring == 'occupancy':
+            scores = self.occ_pred_heads[i](children)
+            index = kernels.best_in_order(scores, k, softmaxes=False)
+            kept = kernels.take_children(index, coords, scale, scores, children)
+            logits = self.seg_pred_heads[i](kept.features).float()
+            return VoxelStage(kept.coords, logits, kept.features, scale, occ_logits=kept.logits.squeeze(-1))
+        logits = self.seg_pred_heads[i](children)
+        index = kernels.best_in_order(logits, k, softmaxes=True)
+        kept = kernels.take_children(index, coords, scale, logits, children)
+        return VoxelStage(kept.coords, kept.logits, kept.features, scale)
 
     def _how_many(self, i: int, scores: Tensor) -> int:
         """Children that stage i keeps of those with these scores [B, n]; at least one."""

@@ -16,7 +16,7 @@ KERNEL_WIDTH = 32  # what the kernel is compiled for; other widths take the refe
 FUSED_WIDTHS = (16, 32)  # of training; wider heads need more shared memory than all GPUs have
 
 
-def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor) -> Tensor:
+def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor, exact: bool = True) -> Tensor:
     """Multi-head attention whose logits fall with the distance between queries (paper section 3.2).
 
     softmax(q·kᵀ / sqrt(D) - reach * distance)·v, the distance in the ground plane.
@@ -25,6 +25,8 @@ def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor) -> Tenso
         parts: [B, Q, 3, H, D] queries, keys and values, any float dtype.
         reach: tau [B, Q, H] per metre, of the query; same dtype.
         positions: [B or 1, Q, 2 or more] metres, x and y first, any float dtype; get no gradient.
+        exact: products as precise as float32's; False takes TF32 where that is faster. Those of float16 add up
+            in float32 in any case.
 
     Returns:
         [B, Q, H*D], same dtype.
@@ -33,9 +35,14 @@ def distance_attention(parts: Tensor, reach: Tensor, positions: Tensor) -> Tenso
         TypeError, ValueError: types, shapes or devices that do not fit.
 
     Without gradients, one CUDA kernel does all of it for float32 and D = 32 when it is built: it stores neither
-    logits nor distances. Otherwise it is a chain of PyTorch operations. Autocast is off inside.
+    logits nor distances. Where Triton is, its kernel does so on tensor cores for float16, and for float32 that need
+    not be exact. Otherwise it is a chain of PyTorch operations. Autocast is off inside.
     """
     _check(parts, reach, positions)
+    if attends_narrow(parts, exact) and not _needs_grad(parts, reach):
+        from models.csrc.distance_attention.fused import attend  # needs Triton
+
+        return attend(parts.contiguous(), reach.contiguous(), positions.detach().float().contiguous())
     kernels = _kernels_for(parts, reach)
     if kernels is None:
         return distance_attention_reference(parts, reach, positions)
@@ -63,8 +70,18 @@ def distance_attention_in_training(
     )
 
 
+def attends_narrow(parts: Tensor, exact: bool) -> bool:
+    """Whether tensor cores serve this attention without gradients; parts [B, Q, 3, H, D]."""
+    wanted = parts.dtype == torch.float16 or parts.dtype == torch.float32 and not exact
+    return wanted and trains_fused(parts.shape[4], parts.device)
+
+
+def _needs_grad(parts: Tensor, reach: Tensor) -> bool:
+    return torch.is_grad_enabled() and (parts.requires_grad or reach.requires_grad)
+
+
 def trains_fused(width: int, device: torch.device) -> bool:
-    """Whether heads of D = width have kernels of training on the device."""
+    """Whether heads of D = width have Triton's kernels on the device."""
     return width in FUSED_WIDTHS and has_triton(device)
 
 
@@ -133,8 +150,7 @@ def _check(parts: Tensor, reach: Tensor, positions: Tensor) -> None:
 
 def _kernels_for(parts: Tensor, reach: Tensor) -> Optional[ModuleType]:
     """The compiled kernel if it can serve this call."""
-    needs_grad = torch.is_grad_enabled() and (parts.requires_grad or reach.requires_grad)
-    if not parts.is_cuda or needs_grad or parts.dtype != torch.float32:
+    if not parts.is_cuda or _needs_grad(parts, reach) or parts.dtype != torch.float32:
         return None
     if parts.shape[4] != KERNEL_WIDTH or parts.data_ptr() % 16:
         return None

@@ -1,10 +1,11 @@
-"""Attention that falls with distance, with its backward pass, in Triton kernels for training on NVIDIA GPUs.
+"""Attention that falls with distance, with its backward pass, in Triton kernels for NVIDIA GPUs.
 
 Import it only where Triton is. Shapes: B batch, Q queries, H heads, D channels of a head.
 
 Neither weights nor distances are stored: a program takes some queries (in the pass that makes the gradients of keys
 and values, some keys) of a head and goes over all others in blocks (FlashAttention-2, arXiv 2307.08691). No sum is
-made by atomic additions, so results repeat to the bit. Sums are in float32; products are of TF32 or three of them.
+made by atomic additions, so results repeat to the bit. Sums are in float32; products are of TF32 or three of them, in
+inference also of float16.
 
 A weight is dropped where a hash of the query's random number and the key's index is below a threshold, so that all
 passes drop the same ones and nothing is stored for it; ``keeps_weight`` is the same in PyTorch.
@@ -53,7 +54,7 @@ def _load_places(at, start, rows, count, stride):
 def _forward(
     parts_at, reach_at, places_at, keys_at, out_at, lse_at, scale, kept_scale, threshold, count,
     places_batch, places_row, heads: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
-    drops: tl.constexpr, precision: tl.constexpr,
+    drops: tl.constexpr, precision: tl.constexpr, narrow: tl.constexpr = False, keeps: tl.constexpr = True,
 ):  # fmt: skip
     rows = tl.program_id(0) * block + tl.arange(0, block)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
@@ -61,9 +62,11 @@ def _forward(
     start = batch * count * stride + head * width
     per_row = batch * count * heads + rows * heads + head  # into [B, Q, H]
     valid = rows < count
-    q = _load_rows(parts_at, start, rows, count, stride, width) * (scale * 1.4426950408889634)
+    q = _load_rows(parts_at, start, rows, count, stride, width)
+    if not narrow:
+        q = q * (scale * 1.4426950408889634)
     x, y = _load_places(places_at, batch * places_batch, rows, count, places_row)
-    reach = tl.load(reach_at + per_row, mask=valid, other=0.0) * 1.4426950408889634
+    reach = tl.load(reach_at + per_row, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
     if drops:
         keys = tl.load(keys_at + per_row, mask=valid, other=0).to(tl.uint32, bitcast=True)
     largest = tl.full([block], float('-inf'), tl.float32)
@@ -75,19 +78,23 @@ def _forward(
         v = _load_rows(parts_at, start + 2 * heads * width, columns, count, stride, width)
         other_x, other_y = _load_places(places_at, batch * places_batch, columns, count, places_row)
         distance = _distance(x[:, None], y[:, None], other_x[None, :], other_y[None, :])
-        logits = tl.dot(q, tl.trans(k), input_precision=precision) - reach[:, None] * distance
+        logits = tl.dot(q, tl.trans(k), input_precision=precision)
+        if narrow:  # scaled in float32: a scaled query would be rounded once more
+            logits = logits * (scale * 1.4426950408889634)
+        logits = logits - reach[:, None] * distance
         logits = tl.where(columns[None, :] < count, logits, float('-inf'))
         now = tl.maximum(largest, tl.max(logits, 1))
         weights, shrink = tl.exp2(logits - now[:, None]), tl.exp2(largest - now)
         total = total * shrink + tl.sum(weights, 1)
         if drops:
             weights = tl.where(_keeps(keys[:, None], columns[None, :], threshold), weights, 0.0)
-        summed = summed * shrink[:, None] + tl.dot(weights, v, input_precision=precision)
+        summed = summed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=precision)
         largest = now
     out = summed * (kept_scale / total)[:, None]
     places = (batch * count + rows[:, None]) * (heads * width) + head * width + tl.arange(0, width)[None, :]
-    tl.store(out_at + places, out, mask=valid[:, None])
-    tl.store(lse_at + per_row, largest + tl.log2(total), mask=valid)
+    tl.store(out_at + places, out.to(out_at.dtype.element_ty), mask=valid[:, None])
+    if keeps:
+        tl.store(lse_at + per_row, largest + tl.log2(total), mask=valid)
 
 
 @triton.jit
@@ -207,6 +214,20 @@ class FusedAttention(Function):
             _backward_queries[_grid(parts)](*inputs, grad_reach, *ctx.numbers, **ctx.sizes)
             _backward_keys[_grid(parts)](*inputs, *ctx.numbers, **ctx.sizes)
         return grad_parts, grad_reach, None, None, None, None
+
+
+def attend(parts: Tensor, reach: Tensor, positions: Tensor) -> Tensor:
+    """The forward pass alone, with products of TF32, or of float16 where that is the type of parts and reach."""
+    batch, count, _, heads, width = parts.shape
+    out = parts.new_empty(batch, count, heads * width)
+    places_batch = positions.stride(0) if positions.shape[0] > 1 else 0
+    numbers = (width**-0.5, 1.0, 0, count, places_batch, positions.stride(1))
+    sizes = dict(heads=heads, width=width, block=_BLOCK, drops=False, precision='tf32', keeps=False)
+    with torch.cuda.device_of(parts):
+        _forward[_grid(parts)](
+            parts, reach, positions, reach, out, out, *numbers, narrow=parts.dtype == torch.float16, **sizes
+        )
+    return out
 
 
 def _grid(parts: Tensor):

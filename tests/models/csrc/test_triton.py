@@ -35,7 +35,7 @@ def test_what_is_missing_is_told_once(gpu, monkeypatch, recwarn):
     monkeypatch.setattr(csrc, '_missing_for_triton', lambda: 'there is no C compiler')
     assert not csrc.has_triton(DEVICE) and not csrc.has_triton(DEVICE)
     (warning,) = recwarn.list
-    assert 'Triton cannot be used (there is no C compiler), so training on the GPU runs slower' in str(warning.message)
+    assert 'Triton cannot be used (there is no C compiler), so the GPU runs slower' in str(warning.message)
 
 
 @pytest.mark.parametrize('result', [False, RuntimeError('Failed to find C compiler.\nPlease specify'), OSError()])

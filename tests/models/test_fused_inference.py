@@ -1,0 +1,231 @@
+"""Triton's kernels of inference against PyTorch's operators, alone and in the whole model.
+
+On a GPU as they are; elsewhere Triton interprets them, which it decides when it is imported: in a process of its own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_model import small_batch, small_model, small_task
+from torch import nn
+
+from lib.run.loading import to_device
+from models import head
+from models.csrc.distance_attention import distance_attention_reference
+from models.decoders import fused, layers, mask_decoder, sparse_voxel_decoder
+from models.decoders.draws import EvenDraws, RandomDraws, select_valid
+from models.decoders.sparse_voxel_decoder import top_in_order
+
+IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+DEVICE = torch.device('cuda' if torch.cuda.is_available() and not IS_INTERPRETED else 'cpu')
+HAS_TRITON = importlib.util.find_spec('triton') is not None
+ROOT = Path(__file__).parents[2]
+runs = pytest.mark.skipif(not HAS_TRITON or DEVICE.type == 'cpu' and not IS_INTERPRETED, reason='see the top')
+
+
+@pytest.mark.skipif(not HAS_TRITON or IS_INTERPRETED or DEVICE.type == 'cuda', reason='for machines without a GPU')
+def test_by_interpretation_on_the_cpu():
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(Path(__file__).resolve())]
+    environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='')
+    result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout.decode()
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def random_norm(channels):
+    norm = nn.LayerNorm(channels)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm.to(DEVICE)
+
+
+# float32: another order of sums; float16: one rounding of the result
+TOLERANCES = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.float16: dict(rtol=2e-3, atol=2e-3)}
+
+
+@runs
+@pytest.mark.parametrize('dtype', list(TOLERANCES), ids=str)
+@pytest.mark.parametrize('channels', [32, 40, 256])
+def test_norms(channels, dtype):
+    from models.decoders import kernels
+
+    norm, (x, added, after) = random_norm(channels), random(3, 2, 7, channels, dtype=dtype)
+    plain = kernels.add_and_norm(x, norm, dtype)
+    assert plain.dtype == dtype
+    torch.testing.assert_close(plain.float(), norm(x.float()), **TOLERANCES[dtype])
+    ours = kernels.add_and_norm(x, norm, torch.float32, added=added, positive=True, after=after)
+    torch.testing.assert_close(ours, norm(x.float() + added).relu() + after, **TOLERANCES[dtype])
+    x[0, 3, 5] = float('nan')
+    assert kernels.add_and_norm(x, norm, dtype, positive=True)[0, 3].isnan().all()
+
+
+@runs
+def test_positions_and_points():
+    from models.decoders import kernels
+
+    linear, norm = nn.Linear(3, 40).to(DEVICE), random_norm(40)
+    grid, first = torch.tensor([200.0, 200.0, 16.0]).to(DEVICE), torch.tensor([-40.0, -30.0, -1.0]).to(DEVICE)
+    coords = torch.randint(0, 16, (2, 9, 3)).to(DEVICE)
+    hidden, corners = kernels.embed_positions(coords, grid, linear, norm, 0.4, torch.float32)
+    torch.testing.assert_close(hidden, norm(linear(coords.float() / grid)).relu(), rtol=1e-4, atol=1e-4)  # TF32 of GPUs
+    torch.testing.assert_close(corners, coords.float() * 0.4)
+    offsets = random(2, 9, 24)
+    points = kernels.place_points(corners, first, offsets, 1.6)
+    expected = (corners + first + 0.8).unsqueeze(2) + 1.6 * offsets.view(2, 9, 8, 3)
+    torch.testing.assert_close(points.view(expected.shape), expected, rtol=1e-5, atol=1e-5)  # products and sums in one
+
+
+@runs
+@pytest.mark.parametrize('batch, count, k', [(2, 3000, 700), (1, 2048, 1), (1, 1000, 999)])
+def test_the_best_are_chosen(batch, count, k):
+    from models.decoders import kernels
+
+    scores = random(batch, count, 1)
+    assert torch.equal(kernels.best_in_order(scores, k, softmaxes=False).long(), top_in_order(scores[..., 0], k))
+    logits = 3 * random(batch, count, 18)
+    chosen = kernels.best_in_order(logits, k, softmaxes=True).long()
+    assert (chosen.diff() > 0).all()
+    scores = 1 - logits.softmax(-1)[..., -1]
+    ours, theirs = scores.gather(1, chosen), scores.gather(1, top_in_order(scores, k))
+    # a rounding of the scores may exchange the last ones
+    torch.testing.assert_close(ours.sort(1).values, theirs.sort(1).values, rtol=1e-6, atol=1e-6)
+
+
+@runs
+def test_of_equal_scores_the_first_are_chosen():
+    from models.decoders import kernels
+
+    scores = torch.tensor([0.0, 1, 1, 1, -1, 2, 1, 1]).repeat(300).to(DEVICE)
+    chosen = kernels.best_in_order(scores.view(1, -1, 1), 900, softmaxes=False)[0].long()
+    assert torch.equal(chosen, scores.argsort(descending=True, stable=True)[:900].sort().values)
+    same = kernels.best_in_order(torch.zeros(1, 5000, 1, device=DEVICE), 4999, softmaxes=False)[0]
+    assert torch.equal(same.long().cpu(), torch.arange(4999))
+
+
+@runs
+def test_children_are_taken():
+    from models.decoders import kernels
+
+    coords = 4 * torch.randint(0, 16, (2, 50, 3)).to(DEVICE)
+    logits, features = random(2, 400, 18, dtype=torch.float16), random(2, 400, 40, dtype=torch.float16)
+    index = torch.stack([torch.randperm(400)[:77].sort().values for _ in range(2)]).to(DEVICE)
+    kept = kernels.take_children(index.int(), coords, 2, logits, features)
+    steps = torch.tensor(sparse_voxel_decoder._CHILDREN).to(DEVICE)
+    children = ((coords // 2).unsqueeze(2) + steps).flatten(1, 2)
+    for ours, values in zip(kept, (children, logits.float(), features)):
+        assert torch.equal(ours, values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1])))
+
+
+@runs
+@pytest.mark.parametrize('draws', [EvenDraws(), RandomDraws()], ids=lambda draws: type(draws).__name__)
+@pytest.mark.parametrize('count', [1000, 2048])
+def test_drawn_points(count, draws):
+    from models.decoders import kernels
+
+    logits = random(2, 5, count) - 1
+    logits[0, 3] = logits[1, 2] = -1
+    logits[1, 2, -1] = 1
+    fractions, anywhere = draws.fractions(2, 5, 6, DEVICE), draws.positions(2, 5, 6, DEVICE)
+    voxels, offsets = torch.randint(0, 16, (2, count, 3)).to(DEVICE), random(2, 5, 18)
+    grid, first, span = random(3).abs() + 8, random(3), random(3).abs() + 8
+    points = kernels.draw_points(logits, fractions, anywhere, voxels, offsets, kernels.Volume(grid, first, span))
+    index, empty = select_valid(logits > 0, fractions)
+    drawn = voxels.gather(1, index.flatten(1).unsqueeze(-1).expand(-1, -1, 3)).view(2, 5, 6, 3).float()
+    drawn = torch.where(empty[:, :, None, None], anywhere * grid, drawn)
+    expected = (drawn + offsets.view(drawn.shape)) / grid * span + first
+    torch.testing.assert_close(points, expected, rtol=1e-5, atol=1e-5)  # products and sums in one
+
+
+@runs
+@pytest.mark.parametrize('queries, classes, voxels', [(100, 17, 300), (8, 4, 1000)])
+def test_merging(queries, classes, voxels, monkeypatch):
+    from models.decoders import kernels
+
+    class_logits, mask_logits = random(queries, classes) - 2, 5 * random(queries, voxels) - 6
+    mask_logits[:, :50] = -20
+    monkeypatch.setattr(head, 'kernels_for', lambda values: None)
+    expected = head.merge_semantic(class_logits, mask_logits, 0.3)
+    ours = kernels.merge_labels(class_logits, mask_logits, 0.3, 0.01)
+    assert 0 < (ours == classes).sum() < voxels
+    assert (ours == expected).float().mean() > 0.995  # sums in another order may turn a close one
+
+
+@runs
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize('count', [100, 192])
+def test_attention(count, dtype):
+    from models.csrc.distance_attention.fused import attend
+
+    parts, reach = random(2, count, 3, 2, 32, dtype=dtype), random(2, count, 2, dtype=dtype).abs()
+    positions = 10 * random(1, count, 3)
+    ours = attend(parts, reach, positions)
+    expected = distance_attention_reference(parts.double(), reach.double(), positions.double())
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-2, atol=1e-2)  # products of 11 bits
+
+
+@pytest.fixture(params=['semantic', 'occupancy'])
+def predict(request, monkeypatch):
+    """Function from whether Triton's kernels run to a raw prediction of one batch."""
+    from models.decoders import kernels
+
+    task = small_task()
+    model = small_model(task, request.param).eval().to(DEVICE)
+    batch = to_device(small_batch(task, size=2, with_labels=False), DEVICE)
+    asked = []
+
+    def run(with_kernels):
+        def find(values):
+            asked.append(with_kernels)
+            return kernels if with_kernels else None
+
+        for module in (layers, mask_decoder, sparse_voxel_decoder, head):
+            monkeypatch.setattr(module, 'kernels_for', find)
+        result = model.predict_raw(batch['img'], batch['lidar2img'], batch['ego2lidar'])
+        assert asked[-1] == with_kernels
+        return result
+
+    return run
+
+
+@runs
+def test_predictions_of_the_model(predict):
+    ours, theirs = predict(True), predict(False)
+    for mine, other in zip(ours.output.stages, theirs.output.stages):
+        assert torch.equal(mine.coords, other.coords)
+        torch.testing.assert_close(mine.features, other.features, rtol=1e-3, atol=1e-3)  # the rounding of all stages
+        torch.testing.assert_close(mine.seg_logits, other.seg_logits, rtol=1e-3, atol=1e-3)
+        if mine.occ_logits is not None:
+            torch.testing.assert_close(mine.occ_logits, other.occ_logits, rtol=1e-3, atol=1e-3)
+    for mine, other in zip(ours.output.layers, theirs.output.layers):
+        torch.testing.assert_close(mine.class_logits, other.class_logits, rtol=1e-2, atol=1e-2)
+    for mine, other in zip(ours.merged, theirs.merged):
+        assert torch.equal(mine.voxels, other.voxels)
+        assert (mine.semantics == other.semantics).float().mean() > 0.99
+
+
+def test_modules_run_without_triton_and_with_gradients(monkeypatch):
+    values = torch.zeros(2, 3)
+    assert fused.kernels_for(values) is None
+    monkeypatch.setattr(fused, 'has_triton', lambda device: True)
+    assert fused.kernels_for(values) is None  # on the CPU
+    if torch.cuda.is_available():
+        assert fused.kernels_for(values.cuda()) is not None
+        assert fused.kernels_for(values.cuda().double()) is None
+        with torch.enable_grad():
+            assert fused.kernels_for(values.cuda()) is None
