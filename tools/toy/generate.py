@@ -14,7 +14,7 @@ from .pool import Crew, run_tasks
 from .work import WorkFolder
 
 LABEL_SETS = ('occ3d', 'openocc_v2')
-_LABELS_AT_ONCE = 5  # keyframes of a scene that one process labels in a row
+_AT_ONCE = 5  # keyframes of a scene that one process makes, or labels, in a row: opening a scene takes a while
 
 
 class Seconds(NamedTuple):
@@ -97,7 +97,7 @@ class _Flow:
     def run(self, crew: Crew, meanwhile: Callable[[], None]):
         """Do what is left; yield once per finished keyframe, those of earlier runs first."""
         scenes, per_scene, labelled = self._unmade, self._options.keyframes, self._options.labelled
-        jobs = [Job(self._options, scene, k, k + 1, KEYFRAMES) for scene in scenes for k in sorted(scenes[scene])]
+        jobs = self._keyframe_jobs(crew.workers)
         jobs += [job for scene, unmade in scenes.items() if not unmade for job in self._closing_jobs(scene)]
         if labelled:
             left = sum(not self._work.has_labels(scene, k) for scene in scenes for k in range(per_scene))
@@ -114,7 +114,7 @@ class _Flow:
     def _following(self, job: Job) -> List[Job]:
         if job.kind != KEYFRAMES:
             return []
-        self._unmade[job.scene].discard(job.first)
+        self._unmade[job.scene].difference_update(range(job.first, job.last))
         return [] if self._unmade[job.scene] else self._closing_jobs(job.scene)
 
     def _closing_jobs(self, scene) -> List[Job]:
@@ -122,18 +122,28 @@ class _Flow:
         rows = [] if self._work.has_rows(scene) else [Job(self._options, scene, 0, 0, ROWS)]
         return self._label_jobs(scene) + rows
 
+    def _keyframe_jobs(self, workers) -> List[Job]:
+        """Long runs of keyframes first, single ones at last, so that all processes end together."""
+        jobs, left = [], sum(len(unmade) for unmade in self._unmade.values())
+        for scene, unmade in self._unmade.items():
+            jobs += self._runs(scene, sorted(unmade), KEYFRAMES, min(max(left // workers, 1), _AT_ONCE))
+            left -= len(unmade)
+        return jobs
+
     def _label_jobs(self, scene) -> List[Job]:
-        """Runs of keyframes that have no labels yet."""
         if not self._options.labelled:
             return []
-        jobs = []
-        for k in range(self._options.keyframes):
-            if self._work.has_labels(scene, k):
-                continue
-            if jobs and jobs[-1].last == k and k - jobs[-1].first < _LABELS_AT_ONCE:
+        unlabelled = [k for k in range(self._options.keyframes) if not self._work.has_labels(scene, k)]
+        return self._runs(scene, unlabelled, LABELS, _AT_ONCE)
+
+    def _runs(self, scene, keyframes, kind, most) -> List[Job]:
+        """Jobs for the ``keyframes``, each for at most so many that follow one another."""
+        jobs: List[Job] = []
+        for k in keyframes:
+            if jobs and jobs[-1].last == k and k - jobs[-1].first < most:
                 jobs[-1] = jobs[-1]._replace(last=k + 1)
             else:
-                jobs.append(Job(self._options, scene, k, k + 1, LABELS))
+                jobs.append(Job(self._options, scene, k, k + 1, kind))
         return jobs
 
 

@@ -112,7 +112,7 @@ def run_tasks(
     """Do ``work(task)`` in the crew's processes for all tasks, and yield the tasks as they are done.
 
     Args:
-        following: called with every finished task; returns the tasks that may begin now. They come first.
+        following: called with every finished task; returns the tasks that may begin now. They come soon.
         prepare: called once before processes start, for what they would otherwise all do.
         meanwhile: called once in a thread of this process while the others work.
 
@@ -157,7 +157,8 @@ def _keep_busy(pool, work, following, waiting, most):
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             task = running.pop(future)
             future.result()
-            waiting.extendleft(reversed(following(task)))
+            for place, next_task in enumerate(following(task)):
+                waiting.insert(2 * place, next_task)  # between others: unlike tasks share a machine better
             yield task
 
 

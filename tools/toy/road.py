@@ -105,7 +105,7 @@ def paint_map(road: Road, zones, crossing: float) -> np.ndarray:
         x, y, heading = road.at(s, 0.0)
         row = ((y + d * np.cos(heading)) / CELL).astype(np.int32)
         column = ((x - d * np.sin(heading)) / CELL).astype(np.int32)
-        image[row, column] = _codes(s, d[None, :], zones)
+        image.reshape(-1)[row * columns + column] = _codes(s, d[None, :], zones)
     _paint_cross_street(image, road, crossing)
     return image
 
@@ -136,17 +136,20 @@ def _paint_cross_street(image, road, crossing):
     r0, r1 = max(int((y - reach) / CELL), 0), min(int((y + reach) / CELL), rows)
     dx = ((np.arange(c0, c1) + 0.5) * CELL - x)[None, :]
     dy = ((np.arange(r0, r1) + 0.5) * CELL - y)[:, None]
+    row, column = np.nonzero(np.abs(dx * np.cos(heading) + dy * np.sin(heading)) < CROSS_STREET_HALF + 4.0)
+    dx, dy = dx[0, column], dy[row, 0]
     along = np.abs(dx * np.cos(heading) + dy * np.sin(heading))
     across = dy * np.cos(heading) - dx * np.sin(heading)
     wide = np.abs(across)
-    patch = image[r0:r1, c0:c1]
+    codes = image[r0 + row, c0 + column]
     outside = (wide > ROAD_EDGE) & (wide < 60.0)
-    patch[outside & (along < CROSS_STREET_HALF + 2.0)] = PAVING
-    patch[outside & (along < CROSS_STREET_HALF + 0.2)] = KERB
-    patch[(wide < 60.0) & (along < CROSS_STREET_HALF)] = ASPHALT
-    patch[outside & (along < 0.08) & (np.mod(across, 6.0) < 3.0)] = WHITE_PAINT
+    codes[outside & (along < CROSS_STREET_HALF + 2.0)] = PAVING
+    codes[outside & (along < CROSS_STREET_HALF + 0.2)] = KERB
+    codes[(wide < 60.0) & (along < CROSS_STREET_HALF)] = ASPHALT
+    codes[outside & (along < 0.08) & (np.mod(across, 6.0) < 3.0)] = WHITE_PAINT
     zebra = (np.abs(along - CROSS_STREET_HALF - 2.5) < 1.5) & (wide < ROAD_EDGE) & (np.mod(across, 1.2) < 0.6)
-    patch[zebra] = WHITE_PAINT
+    codes[zebra] = WHITE_PAINT
+    image[r0 + row, c0 + column] = codes
 
 
 def lookup(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
