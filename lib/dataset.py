@@ -33,6 +33,15 @@ class Dataset(Protocol):
         """Draw the random numbers of this epoch (from 0) from now on."""
 
 
+class DrivenDataset(Dataset, Protocol):
+    """A data set that is quick to go through in order, for a model that keeps the features of frames."""
+
+    def following(self, index: int, before: int) -> Dict[str, Any]:
+        """Sample ``index`` as it is asked for right after sample ``before``: ``img`` holds only the frames that the
+        latter lacks, at the positions (0..T-1) that ``given`` of ``img_metas`` lists; all else is as ever.
+        """
+
+
 class BalancedDataset(Dataset, Protocol):
     """A data set that ``train.class_balance`` can draw from by class."""
 

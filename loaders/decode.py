@@ -5,7 +5,7 @@ A scan of nuScenes is a file of float32, five a point: x, y, z in metres (frame 
 
 import io
 import os
-from typing import Callable, Dict, Mapping, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Mapping, NamedTuple, Optional, Tuple, Union
 
 import cv2
 import numpy as np
@@ -27,15 +27,29 @@ def check_decoder(decoder: str) -> None:
         _turbojpeg()
 
 
+class HeldImage(NamedTuple):
+    """Stands for pixels that nobody asks for, because the model holds the features of their frame.
+
+    Attributes:
+        shape: (height, width, 3).
+    """
+
+    shape: Tuple[int, int, int]
+
+    def transformed(self, transform) -> 'HeldImage':
+        """What an ``ImageTransform`` makes of it."""
+        return HeldImage((*transform.size, 3))
+
+
 class DecodedImage(NamedTuple):
     """Pixels of an image file.
 
     Attributes:
-        pixels: BGR uint8 [H, W, 3].
+        pixels: BGR uint8 [H, W, 3], or what stands for such.
         factor: pixels of this array per pixel of the file, 1.0 or 0.5.
     """
 
-    pixels: np.ndarray
+    pixels: Union[np.ndarray, HeldImage]
     factor: float
 
 
@@ -54,7 +68,7 @@ def read_image(path, decoder: str = 'cv2', half_covers: Optional[Tuple[int, int]
     content = _read(path, lambda stream: stream.read())
     is_jpeg = _is_whole_jpeg(path, content[:2], content[-_TRAILER:], len(content))
     try:
-        half = is_jpeg and half_covers is not None and _half_is_enough(content, half_covers)
+        half = is_jpeg and half_covers is not None and _read_header(io.BytesIO(content), half_covers)[1]
         pixels = _DECODERS[decoder](content, half)
     except (OSError, ValueError, cv2.error, SyntaxError) as error:
         reason = ' '.join(str(error).split())
@@ -64,9 +78,26 @@ def read_image(path, decoder: str = 'cv2', half_covers: Optional[Tuple[int, int]
     return DecodedImage(pixels, 0.5 if half else 1.0)
 
 
-def _half_is_enough(content, size):
-    width, height = Image.open(io.BytesIO(content)).size  # reads the header only
-    return width % 2 == 0 and height % 2 == 0 and height >= 2 * size[0] and width >= 2 * size[1]
+def look_at_image(path, half_covers: Optional[Tuple[int, int]] = None) -> DecodedImage:
+    """What ``read_image`` would give, with a ``HeldImage`` for the pixels; reads the file's header only.
+
+    Raises:
+        DataError: missing or unreadable file.
+    """
+    try:
+        (width, height), half = _read(path, lambda stream: _read_header(stream, half_covers))
+    except (ValueError, SyntaxError) as error:
+        raise DataError(f'image {path} cannot be decoded ({error}); fetch it again') from error
+    factor = 0.5 if half else 1.0
+    return DecodedImage(HeldImage((int(height * factor), int(width * factor), 3)), factor)
+
+
+def _read_header(stream, half_covers):
+    """((width, height), whether half the size is enough) of an image file."""
+    image = Image.open(stream)
+    (width, height), even = image.size, image.width % 2 == 0 and image.height % 2 == 0
+    covers = half_covers is not None and height >= 2 * half_covers[0] and width >= 2 * half_covers[1]
+    return image.size, image.format == 'JPEG' and even and covers
 
 
 def check_whole(path) -> None:

@@ -20,9 +20,16 @@ from lib.settings import TrainSettings
 from lib.task import Task
 
 from .history import History, history_limit
-from .pipelines import LoadMultiViewImageFromMultiSweeps, build_pipeline, format_sample
+from .pipelines import (
+    LoadMultiViewImageFromMultiSweeps,
+    LoadOccGTFromFile,
+    RandomTransformImage,
+    build_pipeline,
+    format_sample,
+)
 
 _MAX_WORKERS = 1024
+_STEPS = LoadMultiViewImageFromMultiSweeps, LoadOccGTFromFile, RandomTransformImage  # know images that are left out
 
 
 def build_dataset(cfg: Mapping, task: Task):
@@ -129,6 +136,14 @@ class NuSceneOcc(torch.utils.data.Dataset):
                 self._skips.count(error)
         raise DataError(f'not one of {len(self)} samples could be read; check data_root ({self.data_root})')
 
+    def following(self, index: int, before: int) -> Dict:
+        """Sample ``index`` for a model that holds the features of sample ``before``: without images of frames of both.
+
+        See ``format_sample``. The whole sample in training, and where steps of one's own may look at the images.
+        """
+        leaves_out = self.test_mode and all(isinstance(step, _STEPS) for step in self._pipeline)
+        return self._load(index, index, before if leaves_out else None)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the draws of this epoch. Call before the epoch's first batch is fetched."""
         self._epoch[0] = epoch
@@ -227,7 +242,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
                 position = self.previous(position)
         return sorted(used)
 
-    def _load(self, index, seed_index):
+    def _load(self, index, seed_index, before=None):
         info = self.info(index)
         sample = dict(
             info=info,
@@ -238,6 +253,8 @@ class NuSceneOcc(torch.utils.data.Dataset):
             label_folder=self._labels,
             rng=np.random.default_rng([self.seed, int(self._epoch[0]), seed_index]),
         )
+        if before is not None:
+            sample['before'] = dict(history=self.history(before), info=self.info(before), test_mode=True)
         try:
             for step in self._pipeline:
                 sample = step(sample)

@@ -97,10 +97,11 @@ class SparseOcc(MadeOfWeights):
         """Losses, or predictions.
 
         Args:
-            img: uint8 [B, T*N, 3, H, W] BGR.
+            img: uint8 [B, T*N, 3, H, W] BGR; fewer at batch 1 where ``img_metas`` says which frames are given.
             lidar2img: [B, T*N, 4, 4], LIDAR_TOP (metres) to pixels of that image.
             ego2lidar: [B, T*N, 4, 4], ego to LIDAR_TOP, both of the current keyframe, metres.
-            img_metas: per sample a dict; ``frame_keys`` (T*N image names) is what the cache goes by.
+            img_metas: per sample a dict; ``frame_keys`` (T*N image names) is what the cache goes by, ``given`` see
+                ``ImageEncoder``.
             targets: labels of the batch on the device of ``img``; not needed for predictions. ``mask_camera`` is
                 needed with ``use_mask_camera`` and otherwise not looked at.
             return_loss: losses if True, predictions if False.
@@ -151,6 +152,11 @@ class SparseOcc(MadeOfWeights):
         """What to predict from, with the history that the config asks for."""
         known_by = img_metas if self.history == 'cached' else None
         return self.encoder(img, lidar2img, ego2lidar, known_by, graphed=self.cuda_graph)
+
+    @property
+    def keeps_frames(self) -> bool:
+        """Features of frames are kept from one sample to the next, so that samples in order need new frames only."""
+        return self.history == 'cached'
 
     def describe_speed(self) -> str:
         """One sentence on what, besides the precision, decides how fast inference at batch 1 is."""

@@ -24,7 +24,7 @@ from ..prediction import save_prediction, to_dense, write_record
 from ..settings import EvaluationSettings
 from ..task import Task
 from . import Components, default_metrics, open_dataset, read_task
-from .loading import make_loader, read_batches, to_device
+from .loading import read_in_order, to_device
 from .log import Countdown, RunLog, duration
 from .numerics import autocast, check_precision, convert_weights, describe_precision, seed_everything, set_tf32
 from .processes import Processes, start_processes
@@ -134,11 +134,12 @@ class Evaluation:
     def _evaluate_block(self, model, indices: Sequence[int]) -> None:
         """Predict the samples of this process; scoring overlaps with the next prediction."""
         device = self.processes.device
-        loader = make_loader(self.dataset, [[i] for i in indices], self.components.collate, self.workers, device)
+        keeps_frames = getattr(model, 'keeps_frames', False)
+        batches = read_in_order(self.dataset, indices, self.components.collate, self.workers, device, keeps_frames)
         progress = _Progress(len(indices), self.say)
         waiting: Deque[Future] = deque()
         with ThreadPoolExecutor(max_workers=1) as scorer:
-            for index, batch in zip(indices, read_batches(loader)):
+            for index, batch in zip(indices, batches):
                 prediction = predict(model, batch, device, self.amp)[0]
                 waiting.append(scorer.submit(self._score, index, prediction))
                 while len(waiting) > _WAITING:

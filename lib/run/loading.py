@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 import threading
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -64,6 +64,20 @@ class _Guarded(Dataset):
             raise
 
 
+class _Drive(Dataset):
+    """Chosen samples of a data set in order, each as it is asked for right after the one before."""
+
+    def __init__(self, dataset, indices: Sequence[int]):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, place):
+        index = self.indices[place]
+        return self.dataset.following(index, self.indices[place - 1]) if place else self.dataset[index]
+
+
 class _Collate:
     """Collates samples unless one of them is a Failure."""
 
@@ -107,6 +121,20 @@ def make_loader(
         pin_memory=device.type == 'cuda',
         **options,
     )
+
+
+def read_in_order(
+    dataset, indices: Sequence[int], collate: Callable, workers: int, device: torch.device, keeps_frames: bool
+) -> Iterator[Any]:
+    """Batches of one sample each, in order; see ``make_loader`` and ``read_batches``.
+
+    Args:
+        keeps_frames: they are for a model that keeps the features of frames from one sample to the next, and that sees
+            no other samples in between: each image is read once, if the data set can (``DrivenDataset``).
+    """
+    if keeps_frames and hasattr(dataset, 'following'):
+        dataset, indices = _Drive(dataset, indices), range(len(indices))
+    return read_batches(make_loader(dataset, [[index] for index in indices], collate, workers, device))
 
 
 def read_batches(loader: DataLoader) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from ..config import load_config
 from ..io import check_outputs, write_json
 from . import Components, open_dataset, read_task
 from .evaluation import load_for_inference, predict
-from .loading import make_loader, read_batches, to_device
+from .loading import read_in_order, to_device
 from .log import device_name, peak_memory_mib
 from .numerics import describe_precision
 from .processes import pick_device
@@ -118,9 +118,10 @@ class Clock:
     def time_throughput(self, history: str) -> Dict:
         """From one prediction on the CPU to the next, with loading in other processes; frames per second are means."""
         self._start(history)
-        order = [[i % self.count] for i in range(self.warmup + self.samples)]
+        order = [i % self.count for i in range(self.warmup + self.samples)]
+        keeps_frames = getattr(self.model, 'keeps_frames', False)
         ends = [time.perf_counter()]
-        for batch in read_batches(make_loader(self.dataset, order, self.collate, self.workers, self.device)):
+        for batch in read_in_order(self.dataset, order, self.collate, self.workers, self.device, keeps_frames):
             self._run(batch)
             ends.append(time.perf_counter())
         ends = ends[self.warmup :]

@@ -18,6 +18,7 @@ from lib.registry import build_checked, look_up
 from lib.targets import stack_targets
 from lib.task import Task
 
+from ..decode import HeldImage
 from .augmentation import BEVAug, RandomTransformImage
 from .loading import LoadMultiViewImageFromMultiSweeps, LoadOccGTFromFile
 
@@ -64,11 +65,13 @@ def format_sample(sample: Dict) -> Dict:
 
     Returns:
         img uint8 [T*N, 3, H, W] (BGR), lidar2img float32 [T*N, 4, 4], ego2lidar float64 [T*N, 4, 4],
-        img_metas (dict), and where labels were loaded ``targets`` (OccupancyTargets of NumPy arrays).
+        img_metas (dict), and where labels were loaded ``targets`` (OccupancyTargets of NumPy arrays). Where the sample
+        says which frames are ``given``, ``img`` holds those alone, and ``img_metas`` says so.
     """
     info = sample['info']
+    images = [image for image in sample['img'] if not isinstance(image, HeldImage)]
     formatted = dict(
-        img=torch.from_numpy(_channels_first(sample['img'])),
+        img=torch.from_numpy(_channels_first(images)),
         lidar2img=torch.from_numpy(np.ascontiguousarray(sample['lidar2img'], dtype=np.float32)),
         ego2lidar=torch.from_numpy(np.ascontiguousarray(sample['ego2lidar'], dtype=np.float64)),
         img_metas=dict(
@@ -79,6 +82,8 @@ def format_sample(sample: Dict) -> Dict:
             frame_keys=sample['frame_keys'],
         ),
     )
+    if 'given' in sample:
+        formatted['img_metas']['given'] = sample['given']
     if 'targets' in sample:
         formatted['targets'] = sample['targets']
     return formatted

@@ -50,7 +50,9 @@ class ImageTransform(NamedTuple):
         return matrix
 
     def apply(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [height, width, 3] of the result from the file's image, uint8 [H, W, 3]."""
+        """uint8 [height, width, 3] of the result from the file's image, uint8 [H, W, 3], or what stands for them."""
+        if not isinstance(image, np.ndarray):
+            return image.transformed(self)
         rows = _inside(self.top, self.size[0], self.resized[0])
         columns = _inside(self.left, self.size[1], self.resized[1])
         result = resize_window(image, self.resized, rows, columns)

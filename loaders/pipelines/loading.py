@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from mmdet.datasets.builder import PIPELINES
@@ -15,7 +15,7 @@ from lib.labels import read_labels
 from lib.targets import NO_INSTANCE, OccupancyTargets
 from lib.task import Task
 
-from ..decode import DecodedImage, check_decoder, read_image, read_scan
+from ..decode import DecodedImage, HeldImage, check_decoder, look_at_image, read_image, read_scan
 from ..history import choose_test_frames, choose_train_frames
 
 MAX_INSTANCES = 255
@@ -29,6 +29,9 @@ class LoadMultiViewImageFromMultiSweeps:
     the keyframe to pixels of the decoded image), ``ego2lidar`` float64 [T*N, 4, 4] (from the frame of
     ``task.frame``), ``frame_keys`` (T*N strings); index = t*N + n, newest frame first. A camera that a frame lacks
     gives a black image in which no point is seen.
+
+    A sample that follows another (``before``) gets the images of new frames only, whose positions are ``given``; a
+    ``HeldImage`` stands for each of the others.
 
     Args:
         task: frames and cameras.
@@ -50,22 +53,26 @@ class LoadMultiViewImageFromMultiSweeps:
         self.threads = threads
 
     def __call__(self, sample: Dict) -> Dict:
-        info, cameras = sample['info'], self.task.cameras
-        entries = [(frame, name) for frame in self._choose(sample) for name in cameras]
-        there = [frame[name]['data_path'] for frame, name in entries if name in frame]
-        images = self._read([relocate(path, sample['data_root']) for path in there])
-        black = np.zeros_like(images[0].pixels)
-        found = iter(images)
-        sample['img'], sample['frame_keys'], matrices = [], [], []
-        for frame, name in entries:
+        info, cameras, frames = sample['info'], self.task.cameras, self._choose(sample)
+        keys = [_frame_keys(frame, cameras) for frame in frames]
+        if 'before' in sample:
+            sample['given'] = _new_frames(keys, [_frame_keys(f, cameras) for f in self._choose(sample['before'])])
+        given = sample.get('given', range(len(frames)))
+        entries = [(frame, name, t in given) for t, frame in enumerate(frames) for name in cameras]
+        there = [(frame[name]['data_path'], wanted) for frame, name, wanted in entries if name in frame]
+        images = self._read([(relocate(path, sample['data_root']), wanted) for path, wanted in there])
+        size, found = images[0].pixels.shape, iter(images)
+        black = np.zeros(size, dtype=np.uint8)
+        sample['img'], matrices = [], []
+        for frame, name, wanted in entries:
             if name in frame:
                 image, matrix = next(found), _lidar2img(info, frame, name)
                 matrix[:2] *= image.factor
             else:
-                image, matrix = DecodedImage(black, 1.0), NOWHERE
+                image, matrix = DecodedImage(black if wanted else HeldImage(size), 1.0), NOWHERE
             sample['img'].append(image.pixels)
-            sample['frame_keys'].append(frame_key(frame[name]['data_path']) if name in frame else f'missing/{name}')
             matrices.append(matrix)
+        sample['frame_keys'] = [name for key in keys for name in key]
         sample['lidar2img'] = np.stack(matrices)
         lidar_from_volume = invert_rigid(volume_from_lidar(info, self.task.frame))
         sample['ego2lidar'] = np.repeat(lidar_from_volume[None], len(entries), axis=0)
@@ -83,18 +90,29 @@ class LoadMultiViewImageFromMultiSweeps:
         )
         return [current] + [history[position] for position in chosen]
 
-    def _read(self, paths):
-        """One array per path; a path that occurs again is decoded once and shared."""
-        different = list(dict.fromkeys(paths))
+    def _read(self, wanted: List[Tuple[str, bool]]) -> List[DecodedImage]:
+        """One per (path, whether its pixels are wanted); what occurs again is read once and shared."""
+        different = list(dict.fromkeys(wanted))
         if self.threads > 1:
             with ThreadPoolExecutor(self.threads) as pool:
                 images = dict(zip(different, pool.map(self._read_one, different)))
         else:
-            images = {path: self._read_one(path) for path in different}
-        return [images[path] for path in paths]
+            images = {one: self._read_one(one) for one in different}
+        return [images[one] for one in wanted]
 
-    def _read_one(self, path):
-        return read_image(path, self.decoder, self.task.image_size if self.fast_decode else None)
+    def _read_one(self, wanted: Tuple[str, bool]) -> DecodedImage:
+        half_covers = self.task.image_size if self.fast_decode else None
+        return read_image(wanted[0], self.decoder, half_covers) if wanted[1] else look_at_image(wanted[0], half_covers)
+
+
+def _frame_keys(frame: Dict, cameras: Sequence[str]) -> Tuple[str, ...]:
+    """Identities of a frame's images, in the order of the cameras."""
+    return tuple(frame_key(frame[name]['data_path']) if name in frame else f'missing/{name}' for name in cameras)
+
+
+def _new_frames(keys: Sequence[Tuple[str, ...]], before: Sequence[Tuple[str, ...]]) -> List[int]:
+    """Where each frame that is not among those before stands first; the current frame where there is none."""
+    return [t for t, key in enumerate(keys) if key not in before and key not in keys[:t]] or [0]
 
 
 def _lidar2img(info, frame, name) -> np.ndarray:

@@ -39,7 +39,7 @@ class Taps(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def bicubic_taps(length: int, resized: int) -> Taps:
-    """Of a line of ``length`` pixels resized to ``resized``; the cubic widens where it shrinks. Not to be written to."""
+    """A line of ``length`` pixels resized to ``resized``; the cubic widens where it shrinks. Not to be written to."""
     scale = length / resized
     widened = max(scale, 1.0)
     centres = (np.arange(resized) + 0.5) * scale

@@ -86,19 +86,32 @@ class ImageEncoder:
 
         Args:
             img_metas: with the ``frame_keys`` (T*N image names) of one sample at test time, the maps of frames seen
-                before are found again and those of new ones kept. Otherwise every image is encoded.
+                before are found again and those of new ones kept. Otherwise every image is encoded. With ``given``
+                (positions 0..T-1, ascending) ``img`` holds the images of these frames only; the rest was seen before.
             graphed: at test time, replay the encoder of one frame as a CUDA graph.
 
         Raises:
-            DataError: these are not the images of so many frames and cameras.
+            DataError: these are not the images of so many frames and cameras, or of a frame that is not given nothing
+                is known.
         """
-        self._check_images(img)
+        given = img_metas[0].get('given') if img_metas and len(img) == 1 else None
+        self._check_images(img, self.num_frames if given is None else len(given))
         features = self._locate(img, lidar2img, ego2lidar)  # first, so that the GPU need not wait for it later
         keys = self._frame_keys(img, img_metas)
+        if given is not None and keys is None:
+            raise DataError(
+                'a sample without all of its frames needs model.test_cfg.history="cached"; load whole samples'
+            )
         if keys is None:
             return _with_gradient_sum(features._replace(maps=self.encode(img, graphed)))
-        frames = img.view((len(keys), -1) + img.shape[2:])
-        stored = self.cache.fetch(keys, lambda t: [level[0] for level in self.encode(frames[t : t + 1], graphed)])
+        frames = dict(zip(range(len(keys)) if given is None else given, img[0].split(self.num_cameras)))
+
+        def encode(t: int) -> List[Tensor]:
+            if t not in frames:
+                raise DataError(f'features of the frame of {keys[t][0][0]} are not held any more; load whole samples')
+            return [level[0] for level in self.encode(frames[t][None], graphed)]
+
+        stored = self.cache.fetch(keys, encode)
         return features._replace(
             maps=[level.flatten(0, 1).unsqueeze(0) for level in stored.maps],
             frame_index=_index_on(img.device, tuple(stored.slots)),
@@ -130,12 +143,12 @@ class ImageEncoder:
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]
 
-    def _check_images(self, img: Tensor):
-        count = self.num_frames * self.num_cameras
+    def _check_images(self, img: Tensor, num_frames: int):
+        count = num_frames * self.num_cameras
         if img.dim() != 5 or img.shape[1] != count:
             raise DataError(
                 f'a batch of shape {tuple(img.shape)} does not hold the {count} images per sample '
-                f'({self.num_frames} frames x {self.num_cameras} cameras) of the task'
+                f'({num_frames} frames x {self.num_cameras} cameras) of the task'
             )
 
     def _is_testing(self) -> bool:
@@ -144,7 +157,7 @@ class ImageEncoder:
     def _backbone_version(self) -> int:
         return 0 if self._fused_backbone is None else self._fused_backbone.version()
 
-    def _frame_keys(self, img: Tensor, img_metas) -> Optional[List[Hashable]]:
+    def _frame_keys(self, img: Tensor, img_metas) -> Optional[List[Tuple[Tuple[str, ...], Hashable]]]:
         """A key per frame, or None where the cache cannot be used."""
         if img.shape[0] != 1 or not img_metas or not self._is_testing():
             return None

@@ -13,7 +13,7 @@ from projection import project_points
 
 from lib.errors import ConfigError, DataError
 from lib.io import load_pickle_safe, save_pickle
-from lib.run.loading import make_loader, read_batches
+from lib.run.loading import make_loader, read_batches, read_in_order
 from lib.task import NUSCENES_CAMERAS, Task
 from loaders import build_dataset, collate
 from loaders import nuscenes_occ as module
@@ -535,6 +535,68 @@ def test_classes_of_a_sample_are_those_of_its_visible_boxes_in_the_volume(source
     assert dataset.object_classes(0) == ['barrier', 'car', 'pedestrian', 'truck']
     dataset.infos[0] = {key: value for key, value in info.items() if not key.startswith('gt_')}
     assert dataset.object_classes(0) == []
+
+
+# ---- samples that follow each other ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('options', [{}, dict(fast_decode=True), dict(threads=2)])
+def test_a_following_sample_is_the_whole_one_without_frames_of_the_one_before(source, options):
+    dataset = _test(source, pipeline=[dict(TEST[0], **options)] + TEST[1:])
+    for index in range(1, len(dataset)):
+        whole, left = dataset[index], dataset.following(index, index - 1)
+        before = set(dataset[index - 1]['img_metas']['frame_keys'])
+        given = left['img_metas'].pop('given')
+        assert given == [0]  # the new keyframe; later ones of its scene were in the sample before
+        assert whole['img_metas']['frame_keys'][0] not in before
+        assert set(whole['img_metas']['frame_keys'][6:]) <= before or index == 4  # where the second scene begins
+        assert left['img_metas'] == whole['img_metas']
+        assert torch.equal(left['img'], whole['img'][:6])
+        assert torch.equal(left['lidar2img'], whole['lidar2img'])
+        assert torch.equal(left['ego2lidar'], whole['ego2lidar'])
+
+
+def test_in_a_drive_each_image_is_decoded_once(source, monkeypatch):
+    right, read = loading.read_image, []
+    monkeypatch.setattr(loading, 'read_image', lambda path, *args: read.append(path) or right(path, *args))
+    dataset = _test(source)
+    batches = list(read_in_order(dataset, range(len(dataset)), collate, 0, torch.device('cpu'), keeps_frames=True))
+    assert len(read) == len(set(read)) == 6 * len(dataset) == 48
+    assert [batch['img'].shape[1] for batch in batches] == [18] + [6] * 7  # the first is whole
+    read.clear()
+    list(read_in_order(dataset, range(len(dataset)), collate, 0, torch.device('cpu'), keeps_frames=False))
+    assert len(read) == 2 * 6 * (1 + 2 + 3 + 3)
+
+
+def test_samples_that_do_not_follow_get_every_frame_that_is_new(source):
+    dataset = _test(source)
+    assert dataset.following(3, 0)['img_metas']['given'] == [0, 1, 2]
+    assert dataset.following(2, 2)['img_metas']['given'] == [0]  # never without an image
+
+
+def test_training_and_steps_of_one_s_own_get_whole_samples(source):
+    class OwnStep:
+        def __call__(self, sample):
+            return dict(sample, img=[255 - image for image in sample['img']])
+
+    dataset = _train(source)
+    assert _same(dataset.following(2, 1), dataset[2])
+    dataset = _test(source)
+    dataset._pipeline.append(OwnStep())
+    assert dataset.following(2, 1)['img'].shape[0] == 18 and 'given' not in dataset.following(2, 1)['img_metas']
+
+
+def test_a_missing_camera_of_a_held_frame_is_held_and_of_a_new_one_black(root):
+    path = root / 'nuscenes_infos_train_sweep.pkl'
+    content = load_pickle_safe(path)
+    del content['infos'][2]['cams']['CAM_BACK']
+    save_pickle(path, content)
+    dataset = _test(root, allow_missing_cameras=True)
+    for index, new in ((2, dataset[2]['img'][:6]), (3, dataset[3]['img'][:6])):
+        following = dataset.following(index, index - 1)
+        assert torch.equal(following['img'], new)
+        assert torch.equal(following['lidar2img'], dataset[index]['lidar2img'])
+    assert not dataset.following(2, 1)['img'][NUSCENES_CAMERAS.index('CAM_BACK')].any()
 
 
 # ---- options of the image loader -------------------------------------------------------------------------

@@ -158,6 +158,35 @@ def test_cached_history_equals_full_history():
     assert encoded == [3, 3, 3]
 
 
+def _without_held_frames(batch, given, num_cameras):
+    """The batch with the images of some frames only."""
+    frames = batch['img'].view((1, -1, num_cameras) + batch['img'].shape[2:])[:, given].flatten(1, 2)
+    return dict(batch, img=frames, img_metas=[dict(batch['img_metas'][0], given=given)])
+
+
+def test_in_a_drive_new_frames_are_enough():
+    task = small_task(num_frames=3)
+    model = small_model(task)
+    drive = [small_batch(task, with_labels=False, first_index=index) for index in range(4)]
+    model.history = 'cached'
+    whole = [predict_keeping_history(model, batch)[0] for batch in drive]
+    model.reset_history()
+    for index, (batch, expected) in enumerate(zip(drive, whole)):
+        left = batch if index == 0 else _without_held_frames(batch, [0], task.num_cameras)
+        assert_same_prediction(predict_keeping_history(model, left)[0], expected)
+
+
+def test_a_frame_that_is_neither_given_nor_held_is_told():
+    model = small_model(small_task(num_frames=3)).eval()
+    batch = _without_held_frames(small_batch(model.task, with_labels=False), [0, 2], 3)
+    model.history = 'cached'
+    with pytest.raises(DataError, match=f'features of the frame of {batch["img_metas"][0]["frame_keys"][3]} are not held'):
+        predict_keeping_history(model, batch)
+    model.history = 'full'
+    with pytest.raises(DataError, match='does not hold the 9 images'):
+        predict_keeping_history(model, batch)
+
+
 def test_raw_predictions_keep_their_features():
     """Later steps write into the cache, not into what a caller holds; and gradients go around the cache."""
     task = small_task(num_frames=3)

@@ -26,13 +26,14 @@ from lib.errors import DataError
 from lib.io import save_pickle
 from lib.run import read_task
 from lib.run.evaluation import load_for_inference, predict
-from lib.run.loading import make_loader, read_batches
+from lib.run.loading import read_in_order
 from lib.run.numerics import convert_weights
 from lib.run.processes import pick_device
 from lib.task import Task
 from loaders import build_dataset, collate
 from loaders.own_data import read_own_data
 from models import build_model
+from models.encoder.feature_cache import FeatureCache
 
 from .cameras import Calibration, Cameras, Frame, FrameReader, Image, Moment, choose_history, make_sample, read_cameras
 from .occupancy import Occupancy
@@ -164,9 +165,11 @@ class SparseOccPredictor:
 
     def predict_dataset(self, dataset, workers: int = 0) -> Iterator[Tuple[int, Occupancy]]:
         """(index, occupancy) of every sample of a data set, in order; labels are not looked at."""
-        loader = make_loader(dataset, [[index] for index in range(len(dataset))], collate, workers, self.device)
-        for index, batch in enumerate(read_batches(loader)):
-            (arrays,) = self._run(batch, dataset.task.num_cameras)
+        keeps_frames = self._models[self.task.num_cameras].keeps_frames
+        cache = FeatureCache(capacity=self.task.num_frames)  # no other thread's frames replace those of the data set
+        batches = read_in_order(dataset, range(len(dataset)), collate, workers, self.device, keeps_frames)
+        for index, batch in enumerate(batches):
+            (arrays,) = self._run(batch, dataset.task.num_cameras, cache)
             seconds = dataset.info(index)['timestamp'] / 1e6
             yield index, Occupancy(arrays, dataset.task, dataset.sample_token(index), seconds, self._source)
 
