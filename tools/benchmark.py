@@ -84,7 +84,10 @@ class Bench:
         from models import build_model
 
         self.torch, self.args, self.processes, self.device = torch, args, processes, processes.device
-        check_precision(args.amp, self.device)
+        train = {} if args.table else cfg.get('train', {})  # a table's settings say all themselves
+        self.training_amp, self.training_tf32 = args.amp or train.get('amp'), args.tf32 or train.get('tf32')
+        for amp in (args.amp, self.training_amp):
+            check_precision(amp, self.device)
         set_tf32(args.tf32)
         torch.backends.cudnn.benchmark = not args.no_cudnn_benchmark
         self.task = read_task(cfg)
@@ -93,10 +96,10 @@ class Bench:
         self.model = self.build_model()
         self.rows = []
 
-    def autocast(self):
+    def autocast(self, amp):
         from lib.run.numerics import autocast
 
-        return autocast(self.args.amp, self.device)
+        return autocast(amp, self.device)
 
     def model_for_inference(self):
         from lib.run.numerics import convert_weights
@@ -146,7 +149,7 @@ class Bench:
 
             def step(i):
                 data['img_metas'] = [synthetic_meta(self.task, i)]
-                with torch.no_grad(), self.autocast():
+                with torch.no_grad(), self.autocast(self.args.amp):
                     model(return_loss=False, **data)
 
             self.row(f'inference, batch 1, history {history}', step)
@@ -171,24 +174,25 @@ class Bench:
         images = self.batch(1)['img'][:, : self.task.num_cameras]
 
         def step(_):
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad(), self.autocast(self.args.amp):
                 model.encoder.encode(images, graphed=model.cuda_graph)
 
         self.row(f'encoder, one frame of {self.task.num_cameras} images', step)
 
     def training(self):
-        """Forward, backward and AdamW step."""
-        from lib.run.numerics import make_scaler
+        """Forward, backward and AdamW step, in the precision of --amp and --tf32, or else of the config's ``train``."""
+        from lib.run.numerics import make_scaler, set_tf32
         from lib.run.optimizer import can_fuse
 
         torch = self.torch
         if self.args.amp:  # inference has converted the weights
             self.model = self.build_model()
+        set_tf32(self.training_tf32)
         model = self.model.train()
         if self.processes.world_size > 1:
             ids = [self.device.index] if self.device.type == 'cuda' else None
             model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
-        scaler = make_scaler(self.args.amp)
+        scaler = make_scaler(self.training_amp)
         for size in self.args.batch_sizes:
             fused = dict(fused=True) if can_fuse(torch.optim.AdamW, model) else {}
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, **fused)
@@ -196,13 +200,14 @@ class Bench:
 
             def step(_):
                 optimizer.zero_grad(set_to_none=True)
-                with self.autocast():
+                with self.autocast(self.training_amp):
                     loss = sum(model(**data).values())
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
 
-            self.row(f'training, batch {size} on each of {self.processes.world_size}', step, size)
+            precision = '' if self.training_amp == self.args.amp else f' {self.training_amp}'
+            self.row(f'training{precision}, batch {size} on each of {self.processes.world_size}', step, size)
 
 
 def main():

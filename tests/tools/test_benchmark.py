@@ -1,5 +1,6 @@
 """tools/benchmark.py: all rows of the table, compared with a stored run, and as Markdown."""
 
+import contextlib
 import json
 import os
 import sys
@@ -45,6 +46,15 @@ def test_every_setting_that_a_cpu_has_is_timed_and_compared(tmp_path, capsys):
     first.write_text(json.dumps(dict(rows=[dict(training[0], median_ms=1e-3), *training[1:]])))
     with pytest.raises(UserError, match=r'1 of 3 rows are worse than in .*first.json by more than 100000 %: training'):
         run('--table', '--what', 'training', '--against', first, '--tolerance', 1000)
+
+
+def test_training_runs_in_the_precision_of_the_config(monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark.Bench, 'row', lambda self, name, step, size: (step(0), seen.append(name)))
+    monkeypatch.setattr('lib.run.numerics.autocast', lambda amp, device: seen.append(amp) or contextlib.nullcontext())
+    monkeypatch.setitem(globals(), 'SMALL', [*SMALL, "train.amp='bf16'"])
+    run('--what', 'training')
+    assert seen == ['bf16', 'training bf16, batch 1 on each of 1']
 
 
 def test_what_is_no_stored_run_is_told(tmp_path):
