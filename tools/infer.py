@@ -98,6 +98,7 @@ def main():
     from lib.io import make_folder, write_json
     from lib.prediction import write_record
     from lib.run import read_task
+    from lib.run.loading import count_workers
     from lib.run.log import Countdown
     from tools.api import SparseOccPredictor
     from tools.drawing.figure import draw_frame
@@ -113,7 +114,7 @@ def main():
     predictor = SparseOccPredictor(
         cfg, args.weights, args.device, args.amp, tf32=args.tf32, trust_weights=args.trust_weights
     )
-    entries, workers = [], cfg.data.get('workers_per_gpu', 0) if args.workers is None else args.workers
+    entries, workers = [], count_workers(cfg, args.workers)
     countdown = Countdown(len(dataset))
     for index, occupancy in predictor.predict_dataset(dataset, workers):
         occupancy.save(folder)

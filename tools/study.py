@@ -39,6 +39,7 @@ from lib.cli import real_number, run_main, whole_number  # noqa: E402
 from lib.config import load_config  # noqa: E402
 from lib.errors import reason  # noqa: E402
 from lib.io import make_folder  # noqa: E402
+from lib.raycast import count_cores  # noqa: E402
 from lib.run.log import describe_commit, device_name  # noqa: E402
 from tools.studies import Run, Variant, make_runs, read_study  # noqa: E402
 from tools.studies.table import write_table  # noqa: E402
@@ -91,8 +92,7 @@ class Slots:
     def __init__(self, runs: Sequence[Run], args, gpus: int):
         self.args, self.runs, self.gpus = args, runs, gpus
         self.count = max(1, min(args.per_gpu * max(gpus, 1), sum(run.parent is None for run in runs)))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-        self.workers = max(1, cores // self.count) if args.workers is None else args.workers
+        self.workers = max(1, count_cores() // self.count) if args.workers is None else args.workers
         self.begin = time.monotonic()
         self._interrupted = threading.Event()
         self._changed = threading.Condition()

@@ -68,11 +68,11 @@ def cuts(truth, kept, free_id):
 
 def batches(cfg, dataset, device):
     """Batches of one sample each, on the device."""
-    from lib.run.loading import make_loader, read_batches, to_device
+    from lib.run.loading import count_workers, make_loader, read_batches, to_device
     from loaders import collate
 
     order = [[index] for index in range(len(dataset))]
-    loader = make_loader(dataset, order, collate, cfg.data.get('workers_per_gpu', 0), device)
+    loader = make_loader(dataset, order, collate, count_workers(cfg), device)
     return (to_device(batch, device) for batch in read_batches(loader))
 
 

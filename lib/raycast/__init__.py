@@ -115,6 +115,11 @@ def num_threads() -> int:
     wanted = os.environ.get('OMP_NUM_THREADS', '')
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
+    return count_cores()
+
+
+def count_cores() -> int:
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 

@@ -24,7 +24,7 @@ from ..prediction import save_prediction, to_dense, write_record
 from ..settings import EvaluationSettings
 from ..task import Task
 from . import Components, default_metrics, open_dataset, read_task
-from .loading import read_in_order, to_device
+from .loading import count_workers, read_in_order, to_device
 from .log import Countdown, RunLog, duration
 from .numerics import autocast, check_precision, convert_weights, describe_precision, seed_everything, set_tf32
 from .processes import Processes, start_processes
@@ -235,7 +235,7 @@ def _validate(args, cfg, components, processes: Processes) -> None:
     checks_files = processes.is_main and not args.no_preflight
     dataset = open_dataset(components, cfg, args.split, task, changes, checks_files)
     metrics = args.metrics or EvaluationSettings.from_config(cfg.get('evaluation')).metrics
-    workers = cfg.data.get('workers_per_gpu', 0) if args.workers is None else args.workers
+    workers = count_workers(cfg, args.workers)
     evaluation = Evaluation(components, task, dataset, processes, log.say, metrics, workers, args.amp, folder)
     iteration = meta.get('iteration', meta.get('iter', '?'))
     log.say(

@@ -7,12 +7,13 @@ import resource
 import signal
 import sys
 import threading
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError, UserError
+from ..raycast import count_cores
 from ..targets import OccupancyTargets
 from .stopping import ignore_in_worker
 
@@ -87,6 +88,13 @@ class _Collate:
     def __call__(self, samples):
         failures = [sample for sample in samples if isinstance(sample, Failure)]
         return failures[0] if failures else self.collate(samples)
+
+
+def count_workers(cfg: Mapping, given: Optional[int] = None) -> int:
+    """Loading processes: ``given`` (--workers), or else the config's, of which there are no more than cores."""
+    if given is not None:
+        return given
+    return min(cfg['data'].get('workers_per_gpu', 0), count_cores())
 
 
 def make_loader(

@@ -9,7 +9,7 @@ from ..config import load_config
 from ..io import check_outputs, write_json
 from . import Components, open_dataset, read_task
 from .evaluation import load_for_inference, predict
-from .loading import read_in_order, to_device
+from .loading import count_workers, read_in_order, to_device
 from .log import device_name, peak_memory_mib
 from .numerics import describe_precision
 from .processes import pick_device
@@ -46,7 +46,7 @@ def _make_clock(args, cfg, components, device) -> 'Clock':
     model, _ = load_for_inference(components.build_model, cfg, task, args, device)
     changes = dict(test_mode=True, max_samples=args.warmup + args.samples)
     dataset = open_dataset(components, cfg, args.split, task, changes, check_files=False)
-    workers = cfg.data.get('workers_per_gpu', 0) if args.workers is None else args.workers
+    workers = count_workers(cfg, args.workers)
     return Clock(model, dataset, components.collate, device, args.amp, args.warmup, args.samples, workers)
 
 

@@ -28,6 +28,7 @@ from .folder import (
     resume_command,
     write_facts,
 )
+from .loading import count_workers
 from .log import RunLog
 from .numerics import check_precision, describe_precision, pick_seed, seed_everything, set_deterministic, set_tf32
 from .optimizer import Schedule, build_optimizer, clip_norm
@@ -205,7 +206,7 @@ class Launch:
         order = EpochOrder(len(dataset), self.plan.total, self.seed, self._sample_weights(dataset))
         epochs, iterations = run_length(cfg.runner, order.steps)
         self.log.say(f'{len(dataset)} training samples, {order.steps} optimizer steps per epoch, {iterations} in all')
-        evaluation, workers = None, cfg.data.get('workers_per_gpu', 0)
+        evaluation, workers = None, count_workers(cfg)
         if validation is not None:
             settings, metrics = self.settings, self.evaluation.metrics
             evaluation = Evaluation(

@@ -180,7 +180,9 @@ def test_a_frame_that_is_neither_given_nor_held_is_told():
     model = small_model(small_task(num_frames=3)).eval()
     batch = _without_held_frames(small_batch(model.task, with_labels=False), [0, 2], 3)
     model.history = 'cached'
-    with pytest.raises(DataError, match=f'features of the frame of {batch["img_metas"][0]["frame_keys"][3]} are not held'):
+    with pytest.raises(
+        DataError, match=f'features of the frame of {batch["img_metas"][0]["frame_keys"][3]} are not held'
+    ):
         predict_keeping_history(model, batch)
     model.history = 'full'
     with pytest.raises(DataError, match='does not hold the 9 images'):

@@ -170,3 +170,12 @@ def test_persistent_workers_live_on_when_a_pass_ends_with_its_last_batch():
         seen += [next(batches)['pid'] for _ in range(3)]
         del batches
     assert len(set(seen)) == 1 and os.getpid() not in seen
+
+
+def test_configs_ask_for_no_more_workers_than_cores(monkeypatch):
+    monkeypatch.setattr(loading, 'count_cores', lambda: 3)
+    cfg = dict(data=dict(workers_per_gpu=14))
+    assert loading.count_workers(cfg) == 3
+    assert loading.count_workers(cfg, 8) == 8  # asked for by name
+    assert loading.count_workers(dict(data=dict(workers_per_gpu=2))) == 2
+    assert loading.count_workers(dict(data={})) == 0

@@ -514,7 +514,7 @@ def test_processes_of_several_devices_make_the_same_files(tmp_path):
 
 
 def test_no_more_processes_than_fit(monkeypatch):
-    monkeypatch.setattr(pool, '_cores', lambda: 44)
+    monkeypatch.setattr(pool, 'count_cores', lambda: 44)
     monkeypatch.setattr(pool, '_ask_aside', lambda *_: [8 << 30, 1 << 30, 6 << 30])
     assert plan_crew('cuda', 44) == Crew(('cuda:0', 'cuda:2', 'cuda:0', 'cuda:2', 'cuda:0'), 5)
     assert plan_crew('cuda', 2).devices == ('cuda:0', 'cuda:2')

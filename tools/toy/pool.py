@@ -5,7 +5,6 @@ survive being copied.
 """
 
 import multiprocessing
-import os
 import signal
 import threading
 from collections import deque
@@ -14,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 from lib.errors import UserError
+from lib.raycast import count_cores
 
 GPU_BYTES_PER_WORKER = 5 << 29  # its context and the tensors of six images, about
 CPU_BYTES_PER_WORKER = 3 << 28
@@ -43,7 +43,7 @@ def plan_crew(device: str, wanted: Optional[int] = None, meanwhile: Sequence[Cal
         UserError: 'cuda', and there is no GPU, or none has room for a process.
     """
     room = max(_free_memory() // CPU_BYTES_PER_WORKER, 1)
-    most = min(wanted or _cores(), room)
+    most = min(wanted or count_cores(), room)
     free = _ask_aside(device, meanwhile)
     if device == 'cuda' and not free:
         raise UserError('--device cuda, but PyTorch finds no GPU; use --device cpu')
@@ -74,10 +74,6 @@ def _ask_aside(device, meanwhile) -> Sequence[int]:
     with ProcessPoolExecutor(len(functions), _context()) as aside:
         results = [future.result() for future in [aside.submit(function) for function in functions]]
     return [] if device == 'cpu' else results[-1]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def _free_memory() -> int:
