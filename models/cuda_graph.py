@@ -4,6 +4,7 @@ The steps of the heads are many short kernels on tensors whose shapes do not dep
 batch 1 the time to launch them exceeds the time they run; a graph removes it. The numbers are the same.
 """
 
+import functools
 from typing import Callable, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import torch
@@ -29,14 +30,14 @@ class _Captured:
         with torch.inference_mode(False):  # later calls may write to them outside that mode
             self.inputs = [None if t is None else t.clone(memory_format=torch.preserve_format) for t in inputs]
         device = self.inputs[0].device
-        stream = torch.cuda.Stream(device)
+        stream = _stream_on(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_RUNS):
                 run(*self.inputs)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.outputs = list(run(*self.inputs))
 
     def replay(self, inputs: MaybeTensors) -> List[Optional[Tensor]]:
@@ -45,6 +46,12 @@ class _Captured:
                 static.copy_(tensor)
         self.graph.replay()
         return [None if tensor is None else tensor.clone() for tensor in self.outputs]
+
+
+@functools.lru_cache(maxsize=None)
+def _stream_on(device: torch.device) -> torch.cuda.Stream:
+    """The same for all captures: cuBLAS keeps a workspace, some 32 MiB, for every stream that it was used on."""
+    return torch.cuda.Stream(device)
 
 
 class GraphedFunction:
