@@ -35,13 +35,14 @@ def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
 
     Without gradients, one CUDA kernel does all of it when it is built: it reads x, M and S once and writes only
     the result. It computes in float32; in float16 tensor cores make both products of float16 values, added up in
-    float32. With gradients, Triton's kernels do, forward and backward. On the CPU, without either and for other
-    sizes it is a chain of PyTorch operations. Autocast is off inside.
+    float32. With gradients, without that kernel, in bfloat16 and where TF32 is allowed in products, Triton's kernels
+    do, forward and backward. On the CPU, without either and for other sizes it is a chain of PyTorch operations.
+    Autocast is off inside.
     """
     _check(sampled, generated, out_points)
-    if _runs_fused(sampled, generated, out_points):
-        return _mix_fused(sampled, generated, out_points)
     kernels = _kernels_for(sampled, generated, out_points)
+    if (kernels is None or _is_for_tensor_cores(sampled.dtype)) and _runs_fused(sampled, out_points):
+        return _mix_fused(sampled, generated, out_points)
     if kernels is None:
         return adaptive_mix_reference(sampled, generated, out_points)
     in_points, width = sampled.shape[-2:]
@@ -111,18 +112,18 @@ def _needs_grad(sampled: Tensor, generated: Tensor) -> bool:
     return torch.is_grad_enabled() and (sampled.requires_grad or generated.requires_grad)
 
 
-def _runs_fused(sampled: Tensor, generated: Tensor, out_points: int) -> bool:
-    wanted = (
-        _fits(sampled, out_points)
-        and sampled.dtype in KERNEL_TYPES
-        and sampled.numel()
-        and _needs_grad(sampled, generated)
-    )
+def _is_for_tensor_cores(dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels multiply on tensor cores what the CUDA kernel does not."""
+    return dtype == torch.bfloat16 or dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def _runs_fused(sampled: Tensor, out_points: int) -> bool:
+    wanted = _fits(sampled, out_points) and sampled.dtype in KERNEL_TYPES and sampled.numel()
     return bool(wanted) and has_triton(sampled.device)
 
 
 def _fits(sampled: Tensor, out_points: int) -> bool:
-    """Whether the kernels of training take these sizes."""
+    """Whether Triton's kernels take these sizes."""
     in_points, width = sampled.shape[-2:]
     return width in (16, 32, 64) and 0 < in_points <= KERNEL_MAX_IN and 0 < out_points <= KERNEL_MAX_OUT
 
