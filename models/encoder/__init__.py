@@ -3,6 +3,7 @@
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n, L pyramid levels, C channels.
 """
 
+import contextlib
 import functools
 from typing import Hashable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lib.errors import DataError
+from models.csrc import has_triton
 from models.csrc.msmv_sampling import GradientSum, select_frames
 from models.cuda_graph import GraphedFunction
-from models.encoder.feature_cache import FeatureCache
-from models.encoder.fused import FusedResNet, can_fuse_backbone, can_fuse_neck, run_neck, run_neck_again
+from models.encoder.feature_cache import FeatureCache, StoredFrames
+from models.encoder.fused import FusedResNet, can_fuse_backbone, can_fuse_neck, run_neck, run_neck_again, run_neck_into
 from models.encoder.image_input import ImageInput
 from models.torch_compat import autocast_dtype
 
@@ -70,6 +72,7 @@ class ImageEncoder:
         self.cache = FeatureCache(capacity=num_frames)
         self._fused_backbone = FusedResNet(backbone) if fuse and can_fuse_backbone(backbone) else None
         self._graphed = GraphedFunction(self._encode, state=self._backbone_version)
+        self._graphed_writing = GraphedFunction(self._write_maps, state=self._backbone_version)
         for part in (backbone, neck):  # the layout that the sampling reads
             part.to(memory_format=torch.channels_last)
         backbone.keeps_float32 = True  # folded in float32, see lib.run.numerics.convert_weights
@@ -102,20 +105,75 @@ class ImageEncoder:
             raise DataError(
                 'a sample without all of its frames needs model.test_cfg.history="cached"; load whole samples'
             )
-        if keys is None:
-            return _with_gradient_sum(features._replace(maps=self.encode(img, graphed)))
-        frames = dict(zip(range(len(keys)) if given is None else given, img[0].split(self.num_cameras)))
+        stays = graphed and img.is_cuda and len(img) == 1 and self._is_testing()
+        if keys is None and not stays:
+            return _with_gradient_sum(features._replace(maps=self.encode(img)))
+        maps, slots = self._fill(img) if keys is None else self._fetch(img, keys, given, graphed)
+        return features._replace(
+            maps=[level.flatten(0, 1).unsqueeze(0) for level in maps], frame_index=_index_on(img.device, tuple(slots))
+        )
 
-        def encode(t: int) -> List[Tensor]:
+    def _fetch(self, img: Tensor, keys: Sequence[Tuple], given: Optional[Sequence[int]], graphed: bool):
+        """``StoredFrames`` of one sample, those not seen before being encoded one at a time.
+
+        Args:
+            given: which of its frames the images are of; None: of all.
+        """
+        frames = dict(zip(range(len(keys)) if given is None else given, img[0].split(self.num_cameras)))
+        plainly = graphed and not self._can_write(img)
+
+        def frame(t: int) -> Tensor:
             if t not in frames:
                 raise DataError(f'features of the frame of {keys[t][0][0]} are not held any more; load whole samples')
-            return [level[0] for level in self.encode(frames[t][None], graphed)]
+            return frames[t][None]
 
-        stored = self.cache.fetch(keys, encode)
-        return features._replace(
-            maps=[level.flatten(0, 1).unsqueeze(0) for level in stored.maps],
-            frame_index=_index_on(img.device, tuple(stored.slots)),
-        )
+        with self._storing(img):
+            return self.cache.fetch(
+                keys,
+                lambda t: [level[0] for level in self.encode(frame(t), plainly)],
+                lambda t, maps, slot: self._write(frame(t), maps, [slot], graphed),
+            )
+
+    def _fill(self, img: Tensor) -> StoredFrames:
+        """All frames of one sample, encoded together into memory that stays, where a graph of the head reads them."""
+        frames = img.view((self.num_frames, self.num_cameras) + img.shape[2:])
+        slots = list(range(self.num_frames))
+        with self._storing(img):
+            maps = self.cache.overwrite(
+                lambda: [level.view((len(slots), -1) + level.shape[2:]) for level in self._encode(img)],
+                lambda maps: self._write(frames, maps, slots),
+            )
+        return StoredFrames(maps, slots)
+
+    @contextlib.contextmanager
+    def _storing(self, img: Tensor):
+        """Frames of such images are stored inside."""
+        setting = _setting(img)
+        if self.cache.stored_as != setting:
+            self.cache.stored_as = None
+        yield
+        self.cache.stored_as = setting
+
+    def _write(self, frames: Tensor, maps: Sequence[Tensor], slots: Sequence[int], graphed: bool = False) -> bool:
+        """Encode frames [F, N, 3, H, W] into their slots of the stored maps; False, and nothing done, if it cannot be.
+
+        The bits are those of :meth:`encode`, without the copies from its results.
+        """
+        if self.cache.stored_as is None or not self._can_write(frames):
+            return False
+        index = _index_on(frames.device, tuple(slots))
+        if graphed:
+            self._graphed_writing(frames, index, in_place=maps)
+        else:
+            self._write_maps(frames, index, *maps)
+        return True
+
+    def _can_write(self, img: Tensor) -> bool:
+        return self.fuse and img.is_cuda and can_fuse_neck(self.neck) and has_triton(img.device)
+
+    def _write_maps(self, frames: Tensor, slots: Tensor, *maps: Tensor) -> Tuple[()]:
+        run_neck_into(self.neck, self._stages(frames.flatten(0, 1)), maps, slots)
+        return ()
 
     def encode(self, img: Tensor, graphed: bool = False) -> List[Tensor]:
         """img uint8 [B, n, 3, H, W] BGR -> L feature maps [B, n, H_l, W_l, C], channels last."""
@@ -125,16 +183,15 @@ class ImageEncoder:
     def forget_weights(self):
         """Drop everything that was made from the weights as they were."""
         self._graphed.clear()
+        self._graphed_writing.clear()
         if self._fused_backbone is not None:
             self._fused_backbone.clear()
         self.cache.release()
 
     def _encode(self, img: Tensor) -> List[Tensor]:
         batch, count = img.shape[:2]
-        images = self.image_input(img.flatten(0, 1), samples=batch)
-        fused = self._fused_backbone
-        stages = fused(images) if fused is not None and fused.serves(images) else self.backbone(images)
-        fuses = self.fuse and images.is_cuda and can_fuse_neck(self.neck)
+        stages = self._stages(img.flatten(0, 1), batch)
+        fuses = self.fuse and img.is_cuda and can_fuse_neck(self.neck)
         if fuses:
             saves = torch.is_grad_enabled() and getattr(self.backbone, 'with_cp', False)
             maps = run_neck_again(self.neck, stages) if saves else run_neck(self.neck, stages)
@@ -142,6 +199,12 @@ class ImageEncoder:
             maps = self.neck(stages)
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]
+
+    def _stages(self, images: Tensor, samples: int = 1) -> Sequence[Tensor]:
+        """Of the backbone, from uint8 images [n, 3, H, W]."""
+        prepared = self.image_input(images, samples=samples)
+        fused = self._fused_backbone
+        return fused(prepared) if fused is not None and fused.serves(prepared) else self.backbone(prepared)
 
     def _check_images(self, img: Tensor, num_frames: int):
         count = num_frames * self.num_cameras
@@ -164,13 +227,18 @@ class ImageEncoder:
         names = img_metas[0].get('frame_keys')
         if not names:
             return None
-        setting = (str(img.device), autocast_dtype(img.device.type), tuple(img.shape[-2:]))
+        setting = _setting(img)
         return [(tuple(names[i : i + self.num_cameras]), setting) for i in range(0, len(names), self.num_cameras)]
 
     def _locate(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
         """Where the images look, without their maps."""
         ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
         return ImageFeatures([], ego2img, self.image_input.padded_size(img.shape[-2:]))
+
+
+def _setting(img: Tensor) -> Hashable:
+    """What, beside the images, the maps depend on."""
+    return str(img.device), autocast_dtype(img.device.type), tuple(img.shape[-2:])
 
 
 def _with_gradient_sum(features: ImageFeatures) -> ImageFeatures:

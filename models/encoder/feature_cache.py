@@ -1,7 +1,7 @@
 """Features of earlier frames, kept from one test-time step to the next."""
 
 from collections import OrderedDict
-from typing import Callable, Hashable, List, NamedTuple, Sequence
+from typing import Callable, Hashable, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -27,12 +27,16 @@ class FeatureCache:
 
     Args:
         capacity: frames held; the T of one sample suffice for keyframes in order.
+
+    Attributes:
+        stored_as: what the user of the cache knows its maps by, None if that is not sure; not looked at here.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
         self._slots: OrderedDict[Hashable, int] = OrderedDict()
         self._maps: Maps = []
+        self.stored_as: Optional[Hashable] = None
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -44,12 +48,17 @@ class FeatureCache:
     def release(self):
         """Forget every frame and give the memory back."""
         self.clear()
-        self._maps = []
+        self._maps, self.stored_as = [], None
 
     def __getstate__(self):
-        return dict(self.__dict__, _slots=OrderedDict(), _maps=[])
+        return dict(self.__dict__, _slots=OrderedDict(), _maps=[], stored_as=None)
 
-    def fetch(self, keys: Sequence[Hashable], encode: Callable[[int], Maps]) -> StoredFrames:
+    def fetch(
+        self,
+        keys: Sequence[Hashable],
+        encode: Callable[[int], Maps],
+        write: Optional[Callable[[int, Maps, int], bool]] = None,
+    ) -> StoredFrames:
         """Where the frames of one sample are.
 
         Args:
@@ -58,6 +67,8 @@ class FeatureCache:
             encode: given the position (0..T-1) of a frame to encode, its maps: L tensors [N, H_l, W_l, C].
                 One frame at a time, so that its features have the same bits whatever is in the store: on a
                 GPU, rounding depends on how many images are encoded together.
+            write: given that position, the stored maps [S, N, H_l, W_l, C] and a slot 0..S-1, write the frame's maps
+                there and say True; False, and nothing written, where these maps are not like the stored ones.
 
         Raises:
             ValueError: more different keys than the store has room for, or maps that differ among these keys.
@@ -69,25 +80,52 @@ class FeatureCache:
                 self._slots.move_to_end(key)
         for t, key in enumerate(keys):
             if key not in self._slots:
-                self._store(key, encode(t))
+                self._store(key, t, encode, write)
         if any(key not in self._slots for key in keys):
             self.clear()
             raise ValueError('the frames of one sample have maps of different sizes, types or devices')
         return StoredFrames(self._maps, [self._slots[key] for key in keys])
 
-    def _store(self, key: Hashable, maps: Maps):
-        if [_layout(level) for level in maps] != [_layout(level[0]) for level in self._maps]:
-            self.release()  # before there is memory for the new ones
-            with torch.inference_mode(False):  # later steps may write to it outside that mode
-                self._maps = [level.new_empty((self.capacity,) + level.shape) for level in maps]
-        if len(self._slots) < self.capacity:
-            slot = min(set(range(self.capacity)) - set(self._slots.values()))
-        else:
-            slot = self._slots.popitem(last=False)[1]
-        with torch.no_grad():
+    def overwrite(self, encode: Callable[[], Maps], write: Callable[[Maps], bool]) -> Maps:
+        """The stored maps, filled with those of one sample, frame t in slot t; what was stored before is forgotten.
+
+        Args:
+            encode: gives the maps of all frames, L tensors [S, N, H_l, W_l, C].
+            write: given the stored maps, as in :meth:`fetch`, of all frames.
+        """
+        self.clear()
+        if not (self._maps and write(self._maps)):
+            maps = encode()
+            self._make_room([level[0] for level in maps])
             for stored, level in zip(self._maps, maps):
-                stored[slot].copy_(level)
+                stored.copy_(level)
+        return self._maps
+
+    def _store(self, key: Hashable, t: int, encode, write):
+        slot = self._free_slot()
+        if not (self._maps and write is not None and write(t, self._maps, slot)):
+            maps = encode(t)
+            if self._make_room(maps):
+                slot = 0
+            with torch.no_grad():
+                for stored, level in zip(self._maps, maps):
+                    stored[slot].copy_(level)
         self._slots[key] = slot
+
+    def _make_room(self, maps: Maps) -> bool:
+        """Whether there was none for frames of such maps, L tensors [N, H_l, W_l, C], and all was forgotten."""
+        if [_layout(level) for level in maps] == [_layout(level[0]) for level in self._maps]:
+            return False
+        self.release()  # before there is memory for the new ones
+        with torch.inference_mode(False):  # later steps may write to it outside that mode
+            self._maps = [level.new_empty((self.capacity,) + level.shape) for level in maps]
+        return True
+
+    def _free_slot(self) -> int:
+        """A slot that holds nothing, or what was not used for longest."""
+        if len(self._slots) < self.capacity:
+            return min(set(range(self.capacity)) - set(self._slots.values()))
+        return self._slots.popitem(last=False)[1]
 
 
 def _layout(level: Tensor):

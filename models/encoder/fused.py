@@ -579,13 +579,51 @@ def run_neck(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
         neck: for which ``can_fuse_neck`` holds.
         stages: of the backbone, [n, C_l, H_l, W_l], channels last.
     """
-    merged: List[Tensor] = []  # from the coarsest level down
-    for stage, module in reversed(list(zip(stages[neck.start_level :], neck.lateral_convs))):
-        level = F.conv2d(stage, module.conv.weight)
-        bias = module.conv.bias.to(level.dtype).view(1, -1, 1, 1)
-        merged.append(_AddEnlarged.apply(level, merged[-1] + bias) if merged else level.add_(bias))
-    levels = [module(level) for module, level in zip(reversed(neck.fpn_convs), merged)]
+    levels = [module(level) for module, level in zip(reversed(neck.fpn_convs), _merge(neck, stages))]
     return levels[::-1]
+
+
+def _merge(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
+    """What the FPN's last convolutions take, from the coarsest level down."""
+    merged: List[Tensor] = []
+    for stage, module in reversed(list(zip(stages[neck.start_level :], neck.lateral_convs))):
+        conv, coarse = module.conv, merged[-1] if merged else None
+        if _can_merge_fused(stage, coarse):
+            from models.encoder.kernels import merge_level  # needs Triton
+
+            weight = conv.weight.to(stage.dtype).flatten(1).contiguous()
+            merged.append(merge_level(stage, weight, conv.bias, coarse))
+            continue
+        level = F.conv2d(stage, conv.weight)
+        bias = conv.bias.to(level.dtype).view(1, -1, 1, 1)
+        merged.append(level.add_(bias) if coarse is None else _AddEnlarged.apply(level, coarse + bias))
+    return merged
+
+
+def _can_merge_fused(stage: Tensor, coarse: Optional[Tensor]) -> bool:
+    """Without gradients, in half precision, each value of the level above being the nearest of four."""
+    if torch.is_grad_enabled() or stage.dtype not in (torch.float16, torch.bfloat16) or not has_triton(stage.device):
+        return False
+    doubles = coarse is None or tuple(stage.shape[2:]) == (2 * coarse.shape[2], 2 * coarse.shape[3])
+    return doubles and all(
+        level is None or level.is_contiguous(memory_format=torch.channels_last) for level in (stage, coarse)
+    )
+
+
+def run_neck_into(neck: FPN, stages: Sequence[Tensor], stored: Sequence[Tensor], slots: Tensor) -> None:
+    """``run_neck``, its maps written to where frames are stored; no gradients, on a GPU with Triton.
+
+    Args:
+        stages: as ``run_neck`` takes them, of F*N images.
+        stored: L tensors [S, N, H_l, W_l, C], contiguous.
+        slots: int64 [F], where each frame goes.
+    """
+    from models.encoder.kernels import store_level  # needs Triton
+
+    for module, level, own in zip(reversed(neck.fpn_convs), _merge(neck, stages), reversed(stored)):
+        conv = module.conv
+        result = F.conv2d(level, conv.weight, None, *_geometry(conv)).contiguous(memory_format=torch.channels_last)
+        store_level(result, conv.bias.to(result.dtype), own, slots)
 
 
 def run_neck_again(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:

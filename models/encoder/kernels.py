@@ -12,6 +12,9 @@ The stem's input: squares of 2x2 pixels as pixels of 16 channels, with the convo
 
 Max pooling 3x3 with stride 2 that keeps no places: PyTorch's also writes, for every result, where it came from, in
 eight bytes, whether or not a gradient will be wanted.
+
+The FPN at inference: a level's 1x1 convolution, its bias and the level above are one kernel; the bias of its result
+is added on the way to where the maps of frames are stored.
 """
 
 from typing import NamedTuple, Optional, Tuple
@@ -25,6 +28,8 @@ _BLOCK = 1024  # pixels of the input
 _ROWS, _COLUMNS, _STEPS = 32, 64, 16  # of the backward pass
 _PIXELS = 32  # of pooling
 _SQUARES = 64
+_STORED = 4096  # values per program
+_FEW = 132  # programs that leave some of a GPU idle
 
 
 class InputSizes(NamedTuple):
@@ -237,3 +242,95 @@ def max_pool(x: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         _pool[grid](x, out, height, width, out_height, out_width, count, channels=channels, block=block, pixels=_PIXELS)
     return out.permute(0, 3, 1, 2)
+
+
+@triton.jit
+def _merge_level(
+    stage_at, weight_at, bias_at, coarse_at, out_at, pixels, height, width, depth, channels,
+    adds: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, inner: tl.constexpr,
+):  # fmt: skip
+    pixel = tl.program_id(0) * rows + tl.arange(0, rows)
+    channel = tl.program_id(1) * columns + tl.arange(0, columns)
+    known = pixel < pixels
+    start = pixel.to(tl.int64) * depth
+    total = tl.zeros([rows, columns], tl.float32)
+    for first in range(0, depth, inner):
+        feature = first + tl.arange(0, inner)
+        seen = known[:, None] & (feature < depth)[None, :]
+        left = tl.load(stage_at + start[:, None] + feature[None, :], mask=seen, other=0.0)
+        seen = (feature < depth)[:, None] & (channel < channels)[None, :]
+        right = tl.load(weight_at + channel[None, :] * depth + feature[:, None], mask=seen, other=0.0)
+        total += tl.dot(left, right)
+    total += tl.load(bias_at + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    inside = known[:, None] & (channel < channels)[None, :]
+    if adds:
+        image, row, column = pixel // width // height, pixel // width % height, pixel % width
+        nearest = (image * (height // 2) + row // 2) * (width // 2) + column // 2
+        places = nearest.to(tl.int64)[:, None] * channels + channel[None, :]
+        total += tl.load(coarse_at + places, mask=inside, other=0.0).to(tl.float32)
+    places = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+    tl.store(out_at + places, total.to(out_at.dtype.element_ty), mask=inside)
+
+
+def merge_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Optional[Tensor]) -> Tensor:
+    """1x1 convolution of a stage, plus bias, plus the level above enlarged by its nearest values.
+
+    Args:
+        stage: float16 or bfloat16 [n, C_in, H, W], channels last.
+        weight: [C, C_in], contiguous, of the same type.
+        bias: [C].
+        coarse: [n, C, H/2, W/2], channels last; None: there is none above.
+
+    Returns:
+        [n, C, H, W], channels last.
+    """
+    count, depth, height, width = stage.shape
+    channels, pixels = len(weight), count * height * width
+    out = torch.empty((count, height, width, channels), dtype=stage.dtype, device=stage.device)
+    sizes = dict(rows=64, columns=min(256, max(16, triton.next_power_of_2(channels))), inner=64, num_warps=4)
+    if triton.cdiv(pixels, sizes['rows']) < _FEW:
+        sizes.update(columns=min(64, sizes['columns']))
+    grid = triton.cdiv(pixels, sizes['rows']), triton.cdiv(channels, sizes['columns'])
+    with torch.cuda.device_of(stage):
+        _merge_level[grid](
+            stage,
+            weight,
+            bias,
+            stage if coarse is None else coarse,
+            out,
+            pixels,
+            height,
+            width,
+            depth,
+            channels,
+            adds=coarse is not None,
+            num_stages=2,
+            **sizes,
+        )
+    return out.permute(0, 3, 1, 2)
+
+
+@triton.jit
+def _store_level(level_at, bias_at, stored_at, slots_at, count, channels: tl.constexpr, block: tl.constexpr):
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    frame = tl.program_id(1).to(tl.int64)
+    values = tl.load(level_at + frame * count + place, mask=place < count, other=0.0).to(tl.float32)
+    values += tl.load(bias_at + place % channels).to(tl.float32)
+    to = stored_at + tl.load(slots_at + frame) * count + place
+    tl.store(to, values.to(stored_at.dtype.element_ty), mask=place < count)
+
+
+def store_level(level: Tensor, bias: Tensor, stored: Tensor, slots: Tensor) -> None:
+    """stored[slots] = level + bias.
+
+    Args:
+        level: [F*N, C, H, W], channels last.
+        bias: [C].
+        stored: [S, N, H, W, C], contiguous; may be of another type.
+        slots: int64 [F], 0..S-1.
+    """
+    count = stored[0].numel()
+    with torch.cuda.device_of(level):
+        _store_level[(triton.cdiv(count, _STORED), len(slots))](
+            level, bias, stored, slots, count, channels=level.shape[1], block=_STORED, num_warps=8
+        )

@@ -87,3 +87,32 @@ def test_maps_that_differ_within_a_sample():
     with pytest.raises(ValueError, match='maps of different sizes, types or devices'):
         drive.fetch(1, 2)
     assert drive.fetch(1, 2).maps[0].dtype == torch.float64
+
+
+def test_frames_can_be_written_in_place():
+    drive = Drive()
+    written = []
+
+    def write(maps, slots, numbers):
+        written.append((tuple(slots), tuple(numbers)))
+        for level in maps:
+            for slot, number in zip(slots, numbers):
+                level[slot] = number
+        return True
+
+    def fetch(keys, accepts=True):
+        encode = lambda t: [torch.full((2, 4, 6, 3), float(keys[t]))]  # noqa: E731
+        return drive.cache.fetch(keys, encode, lambda t, maps, slot: accepts and write(maps, [slot], [float(keys[t])]))
+
+    fetch([3, 2, 1])  # the first makes room
+    assert written == [((1,), (2.0,)), ((2,), (1.0,))]
+    stored = fetch([4, 3, 2])
+    assert written[2:] == [((2,), (4.0,))]
+    assert [float(stored.maps[0][slot].mean()) for slot in stored.slots] == [4, 3, 2]
+    stored = fetch([5, 4, 3], accepts=False)
+    assert [float(stored.maps[0][slot].mean()) for slot in stored.slots] == [5, 4, 3] and len(written) == 3
+    maps = drive.cache.overwrite(list, lambda maps: write(maps, [0, 1, 2], [7.0, 8.0, 9.0]))
+    assert len(drive.cache) == 0 and maps[0].mean((1, 2, 3, 4)).tolist() == [7, 8, 9]
+    drive.cache.release()
+    maps = drive.cache.overwrite(lambda: [torch.ones(3, 2, 4, 6, 3)], lambda maps: False)
+    assert maps[0].mean() == 1 and drive.cache.stored_as is None

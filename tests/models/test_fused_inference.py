@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_model import small_batch, small_model, small_task
 from torch import nn
 
@@ -177,6 +178,63 @@ def test_attention(count, dtype):
     expected = distance_attention_reference(parts.double(), reach.double(), positions.double())
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.double(), expected, rtol=1e-2, atol=1e-2)  # products of 11 bits
+
+
+@runs
+@pytest.mark.parametrize('height, width, depth, channels', [(4, 6, 20, 24), (16, 24, 40, 64), (48, 96, 16, 20)])
+def test_levels_are_merged(height, width, depth, channels):
+    from models.encoder.kernels import merge_level
+
+    layout = dict(memory_format=torch.channels_last)
+    stage = random(2, depth, height, width, dtype=torch.float16).contiguous(**layout)
+    coarse = random(2, channels, height // 2, width // 2, dtype=torch.float16).contiguous(**layout)
+    weight, bias = random(channels, depth, dtype=torch.float16), random(channels)
+    expected = torch.einsum('nkhw,ck->nchw', stage.double(), weight.double()) + bias.view(-1, 1, 1)
+    tolerance = dict(rtol=2e-3, atol=2e-3)  # the result is rounded to float16
+    alone = merge_level(stage, weight, bias, None)
+    assert alone.is_contiguous(**layout)
+    torch.testing.assert_close(alone.double(), expected, **tolerance)
+    expected += F.interpolate(coarse.double(), scale_factor=2, mode='nearest')
+    torch.testing.assert_close(merge_level(stage, weight, bias, coarse).double(), expected, **tolerance)
+
+
+@runs
+def test_levels_are_stored():
+    from models.encoder.kernels import store_level
+
+    level = random(6, 24, 5, 7, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    bias, stored = random(24, dtype=torch.float16), torch.zeros(4, 3, 5, 7, 24, device=DEVICE, dtype=torch.float16)
+    store_level(level, bias, stored, torch.tensor([3, 1], device=DEVICE))
+    expected = (level.permute(0, 2, 3, 1) + bias).view(2, 3, 5, 7, 24)
+    assert torch.equal(stored[3], expected[0]) and torch.equal(stored[1], expected[1])
+    assert not stored[0].any() and not stored[2].any()
+
+
+@runs
+@pytest.mark.parametrize('graphed', [False, True])
+def test_frames_are_written_where_they_are_stored(graphed, monkeypatch):
+    """By the kernels from the second on, and all at once where a graph of the head wants them in one place."""
+    task = small_task(num_frames=3)
+    model = small_model(task).eval().to(DEVICE)
+    encoder, written = model.encoder, []
+    monkeypatch.setattr(encoder, '_can_write', lambda img: True)
+    write = encoder._write_maps
+    monkeypatch.setattr(
+        encoder, '_write_maps', lambda frames, *rest: written.append(len(frames)) or write(frames, *rest)
+    )
+    monkeypatch.setattr(encoder._graphed_writing, 'function', encoder._write_maps)
+    drive = [to_device(small_batch(task, with_labels=False, first_index=index), DEVICE) for index in range(3)]
+    expected = [encoder.encode(batch['img']) for batch in drive]
+    for batch, maps in zip(drive, expected):
+        given = [batch[name] for name in ('img', 'lidar2img', 'ego2lidar', 'img_metas')]
+        ours = encoder(*given, graphed=graphed).in_order(task.num_cameras).maps
+        for mine, other in zip(ours, maps):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)  # other numbers of images at a time
+    assert written and set(written) == {1}
+    filled = encoder._fill(drive[1]['img'])
+    assert written[-1] == 3 and filled.slots == [0, 1, 2] and len(encoder.cache) == 0
+    for mine, other in zip(filled.maps, expected[1]):
+        torch.testing.assert_close(mine.flatten(0, 1), other[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(params=['semantic', 'occupancy'])
