@@ -177,10 +177,11 @@ def _camera_records(job, keyframe, scene):
     records = []
     cameras = list(scene.rig.cameras.values())
     moments = [_moments(job, keyframe, camera.delay_us, CAMERA_PERIOD_US, CAMERA_SWEEPS) for camera in cameras]
-    for round_ in zip(*moments):
+    rounds = list(zip(*moments))
+    # All cameras fire within 50 ms and share one shadow map.
+    maps = scene.renderer.shadow_maps([round_[0].offset_us * 1e-6 for round_ in rounds])
+    for round_, shadows in zip(rounds, maps):
         pool.check_wanted()
-        # All cameras fire within 50 ms and share one shadow map.
-        shadows = scene.renderer.shadows(round_[0].offset_us * 1e-6)
         views = scene.renderer.views(cameras, [moment.offset_us * 1e-6 for moment in round_], shadows)
         for camera, moment, view in zip(cameras, round_, views):
             filename = _filename(job, camera.name, moment, 'jpg')

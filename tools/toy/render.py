@@ -100,19 +100,28 @@ class Renderer:
 
     def shadows(self, t: float) -> Shadows:
         """Shadows around the ego car at time t."""
-        sun, middle = self.world.look.sun, self.world.ego_to_map(t)[:3, 3]
+        return self.shadow_maps([t])[0]
+
+    def shadow_maps(self, times: Sequence[float]) -> List[Shadows]:
+        """Shadows around the ego car at each of the times, traced together on a GPU."""
+        sun = self.world.look.sun
         right = np.array([-sun[1], sun[0], 0.0]) / np.hypot(sun[0], sun[1])
         rotation = np.stack([right, np.cross(-sun, right), -sun], axis=1)
-        eye = middle + _SUN_METRES * sun
         focal = 0.5 * _SHADOW_PIXELS * _SUN_METRES / _SHADOW_REACH
         intrinsic = np.array([[focal, 0, _SHADOW_PIXELS / 2], [0, focal, _SHADOW_PIXELS / 2], [0, 0, 1.0]])
-        scene = pack_scene(self.world.shapes_at(t, middle, 1.2 * _SHADOW_REACH), self.world.waves, eye)
+        middles = [self.world.ego_to_map(t)[:3, 3] for t in times]
+        eyes = [middle + _SUN_METRES * sun for middle in middles]
+        tables = [self.world.shapes_at(t, middle, 1.2 * _SHADOW_REACH) for t, middle in zip(times, middles)]
+        scenes = [pack_scene(table, self.world.waves, eye) for table, eye in zip(tables, eyes)]
         size = (_SHADOW_PIXELS, _SHADOW_PIXELS)
-        depth, _ = self._trace([scene], [rotation], [intrinsic], size, ground=False)
-        return Shadows(depth.reshape(-1), _SHADOW_PIXELS, eye, rotation, focal)
+        if self.device.type == 'cpu':
+            depths = [self._trace([scene], [rotation], [intrinsic], size, ground=False)[0] for scene in scenes]
+        else:
+            depths, _ = self._trace(scenes, [rotation] * len(times), [intrinsic] * len(times), size, ground=False)
+        return [Shadows(d.reshape(-1), _SHADOW_PIXELS, eye, rotation, focal) for d, eye in zip(depths, eyes)]
 
     def _trace(self, scenes, rotations, intrinsics, size, ground=True):
-        """Depth and hit tensors [C, height, width]; hits index the scenes' concatenated shapes."""
+        """Depths and hits, tensors [C, height, width]; hits index the scenes' concatenated shapes."""
         if self.device.type != 'cpu':
             from .trace_torch import trace_images
 

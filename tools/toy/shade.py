@@ -146,17 +146,18 @@ def paint(painter: Painter, rows: ShapeRows, hits: Hits, shadows: Optional[Shado
     """Colours [P, 3] of what was hit."""
     colour = torch.empty_like(hits.directions)
     index = torch.nonzero(hits.hit == SKY)[:, 0]
-    colour[index] = _sky(painter, hits.directions[index])
+    colour[index] = _sky(painter, hits.directions.index_select(0, index))
     for index, ground in ((torch.nonzero(hits.hit == GROUND)[:, 0], True), (torch.nonzero(hits.hit >= 0)[:, 0], False)):
         if len(index) == 0:
             continue
-        offset = hits.directions[index] * hits.depth[index, None]
-        place = hits.eye[index] + offset
+        directions, depth, hit, eye = (part.index_select(0, index) for part in hits)
+        offset = directions * depth[:, None]
+        place = eye + offset
         sunny = _sunny(shadows, place)
         if ground:
             lit = _ground(painter, place, sunny)
         else:
-            lit = _shapes(painter, rows, offset, hits.hit[index], sunny)
+            lit = _shapes(painter, rows, offset, hit, sunny)
         colour[index] = _haze(painter, lit, offset)
     return colour.clamp_(0.0, 1.0)
 
@@ -255,7 +256,8 @@ def _local_hit(numbers, kind, offset):
     for code, find in _NORMALS.items():
         chosen = torch.nonzero(kind == code)[:, 0]
         if len(chosen):
-            normal[chosen] = find(local[chosen], numbers[chosen, 5:8], numbers[chosen, 8:10])
+            half_and_slope = numbers[:, 5:10].index_select(0, chosen)
+            normal[chosen] = find(local.index_select(0, chosen), half_and_slope[:, :3], half_and_slope[:, 3:])
     return local, normal / normal.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
@@ -322,7 +324,8 @@ def _materials(painter, material, local, normal, numbers):
     for code, texture in _TEXTURES.items():
         chosen = torch.nonzero(material == code)[:, 0]
         if len(chosen):
-            colour[chosen] = texture(painter, colour[chosen], _Spots(*(part[chosen] for part in spots)))
+            plain, here = colour.index_select(0, chosen), _Spots(*(part.index_select(0, chosen) for part in spots))
+            colour[chosen] = texture(painter, plain, here)
     return colour
 
 
