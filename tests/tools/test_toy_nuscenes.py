@@ -763,8 +763,8 @@ def test_several_cameras_at_once_are_those_one_by_one(worlds):
     """The path of GPUs, taken on the CPU: batches of cameras through the tensor tracer."""
 
     class Batched(Renderer):
-        def views(self, cameras, times, shadows=None):
-            return self._expose([self._shot(c, t) for c, t in zip(cameras, times)], shadows)
+        def _groups(self, cameras, times):
+            return [[self._shot(c, t) for c, t in zip(cameras, times)]]
 
         def _trace(self, scenes, rotations, intrinsics, size, ground=True):
             from tools.toy.trace_torch import trace_images

@@ -182,10 +182,10 @@ def _camera_records(job, keyframe, scene):
     maps = scene.renderer.shadow_maps([round_[0].offset_us * 1e-6 for round_ in rounds])
     for round_, shadows in zip(rounds, maps):
         pool.check_wanted()
-        views = scene.renderer.views(cameras, [moment.offset_us * 1e-6 for moment in round_], shadows)
-        for camera, moment, view in zip(cameras, round_, views):
+        images = scene.renderer.images(cameras, [moment.offset_us * 1e-6 for moment in round_], shadows)
+        for camera, moment, image in zip(cameras, round_, images):
             filename = _filename(job, camera.name, moment, 'jpg')
-            write_jpeg(job.options.out / filename, view.image)
+            write_jpeg(job.options.out / filename, image)
             records.append(_record(job, scene, camera.name, moment, filename, camera.size))
     return records
 

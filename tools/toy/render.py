@@ -60,10 +60,26 @@ class Renderer:
 
     def views(self, cameras: Sequence[Camera], times: Sequence[float], shadows: Optional[Shadows] = None) -> List[View]:
         """The views of several cameras with images of one size, each at its own time."""
+        views: List[View] = []
+        for shots in self._groups(cameras, times):
+            images, depth, hit = self._expose(shots, shadows)
+            middle = slice(shots[0].fine // 2, None, shots[0].fine)
+            depth, hit = (part[:, middle, middle].cpu().numpy() for part in (depth, hit))
+            owners = np.concatenate([shot.table.owner for shot in shots])
+            owner = np.where(hit >= 0, owners[np.maximum(hit, 0)], hit).astype(np.int32)
+            views += [View(*parts) for parts in zip(images, depth, owner)]
+        return views
+
+    def images(
+        self, cameras: Sequence[Camera], times: Sequence[float], shadows: Optional[Shadows] = None
+    ) -> List[np.ndarray]:
+        """Only the images of :meth:`views`."""
+        return [image for shots in self._groups(cameras, times) for image in self._expose(shots, shadows)[0]]
+
+    def _groups(self, cameras, times):
+        """What is traced together: all on a GPU, one after another on the CPU, which caches like better."""
         shots = [self._shot(camera, t) for camera, t in zip(cameras, times)]
-        if self.device.type == 'cpu':  # one by one, which caches like better
-            return [view for shot in shots for view in self._expose([shot], shadows)]
-        return self._expose(shots, shadows)
+        return [[shot] for shot in shots] if self.device.type == 'cpu' else [shots]
 
     def _shot(self, camera, t):
         fine = 2 if camera.size[0] * camera.size[1] < SMALL_IMAGE else 1
@@ -80,6 +96,7 @@ class Renderer:
         )
 
     def _expose(self, shots, shadows):
+        """Images uint8 [C, height, width, 3], and as traced, with ``fine`` pixels a pixel and side, depths and hits."""
         width, height = shots[0].size
         fine = shots[0].fine
         depth, hit = self._trace(
@@ -92,11 +109,7 @@ class Renderer:
         rows = shape_rows([s.scene for s in shots], table, self.device)
         colour = paint(self._painter, rows, Hits(rays, depth.reshape(-1), hit.reshape(-1), eye), shadows)
         colour = colour.reshape(len(shots), height // fine, fine, width // fine, fine, 3).mean(dim=(2, 4))
-        images = (colour * 255.0 + 0.5).to(torch.uint8).cpu().numpy()
-        middle = (slice(None), slice(fine // 2, None, fine), slice(fine // 2, None, fine))
-        depth, hit = depth[middle].cpu().numpy(), hit[middle].cpu().numpy()
-        owner = np.where(hit >= 0, table.owner[np.maximum(hit, 0)], hit).astype(np.int32)
-        return [View(*parts) for parts in zip(images, depth, owner)]
+        return (colour * 255.0 + 0.5).to(torch.uint8).cpu().numpy(), depth, hit
 
     def shadows(self, t: float) -> Shadows:
         """Shadows around the ego car at time t."""

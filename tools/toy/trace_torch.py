@@ -248,14 +248,27 @@ def _add_ground(waves, rays, depth, hit):
     """Depth and hits with the ground in: steps that cannot overshoot, then Newton's. ``waves`` [C, 5, 3]."""
     pixels = len(rays) // len(waves)
     highest, steepest = (float(v) for v in waves[0, 4, 1:])
-    amplitude, kx, ky = waves[0, :3]
-    phase, height = (v.repeat_interleave(pixels, dim=0) for v in (waves[:, 3], waves[:, 4, 0]))
-    # The other rays never get down to the hills.
+    height = waves[:, 4, 0].repeat_interleave(pixels)
     falls = rays[:, 2] * FAR < (highest - height).clamp(max=0.0)
-    fall = torch.where(falls, rays[:, 2], torch.full_like(depth, -1.0))
-    t = ((highest - height) / fall).clamp(min=0.0)
+    start = ((highest - height) / rays[:, 2]).clamp(min=0.0)
+    # The other rays never get down to the hills, or meet something well before.
+    index = torch.nonzero(falls & (depth > 0.5 * start))[:, 0]
+    t = _fall(waves, rays[index], torch.div(index, pixels, rounding_mode='floor'), start[index], steepest)
+    nearer = t < depth[index]
+    index = index[nearer]
+    depth[index], hit[index] = t[nearer], GROUND
+    return depth, hit
+
+
+def _fall(waves, rays, camera, t, steepest):
+    """Distance [R] along ``rays`` [R, 3], which fall, to the ground, from distance ``t`` [R] above it on.
+
+    ``camera`` int64 [R]: which of the C cameras each ray belongs to.
+    """
+    amplitude, kx, ky = waves[0, :3]
+    phase, height, fall = waves[camera, 3], waves[camera, 4, 0], rays[:, 2]
     rate = steepest * rays[:, :2].norm(dim=1) - fall
-    speed = rays[:, :1] * kx + rays[:, 1:2] * ky  # [P, 3], phase per unit of t
+    speed = rays[:, :1] * kx + rays[:, 1:2] * ky  # [R, 3], phase per unit of t
     for step in range(_SAFE_STEPS + _NEWTON_STEPS):
         angle = t[:, None] * speed + phase
         gap = height + t * fall - (torch.sin(angle) * amplitude).sum(dim=1)
@@ -263,5 +276,4 @@ def _add_ground(waves, rays, depth, hit):
             exact = (torch.cos(angle) * amplitude * speed).sum(dim=1) - fall
             rate = torch.where(exact > 0.3 * rate, exact, rate)  # not where the ray only grazes a hill
         t = (t + gap / rate).clamp(min=0.0, max=2 * FAR)
-    nearer = falls & (t < depth)
-    return torch.where(nearer, t, depth), torch.where(nearer, torch.full_like(hit, GROUND), hit)
+    return t
