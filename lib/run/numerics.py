@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import ConfigError
 
 _DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
+_CPU_HAS_BF16 = int(torch.__version__.split('.')[0]) >= 2  # PyTorch 1.10 has no LayerNorm of it there
 
 
 def check_precision(amp: Optional[str], device: torch.device) -> None:
@@ -24,6 +25,10 @@ def check_precision(amp: Optional[str], device: torch.device) -> None:
         raise ConfigError(f'amp must be fp16 or bf16, got {amp!r}')
     if amp == 'fp16' and device.type == 'cpu':
         raise ConfigError('--amp fp16 needs a GPU; use --amp bf16 or no --amp on the CPU')
+    if amp == 'bf16' and device.type == 'cpu' and not _CPU_HAS_BF16:
+        raise ConfigError(
+            f'--amp bf16 on the CPU needs PyTorch 2.0 or newer, and this is {torch.__version__}; use no --amp'
+        )
     if amp == 'bf16' and device.type == 'cuda' and not torch.cuda.is_bf16_supported():
         raise ConfigError(f'--amp bf16: {torch.cuda.get_device_name(device)} does not support bfloat16; use --amp fp16')
 

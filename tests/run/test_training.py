@@ -331,6 +331,7 @@ def test_full_disk_stops_by_option(workshop, monkeypatch):
         workshop.train('train.on_save_error=stop')
 
 
+@pytest.mark.skipif(torch.__version__ < '2', reason='PyTorch 1.10 has no LayerNorm of bfloat16 on the CPU')
 def test_bfloat16_on_the_cpu(workshop):
     workshop.train(more=('--amp', 'bf16'), work_dir='bf16')
     workshop.train(work_dir='fp32')
@@ -338,6 +339,13 @@ def test_bfloat16_on_the_cpu(workshop):
     # bfloat16 keeps 8 bits: the first loss agrees to about a percent, and not exactly.
     half, full = workshop.curve('bf16')[0], workshop.curve('fp32')[0]
     assert half == pytest.approx(full, rel=0.05) and half != full
+
+
+def test_bfloat16_is_refused_on_the_cpu_by_old_pytorch(workshop, monkeypatch):
+    monkeypatch.setattr('lib.run.numerics._CPU_HAS_BF16', False)
+    with pytest.raises(ConfigError, match='--amp bf16 on the CPU needs PyTorch 2.0 or newer'):
+        workshop.train(more=('--amp', 'bf16'))
+    assert not (workshop.folder / 'run').exists()
 
 
 @pytest.mark.parametrize(
