@@ -1,7 +1,7 @@
 """From the volumes of samples to the numbers that all scores come from, on the CPU and, many samples at once, on CUDA.
 
 S samples; X, Y, Z the task's grid; O origins; M rays; C classes without free; T thresholds; G regions of the ground
-plan (distance rings x camera sectors).
+plan.
 
 Occupancy and flow is the score of the CVPR 2024 Occupancy and Flow challenge (OpenOcc v2): Occ Score = 0.9 RayIoU +
 0.1 max(1 - mAVE, 0), where mAVE is the error of the velocities that rays meet, averaged over the movable classes (the
@@ -23,125 +23,13 @@ import numpy as np
 
 from ..classes import LabelSet
 from ..errors import ConfigError, DataError
-from ..prediction import MAX_INSTANCE_ID
 from ..raycast import cast_rays, trace
 from ..task import Task
+from .counts import CLASS_BITS, FLOW_THRESHOLDS, LEVEL_BITS, FlowCounts, Regions
 from .origins import lidar_rays
 
-ID_BITS = MAX_INSTANCE_ID.bit_length()
-SAMPLE_BITS, CLASS_BITS, REGION_BITS, LEVEL_BITS = 8, 7, 5, 4  # of the key of a group of rays; with two ids 63
-MIN_SEGMENT_RAYS = 10  # smaller segments are no misses and no false alarms
-EXACT = 2.0**53  # IoUs above one half are whole multiples of 1 / EXACT
-HALF_BITS = 27  # of such a multiple that are summed apart, so that sums fit 64 bits
-MATCHED, IOU_HIGH, IOU_LOW, MISSED, FALSE_ALARMS = range(5)  # columns of the counts of segments
-FLOW_THRESHOLDS = (1.0, 2.0, 4.0)
 MATCH_THRESHOLD = 2.0  # metres between true and predicted end of a true positive
 UNKNOWN_FLOW = 255.0
-RING_EDGES = (10.0, 20.0, 40.0)  # metres from the ego origin, in the ground plan
-CAMERA_AZIMUTHS = {  # degrees from x (forward) to y (left) that nuScenes' cameras look along
-    'CAM_FRONT': 0,
-    'CAM_FRONT_LEFT': 55,
-    'CAM_BACK_LEFT': 110,
-    'CAM_BACK': 180,
-    'CAM_BACK_RIGHT': 250,
-    'CAM_FRONT_RIGHT': 305,
-}
-
-
-class FlowCounts(NamedTuple):
-    """What samples contribute to the score of occupancy and flow (``lib.metrics.counting``).
-
-    Attributes:
-        rays: int64 [C, C + 1, T + 1], rays with a true class by true class, predicted class and thresholds kept.
-        error: float64 [2, C], m/s, sum of velocity errors, over true positives and over all rays; 0 for classes that
-            do not move.
-        counted: int64 [2, C], rays that the sum is over.
-    """
-
-    rays: np.ndarray
-    error: np.ndarray
-    counted: np.ndarray
-
-
-class Counts(NamedTuple):
-    """What one sample, or many together, contribute to the scores; None where a metric was not asked for.
-
-    Attributes:
-        samples: how many.
-        occupied: samples with a voxel predicted as something other than free.
-        rays: int64 [G, C, C + 1, T + 1], rays with a true class by region, true class, predicted class and number of
-            thresholds that the depth error is below.
-        segments: int64 [P, T, C, 5] (see ``kernels.count_segments``); part 0 is everything, then rings, then sectors.
-        voxels: int64 [G, C + 1, C + 1], voxels by region, true and predicted class.
-        flow: of occupancy and flow.
-    """
-
-    samples: int
-    occupied: int
-    rays: Optional[np.ndarray]
-    segments: Optional[np.ndarray]
-    voxels: Optional[np.ndarray]
-    flow: Optional[FlowCounts] = None
-
-
-def add_counts(one: Counts, other: Counts) -> Counts:
-    """Sum of two counts of the same metrics."""
-    rays, segments, voxels = (None if a is None else a + b for a, b in zip(one[2:5], other[2:5]))
-    flow = (
-        None if one.flow is None or other.flow is None else FlowCounts(*(a + b for a, b in zip(one.flow, other.flow)))
-    )
-    return Counts(one.samples + other.samples, one.occupied + other.occupied, rays, segments, voxels, flow)
-
-
-class Regions(NamedTuple):
-    """Parts of the ground plan.
-
-    Attributes:
-        rings, sectors: their names; G = rings x sectors, sectors running faster.
-        of_column: uint8 [X * Y], region of each column of voxels.
-    """
-
-    rings: Tuple[str, ...]
-    sectors: Tuple[str, ...]
-    of_column: np.ndarray
-
-    @property
-    def parts(self) -> List[Tuple[str, str]]:
-        """(kind, name) of everything, then of each of several ``rings`` and ``sectors``."""
-        several = [
-            (kind, names) for kind, names in (('rings', self.rings), ('sectors', self.sectors)) if len(names) > 1
-        ]
-        return [('', 'all')] + [(kind, name) for kind, names in several for name in names]
-
-    @property
-    def members(self) -> np.ndarray:
-        """bool [P, G]: which regions each part is made of."""
-        of_region = [(ring, sector) for ring in self.rings for sector in self.sectors]
-        return np.array([[not kind or name in pair for pair in of_region] for kind, name in self.parts])
-
-
-def whole_plan(task: Task) -> Regions:
-    """One region that is everything."""
-    return Regions(('all',), ('all',), np.zeros(task.grid_shape[0] * task.grid_shape[1], dtype=np.uint8))
-
-
-def rings_and_sectors(task: Task) -> Regions:
-    """Distance rings around the ego origin, and the sectors nearest to the directions of the task's cameras.
-
-    Where the direction of a camera is not known there is one sector.
-    """
-    x, y = (
-        task.point_cloud_range[axis] + (np.arange(task.grid_shape[axis]) + 0.5) * task.voxel_size for axis in (0, 1)
-    )
-    x, y = np.meshgrid(x, y, indexing='ij')
-    ring = np.digitize(np.hypot(x, y), RING_EDGES)
-    sectors = task.cameras if set(task.cameras) <= set(CAMERA_AZIMUTHS) else ('all',)
-    azimuth = np.degrees(np.arctan2(y, x))[..., None]
-    apart = np.abs((azimuth - [CAMERA_AZIMUTHS.get(name, 0) for name in sectors] + 180) % 360 - 180)
-    sector = apart.argmin(axis=-1)
-    edges = ('0',) + tuple(f'{edge:g}' for edge in RING_EDGES)
-    rings = tuple(f'{low}-{high} m' for low, high in zip(edges, edges[1:])) + (f'over {edges[-1]} m',)
-    return Regions(rings, sectors, (ring * len(sectors) + sector).astype(np.uint8).reshape(-1))
 
 
 @dataclass(frozen=True)
@@ -182,7 +70,7 @@ class RayCounter:
         self._is_thing = np.isin(np.arange(labels.num_occupied), labels.thing_ids)
 
     def on_cpu(self, volumes: Volumes, threads: Optional[int] = None) -> Tuple[Any, Any]:
-        """``rays`` and ``segments`` of one sample's :class:`Counts`."""
+        """``rays`` and ``segments`` of one sample's :class:`lib.metrics.counts.Counts`."""
         from .kernels import count_rays, group_rays
 
         task = self._task
@@ -234,7 +122,7 @@ class RayCounter:
 
 
 def count_ends(truth, prediction, distance, num_occupied: int, thresholds: Sequence[float]) -> np.ndarray:
-    """``rays`` of one sample's :class:`Counts`, in one region, from the ends of rays alone.
+    """``rays`` of one sample's :class:`lib.metrics.counts.Counts`, in one region, from the ends of rays alone.
 
     Args:
         truth, prediction: uint8 [M], labels that the rays end in.
@@ -252,7 +140,7 @@ def count_ends(truth, prediction, distance, num_occupied: int, thresholds: Seque
 
 
 def count_voxels(truth, prediction, mask: Optional[np.ndarray], regions: Regions, num_classes: int) -> np.ndarray:
-    """``voxels`` of one sample's :class:`Counts`.
+    """``voxels`` of one sample's :class:`lib.metrics.counts.Counts`.
 
     Args:
         truth, prediction: uint8 [X, Y, Z]. Truth beyond the classes (255) is ignored.

@@ -10,7 +10,7 @@ import torch
 
 from ..raycast import gpu
 from ..task import Task
-from .counting import CLASS_BITS, ID_BITS, LEVEL_BITS, REGION_BITS
+from .counts import CLASS_BITS, ID_BITS, LEVEL_BITS, REGION_BITS
 
 _staged = {}  # pinned memory by name and shape of a volume: pinning takes longer than copying
 

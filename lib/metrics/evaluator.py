@@ -17,22 +17,12 @@ import numpy as np
 
 from ..classes import IGNORE_LABEL, LabelSet, get_label_set
 from ..errors import ConfigError, DataError
+from ..prediction import MAX_INSTANCE_ID
 from ..raycast import choose_device
 from ..registry import did_you_mean
 from ..task import Task
-from .counting import (
-    MAX_INSTANCE_ID,
-    Counts,
-    FlowRays,
-    RayCounter,
-    Volumes,
-    add_counts,
-    cast_flow,
-    count_flow,
-    count_voxels,
-    rings_and_sectors,
-    whole_plan,
-)
+from .counting import FlowRays, RayCounter, Volumes, cast_flow, count_flow, count_voxels
+from .counts import Counts, add_counts, rings_and_sectors, whole_plan
 from .result import MASKS, EvalResult, Scene
 from .scores import tallies, totals
 

@@ -7,7 +7,7 @@ ids uint16.
 import numpy as np
 
 from ..extension import jit
-from .counting import (
+from .counts import (
     CLASS_BITS,
     EXACT,
     FALSE_ALARMS,

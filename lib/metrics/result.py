@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 import numpy as np
 
 from ..io import PathLike, atomic_write, write_json
-from .counting import Counts, Regions
+from .counts import Counts, Regions
 from .scores import VARIANTS, ClassScores, Tallies, class_scores, interval, mean, resample, tallies, totals
 
 _ONLY_FREE = (

@@ -9,7 +9,7 @@ from typing import Dict, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from .counting import EXACT, FALSE_ALARMS, FLOW_THRESHOLDS, HALF_BITS, IOU_HIGH, IOU_LOW, MATCHED, MISSED, Counts
+from .counts import EXACT, FALSE_ALARMS, FLOW_THRESHOLDS, HALF_BITS, IOU_HIGH, IOU_LOW, MATCHED, MISSED, Counts
 
 Tallies = Dict[str, np.ndarray]
 RESAMPLES = 1000

@@ -40,6 +40,23 @@ def test_configs_know_nothing_of_runs():
         assert 'run' not in set(words_of(ROOT / 'lib' / f'{name}.py')), name
 
 
+def imports_of(path):
+    """Files of lib that a file of lib takes names from, also within functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1].joinpath(*(node.module or '').split('.'))
+            for name in ('', *(alias.name for alias in node.names)):
+                yield from (place for place in (folder / f'{name}.py', folder.with_suffix('.py')) if place.is_file())
+
+
+def test_no_file_of_lib_needs_itself():
+    needs = {path: set(imports_of(path)) for path in (ROOT / 'lib').rglob('*.py')}
+    while needs:
+        free = [path for path, others in needs.items() if not others & set(needs)]
+        assert free, sorted(path.relative_to(ROOT).as_posix() for path in needs)
+        needs = {path: others for path, others in needs.items() if path not in free}
+
+
 def test_importing_the_detector_and_the_data_sets_changes_no_limits_or_signals():
     code = (
         'import resource, signal, random, torch, numpy\n'

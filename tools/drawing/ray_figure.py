@@ -12,7 +12,7 @@ from typing import Dict, List
 import numpy as np
 
 from lib.metrics import Evaluator
-from lib.metrics.counting import Counts
+from lib.metrics.counts import Counts
 from lib.metrics.kernels import count_rays
 from lib.metrics.scores import tallies, totals
 from lib.raycast import trace
