@@ -7,10 +7,10 @@ config as a dict with the fields of :class:`LabelSet` instead of a registered na
 import math
 from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field, replace
-from typing import Dict, Mapping, Tuple, Union
+from typing import Dict, Mapping, Sequence, Tuple, Union
 
 from .errors import ConfigError
-from .registry import check_keys, did_you_mean
+from .registry import check_keys, check_value, did_you_mean
 
 FREE = 'free'
 IGNORE_LABEL = 255
@@ -298,36 +298,28 @@ def _new_id(value, names, where) -> int:
 
 def _check_label_set(spec: Mapping) -> None:
     """Raise ConfigError unless the fields of a label set are of the right types."""
-    names, things = spec['class_names'], spec['things']
-    colours, counts = spec.get('colours', {}), spec.get('voxel_counts', {})
-    right = {
-        'name': isinstance(spec['name'], str),
-        'class_names': _is_list_of(names, lambda name: isinstance(name, str)),
-        'things': _is_list_of(things, lambda name: isinstance(name, str)),
-        'colours': isinstance(colours, AnyMapping) and all(_is_colour(colour) for colour in colours.values()),
-        'voxel_counts': isinstance(counts, AnyMapping) and all(_is_count(count) for count in counts.values()),
-    }
-    wrong = [name for name, is_right in right.items() if not is_right]
-    if not wrong:
-        unknown = [
-            (key, name) for key in ('colours', 'voxel_counts') for name in spec.get(key) or () if name not in names
-        ]
-        for key, name in unknown[:1]:
-            raise ConfigError(f'label_set.{key}: {name!r} is not in class_names{did_you_mean(name, names)}; remove it')
-    if wrong:
-        raise ConfigError(
-            f'label_set.{wrong[0]} is of the wrong type: name is a text, class_names and things are lists of texts, '
-            f'colours are 3 numbers 0..255 by class name, voxel_counts numbers of at least 1; got {spec[wrong[0]]!r}'
-        )
+    where, names = 'task.label_set', spec['class_names']
+    check_value(spec['name'], str, f'{where}.name')
+    for key in ('class_names', 'things'):
+        check_value(spec[key], Sequence[str], f'{where}.{key}')
+    colours, counts = (_by_class(spec, key, names) for key in ('colours', 'voxel_counts'))
+    for name, colour in colours.items():
+        parts = colour if isinstance(colour, (list, tuple)) else ()
+        if len(parts) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in parts):
+            raise ConfigError(f'{where}.colours.{name} must be 3 numbers 0..255, got {colour!r}')
+    for name, count in counts.items():
+        check_value(count, float, f'{where}.voxel_counts.{name}')
+        if count < 1:
+            raise ConfigError(f'{where}.voxel_counts.{name} must be at least 1, got {count!r}')
 
 
-def _is_list_of(value, is_right):
-    return isinstance(value, (list, tuple)) and all(map(is_right, value))
-
-
-def _is_colour(value):
-    return _is_list_of(value, lambda part: isinstance(part, int) and 0 <= part <= 255) and len(value) == 3
-
-
-def _is_count(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < 1e18
+def _by_class(spec: Mapping, key: str, names: Sequence[str]) -> Mapping:
+    """A field of values by class name; empty where there is none."""
+    values = spec.get(key, {})
+    check_value(values, Mapping, f'task.label_set.{key}')
+    for name in values:
+        if name not in names:
+            raise ConfigError(
+                f'task.label_set.{key}: {name!r} is not in class_names{did_you_mean(name, names)}; remove it'
+            )
+    return values

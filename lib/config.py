@@ -12,10 +12,10 @@ import pprint
 import sys
 import traceback
 from collections.abc import Mapping
-from typing import Any, Sequence
+from typing import Any, Sequence, Union
 
 from .errors import ConfigError
-from .registry import check_keys, did_you_mean, said_elsewhere, section
+from .registry import check_keys, check_value, check_whole, did_you_mean, said_elsewhere, section
 from .settings import EvaluationSettings, TrainSettings, setting_names
 
 TOP_LEVEL_KEYS = (
@@ -185,8 +185,8 @@ def _import_modules(custom_imports) -> None:
     """Import the modules of ``custom_imports = dict(imports=[...])``, which register a user's components."""
     if custom_imports is None:
         return
-    check_keys(custom_imports, SECTION_KEYS['custom_imports'], 'custom_imports')
     names = custom_imports.get('imports', [])
+    check_value(names, Union[str, Sequence[str]], 'custom_imports.imports')
     for name in [names] if isinstance(names, str) else names:
         try:
             importlib.import_module(name)
@@ -203,9 +203,7 @@ def _check_sections(config):
     data = section(config.get('data'), 'data')
     for split in ('train', 'val', 'test'):
         section(data.get(split), f'data.{split}')
-    workers = data.get('workers_per_gpu', 0)
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise ConfigError(f'data.workers_per_gpu must be an integer of at least 0, got {workers!r}')
+    check_whole(data.get('workers_per_gpu', 0), 0, 'data.workers_per_gpu')
     TrainSettings.from_config(config.get('train'))
     EvaluationSettings.from_config(config.get('evaluation'))
 

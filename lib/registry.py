@@ -188,6 +188,12 @@ def check_value(value: Any, hint: Any, where: str) -> None:
         raise ConfigError(f'{where} must be {_said(hint)}, got {value!r}')
 
 
+def check_whole(value: Any, least: int, where: str) -> None:
+    """Raise ConfigError unless a value of a config is an integer of at least ``least``; see :func:`check_value`."""
+    if not _fits(value, int) or value < least:
+        raise ConfigError(f'{where} must be an integer of at least {least}, got {value!r}')
+
+
 _PLAIN = {str: 'a text', bool: 'True or False', int: 'an integer', float: 'a finite number', type(None): 'None'}
 
 

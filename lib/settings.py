@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Mapping, Optional, Tuple, Union
 
 from .errors import ConfigError
-from .registry import check_keys, check_value, section
+from .registry import check_keys, check_value, check_whole, section
 
 SCORES = ('RayIoU', 'RayPQ', 'mIoU')  # that a best checkpoint may be chosen by
 
@@ -12,11 +12,6 @@ SCORES = ('RayIoU', 'RayPQ', 'mIoU')  # that a best checkpoint may be chosen by
 def _choice(where, value, choices):
     if value not in choices:
         raise ConfigError('{} must be one of {}, got {!r}'.format(where, ', '.join(map(repr, choices)), value))
-
-
-def _at_least(where, value, low):
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f'{where} must be an integer of at least {low}, got {value!r}')
 
 
 @dataclass(frozen=True)
@@ -86,12 +81,13 @@ class TrainSettings:
             ('max_samples_per_gpu', 0),
             ('picture_interval', 0),
         ):
-            _at_least('train.' + name, getattr(self, name), low)
-        _choice('train.deterministic', self.deterministic, (False, True))
+            check_whole(getattr(self, name), low, f'train.{name}')
+        for name in ('cudnn_benchmark', 'deterministic', 'find_unused_parameters', 'tensorboard'):
+            check_value(getattr(self, name), bool, f'train.{name}')
         if self.deterministic and self.cudnn_benchmark:
             raise ConfigError('train.deterministic and train.cudnn_benchmark exclude each other; set one of them')
         if self.accumulate != 'auto':
-            _at_least('train.accumulate', self.accumulate, 1)
+            check_whole(self.accumulate, 1, 'train.accumulate')
 
     @classmethod
     def from_config(cls, cfg: Optional[Mapping]) -> 'TrainSettings':
@@ -116,8 +112,8 @@ class EvaluationSettings:
     metrics: Optional[Tuple[str, ...]] = None
 
     def __post_init__(self):
-        _at_least('evaluation.interval', self.interval, -1)
-        _at_least('evaluation.interval_iters', self.interval_iters, 0)
+        check_whole(self.interval, -1, 'evaluation.interval')
+        check_whole(self.interval_iters, 0, 'evaluation.interval_iters')
         if self.interval < 0 < self.interval_iters:
             raise ConfigError('evaluation.interval=-1 never evaluates; remove it or evaluation.interval_iters')
         _choice('evaluation.save_best', self.save_best, (None, 'auto', *SCORES))

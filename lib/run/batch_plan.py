@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..registry import check_whole
 from .numerics import mix
 
 
@@ -72,8 +73,7 @@ def plan_batch(total: int, world_size: int, accumulate: Union[str, int] = 'auto'
     Raises:
         ConfigError: there would be a forward pass without a sample.
     """
-    if isinstance(total, bool) or not isinstance(total, int) or total < 1:
-        raise ConfigError(f'total_batch_size must be an integer of at least 1, got {total!r}')
+    check_whole(total, 1, 'total_batch_size')
     if isinstance(accumulate, str):  # 'auto'
         per_process = -(-total // world_size)
         accumulate = -(-per_process // max_per_pass) if max_per_pass else 1

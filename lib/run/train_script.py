@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checkpoint import check_pretrained_file, load_pretrained
 from ..config import load_config, require_keys
 from ..errors import ConfigError
+from ..registry import check_whole
 from ..settings import EvaluationSettings, TrainSettings
 from ..task import Task
 from . import Components, open_dataset, read_task
@@ -252,8 +253,8 @@ def run_length(runner, steps: int) -> Tuple[int, int]:
     """
     epochs, iterations = runner.get('max_epochs'), runner.get('max_iters')
     for name, value in (('max_epochs', epochs), ('max_iters', iterations)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f'runner.{name} must be an integer of at least 1, got {value!r}')
+        if value is not None:
+            check_whole(value, 1, f'runner.{name}')
     if epochs is None and iterations is None:
         raise ConfigError('runner needs max_epochs or max_iters')
     if epochs is None:

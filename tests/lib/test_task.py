@@ -46,5 +46,5 @@ def test_any_type_of_number_and_a_label_set_of_ones_own_are_read():
 )
 def test_wrong_fields_of_a_label_set_are_named(change):
     own = dict(name='mine', class_names=['a', 'b', 'free'], things=['b'])
-    with pytest.raises(ConfigError, match=f'label_set.{next(iter(change))} is of the wrong type'):
+    with pytest.raises(ConfigError, match=f'task.label_set.{next(iter(change))}.* must be '):
         Task.from_config(dict(GOOD, label_set=dict(own, **change)))
