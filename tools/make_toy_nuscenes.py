@@ -198,8 +198,8 @@ def describe_seconds(start, seconds: Seconds, keyframes):
     whole = start + seconds.keyframes + seconds.tables + seconds.prepare
     return (
         f'{keyframes} keyframes in {whole:.1f} s, {keyframes / whole:.1f} a second: {start:.1f} s to start, '
-        f'{seconds.keyframes:.1f} s for keyframes (the first after {seconds.first:.1f} s), {seconds.tables:.1f} s for '
-        f'tables, {seconds.prepare:.1f} s for info files and panoptic labels'
+        f'{seconds.keyframes:.1f} s for keyframes (the first ones after {seconds.first:.1f} s), '
+        f'{seconds.tables:.1f} s for tables, {seconds.prepare:.1f} s for info files and panoptic labels'
     )
 
 

@@ -4,6 +4,7 @@
 t = t_sensor2ego · R_ego2global^T + t_ego2global.
 """
 
+import gc
 import os
 from pathlib import Path
 from typing import Dict, Iterable, List
@@ -47,6 +48,7 @@ def open_tables(data_root, version: str):
         from nuscenes import NuScenes
     except ImportError as error:
         raise UserError(f'nuscenes-devkit cannot be imported ({error}); run "make install"') from error
+    gc.disable()  # it would look for garbage again and again among millions of records that are none
     try:
         return NuScenes(version=version, dataroot=str(data_root), verbose=False)
     except (AssertionError, KeyError, OSError, ValueError) as error:
@@ -54,6 +56,8 @@ def open_tables(data_root, version: str):
             f'the tables in {tables} cannot be used ({type(error).__name__}: {error}); unpack the metadata of '
             'nuScenes again'
         ) from error
+    finally:
+        gc.enable()
 
 
 def split_of_scenes(nusc) -> Dict[str, List[Dict]]:

@@ -18,7 +18,7 @@ _AT_ONCE = 5  # keyframes of a scene that one process makes, or labels, in a row
 
 
 class Seconds(NamedTuple):
-    """How long the phases of a run took: until the first keyframe's images and scans were made, until everything
+    """How long the phases of a run took: until images and scans of the first keyframes were made, until everything
     of every keyframe was, then the tables, and what is prepared from them."""
 
     first: float

@@ -66,14 +66,18 @@ def _context():
 
 def _ask_aside(device, meanwhile) -> Sequence[int]:
     """Free bytes of every GPU, none for 'cpu', found out in another process; and what is to be done meanwhile."""
+    others = [_context().Process(target=function) for function in meanwhile]
+    for process in others:
+        process.start()
     import torch  # noqa: F401  once, for all processes
 
-    functions = [*meanwhile, *([] if device == 'cpu' else [_free_gpu_memory])]
-    if not functions:
-        return []
-    with ProcessPoolExecutor(len(functions), _context()) as aside:
-        results = [future.result() for future in [aside.submit(function) for function in functions]]
-    return [] if device == 'cpu' else results[-1]
+    free: Sequence[int] = []
+    if device != 'cpu':
+        with ProcessPoolExecutor(1, _context()) as aside:
+            free = aside.submit(_free_gpu_memory).result()
+    for process in others:
+        process.join()
+    return free
 
 
 def _free_memory() -> int:
