@@ -96,6 +96,45 @@ def add_and_norm(
     return out
 
 
+# -- products of float32 by TF32
+
+
+@triton.jit
+def _split(values_at, out_at, rows, width, second: tl.constexpr, each: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * each + tl.arange(0, each)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    value = tl.load(values_at + row[:, None] * width + column[None, :], mask=inside, other=0.0)
+    bits = value.to(tl.uint32, bitcast=True)
+    large = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)  # rounded to TF32
+    small = value - large
+    out = out_at + row[:, None] * (3 * width) + column[None, :]
+    tl.store(out, large, mask=inside)
+    tl.store(out + width, large if second else small, mask=inside)
+    tl.store(out + 2 * width, small if second else large, mask=inside)
+
+
+def split_for_tf32(values: Tensor, second: bool) -> Tensor:
+    """Factors of a product of float32 as those of one of TF32 that is three times as long: large x large, small x
+    large and large x small, which is float32 but for what a float32 sum rounds.
+
+    Args:
+        values: float32 [rows, n]; the product adds up over n.
+        second: of both factors.
+
+    Returns:
+        float32 [rows, 3 n].
+    """
+    values = values.contiguous()
+    rows, width = values.shape
+    out = torch.empty(rows, 3 * width, dtype=torch.float32, device=values.device)
+    with torch.cuda.device_of(values):
+        _split[(triton.cdiv(rows, 8), triton.cdiv(width, 256))](
+            values, out, rows, width, second=second, each=8, block=256
+        )
+    return out
+
+
 # -- positions and points of blocks
 
 

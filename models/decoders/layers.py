@@ -20,7 +20,7 @@ from models.csrc.adaptive_mixing import adaptive_mix, mix_in_pieces
 from models.csrc.distance_attention import distance_attention, distance_attention_in_training, trains_fused
 from models.csrc.msmv_sampling import sample_multi_view
 from models.decoders.draws import select_valid
-from models.decoders.fused import kernels_for
+from models.decoders.fused import kernels_for, wide_linear
 from models.encoder import ImageFeatures
 from models.torch_compat import autocast_dtype, recompute
 
@@ -111,7 +111,7 @@ class AdaptiveMixing(BaseModule):
 
     def _mix(self, sampled: Tensor, query: Tensor) -> Tensor:
         """sampled [n, G, p_in, C/G], query [n, C] -> [n, C]."""
-        generated = self.parameter_generator(query)
+        generated = wide_linear(self.parameter_generator, query)
         mixed = adaptive_mix(sampled.to(generated.dtype), generated, self.out_points)
         return self.out_proj(mixed.flatten(1))
 

@@ -120,7 +120,7 @@ class ImageEncoder:
             given: which of its frames the images are of; None: of all.
         """
         frames = dict(zip(range(len(keys)) if given is None else given, img[0].split(self.num_cameras)))
-        plainly = graphed and not self._can_write(img)
+        writes = self._can_write(img)
 
         def frame(t: int) -> Tensor:
             if t not in frames:
@@ -130,8 +130,8 @@ class ImageEncoder:
         with self._storing(img):
             return self.cache.fetch(
                 keys,
-                lambda t: [level[0] for level in self.encode(frame(t), plainly)],
-                lambda t, maps, slot: self._write(frame(t), maps, [slot], graphed),
+                lambda t: [level[0] for level in self.encode(frame(t), graphed and not writes)],
+                (lambda t, maps, slot: self._write(frame(t), maps, [slot], graphed)) if writes else None,
             )
 
     def _fill(self, img: Tensor) -> StoredFrames:
@@ -141,7 +141,7 @@ class ImageEncoder:
         with self._storing(img):
             maps = self.cache.overwrite(
                 lambda: [level.view((len(slots), -1) + level.shape[2:]) for level in self._encode(img)],
-                lambda maps: self._write(frames, maps, slots),
+                lambda maps: self._can_write(img) and self._write(frames, maps, slots),
             )
         return StoredFrames(maps, slots)
 
@@ -155,11 +155,12 @@ class ImageEncoder:
         self.cache.stored_as = setting
 
     def _write(self, frames: Tensor, maps: Sequence[Tensor], slots: Sequence[int], graphed: bool = False) -> bool:
-        """Encode frames [F, N, 3, H, W] into their slots of the stored maps; False, and nothing done, if it cannot be.
+        """Encode frames [F, N, 3, H, W] into their slots of the stored maps; False, and nothing done, if these are of
+        other images. For images that :meth:`_can_write` holds for.
 
         The bits are those of :meth:`encode`, without the copies from its results.
         """
-        if self.cache.stored_as is None or not self._can_write(frames):
+        if self.cache.stored_as is None:
             return False
         index = _index_on(frames.device, tuple(slots))
         if graphed:

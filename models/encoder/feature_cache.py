@@ -90,7 +90,7 @@ class FeatureCache:
         """The stored maps, filled with those of one sample, frame t in slot t; what was stored before is forgotten.
 
         Args:
-            encode: gives the maps of all frames, L tensors [S, N, H_l, W_l, C].
+            encode: gives the maps of all frames, L tensors [T, N, H_l, W_l, C], T at most S.
             write: given the stored maps, as in :meth:`fetch`, of all frames.
         """
         self.clear()
@@ -98,7 +98,7 @@ class FeatureCache:
             maps = encode()
             self._make_room([level[0] for level in maps])
             for stored, level in zip(self._maps, maps):
-                stored.copy_(level)
+                stored[: len(level)].copy_(level)
         return self._maps
 
     def _store(self, key: Hashable, t: int, encode, write):

@@ -76,6 +76,31 @@ def test_norms(channels, dtype):
 
 
 @runs
+def test_float32_in_parts():
+    """One product of rounded parts is nearer to the exact one than a tenth of TF32's error."""
+    from models.decoders import kernels
+
+    left, right = random(40, 96), random(24, 96)
+    parts = kernels.split_for_tf32(left, False), kernels.split_for_tf32(right, True)
+    for large in (parts[0][:, :96], parts[0][:, 192:], parts[1][:, :192]):
+        assert not (large.contiguous().view(torch.int32) & 0x1FFF).any()
+    assert torch.equal(parts[0][:, :96] + parts[0][:, 96:192], left)
+    assert torch.equal(parts[1][:, :96] + parts[1][:, 192:], right)
+    exact = left.double() @ right.double().T
+    ours = parts[0].double() @ parts[1].double().T
+    assert (ours - exact).norm() / exact.norm() < 1e-6
+
+
+@pytest.mark.skipif(DEVICE.type == 'cpu', reason='needs a GPU')
+def test_wide_linear_is_as_precise_as_float32():
+    linear, values = nn.Linear(256, 4352).to(DEVICE), random(600, 256)
+    exact = values.double() @ linear.weight.double().T + linear.bias.double()
+    ours = fused.wide_linear(linear, values)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert (ours - exact).norm() / exact.norm() < 2e-6  # TF32 alone: 3e-4
+
+
+@runs
 def test_positions_and_points():
     from models.decoders import kernels
 
