@@ -14,6 +14,9 @@ from PIL import Image
 from lib.errors import ConfigError, DataError
 from lib.infos import relocate
 
+from .gpu_images import EncodedImage, check_nvjpeg
+
+NVJPEG = 'nvjpeg'
 _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
 _VALUES = 5  # of a LiDAR point
 _TRAILER = 4096  # bytes at the end of a file in which the end mark of a JPEG is looked for
@@ -25,6 +28,8 @@ def check_decoder(decoder: str) -> None:
         raise ConfigError(f'unknown image decoder {decoder!r}; use one of {sorted(_DECODERS)}')
     if decoder == 'turbojpeg':
         _turbojpeg()
+    if decoder == NVJPEG:
+        check_nvjpeg()
 
 
 class HeldImage(NamedTuple):
@@ -49,7 +54,7 @@ class DecodedImage(NamedTuple):
         factor: pixels of this array per pixel of the file, 1.0 or 0.5.
     """
 
-    pixels: Union[np.ndarray, HeldImage]
+    pixels: Union[np.ndarray, HeldImage, EncodedImage]
     factor: float
 
 
@@ -58,7 +63,8 @@ def read_image(path, decoder: str = 'cv2', half_covers: Optional[Tuple[int, int]
 
     Args:
         path: JPEG (any decoder) or another format (``cv2``, ``pillow``).
-        decoder: ``cv2``, ``pillow`` or ``turbojpeg`` (see ``check_decoder``).
+        decoder: ``cv2``, ``pillow`` or ``turbojpeg`` (see ``check_decoder``); ``nvjpeg`` keeps the file's content for
+            a GPU (``EncodedImage``), and takes no ``half_covers``.
         half_covers: (height, width); a JPEG of even size whose half is at least that large is decoded at half
             the size, which skips most of the work (its pixels are about the means of 2x2 blocks).
 
@@ -153,6 +159,13 @@ def _decode_turbojpeg(content, half):
     return _turbojpeg().decode(content, scaling_factor=(1, 2) if half else None)
 
 
+def _keep_for_nvjpeg(content, half):
+    width, height = Image.open(io.BytesIO(content)).size  # reads the header only
+    if content[: len(_JPEG_START)] != _JPEG_START:
+        raise ValueError("decoder='nvjpeg' reads JPEGs only")
+    return EncodedImage(np.frombuffer(content, dtype=np.uint8), (height, width, 3))
+
+
 _turbojpeg_decoder = []
 
 
@@ -172,7 +185,12 @@ def _turbojpeg():
     return _turbojpeg_decoder[0]
 
 
-_DECODERS: Dict[str, Callable] = {'cv2': _decode_cv2, 'pillow': _decode_pillow, 'turbojpeg': _decode_turbojpeg}
+_DECODERS: Dict[str, Callable] = {
+    'cv2': _decode_cv2,
+    'pillow': _decode_pillow,
+    'turbojpeg': _decode_turbojpeg,
+    NVJPEG: _keep_for_nvjpeg,
+}
 
 
 def read_scan(info: Mapping, data_root) -> np.ndarray:

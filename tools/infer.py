@@ -14,12 +14,15 @@ DIR/index.json with one entry per sample, and with --pictures DIR/pictures/<samp
 
 import os
 import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli import check_files, make_parser, run_main  # noqa: E402
 
+SAVING_THREADS = 4
 SHARED = ('config', 'override', 'max-samples', 'amp', 'tf32', 'device', 'workers', 'trust-weights')
 
 
@@ -91,6 +94,12 @@ def index_entry(info, occupancy):
     )
 
 
+def finish(waiting, most):
+    """Wait until at most so many of the oldest-first futures are unfinished; raises what one of them raised."""
+    while len(waiting) > most:
+        waiting.popleft().result()
+
+
 def main():
     args = parse_args()
     check_files(args.config, None, args.weights)
@@ -114,16 +123,19 @@ def main():
     predictor = SparseOccPredictor(
         cfg, args.weights, args.device, args.amp, tf32=args.tf32, trust_weights=args.trust_weights
     )
-    entries, workers = [], count_workers(cfg, args.workers)
+    entries, waiting, workers = [], deque(), count_workers(cfg, args.workers)
     countdown = Countdown(len(dataset))
-    for index, occupancy in predictor.predict_dataset(dataset, workers):
-        occupancy.save(folder)
-        entries.append(index_entry(dataset.info(index), occupancy))
-        countdown.step()
-        print(f'{index + 1}/{len(dataset)}  {occupancy.name}  {countdown.text()} left', flush=True)
-        if args.pictures:
-            picture = os.path.join(args.out, 'pictures', f'{occupancy.name}.png')
-            save_image(picture, draw_frame(read_frame(dataset, index, occupancy.dense), task))
+    with ThreadPoolExecutor(SAVING_THREADS) as savers:  # the next prediction need not wait for files
+        for index, occupancy in predictor.predict_dataset(dataset, workers):
+            waiting.append(savers.submit(occupancy.save, folder))
+            finish(waiting, 2 * SAVING_THREADS)
+            entries.append(index_entry(dataset.info(index), occupancy))
+            countdown.step()
+            print(f'{index + 1}/{len(dataset)}  {occupancy.name}  {countdown.text()} left', flush=True)
+            if args.pictures:
+                picture = os.path.join(args.out, 'pictures', f'{occupancy.name}.png')
+                save_image(picture, draw_frame(read_frame(dataset, index, occupancy.dense), task))
+        finish(waiting, 0)
     about = dict(config=args.config, weights=args.weights, classes=list(task.label_set.class_names))
     volume = dict(point_cloud_range=list(task.point_cloud_range), voxel_size=task.voxel_size)
     write_json(os.path.join(args.out, 'index.json'), dict(about, **volume, samples=entries))

@@ -7,14 +7,15 @@ import resource
 import signal
 import sys
 import threading
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError, UserError
 from ..raycast import count_cores
-from ..targets import OccupancyTargets
 from .stopping import ignore_in_worker
 
 _TOO_MANY_FILES = (
@@ -134,7 +135,9 @@ def make_loader(
 def read_in_order(
     dataset, indices: Sequence[int], collate: Callable, workers: int, device: torch.device, keeps_frames: bool
 ) -> Iterator[Any]:
-    """Batches of one sample each, in order; see ``make_loader`` and ``read_batches``.
+    """Batches of one sample each, in order and on the device; see ``make_loader`` and ``read_batches``.
+
+    The next one is moved there, and decoded if that is where it is decoded, while the one before is worked on.
 
     Args:
         keeps_frames: they are for a model that keeps the features of frames from one sample to the next, and that sees
@@ -142,7 +145,39 @@ def read_in_order(
     """
     if keeps_frames and hasattr(dataset, 'following'):
         dataset, indices = _Drive(dataset, indices), range(len(indices))
-    return read_batches(make_loader(dataset, [[index] for index in indices], collate, workers, device))
+    loader = make_loader(dataset, [[index] for index in indices], collate, workers, device)
+    return _move_ahead(read_batches(loader), device)
+
+
+def _move_ahead(batches, device: torch.device) -> Iterator[Dict]:
+    """Batches on the device, each moved by another thread, on a GPU on another stream, before it is asked for."""
+    stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
+    waiting: Deque[Future] = deque()
+    with contextlib.closing(batches), ThreadPoolExecutor(max_workers=1) as mover:
+        for batch in batches:
+            waiting.append(mover.submit(_move_on, stream, batch, device))
+            if len(waiting) > 1:
+                yield _arrived(*waiting.popleft().result())
+        while waiting:
+            yield _arrived(*waiting.popleft().result())
+
+
+def _move_on(stream, batch: Dict, device: torch.device):
+    """The batch on the device, and an event after which it is there (None: it is)."""
+    if stream is None:
+        return to_device(batch, device), None
+    with torch.cuda.stream(stream):
+        return to_device(batch, device), stream.record_event()
+
+
+def _arrived(batch: Dict, event) -> Dict:
+    if event is not None:
+        current = torch.cuda.current_stream(event.device)
+        current.wait_event(event)
+        for value in batch.values():
+            if isinstance(value, torch.Tensor):
+                value.record_stream(current)  # its memory is not used again before that stream has done with it
+    return batch
 
 
 def read_batches(loader: DataLoader) -> Iterator[Any]:
@@ -244,7 +279,7 @@ def _prepare_worker(worker_id):
 
 
 def to_device(batch: Dict, device, non_blocking: bool = True) -> Dict:
-    """A copy of the batch with its tensors (in lists and targets too) on ``device``; other values stay as they are.
+    """A copy of the batch with what can be moved (in lists too) on ``device``; other values stay as they are.
 
     Args:
         batch: what a collate function returns.
@@ -255,7 +290,7 @@ def to_device(batch: Dict, device, non_blocking: bool = True) -> Dict:
 
 
 def _move(value, device, non_blocking):
-    if isinstance(value, (torch.Tensor, OccupancyTargets)):
+    if hasattr(value, 'to'):
         return value.to(device, non_blocking=non_blocking)
     if isinstance(value, list) and any(isinstance(item, torch.Tensor) for item in value):
         return [_move(item, device, non_blocking) for item in value]

@@ -9,6 +9,7 @@ image index = t*N + n.
 import inspect
 from typing import Any, Callable, Dict, List, Mapping, Sequence
 
+import cv2
 import numpy as np
 import torch
 from mmdet.datasets.builder import PIPELINES
@@ -19,6 +20,7 @@ from lib.targets import stack_targets
 from lib.task import Task
 
 from ..decode import HeldImage
+from ..gpu_images import EncodedImage, EncodedImages
 from .augmentation import BEVAug, RandomTransformImage
 from .loading import LoadMultiViewImageFromMultiSweeps, LoadOccGTFromFile
 
@@ -66,12 +68,14 @@ def format_sample(sample: Dict) -> Dict:
     Returns:
         img uint8 [T*N, 3, H, W] (BGR), lidar2img float32 [T*N, 4, 4], ego2lidar float64 [T*N, 4, 4],
         img_metas (dict), and where labels were loaded ``targets`` (OccupancyTargets of NumPy arrays). Where the sample
-        says which frames are ``given``, ``img`` holds those alone, and ``img_metas`` says so.
+        says which frames are ``given``, ``img`` holds those alone, and ``img_metas`` says so. Images that are decoded
+        on the GPU make ``img`` an ``EncodedImages``.
     """
     info = sample['info']
     images = [image for image in sample['img'] if not isinstance(image, HeldImage)]
+    encoded = any(isinstance(image, EncodedImage) for image in images)
     formatted = dict(
-        img=torch.from_numpy(_channels_first(images)),
+        img=EncodedImages.of_sample(images) if encoded else torch.from_numpy(_channels_first(images)),
         lidar2img=torch.from_numpy(np.ascontiguousarray(sample['lidar2img'], dtype=np.float32)),
         ego2lidar=torch.from_numpy(np.ascontiguousarray(sample['ego2lidar'], dtype=np.float64)),
         img_metas=dict(
@@ -103,7 +107,7 @@ def _channels_first(images: Sequence[np.ndarray]) -> np.ndarray:
         )
     stacked = np.empty((len(images), 3) + sizes[0], dtype=np.uint8)
     for target, image in zip(stacked, images):
-        target[...] = image.transpose(2, 0, 1)
+        cv2.split(image, list(target))
     return stacked
 
 
@@ -114,8 +118,15 @@ def collate(samples: Sequence[Dict]) -> Dict:
         The samples' tensors stacked to [B, ...]; ``img_metas`` as a list of B; ``targets`` (OccupancyTargets of
         tensors) where all samples have them.
     """
-    batch = {key: torch.stack([sample[key] for sample in samples]) for key in ('img', 'lidar2img', 'ego2lidar')}
+    batch = {key: _stack([sample[key] for sample in samples]) for key in ('img', 'lidar2img', 'ego2lidar')}
     batch['img_metas'] = [sample['img_metas'] for sample in samples]
     if all('targets' in sample for sample in samples):
         batch['targets'] = stack_targets([sample['targets'] for sample in samples])
     return batch
+
+
+def _stack(values):
+    """Of B samples; one alone is not copied."""
+    if isinstance(values[0], EncodedImages):
+        return EncodedImages.of_batch(values)
+    return values[0][None] if len(values) == 1 else torch.stack(values)

@@ -53,14 +53,17 @@ class ImageTransform(NamedTuple):
         """uint8 [height, width, 3] of the result from the file's image, uint8 [H, W, 3], or what stands for them."""
         if not isinstance(image, np.ndarray):
             return image.transformed(self)
-        rows = _inside(self.top, self.size[0], self.resized[0])
-        columns = _inside(self.left, self.size[1], self.resized[1])
+        rows, columns = self.window()
         result = resize_window(image, self.resized, rows, columns)
         if result.shape[:2] != self.size:
             seen, result = result, np.zeros(self.size + image.shape[2:], dtype=np.uint8)
             y, x = rows[0] - self.top, columns[0] - self.left
             result[y : y + len(seen), x : x + seen.shape[1]] = seen
         return result[:, ::-1] if self.mirror else result
+
+    def window(self) -> Tuple[Tuple[int, int], Tuple[int, int]]:
+        """(start, stop) of the resized image's rows, and of its columns, that the crop shows."""
+        return (_inside(self.top, self.size[0], self.resized[0]), _inside(self.left, self.size[1], self.resized[1]))
 
 
 def _inside(start: int, count: int, length: int) -> Tuple[int, int]:

@@ -15,7 +15,7 @@ from lib.labels import read_labels
 from lib.targets import NO_INSTANCE, OccupancyTargets
 from lib.task import Task
 
-from ..decode import DecodedImage, HeldImage, check_decoder, look_at_image, read_image, read_scan
+from ..decode import NVJPEG, DecodedImage, HeldImage, check_decoder, look_at_image, read_image, read_scan
 from ..history import choose_test_frames, choose_train_frames
 
 MAX_INSTANCES = 255
@@ -35,7 +35,8 @@ class LoadMultiViewImageFromMultiSweeps:
 
     Args:
         task: frames and cameras.
-        decoder: ``cv2``, ``pillow`` or ``turbojpeg``; the pixels are the same.
+        decoder: ``cv2``, ``pillow`` or ``turbojpeg``; the pixels are the same. ``nvjpeg`` decodes and resizes on a GPU,
+            in inference only; see ``loaders.gpu_images`` for what that changes.
         fast_decode: decode JPEGs at half size where that still covers the network's images. Halves the time;
             real images differ by 0.6 grey levels on average and by 15 at most (tools/bench_loading.py).
         threads: threads that decode one sample's images; 1 decodes in the worker itself.
@@ -53,6 +54,10 @@ class LoadMultiViewImageFromMultiSweeps:
         self.threads = threads
 
     def __call__(self, sample: Dict) -> Dict:
+        if self.decoder == NVJPEG and not sample['test_mode']:
+            raise ConfigError(
+                f"LoadMultiViewImageFromMultiSweeps: decoder='{NVJPEG}' is for inference; train with 'cv2'"
+            )
         info, cameras, frames = sample['info'], self.task.cameras, self._choose(sample)
         keys = [_frame_keys(frame, cameras) for frame in frames]
         if 'before' in sample:
@@ -101,7 +106,7 @@ class LoadMultiViewImageFromMultiSweeps:
         return [images[one] for one in wanted]
 
     def _read_one(self, wanted: Tuple[str, bool]) -> DecodedImage:
-        half_covers = self.task.image_size if self.fast_decode else None
+        half_covers = self.task.image_size if self.fast_decode and self.decoder != NVJPEG else None
         return read_image(wanted[0], self.decoder, half_covers) if wanted[1] else look_at_image(wanted[0], half_covers)
 
 

@@ -115,8 +115,8 @@ def test_bytes_after_the_end_mark_do_no_harm(jpeg):
 
 
 def test_an_unknown_decoder_is_named():
-    with pytest.raises(ConfigError, match="unknown image decoder 'nvjpeg'; use one of"):
-        check_decoder('nvjpeg')
+    with pytest.raises(ConfigError, match="unknown image decoder 'nvjpg'; use one of"):
+        check_decoder('nvjpg')
 
 
 @pytest.mark.skipif(_has_turbojpeg(), reason='it is installed')

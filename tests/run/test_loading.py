@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 
@@ -13,7 +14,7 @@ import torch
 from lib.cli import run_main
 from lib.errors import DataError
 from lib.run import loading
-from lib.run.loading import make_loader, read_batches
+from lib.run.loading import make_loader, read_batches, read_in_order
 
 
 class _Items(torch.utils.data.Dataset):
@@ -31,6 +32,10 @@ class _Items(torch.utils.data.Dataset):
         return dict(img=torch.full((2,), index), img_metas=dict(index=index))
 
 
+def _first(samples):
+    return samples[0]
+
+
 def _batches(items, workers, order=None, persistent=False):
     batch_sampler = [[index] for index in (range(len(items)) if order is None else order)]
     return make_loader(items, batch_sampler, lambda samples: samples[0], workers, torch.device('cpu'), persistent)
@@ -46,6 +51,53 @@ def test_a_worker_s_error_is_its_sentence_and_nothing_more(workers):
     with pytest.raises(DataError) as caught:
         list(read_batches(_batches(_Items(_fail), workers)))
     assert str(caught.value) == 'keyframe x: image y.jpg is truncated; fetch it again: now'
+
+
+class _Driven(_Items):
+    """Samples that are told which one was asked for before."""
+
+    def following(self, index, before):
+        return dict(self[index], before=before)
+
+
+def test_a_drive_tells_each_sample_which_one_was_before():
+    for keeps_frames, expected in ((True, [None, 5, 6]), (False, [None] * 3)):
+        batches = read_in_order(_Driven(), [5, 6, 2], _first, 0, torch.device('cpu'), keeps_frames)
+        found = [(batch['img_metas']['index'], batch.get('before')) for batch in batches]
+        assert found == list(zip([5, 6, 2], expected))
+    assert len(list(read_in_order(_Items(), [5, 6], _first, 0, torch.device('cpu'), True))) == 2  # one that cannot
+
+
+class _Moving:
+    """What is moved; says so."""
+
+    def __init__(self, index, moved):
+        self.index, self.moved = index, moved
+
+    def to(self, device, non_blocking=True):
+        self.moved[self.index].set()
+        return self.index
+
+
+def test_the_next_batch_is_moved_while_one_is_worked_on():
+    moved = [threading.Event() for _ in range(5)]
+    samples = [dict(img=_Moving(index, moved)) for index in range(5)]
+    for index, batch in enumerate(read_in_order(samples, range(5), _first, 0, torch.device('cpu'), False)):
+        assert batch['img'] == index
+        assert index == 4 or moved[index + 1].wait(timeout=20)  # nobody asks for it before this is left
+        assert index > 2 or not moved[index + 2].is_set()  # and no further, which would take memory
+
+
+def test_an_error_while_moving_is_told_when_its_batch_is_due():
+    class Broken:
+        def to(self, device, non_blocking=True):
+            raise DataError('cannot be decoded')
+
+    samples = [dict(img=torch.zeros(1)), dict(img=Broken()), dict(img=torch.zeros(1))]
+    batches = read_in_order(samples, range(3), _first, 0, torch.device('cpu'), False)
+    next(batches)
+    with pytest.raises(DataError, match='cannot be decoded'):
+        next(batches)
 
 
 def test_leaving_early_is_quick_and_a_new_start_is_whole():

@@ -17,7 +17,7 @@ from lib.geometry import intrinsics_to_matrix, invert_rigid
 from lib.infos import NOWHERE
 from lib.io import read_json
 from lib.registry import did_you_mean
-from loaders.decode import DecodedImage, read_image
+from loaders.decode import NVJPEG, DecodedImage, read_image
 from loaders.own_data import read_camera, read_pose
 from loaders.pipelines import build_pipeline
 from loaders.pipelines.augmentation import RandomTransformImage
@@ -100,7 +100,8 @@ class FrameReader:
         steps = build_pipeline(pipeline, task)
         self._transform = _step_of(steps, RandomTransformImage)
         loading = _step_of(steps, LoadMultiViewImageFromMultiSweeps)
-        self._decoder, self._half_covers = loading.decoder, task.image_size if loading.fast_decode else None
+        self._decoder = 'cv2' if loading.decoder == NVJPEG else loading.decoder
+        self._half_covers = task.image_size if loading.fast_decode else None
         self._rgb, self._size = rgb, task.image_size
 
     def read(self, frame: Frame, cameras: Calibration, key: str) -> Moment:
