@@ -201,11 +201,11 @@ class ImageEncoder:
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
         return [level.view((batch, count) + level.shape[1:]) for level in maps]
 
-    def _stages(self, images: Tensor, samples: int = 1) -> Sequence[Tensor]:
+    def _stages(self, images: Tensor, samples: int = 1) -> List[Tensor]:
         """Of the backbone, from uint8 images [n, 3, H, W]."""
         prepared = self.image_input(images, samples=samples)
         fused = self._fused_backbone
-        return fused(prepared) if fused is not None and fused.serves(prepared) else self.backbone(prepared)
+        return list(fused(prepared) if fused is not None and fused.serves(prepared) else self.backbone(prepared))
 
     def _check_images(self, img: Tensor, num_frames: int):
         count = num_frames * self.num_cameras

@@ -579,15 +579,16 @@ def run_neck(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
         neck: for which ``can_fuse_neck`` holds.
         stages: of the backbone, [n, C_l, H_l, W_l], channels last.
     """
-    levels = [module(level) for module, level in zip(reversed(neck.fpn_convs), _merge(neck, stages))]
+    levels = [module(level) for module, level in zip(reversed(neck.fpn_convs), _merge(neck, list(stages)))]
     return levels[::-1]
 
 
-def _merge(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
-    """What the FPN's last convolutions take, from the coarsest level down."""
+def _merge(neck: FPN, stages: List[Tensor]) -> List[Tensor]:
+    """What the FPN's last convolutions take, from the coarsest level down; takes the stages out of their list."""
     merged: List[Tensor] = []
-    for stage, module in reversed(list(zip(stages[neck.start_level :], neck.lateral_convs))):
-        conv, coarse = module.conv, merged[-1] if merged else None
+    del stages[neck.start_level + len(neck.lateral_convs) :]
+    for module in reversed(neck.lateral_convs):
+        stage, conv, coarse = stages.pop(), module.conv, merged[-1] if merged else None
         if _can_merge_fused(stage, coarse):
             from models.encoder.kernels import merge_level  # needs Triton
 
@@ -610,11 +611,12 @@ def _can_merge_fused(stage: Tensor, coarse: Optional[Tensor]) -> bool:
     )
 
 
-def run_neck_into(neck: FPN, stages: Sequence[Tensor], stored: Sequence[Tensor], slots: Tensor) -> None:
+def run_neck_into(neck: FPN, stages: List[Tensor], stored: Sequence[Tensor], slots: Tensor) -> None:
     """``run_neck``, its maps written to where frames are stored; no gradients, on a GPU with Triton.
 
     Args:
-        stages: as ``run_neck`` takes them, of F*N images.
+        stages: as ``run_neck`` takes them, of F*N images; taken out of the list, so that their memory is free when
+            the largest level needs its own.
         stored: L tensors [S, N, H_l, W_l, C], contiguous.
         slots: int64 [F], where each frame goes.
     """
