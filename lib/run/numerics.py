@@ -44,7 +44,7 @@ def convert_weights(model: nn.Module, amp: Optional[str]) -> nn.Module:
     """Convert, in place, the weights that autocast would convert again in every step; for inference only.
 
     The results are the same to the bit. Afterwards the model runs under ``autocast(amp, ...)`` alone. Left as they
-    are: attention, norms, and whatever is below a module with an attribute ``keeps_float32``.
+    are: norms, and whatever is below a module with an attribute ``keeps_float32``, such as attention between blocks.
 
     Args:
         model: on its device.
@@ -57,11 +57,11 @@ def convert_weights(model: nn.Module, amp: Optional[str]) -> nn.Module:
 
 
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:
-    if getattr(module, 'keeps_float32', False) or isinstance(module, nn.MultiheadAttention):
+    if getattr(module, 'keeps_float32', False):
         return
     for child in module.children():
         _convert(child, dtype)
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
         module.to(dtype)
 
 

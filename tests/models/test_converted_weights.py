@@ -28,12 +28,12 @@ def test_converted_weights_give_the_same_bits(predict):
     head = model.pts_bbox_head.transformer
     sensitive = [
         head.voxel_decoder.decoder_layers[0].self_attn,
-        head.decoder.decoder_layer.self_attn,
         head.voxel_decoder.decoder_layers[0].norm1,
         model.img_backbone,
     ]
     assert convert_weights(model, 'bf16') is model
     assert head.decoder.decoder_layer.classifier.weight.dtype == torch.bfloat16
+    assert head.decoder.decoder_layer.self_attn.self_attn.in_proj_weight.dtype == torch.bfloat16
     assert head.voxel_decoder.decoder_layers[0].mixing.out_proj.bias.dtype == torch.bfloat16
     assert model.img_neck.fpn_convs[0].conv.weight.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for part in sensitive for p in part.parameters())
