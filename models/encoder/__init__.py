@@ -73,6 +73,7 @@ class ImageEncoder:
         self._fused_backbone = FusedResNet(backbone) if fuse and can_fuse_backbone(backbone) else None
         self._graphed = GraphedFunction(self._encode, state=self._backbone_version)
         self._graphed_writing = GraphedFunction(self._write_maps, state=self._backbone_version)
+        self._writes: Optional[bool] = None  # see _can_write
         for part in (backbone, neck):  # the layout that the sampling reads
             part.to(memory_format=torch.channels_last)
         backbone.keeps_float32 = True  # folded in float32, see lib.run.numerics.convert_weights
@@ -99,7 +100,6 @@ class ImageEncoder:
         """
         given = img_metas[0].get('given') if img_metas and len(img) == 1 else None
         self._check_images(img, self.num_frames if given is None else len(given))
-        features = self._locate(img, lidar2img, ego2lidar)  # first, so that the GPU need not wait for it later
         keys = self._frame_keys(img, img_metas)
         if given is not None and keys is None:
             raise DataError(
@@ -107,11 +107,11 @@ class ImageEncoder:
             )
         stays = graphed and img.is_cuda and len(img) == 1 and self._is_testing()
         if keys is None and not stays:
-            return _with_gradient_sum(features._replace(maps=self.encode(img)))
+            return _with_gradient_sum(self._locate(self.encode(img), img, lidar2img, ego2lidar))
         maps, slots = self._fill(img) if keys is None else self._fetch(img, keys, given, graphed)
-        return features._replace(
-            maps=[level.flatten(0, 1).unsqueeze(0) for level in maps], frame_index=_index_on(img.device, tuple(slots))
-        )
+        # when the encoder is at work, so that the GPU does not wait for it
+        features = self._locate([level.flatten(0, 1).unsqueeze(0) for level in maps], img, lidar2img, ego2lidar)
+        return features._replace(frame_index=_index_on(img.device, tuple(slots)))
 
     def _fetch(self, img: Tensor, keys: Sequence[Tuple], given: Optional[Sequence[int]], graphed: bool):
         """``StoredFrames`` of one sample, those not seen before being encoded one at a time.
@@ -120,7 +120,9 @@ class ImageEncoder:
             given: which of its frames the images are of; None: of all.
         """
         frames = dict(zip(range(len(keys)) if given is None else given, img[0].split(self.num_cameras)))
-        writes = self._can_write(img)
+        if self._writes is None or not graphed:  # a graph repeats what was captured, whatever hooks there are by now
+            self._writes = self._can_write(img)
+        writes = self._writes
 
         def frame(t: int) -> Tensor:
             if t not in frames:
@@ -185,6 +187,7 @@ class ImageEncoder:
         """Drop everything that was made from the weights as they were."""
         self._graphed.clear()
         self._graphed_writing.clear()
+        self._writes = None
         if self._fused_backbone is not None:
             self._fused_backbone.clear()
         self.cache.release()
@@ -231,10 +234,10 @@ class ImageEncoder:
         setting = _setting(img)
         return [(tuple(names[i : i + self.num_cameras]), setting) for i in range(0, len(names), self.num_cameras)]
 
-    def _locate(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
-        """Where the images look, without their maps."""
+    def _locate(self, maps: Sequence[Tensor], img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
+        """Maps, and where their images look."""
         ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
-        return ImageFeatures([], ego2img, self.image_input.padded_size(img.shape[-2:]))
+        return ImageFeatures(maps, ego2img, self.image_input.padded_size(img.shape[-2:]))
 
 
 def _setting(img: Tensor) -> Hashable:
