@@ -202,7 +202,7 @@ def build_in_place(name: str, folder: Path, make_extensions) -> None:
     reason = reason_not_to_build()
     if reason is not None:
         sys.exit(reason)
-    os.chdir(str(folder))
+    os.chdir(folder)
     extensions = make_extensions()
     from setuptools import setup
     from torch.utils.cpp_extension import BuildExtension

@@ -29,7 +29,7 @@ PathLike = Union[str, os.PathLike]
 MOST_VALUES = 1 << 27  # of an array in a file where nothing more is known: 1 GiB in double precision
 NUMBERS, PLAIN = 'biuf', 'biufcUS'  # kinds of types: real numbers; also complex ones and texts
 _MOST_HEADER_BYTES = 65536
-# What reading a damaged file raises: zipfile and what decompresses for it, and the header's text as Python reads it.
+# What reading a damaged file raises: zipfile and what decompresses for it, Python's parser of headers, unpicklers.
 UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -45,18 +45,8 @@ UNREADABLE = (
     RuntimeError,  # encrypted, or a compression that zipfile lacks
     MemoryError,
     OverflowError,
-)
-_NO_PICKLE = (  # what loading a damaged one raises
-    EOFError,
-    ValueError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    TypeError,
     ImportError,
-    OSError,
-    MemoryError,
-    OverflowError,
+    AssertionError,
 )
 _SAFE_BUILTINS = frozenset(
     ('bool', 'complex', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'slice', 'str', 'tuple')
@@ -82,6 +72,9 @@ _CANNOT_WRITE = frozenset(
         errno.EISDIR,
         errno.EEXIST,
         errno.ENAMETOOLONG,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ESTALE,
     )
 )
 
@@ -162,6 +155,14 @@ def find_under(root: PathLike, value: PathLike) -> Path:
     return path if (has_root or path.exists()) and not under.exists() else under
 
 
+def require_file(path: PathLike, remedy: str = 'check the path, or fetch the file') -> Path:
+    """The path. Raises DataError, which tells the remedy, if there is no such file."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f'{path} does not exist; {remedy}')
+    return path
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
     """Builds plain containers and numpy arrays; refuses every other class or function a pickle names."""
 
@@ -209,17 +210,12 @@ def load_pickle_safe(path: PathLike, allow_any: bool = False):
     Raises:
         DataError: missing or damaged file, or one that asks for another class or function.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(
-            f'{path} does not exist; check the path (data_root, ann_file), or make the info files with '
-            'gen_sweep_info.py'
-        )
+    path = require_file(path, 'check the path (data_root, ann_file), or make the info files with gen_sweep_info.py')
     try:
         damage = None if allow_any else find_damage(path)
         if damage is not None:
             raise DataError(f'{path} is not a readable pickle (byte {damage} cannot be right); make or fetch it again')
-        with open(str(path), 'rb') as stream:
+        with open(path, 'rb') as stream:
             return (pickle.Unpickler if allow_any else _RestrictedUnpickler)(stream).load()
     except pickle.UnpicklingError as error:
         if 'it names' not in str(error):
@@ -228,7 +224,7 @@ def load_pickle_safe(path: PathLike, allow_any: bool = False):
             f'{path} was refused: {reason(error)}, and only plain data and numpy arrays are read from pickles; if you '
             'trust where the file is from, set allow_any_pickle=True in that section of data'
         ) from error
-    except _NO_PICKLE as error:
+    except UNREADABLE as error:
         raise DataError(
             f'{path} is not a readable pickle ({type(error).__name__}: {reason(error)}); make or fetch it again'
         ) from error
@@ -250,7 +246,7 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush_to_disk(temporary)
-        os.replace(str(temporary), str(path))
+        os.replace(temporary, path)
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
@@ -273,7 +269,7 @@ def check_outputs(*paths: Optional[PathLike]) -> None:
         if path.is_dir():
             raise UserError(f'cannot write {path}, which is a folder; give the name of a file in it')
         folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if not folder.is_dir() or not os.access(str(folder), os.W_OK):
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f'cannot write {path}: {folder} is no folder that you may write to; choose another place')
 
 
@@ -291,13 +287,13 @@ def make_folder(path: PathLike, option: str = '--out') -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'cannot make the folder {path} ({error.strerror}); choose another {option}') from error
-    if not os.access(str(folder), os.W_OK):
+    if not os.access(folder, os.W_OK):
         raise UserError(f'cannot write to {path}; choose another {option}')
     return folder
 
 
 def _flush_to_disk(path):
-    descriptor = os.open(str(path), os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -306,19 +302,19 @@ def _flush_to_disk(path):
 
 def save_pickle(path: PathLike, value) -> None:
     """Write ``value`` as a pickle (protocol 4: Python 3.8 reads it), atomically."""
-    with atomic_write(path) as temporary, open(str(temporary), 'wb') as stream:
+    with atomic_write(path) as temporary, open(temporary, 'wb') as stream:
         pickle.dump(value, stream, protocol=4)
 
 
 def save_npz(path: PathLike, arrays: Dict[str, np.ndarray]) -> None:
     """Write arrays as a compressed ``.npz``, atomically."""
     with atomic_write(path) as temporary:
-        np.savez_compressed(str(temporary), **arrays)
+        np.savez_compressed(temporary, **arrays)
 
 
 def write_json(path: PathLike, value) -> None:
     """Write ``value`` as indented JSON, atomically. NumPy numbers and arrays become plain ones."""
-    with atomic_write(path) as temporary, open(str(temporary), 'w', encoding='utf-8') as stream:
+    with atomic_write(path) as temporary, open(temporary, 'w', encoding='utf-8') as stream:
         json.dump(value, stream, indent=2, default=_to_plain)
         stream.write('\n')
 
@@ -337,11 +333,9 @@ def read_json(path: PathLike):
     Raises:
         DataError: missing or damaged file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f'{path} does not exist; check the path')
+    path = require_file(path)
     try:
-        with open(str(path), encoding='utf-8') as stream:
+        with open(path, encoding='utf-8') as stream:
             return json.load(stream)
     except (ValueError, OSError, RecursionError) as error:
         raise DataError(f'{path} is not readable JSON ({reason(error)}); make or fetch it again') from error
@@ -389,11 +383,9 @@ def npz_sizes(path: PathLike) -> Dict[str, int]:
 @contextlib.contextmanager
 def _open_npz(path: PathLike) -> Iterator[Tuple[zipfile.ZipFile, List[str]]]:
     """An ``.npz`` file and the names of its arrays; DataError where it is missing, or what is done with it fails."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f'{path} does not exist; check the path, or fetch the file')
+    path = require_file(path)
     try:
-        with zipfile.ZipFile(str(path)) as archive:
+        with zipfile.ZipFile(path) as archive:
             yield archive, array_names(archive, str(path))
     except UNREADABLE as error:
         raise DataError(f'{path} is damaged or no .npz file ({reason(error)}); make or fetch it again') from error
@@ -405,11 +397,9 @@ def load_npy_checked(path: PathLike, most_values: int = MOST_VALUES) -> np.ndarr
     Raises:
         DataError: missing or damaged file, another type, or more values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f'{path} does not exist; check the path, or fetch the file')
+    path = require_file(path)
     try:
-        with open(str(path), 'rb') as stream:
+        with open(path, 'rb') as stream:
             return read_npy(stream, str(path), most_values)
     except UNREADABLE as error:
         raise DataError(f'{path} is damaged or no .npy file ({reason(error)}); make or fetch it again') from error

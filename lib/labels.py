@@ -13,7 +13,7 @@ from .classes import IGNORE_LABEL
 from .errors import DataError
 from .geometry import find_sources, held_classes, invert_rigid, take
 from .infos import volume_from_lidar
-from .io import load_npz_checked, npz_sizes, path_inside, read_json
+from .io import load_npz_checked, npz_sizes, path_inside, read_json, require_file
 from .label_formats import LABEL_FORMATS, NPZ, read_listed
 from .task import Task
 
@@ -104,10 +104,10 @@ def _scenes_from_folder(root):
             'without labels'
         )
     scenes = {}
-    for scene in sorted(os.listdir(str(root))):
+    for scene in sorted(os.listdir(root)):
         folder = root / scene
         if folder.is_dir():
-            scenes.update((token, scene) for token in os.listdir(str(folder)))
+            scenes.update((token, scene) for token in os.listdir(folder))
     return scenes
 
 
@@ -160,8 +160,7 @@ def arrays_of_file(path, task: Task) -> Tuple[str, ...]:
         DataError: it is missing or cut short, lacks an array that the task needs, or has one of another grid's size.
     """
     if task.label_files in LABEL_FORMATS and Path(path).suffix == '.npy':
-        if not Path(path).is_file():
-            raise DataError(f'{path} does not exist; check occ_gt_root and task.label_files')
+        require_file(path, 'check occ_gt_root and task.label_files')
         return ('semantics',)
     sizes = npz_sizes(path)
     if 'semantics' not in sizes:

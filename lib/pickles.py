@@ -95,7 +95,7 @@ def find_damage(path, pickles: int = 1) -> Optional[int]:
     Wrong are unknown instructions, sizes that reach beyond the end of the file, memo places with numbers higher than
     the instructions before them, and a file that ends before its pickle does.
     """
-    content = np.memmap(str(path), dtype=np.uint8, mode='r') if os.path.getsize(path) else np.zeros(0, np.uint8)
+    content = np.memmap(path, dtype=np.uint8, mode='r') if os.path.getsize(path) else np.zeros(0, np.uint8)
     if len(content) < _COMPILE_FROM:
         found = _scan(content.tobytes(), _argument_kinds().tolist(), pickles)
     else:

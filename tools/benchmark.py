@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import List, NamedTuple
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli import check_files, make_parser, real_number, run_main, whole_number  # noqa: E402
@@ -118,10 +120,10 @@ class Bench:
 
     def row(self, name, step, samples=1):
         """Figures of ``step(i)``, kept and printed by the main process."""
-        from lib.run.timing_script import quantile, time_steps
+        from lib.run.timing_script import time_steps
 
         seconds, peak_mib = time_steps(step, self.args.warmup, self.args.steps, self.device)
-        median, p90 = quantile(seconds, 0.5), quantile(seconds, 0.9)
+        median, p90 = (float(value) for value in np.quantile(seconds, (0.5, 0.9)))
         row = dict(
             name=name,
             median_ms=round(1e3 * median, 3),

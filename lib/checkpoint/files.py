@@ -19,11 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, UserError, reason
-from ..io import UNREADABLE, atomic_write
+from ..io import UNREADABLE, PathLike, atomic_write
 from ..pickles import find_damage
-
-_UNREADABLE = (*UNREADABLE, ImportError, AssertionError)
-
 
 _OLD_PICKLES = 5  # of the older format: magic number, version, system, content, keys of the storages
 
@@ -56,7 +53,7 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict:
         checkpoint = _torch_load(path, trust)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, error)) from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f'checkpoint {path} is damaged or no PyTorch checkpoint ({type(error).__name__}: {reason(error)}); fetch '
             'or write it again'
@@ -66,7 +63,7 @@ def read_checkpoint(path: str, trust: bool = False) -> Dict:
     return dict(checkpoint)
 
 
-def check_archive(path: str) -> None:
+def check_archive(path: PathLike) -> None:
     """Compare the check sums of a zip file (torch >= 1.6): PyTorch itself does not notice a changed byte.
 
     Of the older format the pickles in front are looked at, which could ask for any amount of memory.
@@ -85,7 +82,7 @@ def check_archive(path: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f'checkpoint {path} is cut short or damaged ({reason(error)}); fetch or write it again'
         ) from error
@@ -207,14 +204,14 @@ RESTRICTED_PICKLE = SimpleNamespace(
 # -- writing
 
 
-def save_checkpoint(path: str, checkpoint: Mapping) -> None:
+def save_checkpoint(path: PathLike, checkpoint: Mapping) -> None:
     """Write a checkpoint; it appears under its name only once it is complete and on the disk.
 
     Raises:
         UserError: it cannot be written (disk full, no permission); an older file of that name is untouched.
     """
     try:
-        with atomic_write(path) as temporary, open(str(temporary), 'wb') as stream:
+        with atomic_write(path) as temporary, open(temporary, 'wb') as stream:
             patient = _PatientStream(stream)
             torch.save(checkpoint, patient)
             patient.raise_error()
@@ -247,10 +244,10 @@ class _PatientStream:
             raise self._error
 
 
-def is_complete(path: str) -> bool:
+def is_complete(path: PathLike) -> bool:
     """Whether a checkpoint that this project wrote is whole: a zip archive whose check sums all agree."""
     try:
-        check_archive(str(path))
-        return zipfile.is_zipfile(str(path))
+        check_archive(path)
+        return zipfile.is_zipfile(path)
     except (CheckpointError, OSError):
         return False

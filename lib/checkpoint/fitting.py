@@ -17,13 +17,12 @@ from .files import read_checkpoint, state_dict_of
 _NAMES_SHOWN = 4
 
 
-def load_model_weights(model: nn.Module, path: str, strict: bool = True, trust: bool = False) -> Dict:
+def load_model_weights(model: nn.Module, path: str, trust: bool = False) -> Dict:
     """Load a checkpoint's weights into a model of the same config.
 
     Args:
         model: receives the weights, on whatever device it is.
         path: checkpoint of ours, of mmcv's format or a bare state dict.
-        strict: every name and shape must agree; otherwise only what fits is loaded.
         trust: see ``read_checkpoint``.
 
     Returns:
@@ -38,7 +37,7 @@ def load_model_weights(model: nn.Module, path: str, strict: bool = True, trust: 
     meta = checkpoint.get('meta')
     meta = dict(meta) if isinstance(meta, Mapping) else {}
     other = other_task(meta, getattr(model, 'task', None))
-    fit_weights(model, _without_training_parts(model, weights, path), path, strict, other)
+    fit_weights(model, _without_training_parts(model, weights, path), path, other)
     if meta.get('ema_decay') and rank() == 0:
         print(f'{path}: weights averaged over training (EMA with decay {meta["ema_decay"]:g})', flush=True)
     if other and rank() == 0:
@@ -102,18 +101,15 @@ def _describe_grid(task: Task) -> str:
     return f'{"x".join(map(str, task.grid_shape))} voxels over [{numbers}] m{frame}'
 
 
-def fit_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], path: str, strict: bool = True, other: str = ''
-) -> None:
+def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, other: str = '') -> None:
     """Copy weights into a model; see ``load_model_weights``. ``other`` is what they are known to be for."""
     require_finite(weights, path)
     difference = compare(model.state_dict(), weights)
-    if strict and any(difference):
+    if any(difference):
         if other:
             raise CheckpointError(f'checkpoint {path} was trained for {other}; use the config it was trained with')
         raise CheckpointError(_misfit(path, model, weights, difference))
-    skip = set(difference.unexpected) | {name for name, _, _ in difference.reshaped}
-    model.load_state_dict(OrderedDict((k, v) for k, v in weights.items() if k not in skip), strict=False)
+    model.load_state_dict(dict(weights), strict=False)  # what old files may lack is no difference
 
 
 def require_finite(weights: Mapping[str, Tensor], path: str) -> None:

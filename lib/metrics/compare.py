@@ -436,7 +436,7 @@ def compare_command(args: argparse.Namespace) -> None:
             with atomic_write(path) as temporary:
                 temporary.write_text(text(comparison), encoding='utf-8')
     if args.csv:
-        with atomic_write(args.csv) as temporary, open(str(temporary), 'w', newline='', encoding='utf-8') as stream:
+        with atomic_write(args.csv) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as stream:
             csv.writer(stream).writerows(csv_rows(comparison))
     for path in filter(None, (args.markdown, args.html, args.csv)):
         print(f'wrote {path}', file=sys.stderr)

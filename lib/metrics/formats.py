@@ -150,7 +150,7 @@ class PredictionFiles:
         name = self._files[token]
         where = self._source.describe(name)
         with self._source.open(name, _most_bytes(self._task)) as stream:
-            return _read(stream, self.form.suffix, self._task, where, self.form, names)
+            return _read(stream, self._task, where, self.form, names)
 
     def choose(self, tokens: Iterable[str], only_predicted: bool = False) -> Tuple[List[int], str]:
         """Which of a data set's samples to score.
@@ -223,21 +223,6 @@ def find_record(path) -> Optional[dict]:
     return _open_source(path).record()
 
 
-def read_prediction(path, task: Task) -> Dict[str, np.ndarray]:
-    """Dense prediction from one file of any form, as ``lib.prediction`` describes it.
-
-    Raises:
-        DataError: the file is missing or damaged, of no known form, or does not fit the task.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f'prediction {path} does not exist; predict it, or give another folder or sample')
-    if path.suffix not in _SUFFIXES:
-        raise DataError(f'{path} is no prediction file; they end in .npz or .npy')
-    with _opened(path) as stream:
-        return _read(stream, path.suffix, task, str(path))
-
-
 def _by_token(names, source) -> Dict[str, str]:
     """{sample token: file} of files of one kind."""
     files: Dict[str, str] = {}
@@ -281,7 +266,7 @@ class _Folder:
         self.path = path
 
     def names(self):
-        for folder, _, files in os.walk(str(self.path)):
+        for folder, _, files in os.walk(self.path):
             for name in files:
                 if not name.startswith('.'):
                     yield (Path(folder) / name).relative_to(self.path).as_posix()
@@ -306,7 +291,7 @@ class _Zip:
     def _archive(self):
         if self._opened[0] != os.getpid():
             try:
-                self._opened = (os.getpid(), zipfile.ZipFile(str(self.path)))
+                self._opened = (os.getpid(), zipfile.ZipFile(self.path))
             except UNREADABLE as error:
                 raise _damaged(self.path, error) from error
         return self._opened[1]
@@ -350,7 +335,7 @@ class _Zip:
 
 def _opened(path):
     try:
-        return open(str(path), 'rb')
+        return open(path, 'rb')
     except OSError as error:
         raise DataError(f'{path} cannot be read ({error.strerror}); check its permissions') from error
 
@@ -377,10 +362,10 @@ def _form_of(stream, suffix, where) -> PredictionForm:
         raise _damaged(where, error) from error
 
 
-def _read(stream, suffix, task, where, form=None, extras=('instances', 'flow')) -> Dict[str, np.ndarray]:
-    """Dense prediction from an open file; of the given form, or of whatever form it has."""
+def _read(stream, task, where, form, extras) -> Dict[str, np.ndarray]:
+    """Dense prediction from an open file of the form; ``extras`` are read beside the classes."""
     try:
-        arrays, found = _arrays(stream, suffix, task, where, form, extras)
+        arrays, found = _arrays(stream, task, where, form, extras)
     except UNREADABLE as error:
         raise _damaged(where, error) from error
     if found.sparse:
@@ -388,13 +373,13 @@ def _read(stream, suffix, task, where, form=None, extras=('instances', 'flow')) 
     return _check_dense(arrays, found, task, where)
 
 
-def _arrays(stream, suffix, task, where, form, extras) -> Tuple[Dict[str, np.ndarray], PredictionForm]:
-    if suffix == '.npy':
-        return {'': read_npy(stream, where, _most_values(task))}, PredictionForm(suffix)
+def _arrays(stream, task, where, form, extras) -> Tuple[Dict[str, np.ndarray], PredictionForm]:
+    if form.suffix == '.npy':
+        return {'': read_npy(stream, where, _most_values(task))}, form
     with zipfile.ZipFile(stream) as archive:
         names = array_names(archive, where)
         found = recognise(names, where)
-        if form is not None and found != form:
+        if found != form:
             raise DataError(
                 f'{where} is of another form ({found.describe()}) than the files before it ({form.describe()}); give a '
                 'folder that holds one kind'

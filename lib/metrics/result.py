@@ -254,7 +254,7 @@ def text_table(*blocks: List[List[str]]) -> List[str]:
 
 def _write_rows(path, rows):
     """Write rows as CSV; what is not a number is left empty."""
-    with atomic_write(path) as temporary, open(str(temporary), 'w', newline='', encoding='utf-8') as stream:
+    with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as stream:
         csv.writer(stream).writerows(
             [['' if value is None or value != value else value for value in row] for row in rows]
         )

@@ -175,13 +175,13 @@ def mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.nanmean(values, axis=axis)
 
 
-def resample(scenes: Sequence[Tallies], resamples: int = RESAMPLES) -> Tallies:
-    """Tallies of data sets of as many scenes drawn with replacement, leading shape [resamples].
+def resample(scenes: Sequence[Tallies]) -> Tallies:
+    """Tallies of data sets of as many scenes drawn with replacement, leading shape [RESAMPLES].
 
-    The draws depend on the numbers of scenes and resamples alone: two models scored on the same scenes, given in
+    The draws depend on the number of scenes alone: two models scored on the same scenes, given in
     the same order, are resampled alike (a paired bootstrap).
     """
-    drawn = np.random.default_rng(_SEED).multinomial(len(scenes), [1 / len(scenes)] * len(scenes), size=resamples)
+    drawn = np.random.default_rng(_SEED).multinomial(len(scenes), [1 / len(scenes)] * len(scenes), size=RESAMPLES)
     return {
         name: np.tensordot(drawn.astype(np.float64), np.stack([one[name] for one in scenes]).astype(np.float64), axes=1)
         for name in scenes[0]

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tup
 import numpy as np
 
 from ..errors import DataError, reason
-from ..io import PathLike, atomic_write
+from ..io import PathLike, atomic_write, require_file
 from ..pickles import NotPlain, read_plain_pickle
 from ..prediction import class_ids, finite
 from ..task import Task
@@ -65,7 +65,7 @@ def write_submission(path: PathLike, about: Mapping[str, Any], results: Iterable
         UserError: the file cannot be written.
     """
     about = check_about(about, 'the description of the submission')
-    with atomic_write(path) as temporary, open(str(temporary), 'wb') as file:
+    with atomic_write(path) as temporary, open(temporary, 'wb') as file:
         with gzip.GzipFile('', 'wb', compresslevel=9, fileobj=file, mtime=0) as stream:
             pickler = pickle.Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL)
             pickler.fast = True  # remembers nothing, so that samples can be forgotten once they are written
@@ -163,7 +163,7 @@ def write_occ3d_submission(path: PathLike, results: Iterable[Tuple[str, np.ndarr
     Raises:
         UserError: the file cannot be written.
     """
-    with atomic_write(path) as temporary, zipfile.ZipFile(str(temporary), 'w', zipfile.ZIP_STORED) as archive:
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, 'w', zipfile.ZIP_STORED) as archive:
         for token, semantics in results:
             content = io.BytesIO()
             np.savez_compressed(content, np.asarray(semantics, dtype=np.uint8))
@@ -172,10 +172,9 @@ def write_occ3d_submission(path: PathLike, results: Iterable[Tuple[str, np.ndarr
 
 def _load(path, samples, most_bytes):
     """The object in a gzipped pickle of plain data."""
-    if not path.is_file():
-        raise DataError(f'submission {path} does not exist; check the path')
+    require_file(path)
     try:
-        with gzip.open(str(path), 'rb') as stream:
+        with gzip.open(path, 'rb') as stream:
             return read_plain_pickle(stream, most_bytes, (samples + 1) * _INSTRUCTIONS_PER_SAMPLE)
     except NotPlain as error:
         raise DataError(f'{path} was refused: {error}') from error

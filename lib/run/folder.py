@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..checkpoint import fit_weights, is_complete, read_checkpoint, save_checkpoint, state_dict_of
 from ..config import dump_config
 from ..errors import CheckpointError, UserError
+from ..io import atomic_write
 from .log import RunLog, describe_environment, versions
 from .optimizer import WeightAverage
 from .processes import Processes
@@ -210,7 +211,7 @@ def checkpoint_iteration(path: Path) -> int:
 def newest_checkpoint(folder: Path) -> Optional[Path]:
     """Newest checkpoint whose check sums agree; damaged ones are passed over with a warning."""
     for path in checkpoints(folder):
-        if is_complete(str(path)):
+        if is_complete(path):
             return path
         print(f'warning: {path} is not whole (cut short while written?) and is passed over', flush=True)
     return None
@@ -234,7 +235,7 @@ class CheckpointKeeper:
             UserError: it cannot be written; all earlier ones are still there.
         """
         path = self.folder / checkpoint_name(iteration, epoch)
-        save_checkpoint(str(path), checkpoint)
+        save_checkpoint(path, checkpoint)
         self._point_latest_at(path)
         self._remove_old(path)
         return path
@@ -252,17 +253,11 @@ class CheckpointKeeper:
         path = next((p for p in checkpoints(self.folder) if checkpoint_iteration(p) == iteration), None)
         if path is None:
             raise UserError(f'{self.folder} holds no checkpoint of iteration {iteration} to keep as {BEST}')
-        temporary = self.folder / '.best.tmp.pth'
-        try:
-            if temporary.exists():
-                temporary.unlink()
+        with atomic_write(self.folder / BEST) as temporary:
             try:
-                os.link(str(path), str(temporary))  # the same bytes under a second name
+                os.link(path, temporary)  # the same bytes under a second name
             except OSError:
-                shutil.copyfile(str(path), str(temporary))
-            os.replace(str(temporary), str(self.folder / BEST))
-        except OSError as error:
-            raise UserError(f'cannot write {self.folder / BEST}: {error.strerror}; free some space') from error
+                shutil.copyfile(path, temporary)
 
     def remove_leftovers(self) -> None:
         """Delete temporary files of a process that was killed while it wrote a checkpoint."""
@@ -276,8 +271,8 @@ class CheckpointKeeper:
         try:
             if temporary.is_symlink() or temporary.exists():
                 temporary.unlink()
-            os.symlink(path.name, str(temporary))
-            os.replace(str(temporary), str(self.folder / LATEST))
+            os.symlink(path.name, temporary)
+            os.replace(temporary, self.folder / LATEST)
         except OSError as error:
             print(f'warning: cannot point {self.folder / LATEST} at {path.name} ({error.strerror})', flush=True)
 
@@ -419,7 +414,7 @@ def write_facts(folder: Path, cfg, seed: int, processes: Processes, log: RunLog)
         return
     facts = describe_environment(processes.device, processes.world_size)
     dump_config(cfg, str(_unused(folder, 'config', '.py')))
-    with open(str(_unused(folder, 'environment', '.txt')), 'w', encoding='utf-8') as f:
+    with open(_unused(folder, 'environment', '.txt'), 'w', encoding='utf-8') as f:
         f.write('\n'.join(facts + [f'seed: {seed}']) + '\n')
     for fact in facts:
         if fact.split(':')[0] in _FACTS_TO_SAY:

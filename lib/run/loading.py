@@ -278,20 +278,19 @@ def _prepare_worker(worker_id):
         sys.modules['cv2'].setNumThreads(0)
 
 
-def to_device(batch: Dict, device, non_blocking: bool = True) -> Dict:
+def to_device(batch: Dict, device) -> Dict:
     """A copy of the batch with what can be moved (in lists too) on ``device``; other values stay as they are.
 
     Args:
         batch: what a collate function returns.
         device: torch device or its name.
-        non_blocking: let copies from pinned memory overlap with work on the device.
     """
-    return {key: _move(value, device, non_blocking) for key, value in batch.items()}
+    return {key: _move(value, device) for key, value in batch.items()}
 
 
-def _move(value, device, non_blocking):
+def _move(value, device):
     if hasattr(value, 'to'):
-        return value.to(device, non_blocking=non_blocking)
+        return value.to(device, non_blocking=True)  # copies from pinned memory overlap with work there
     if isinstance(value, list) and any(isinstance(item, torch.Tensor) for item in value):
-        return [_move(item, device, non_blocking) for item in value]
+        return [_move(item, device) for item in value]
     return value

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from importlib import metadata
 from pathlib import Path
 from typing import Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -40,14 +41,14 @@ class RunLog:
 
     def __init__(self, is_main: bool = True):
         self.is_main = is_main
-        self.folder: Optional[str] = None
+        self.folder: Optional[Path] = None
         self._early = []
         self._complained = False
         self._board = None
 
-    def open(self, folder: str, tensorboard: bool = False) -> None:
+    def open(self, folder: Path, tensorboard: bool = False) -> None:
         """Log to files in the run folder too; event files as well if wanted and TensorBoard is installed."""
-        self.folder = folder
+        self.folder = Path(folder)
         for line in self._early:
             self._append('log.txt', line)
         if self.is_main and tensorboard:
@@ -75,10 +76,10 @@ class RunLog:
         """A picture, uint8 [height, width, 3] RGB: pictures/<name>_iter_N.png in the run folder, and TensorBoard."""
         if not self.is_main or self.folder is None:
             return
-        folder = Path(self.folder) / 'pictures'
+        folder = self.folder / 'pictures'
         folder.mkdir(exist_ok=True)
         with atomic_write(folder / f'{name}_iter_{iteration}.png') as temporary:
-            Image.fromarray(image).save(str(temporary), 'PNG')
+            Image.fromarray(image).save(temporary, 'PNG')
         if self._board is not None:
             if not hasattr(Image, 'ANTIALIAS'):  # Pillow 10 has it no more, and PyTorch 1 asks for it
                 Image.ANTIALIAS = Image.LANCZOS
@@ -93,12 +94,12 @@ class RunLog:
             self._early.append(line)
             return
         try:
-            with open(f'{self.folder}/{name}', 'a', encoding='utf-8') as f:
+            with open(self.folder / name, 'a', encoding='utf-8') as f:
                 f.write(line + '\n')
         except OSError as error:
             if not self._complained:
                 print(
-                    f'warning: cannot write {self.folder}/{name} ({error.strerror}); the log goes on here only',
+                    f'warning: cannot write {self.folder / name} ({error.strerror}); the log goes on here only',
                     file=sys.stderr,
                     flush=True,
                 )
@@ -109,7 +110,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        return SummaryWriter(self.folder + '/tensorboard')
+        return SummaryWriter(str(self.folder / 'tensorboard'))
 
 
 # -- averages and pace
@@ -265,8 +266,6 @@ def versions() -> Dict[str, str]:
 
 
 def _version(package) -> Optional[str]:
-    from importlib import metadata
-
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -276,7 +275,7 @@ def _version(package) -> Optional[str]:
 def _git(*arguments) -> Optional[str]:
     try:
         done = subprocess.run(
-            ('git',) + arguments, cwd=str(_ROOT), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20
+            ('git',) + arguments, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

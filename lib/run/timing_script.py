@@ -3,6 +3,7 @@
 import time
 from typing import Callable, Dict, List, Optional, Sequence
 
+import numpy as np
 import torch
 
 from ..config import load_config
@@ -138,10 +139,11 @@ class Clock:
         """A row of the table: ``action`` is timed (see ``time_steps``)."""
         self._start(history)
         seconds, memory = time_steps(action, self.warmup, self.samples, self.device, prepare)
-        return self._row(what, history, seconds, 1 / quantile(seconds, 0.5), memory)
+        return self._row(what, history, seconds, 1 / float(np.median(seconds)), memory)
 
     def _row(self, what: str, history: str, seconds: Sequence[float], fps: float, memory_mib: float) -> Dict:
-        figures = dict(median_ms=1e3 * quantile(seconds, 0.5), p90_ms=1e3 * quantile(seconds, 0.9), fps=fps)
+        median, p90 = (float(value) for value in np.quantile(seconds, (0.5, 0.9)))
+        figures = dict(median_ms=1e3 * median, p90_ms=1e3 * p90, fps=fps)
         return dict(what=what, history=history, **figures, memory_mib=memory_mib)
 
     def _load(self, position: int) -> Dict:
@@ -149,15 +151,6 @@ class Clock:
 
     def _run(self, batch: Dict) -> None:
         predict(self.model, batch, self.device, self.amp)
-
-
-def quantile(values: Sequence[float], fraction: float) -> float:
-    """Linear interpolation between order statistics, as numpy's default."""
-    ordered = sorted(values)
-    position = fraction * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 def _print_rows(rows, device) -> None:

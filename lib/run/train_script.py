@@ -152,7 +152,7 @@ class Launch:
         folder = make_folder(self.args, start, self.processes)
         if self.processes.is_main:
             self.lock = claim_folder(folder)
-        self.log.open(str(folder), self.settings.tensorboard)
+        self.log.open(folder, self.settings.tensorboard)
         write_facts(folder, self.cfg, self.seed, self.processes, self.log)
         trainer.use_folder(folder, resume_command(sys.argv, folder, os.environ))
         return trainer

@@ -22,7 +22,7 @@ from mutations import JUNK, mutate_array, mutate_bytes, mutate_value  # noqa: E4
 
 from lib.labels import read_labels  # noqa: E402
 from lib.metrics.counting import FlowRays, count_flow  # noqa: E402
-from lib.metrics.formats import open_predictions, read_prediction  # noqa: E402
+from lib.metrics.formats import open_predictions  # noqa: E402
 from lib.metrics.origins import read_keyframes, write_poses  # noqa: E402
 from lib.metrics.submission import ABOUT, read_submission  # noqa: E402
 from lib.prediction import write_record  # noqa: E402
@@ -97,15 +97,17 @@ class Predictions:
     def damage(self, rng):
         arrays = rng.choice(self.arrays)
         if rng.random() < 0.2:
-            path, content = self.folder / 'a.npy', npy_bytes(mutate_array(rng, arrays.get('pred', make_volumes()[0])))
+            kind, content = 'npy', npy_bytes(mutate_array(rng, arrays.get('pred', make_volumes()[0])))
         else:
             arrays = damage_arrays(rng, arrays) if rng.random() < 0.6 else arrays
-            path, content = self.folder / 'a.npz', npz_bytes(arrays, rng.choice((np.savez, np.savez_compressed)))
+            kind, content = 'npz', npz_bytes(arrays, rng.choice((np.savez, np.savez_compressed)))
+        path = self.folder / kind / f'a.{kind}'
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(mutate_bytes(rng, content) if rng.random() < 0.5 else content)
         return path
 
     def read(self, path):
-        dense = read_prediction(path, TASK)
+        dense = open_predictions(path.parent, TASK).read(path.stem)
         check_dense(dense)
 
 

@@ -13,7 +13,7 @@ from lib.io import save_npz, save_pickle, write_json
 from lib.labels import read_labels
 from lib.metrics import Evaluator
 from lib.metrics.command import command, parse, read_task, results_in_order
-from lib.metrics.formats import read_prediction
+from lib.metrics.formats import open_predictions
 from lib.metrics.origins import read_keyframes
 from lib.task import Task
 
@@ -91,7 +91,7 @@ def expected(data, metrics, samples=range(6)):
     for number in samples:
         token, scene = f'token{number}', f'scene-{number // 3}'
         labels = read_labels(data / 'labels' / scene / token / 'labels.npz', TASK, evaluator.needed)
-        prediction = read_prediction(data / 'predictions' / f'{token}.npz', TASK)
+        prediction = open_predictions(data / 'predictions', TASK).read(token)
         evaluator.update(prediction, labels, keyframes.origins[token], token, scene)
     return evaluator.compute()
 

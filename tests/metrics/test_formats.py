@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import DataError
-from lib.metrics.formats import open_predictions, read_prediction
+from lib.metrics.formats import open_predictions
 from lib.prediction import RECORD_FILE, save_prediction, write_record
 from lib.task import Task
 
@@ -52,8 +52,13 @@ def write_npz(path, arrays):
     return path
 
 
+def read_prediction(path):
+    """The one file in its folder."""
+    return open_predictions(path.parent, TASK).read(path.stem)
+
+
 def read(tmp_path, arrays, name='a.npz'):
-    return read_prediction(write_npz(tmp_path / name, arrays), TASK)
+    return read_prediction(write_npz(tmp_path / name, arrays))
 
 
 # --- what is read ---
@@ -104,11 +109,13 @@ NUMBERS = ['u1', 'i1', '<u2', '>u2', '<i4', '>i8', '<u8', 'f2', '<f4', '>f8']
 def test_any_type_of_whole_numbers_and_either_order_is_read(tmp_path, dtype, order):
     semantics, _, _ = volumes()
     as_given = np.array(semantics, dtype=dtype, order=order)
-    np.testing.assert_array_equal(read(tmp_path, {'pred': as_given})['semantics'], semantics)
-    np.save(str(tmp_path / 'b.npy'), as_given)
-    np.testing.assert_array_equal(read_prediction(tmp_path / 'b.npy', TASK)['semantics'], semantics)
+    np.testing.assert_array_equal(read(tmp_path / 'dense', {'pred': as_given})['semantics'], semantics)
+    alone = tmp_path / 'alone' / 'a.npy'
+    alone.parent.mkdir()
+    np.save(str(alone), as_given)
+    np.testing.assert_array_equal(read_prediction(alone)['semantics'], semantics)
     listed = {name: array.astype(dtype) for name, array in sparse(panoptic=False).items()}
-    np.testing.assert_array_equal(read(tmp_path, listed)['semantics'], semantics)
+    np.testing.assert_array_equal(read(tmp_path / 'listed', listed)['semantics'], semantics)
 
 
 def test_a_batch_axis_of_one_is_taken_off_dense_arrays(tmp_path):
@@ -236,7 +243,7 @@ def test_damaged_bytes_are_refused_in_a_sentence(tmp_path, file, name):
     content, sentence = BAD_BYTES[file][name]
     (tmp_path / file).write_bytes(content)
     with pytest.raises(DataError, match=sentence):
-        read_prediction(tmp_path / file, TASK)
+        read_prediction(tmp_path / file)
 
 
 def test_members_of_an_npz_are_checked_as_files_are(tmp_path):
@@ -244,7 +251,7 @@ def test_members_of_an_npz_are_checked_as_files_are(tmp_path):
         with zipfile.ZipFile(str(tmp_path / 'a.npz'), 'w', zipfile.ZIP_DEFLATED) as archive:
             archive.writestr('pred.npy', content)
         with pytest.raises(DataError, match=sentence):
-            read_prediction(tmp_path / 'a.npz', TASK)
+            read_prediction(tmp_path / 'a.npz')
         assert name
 
 
@@ -255,7 +262,7 @@ def test_a_flipped_byte_of_an_npz_is_found_by_its_checksum(tmp_path):
     content[at] ^= 1
     (tmp_path / 'a.npz').write_bytes(bytes(content))
     with pytest.raises(DataError, match='a.npz is damaged.*CRC'):
-        read_prediction(tmp_path / 'a.npz', TASK)
+        read_prediction(tmp_path / 'a.npz')
 
 
 def test_an_array_stored_twice_is_refused(tmp_path):
@@ -263,7 +270,7 @@ def test_an_array_stored_twice_is_refused(tmp_path):
         archive.writestr('pred.npy', NPY)
         archive.writestr('pred.npy', NPY)
     with pytest.raises(DataError, match='two arrays of one name'):
-        read_prediction(tmp_path / 'a.npz', TASK)
+        read_prediction(tmp_path / 'a.npz')
 
 
 # --- folders and zips ---
@@ -373,10 +380,6 @@ def test_places_without_predictions_are_named(tmp_path):
     write_npz(tmp_path / 'pred.npz', D)
     with pytest.raises(DataError, match='lies in no folder named after its sample'):
         open_predictions(tmp_path, TASK)
-    with pytest.raises(DataError, match='does not exist'):
-        read_prediction(tmp_path / 'b.npz', TASK)
-    with pytest.raises(DataError, match='a.txt is no prediction file'):
-        read_prediction(tmp_path / 'a.txt', TASK)
 
 
 def test_damaged_zips_are_a_sentence(tmp_path):
@@ -486,13 +489,13 @@ def array(draw):
 @given(st.dictionaries(NAMES, array(), min_size=1, max_size=4), st.booleans())
 def test_made_up_files_are_read_right_or_refused(tmp_path_factory, arrays, from_valid):
     """A file that is read holds ids of the task, and the very values that the arrays hold."""
-    path = tmp_path_factory.getbasetemp() / 'made_up.npz'
+    path = tmp_path_factory.getbasetemp() / 'made_up' / 'a.npz'
     arrays = dict(sparse() if from_valid else {}, **arrays)
     write_npz(path, arrays)
     try:
-        found = read_prediction(path, TASK)
+        found = read_prediction(path)
     except DataError as error:
-        assert 'made_up.npz' in str(error)
+        assert os.fspath(path) in str(error)
         return
     assert found['semantics'].shape == GRID and found['semantics'].dtype == np.uint8
     assert found['semantics'].max() <= FREE
@@ -510,14 +513,14 @@ def test_made_up_files_are_read_right_or_refused(tmp_path_factory, arrays, from_
 @given(st.sampled_from(['sparse', 'dense', 'npy']), st.data())
 def test_cut_and_flipped_bytes_never_become_another_prediction(tmp_path_factory, kind, data):
     """Of a compressed file, every damage is found or harmless; of an .npy only its length and header can tell."""
-    folder = tmp_path_factory.getbasetemp() / 'damage'
+    folder = tmp_path_factory.getbasetemp() / f'damage_{kind}'
     folder.mkdir(exist_ok=True)
     path = folder / ('a.npy' if kind == 'npy' else 'a.npz')
     if kind == 'npy':
         np.save(str(path), D['pred'])
     else:
         save_prediction(path, S if kind == 'sparse' else P)
-    right, content = read_prediction(path, TASK), bytearray(path.read_bytes())
+    right, content = read_prediction(path), bytearray(path.read_bytes())
     at = data.draw(st.integers(0, len(content) - 1))
     if data.draw(st.booleans()):
         content = content[:at]
@@ -525,7 +528,7 @@ def test_cut_and_flipped_bytes_never_become_another_prediction(tmp_path_factory,
         content[at] ^= data.draw(st.integers(1, 255))
     path.write_bytes(bytes(content))
     try:
-        found = read_prediction(path, TASK)
+        found = read_prediction(path)
     except DataError as error:
         assert os.fspath(path) in str(error)
         return

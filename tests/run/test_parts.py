@@ -22,7 +22,6 @@ from lib.run.loading import make_loader, read_batches
 from lib.run.log import Countdown, HealthWatch, RunLog, WindowAverage, duration, shares
 from lib.run.numerics import mix, seed_step
 from lib.run.processes import Processes
-from lib.run.timing_script import quantile
 from lib.run.train_script import check_norms
 from lib.settings import EvaluationSettings, TrainSettings
 
@@ -66,12 +65,6 @@ def test_seeds_differ_by_every_number():
         seed_step(*arguments)
         draws.append((float(torch.rand(1)), float(np.random.rand())))
     assert draws[0] == draws[1] and len(set(draws)) == 4
-
-
-@pytest.mark.parametrize('values', np.random.default_rng(0).random((4, 7)).tolist() + [[3.0]])
-def test_quantile_is_numpys(values):
-    for fraction in (0.0, 0.5, 0.9, 1.0):
-        assert quantile(values, fraction) == pytest.approx(np.quantile(values, fraction))
 
 
 @pytest.mark.parametrize(
