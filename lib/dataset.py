@@ -4,10 +4,12 @@ Any class with these methods will do; none has to inherit from anything here. An
 project is one such class, registered and named in ``data.train.type`` and the like.
 """
 
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence
 
 import numpy as np
 
+from .io import PathLike
 from .labels import OPTIONAL
 from .task import Task
 
@@ -79,21 +81,28 @@ class CheckedDataset(ScoredDataset, Protocol):
         infos: what is known of each keyframe without opening its files; the samples are some of them.
         positions: of each sample's keyframe in ``infos``.
         ann_file: where that comes from, for messages.
+        data_root: folder that the paths of ``infos`` are looked up in.
         version: name of the recordings, for messages; may be empty.
-        has_labels: whether ``ground_truth`` can be asked for.
+        has_labels: whether ``ground_truth`` and ``label_path`` can be asked for.
+        reads_lidar: samples come with the points of the keyframe's LiDAR scan.
         skips_unreadable: a damaged file costs a sample and not the run.
     """
 
     task: Task
     infos: Sequence[Mapping[str, Any]]
     positions: List[int]
-    ann_file: str
+    ann_file: PathLike
+    data_root: PathLike
     version: str
     has_labels: bool
+    reads_lidar: bool
     skips_unreadable: bool
 
     def previous(self, position: int) -> Optional[int]:
         """Position in ``infos`` of the keyframe before ``infos[position]`` in its scene; None at its start."""
+
+    def label_path(self, index: int) -> Path:
+        """Path of the sample's label file."""
 
     def used_positions(self) -> List[int]:
         """Positions in ``infos`` of all keyframes that samples read, as current or earlier frames."""

@@ -5,7 +5,7 @@ The quick look reads small sets whole and spot-checks large ones, in seconds.
 
 import sys
 from collections import Counter
-from typing import List, Tuple
+from typing import List, Sequence, Tuple
 
 from lib.dataset import CheckedDataset
 from lib.errors import DataError
@@ -36,7 +36,7 @@ def inspect_dataset(dataset: CheckedDataset, look: Look = Look()) -> List[Findin
     findings += check_images(image_paths(dataset, some_for_images), _count_images(dataset, used), look)
     if dataset.has_labels:
         findings += check_labels(dataset, spread(len(dataset), len(dataset) if full else QUICK_LABELS), look)
-    if getattr(dataset, 'reads_lidar', False):
+    if dataset.reads_lidar:
         some = dataset.positions if full else [dataset.positions[i] for i in spread(len(dataset), QUICK_SCANS)]
         findings += check_scans(dataset, some, look)
     return findings
@@ -68,7 +68,7 @@ def preflight(dataset: CheckedDataset, name: str, cfg=None) -> None:
         raise DataError(f'data.{name}: {errors[0]}{others}')
 
 
-def _counts(dataset) -> List[Finding]:
+def _counts(dataset: CheckedDataset) -> List[Finding]:
     scenes = split_scenes(dataset.infos)
     with_sweeps = sum(bool(camera_sweeps(info)) for info in dataset.infos)
     version = f', {dataset.version}' if dataset.version else ''
@@ -83,7 +83,7 @@ def _counts(dataset) -> List[Finding]:
     return findings
 
 
-def _histories(dataset) -> List[Finding]:
+def _histories(dataset: CheckedDataset) -> List[Finding]:
     """How many samples have fewer earlier keyframes than the task's frames, and where those scenes begin."""
     wanted = dataset.task.num_frames - 1
     earlier, reasons = _earlier_keyframes(dataset)
@@ -104,7 +104,7 @@ def _histories(dataset) -> List[Finding]:
     return findings
 
 
-def _earlier_keyframes(dataset) -> Tuple[List[int], List[str]]:
+def _earlier_keyframes(dataset: CheckedDataset) -> Tuple[List[int], List[str]]:
     """Per info the number of keyframes before it in its scene, and why the scene begins where it does."""
     earlier: List[int] = []
     reasons: List[str] = []
@@ -121,6 +121,6 @@ def _earlier_keyframes(dataset) -> Tuple[List[int], List[str]]:
     return earlier, reasons
 
 
-def _count_images(dataset, positions) -> int:
+def _count_images(dataset: CheckedDataset, positions: Sequence[int]) -> int:
     sweeps = sum(len(camera_sweeps(dataset.infos[position])) for position in positions)
     return (len(positions) + sweeps) * len(dataset.task.cameras)

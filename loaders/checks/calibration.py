@@ -4,6 +4,7 @@ from typing import Callable, Dict, List
 
 import numpy as np
 
+from lib.dataset import CheckedDataset
 from lib.infos import (
     camera_sweeps,
     current_lidar2img,
@@ -24,7 +25,7 @@ MAX_CAMERA_DELAY = 200_000  # microseconds between a keyframe and its images
 MAX_SPEED = 70.0  # metres per second between keyframes
 
 
-def check_calibration(dataset, positions: List[int], look: Look) -> List[Finding]:
+def check_calibration(dataset: CheckedDataset, positions: List[int], look: Look) -> List[Finding]:
     """Findings on the infos at ``positions`` (indices into ``dataset.infos``)."""
     messages = []
     for position in positions:
@@ -98,7 +99,7 @@ def _sweep_times(info: Dict, cameras) -> List[str]:
     return []
 
 
-def _speed(dataset, position) -> List[str]:
+def _speed(dataset: CheckedDataset, position: int) -> List[str]:
     before = dataset.previous(position)
     if before is None:
         return []

@@ -2,11 +2,12 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from lib.classes import IGNORE_LABEL
+from lib.dataset import CheckedDataset
 from lib.errors import DataError, UserError
 from lib.infos import camera_sweeps, relocate
 from lib.labels import LabelLoss, arrays_of_file, measure_loss
@@ -23,7 +24,7 @@ THREADS = 16  # that open label files at once, which takes time on network disks
 RARE, MAX_RARE_SHARE = 0.05, 0.5  # of the occupied voxels: a class usually below the first is never above the second
 
 
-def image_paths(dataset, positions: Iterable[int]) -> List[str]:
+def image_paths(dataset: CheckedDataset, positions: Iterable[int]) -> List[str]:
     """Paths of the images of keyframes and of the sweeps before them, each once."""
     paths: Dict[str, None] = {}
     for position in positions:
@@ -37,45 +38,45 @@ def image_paths(dataset, positions: Iterable[int]) -> List[str]:
 
 def check_images(paths: List[str], total: int, look: Look) -> List[Finding]:
     """Findings on image files ``paths`` of a data set that has ``total``."""
-    results = parallel_map(_problem_of_image, paths, look, 'images', look.processes, look.full)
-    problems = [problem for problem in results if problem]
+    problems = _problems(_look_at_image, look, paths, 'images', look)
     if problems:
         return name_some(problems, 'images are missing or damaged', look.level, look.shown)
     how = 'decoded' if look.decode else 'both ends of each file'
     return [Finding(OK, f'{len(paths)} of {total} images looked at ({how}): all there and whole')]
 
 
-def _problem_of_image(look, path) -> str:
-    """'' or what is wrong."""
+def _look_at_image(look: Look, path: str) -> None:
+    if look.decode:
+        read_image(path)
+    else:
+        check_whole(path)
+
+
+def _problems(read: Callable, given, items: Sequence, label: str, look: Look) -> List[str]:
+    """What is wrong with each of the items that ``read(given, item)`` cannot read."""
+    results = parallel_map(_problem, items, (read, given), label, look.processes, look.full)
+    return [problem for problem in results if problem]
+
+
+def _problem(shared, item) -> str:
+    read, given = shared
     try:
-        if look.decode:
-            read_image(path)
-        else:
-            check_whole(path)
+        read(given, item)
     except DataError as error:
         return str(error)
     return ''
 
 
-def check_scans(dataset, positions: List[int], look: Look) -> List[Finding]:
+def check_scans(dataset: CheckedDataset, positions: List[int], look: Look) -> List[Finding]:
     """Findings on the LiDAR scans of some keyframes."""
-    problems = [
-        problem
-        for problem in parallel_map(_problem_of_scan, positions, dataset, 'scans', look.processes, look.full)
-        if problem
-    ]
+    problems = _problems(_read_scan, dataset, positions, 'scans', look)
     if problems:
         return name_some(problems, 'LiDAR scans are missing or damaged', look.level, look.shown)
     return [Finding(OK, f'{len(positions)} of {len(dataset)} LiDAR scans read: all there and whole')]
 
 
-def _problem_of_scan(dataset, position) -> str:
-    """'' or what is wrong."""
-    try:
-        read_scan(dataset.infos[position], dataset.data_root)
-    except DataError as error:
-        return str(error)
-    return ''
+def _read_scan(dataset: CheckedDataset, position: int) -> None:
+    read_scan(dataset.infos[position], dataset.data_root)
 
 
 class LabelFacts(NamedTuple):
@@ -112,9 +113,9 @@ class LabelArrays(NamedTuple):
     names: Tuple[str, ...] = ()
 
 
-def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
-    """Findings on the label files of a ``NuSceneOcc`` with labels: those of some samples are read, and of all it is
-    looked whether they are there, with which arrays."""
+def check_labels(dataset: CheckedDataset, samples: List[int], look: Look) -> List[Finding]:
+    """Findings on label files: those of some samples are read, and of all it is looked whether they are there, with
+    which arrays."""
     try:
         dataset.label_path(0)
     except UserError as error:  # not even the scene can be told
@@ -139,13 +140,13 @@ def check_labels(dataset, samples: List[int], look: Look) -> List[Finding]:
     return findings
 
 
-def _glance(dataset, indices: Iterable[int]) -> List[LabelArrays]:
+def _glance(dataset: CheckedDataset, indices: Iterable[int]) -> List[LabelArrays]:
     """What the directories of label files say, some at once."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(partial(_arrays_of_label, dataset), sorted(indices)))
 
 
-def _arrays_of_label(dataset, index) -> LabelArrays:
+def _arrays_of_label(dataset: CheckedDataset, index: int) -> LabelArrays:
     try:
         path = str(dataset.label_path(index))
     except DataError as error:
@@ -156,7 +157,7 @@ def _arrays_of_label(dataset, index) -> LabelArrays:
         return LabelArrays(path, str(error))
 
 
-def _read(count: int, good: List[LabelArrays], dataset) -> Finding:
+def _read(count: int, good: List[LabelArrays], dataset: CheckedDataset) -> Finding:
     names = ', '.join(sorted(set.intersection(*[set(one.names) for one in good])))
     others = f', {len(good) - count} more are there' if len(good) > count else ''
     grid = list(dataset.task.grid_shape)
@@ -175,7 +176,7 @@ def _masks(good: List[LabelArrays], look: Look) -> List[Finding]:
     return [Finding(WARNING, f'{text}, and mIoU never mixes them with the others: score without miou, or take others')]
 
 
-def _facts_of_label(dataset, index) -> LabelFacts:
+def _facts_of_label(dataset: CheckedDataset, index: int) -> LabelFacts:
     task = dataset.task
     nothing = np.zeros(task.label_set.num_classes, dtype=np.int64)
     try:

@@ -12,6 +12,7 @@ from fake_nuscenes import SCENES, FakeNuScenes
 from mmcv import Config
 
 from lib.cli import run_main
+from lib.dataset import CheckedDataset
 from lib.errors import DataError
 from lib.io import load_pickle_safe, save_pickle
 from lib.task import Task
@@ -50,6 +51,31 @@ def _change_infos(root, change):
     content = load_pickle_safe(root / INFOS)
     change(content['infos'])
     save_pickle(root / INFOS, content)
+
+
+class Checked:
+    """Another data set's class, as far as the protocol lets it be known."""
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getattr__(self, name):
+        known = {
+            name for kind in CheckedDataset.__mro__ for name in (*vars(kind), *getattr(kind, '__annotations__', ()))
+        }
+        if name not in known:
+            raise AttributeError(f'CheckedDataset has no {name}')
+        return getattr(self._dataset, name)
+
+
+def test_any_class_that_answers_the_protocol_is_looked_at(source):
+    pipeline = [dict(type='LoadOccGTFromFile', lidar_points=True)]
+    dataset = _open(source, pipeline=pipeline)
+    findings = inspect_dataset(Checked(dataset))
+    assert findings == inspect_dataset(dataset) and any('LiDAR' in finding.text for finding in findings)
 
 
 def test_a_sound_set_is_not_doubted(source):
