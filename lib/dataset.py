@@ -5,7 +5,7 @@ project is one such class, registered and named in ``data.train.type`` and the l
 """
 
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence
+from typing import Any, Dict, List, Optional, Protocol, Sequence
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class CheckedDataset(ScoredDataset, Protocol):
     """
 
     task: Task
-    infos: Sequence[Mapping[str, Any]]
+    infos: Sequence[Dict[str, Any]]
     positions: List[int]
     ann_file: PathLike
     data_root: PathLike

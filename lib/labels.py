@@ -303,17 +303,15 @@ def _check_ids(path, semantics, task):
     if highest == IGNORE_LABEL and (semantics != IGNORE_LABEL).any():
         highest = int(semantics[semantics != IGNORE_LABEL].max())
     if lowest < 0 or highest > labels.free_id:
-        raise DataError(
-            f"{path}: 'semantics' holds id {lowest if lowest < 0 else highest}, but label set {labels.name!r} has ids "
-            f'0..{labels.free_id} (free); these are labels of another set: set task.label_set, or point occ_gt_root at '
-            'the right folder'
-        )
-    if highest < labels.free_id:
-        raise DataError(
-            f"{path}: 'semantics' holds no free voxel (id {labels.free_id} of label set {labels.name!r}), its highest "
-            f'id is {highest}; these are labels of another set: set task.label_set, or point occ_gt_root at the right '
-            'folder'
-        )
+        found = f'holds id {lowest if lowest < 0 else highest}'
+    elif highest < labels.free_id:
+        found = f'holds no free voxel (its highest id is {highest})'
+    else:
+        return
+    raise DataError(
+        f"{path}: 'semantics' {found}, but label set {labels.name!r} has ids 0..{labels.free_id}, the last one free; "
+        'set task.label_set, or point occ_gt_root at the right folder'
+    )
 
 
 class LabelLoss(NamedTuple):

@@ -14,7 +14,7 @@ from .classes import LabelSet, get_label_set
 from .errors import ConfigError
 from .geometry import FRAMES, Grid
 from .label_formats import LABEL_FORMATS, NPZ
-from .registry import check_keys
+from .registry import check_keys, check_value
 
 OCC3D_RANGE = (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4)  # metres, ego frame
 NUSCENES_CAMERAS = ('CAM_FRONT', 'CAM_FRONT_RIGHT', 'CAM_FRONT_LEFT', 'CAM_BACK', 'CAM_BACK_LEFT', 'CAM_BACK_RIGHT')
@@ -23,21 +23,31 @@ _LARGEST = 1e9
 _SMALLEST = 1e-6  # metres
 
 
-def _numbers(name: str, value: Any, said: str, count: int) -> Tuple[float, ...]:
-    """``count`` finite floats. Raises ConfigError that names the key and what it must be."""
+def _numbers(name: str, value: Any, said: str, count: int, lowest: float = -_LARGEST) -> Tuple[float, ...]:
+    """``count`` finite floats of at least ``lowest``. Raises ConfigError that names the key and what it must be."""
     numbers = list(value) if isinstance(value, (list, tuple)) else []
     plain = all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers)
-    if len(numbers) != count or not plain or not all(abs(number) < _LARGEST for number in numbers):
+    if len(numbers) != count or not plain or not all(lowest <= number < _LARGEST for number in numbers):
         raise ConfigError(f'task.{name} must be {said}, got {value[0] if count == 1 else value!r}')
     return tuple(float(number) for number in numbers)
 
 
 def _whole(name: str, value: Any, said: str, count: int, lowest: int) -> Tuple[int, ...]:
     """``count`` integers of at least ``lowest``. Raises ConfigError as above."""
-    numbers = _numbers(name, value, said, count)
-    if any(number != int(number) or number < lowest for number in numbers):
+    numbers = _numbers(name, value, said, count, lowest)
+    if any(number != int(number) for number in numbers):
         raise ConfigError(f'task.{name} must be {said}, got {value[0] if count == 1 else value!r}')
     return tuple(int(number) for number in numbers)
+
+
+def _shape(grid: Grid, range_key: str, size_key: str) -> Tuple[int, int, int]:
+    """Voxels of a volume along x, y and z. Raises ConfigError where they are not whole, or too many."""
+    if not grid.is_whole or math.prod(grid.shape) > _MOST_VOXELS:
+        raise ConfigError(
+            f'task.{range_key} {list(grid.point_cloud_range)} must be whole voxels of {grid.voxel_size:g} m along each '
+            f'side (at most {_MOST_VOXELS} in all); change it or task.{size_key}'
+        )
+    return grid.shape
 
 
 @dataclass(frozen=True)
@@ -75,26 +85,14 @@ class Task:
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen dataclass)
         set_('label_set', get_label_set(self.label_set))
-        set_(
-            'point_cloud_range',
-            _numbers('point_cloud_range', self.point_cloud_range, '6 numbers (x0 y0 z0 x1 y1 z1)', 6),
-        )
-        set_('voxel_size', _numbers('voxel_size', [self.voxel_size], 'a positive number of metres', 1)[0])
         set_('num_frames', _whole('num_frames', [self.num_frames], 'an integer of at least 1', 1, 1)[0])
         set_('image_size', _whole('image_size', self.image_size, '(height, width), at least 32 each', 2, 32))
-        if not isinstance(self.panoptic, bool):
-            raise ConfigError(f'task.panoptic must be True or False, got {self.panoptic!r}')
-        if self.voxel_size <= 0:
-            raise ConfigError(f'task.voxel_size must be a positive number of metres, got {self.voxel_size:g}')
+        check_value(self.panoptic, bool, 'task.panoptic')
         cameras = self.cameras if isinstance(self.cameras, (list, tuple)) else ()
         named = all(isinstance(name, str) and name for name in cameras)
         if not cameras or not named or len(set(cameras)) != len(cameras):
             raise ConfigError(f'task.cameras must be different names, got {self.cameras!r}')
         set_('cameras', tuple(cameras))
-        set_('grid_shape', self._grid_shape())
-        self._check_label_grid(set_)
-
-    def _check_label_grid(self, set_):
         for name, value, choices in (
             ('frame', self.frame, FRAMES),
             ('label_files', self.label_files, (NPZ, *LABEL_FORMATS)),
@@ -102,37 +100,18 @@ class Task:
         ):
             if value not in choices:
                 raise ConfigError(f'task.{name} must be one of {list(choices)}, got {value!r}')
-        if self.label_range is not None:
-            set_('label_range', _numbers('label_range', self.label_range, '6 numbers (x0 y0 z0 x1 y1 z1)', 6))
-        if self.label_voxel_size is not None:
-            said = 'a positive number of metres'
-            set_('label_voxel_size', _numbers('label_voxel_size', [self.label_voxel_size], said, 1)[0])
-            if self.label_voxel_size < _SMALLEST:
-                raise ConfigError(f'task.label_voxel_size must be {said}, got {self.label_voxel_size:g}')
-        if not self.label_grid.is_whole or math.prod(self.label_grid.shape) > _MOST_VOXELS:
-            corners, size = list(self.label_grid.point_cloud_range), self.label_grid.voxel_size
-            raise ConfigError(
-                f'task.label_range {corners} must be whole voxels of {size:g} m along each side (at most '
-                f'{_MOST_VOXELS} in all); change it or task.label_voxel_size'
-            )
+        self._set_volume(set_, 'point_cloud_range', 'voxel_size')
+        set_('grid_shape', _shape(self.grid, 'point_cloud_range', 'voxel_size'))
+        self._set_volume(set_, 'label_range', 'label_voxel_size')
+        _shape(self.label_grid, 'label_range', 'label_voxel_size')
 
-    def _grid_shape(self):
-        lo, hi = self.point_cloud_range[:3], self.point_cloud_range[3:]
-        shape = []
-        for axis, a, b in zip('xyz', lo, hi):
-            n = round((b - a) / self.voxel_size)
-            if n < 1 or abs(n * self.voxel_size - (b - a)) > 1e-4 * self.voxel_size * max(n, 1):
-                raise ConfigError(
-                    f'task.point_cloud_range: {a:g}..{b:g} m along {axis} is not a whole number of voxels of '
-                    f'{self.voxel_size:g} m; change the range or task.voxel_size'
-                )
-            shape.append(n)
-        if math.prod(shape) > _MOST_VOXELS:
-            raise ConfigError(
-                f'task.voxel_size of {self.voxel_size:g} m makes {math.prod(shape)} voxels of task.point_cloud_range, '
-                f'more than {_MOST_VOXELS}; make the voxels larger or the range smaller'
-            )
-        return tuple(shape)
+    def _set_volume(self, set_, range_key: str, size_key: str) -> None:
+        """Check range and voxel size; those of the labels may be None."""
+        corners, size = getattr(self, range_key), getattr(self, size_key)
+        if corners is not None or range_key != 'label_range':
+            set_(range_key, _numbers(range_key, corners, '6 numbers (x0 y0 z0 x1 y1 z1)', 6))
+        if size is not None or size_key != 'label_voxel_size':
+            set_(size_key, _numbers(size_key, [size], 'a positive number of metres', 1, _SMALLEST)[0])
 
     @property
     def grid(self) -> Grid:

@@ -62,7 +62,7 @@ class CameraView:
         """
         from loaders.decode import read_image
 
-        return read_image(self.path).pixels[..., ::-1]
+        return np.asarray(read_image(self.path).pixels)[..., ::-1]
 
     def image_from_ego(self) -> np.ndarray:
         """float64 [4, 4]: ego to (u·d, v·d, d, 1), d the depth in metres."""
