@@ -31,7 +31,7 @@ from tools.toy.generate import COMPILED, LABEL_SETS, Seconds, generate  # noqa: 
 from tools.toy.jobs import Options  # noqa: E402
 from tools.toy.labels import OCC3D_GRID  # noqa: E402
 from tools.toy.names import SPLITS, VERSIONS, plan_scenes  # noqa: E402
-from tools.toy.pool import plan_crew  # noqa: E402
+from tools.toy.pool import beside, plan_crew  # noqa: E402
 from tools.toy.work import FOLDER  # noqa: E402
 
 # Frozen data sets. A preset never changes; another one gets another name.
@@ -210,13 +210,14 @@ def main():
         raise UserError(f'--seed must not be negative, got {args.seed}')
     if args.held_out is not None and not 0 <= args.held_out <= args.scenes:
         raise UserError(f'--held-out must lie between 0 and --scenes {args.scenes}, got {args.held_out}')
-    plan = plan_scenes(args.scenes, args.split, args.version, args.held_out)
+    size, label_sets = parse_size(args.image_size), parse_label_sets(args.label_sets)
+    check_out(args.out, args.overwrite)
     task = Task.from_config(
         dict(label_set='occ3d', voxel_size=args.voxel_size, point_cloud_range=args.point_cloud_range)
     )
-    size, label_sets = parse_size(args.image_size), parse_label_sets(args.label_sets)
-    check_out(args.out, args.overwrite)
-    crew = plan_crew(args.device, args.workers, COMPILED)
+    with beside(COMPILED):
+        plan = plan_scenes(args.scenes, args.split, args.version, args.held_out)
+        crew = plan_crew(args.device, args.workers)
     gpus = len({name for name in crew.devices if name != 'cpu'})
     print(f'{crew.workers} processes, {gpus} GPUs')
     if args.workers and args.workers > crew.workers:

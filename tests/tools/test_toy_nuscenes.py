@@ -506,6 +506,19 @@ def test_a_stopped_run_goes_on_and_gives_the_same_files(tmp_path, monkeypatch):
     assert digest(stopped.out) == digest(whole.out) and not (stopped.out / 'toy_work').exists()
 
 
+def test_long_runs_of_keyframes_come_first_and_single_ones_last(tmp_path, monkeypatch):
+    from tools.toy import generate as module
+
+    handed_out = []
+    monkeypatch.setattr(module, 'run_tasks', lambda jobs, *_: handed_out.extend(jobs) or iter(()))
+    options = options_of(tmp_path, plan=plan_scenes(4), keyframes=20)
+    list(module._Flow(options, module.WorkFolder(tmp_path)).run(Crew(('cpu',), 8), lambda: None))
+    sizes = [job.last - job.first for job in handed_out]
+    made = [(job.scene, k) for job in handed_out for k in range(job.first, job.last)]
+    assert made == [(scene, k) for scene in range(4) for k in range(20)]
+    assert sizes == [5] * 8 + [2] * 10 + [1] * 20
+
+
 def test_processes_of_several_devices_make_the_same_files(tmp_path):
     one, two = options_of(tmp_path / 'one'), options_of(tmp_path / 'two')
     generate(one, Crew(('cpu',), 1), lambda results, total: results)

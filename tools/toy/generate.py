@@ -126,8 +126,8 @@ class _Flow:
         """Long runs of keyframes first, single ones at last, so that all processes end together."""
         jobs, left = [], sum(len(unmade) for unmade in self._unmade.values())
         for scene, unmade in self._unmade.items():
-            jobs += self._runs(scene, sorted(unmade), KEYFRAMES, min(max(left // workers, 1), _AT_ONCE))
             left -= len(unmade)
+            jobs += self._runs(scene, sorted(unmade), KEYFRAMES, min(max(left // workers, 1), _AT_ONCE))
         return jobs
 
     def _label_jobs(self, scene) -> List[Job]:

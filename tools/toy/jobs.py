@@ -89,9 +89,14 @@ class _Scene:
         torch.set_num_threads(1)
         if device != 'cpu':
             torch.cuda.set_device(device)
-        self.world: ToyWorld = ToyWorld(seed, index, keyframes)
+        self.world = _open_world(seed, index, keyframes)
         self.rig: Rig = make_rig(seed, index, size)
         self.renderer = Renderer(self.world, torch.device(device))
+
+
+@functools.lru_cache(maxsize=2)
+def _open_world(seed, index, keyframes) -> ToyWorld:
+    return ToyWorld(seed, index, keyframes)
 
 
 @functools.lru_cache(maxsize=2)
@@ -221,7 +226,7 @@ def _write_map(job, world):
 def _open_labeller(out, scene, seed, keyframes, size, grid):
     """The labeller of a scene whose scans are all made, and the range images of its keyframes."""
     work = WorkFolder(out)
-    world, rig = ToyWorld(seed, scene, keyframes), make_rig(seed, scene, size)
+    world, rig = _open_world(seed, scene, keyframes), make_rig(seed, scene, size)
     parts = [work.scans(scene, k) for k in range(keyframes)]
     images = [RangeImage(k * KEYFRAME_US * 1e-6, part.distance) for k, part in enumerate(parts)]
     return Labeller(world, rig, gather([part.surface for part in parts]), grid), images

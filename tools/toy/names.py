@@ -42,27 +42,14 @@ class ScenePlan(NamedTuple):
     Attributes:
         version: name of the tables' folder.
         train, val, test: scene names by split.
+        names: all of them: validation scenes spread among the training ones, so that both are alike.
     """
 
     version: str
     train: List[str]
     val: List[str]
     test: List[str]
-
-    @property
-    def names(self) -> List[str]:
-        """All scene names: validation scenes spread among the training ones, so that both are alike."""
-        first, second = (self.train, self.val + self.test)
-        if not first or not second:
-            return list(first + second)
-        every = max(len(first) // len(second), 1)
-        names = []
-        rest = list(second)
-        for k, name in enumerate(first):
-            names.append(name)
-            if rest and (k + 1) % every == 0:
-                names.append(rest.pop(0))
-        return names + rest
+    names: List[str]
 
 
 def plan_scenes(
@@ -95,7 +82,21 @@ def plan_scenes(
                 'fewer, or for another --version or --split'
             )
         chosen[name] = list(known[:number])
-    return ScenePlan(version, **chosen)
+    return ScenePlan(version, **chosen, names=_spread(chosen['train'], chosen['val'] + chosen['test']))
+
+
+def _spread(first, second):
+    """The names of ``first`` with those of ``second`` among them."""
+    if not first or not second:
+        return first + second
+    every = max(len(first) // len(second), 1)
+    names = []
+    rest = list(second)
+    for k, name in enumerate(first):
+        names.append(name)
+        if rest and (k + 1) % every == 0:
+            names.append(rest.pop(0))
+    return names + rest
 
 
 def _smallest_version(count, split):

@@ -4,6 +4,7 @@ They are copies of this process, which is why it imports and compiles first but 
 survive being copied.
 """
 
+import contextlib
 import multiprocessing
 import signal
 import threading
@@ -32,19 +33,19 @@ class Stopped(Exception):
     """Nobody waits for this task any more."""
 
 
-def plan_crew(device: str, wanted: Optional[int] = None, meanwhile: Sequence[Callable[[], None]] = ()) -> Crew:
+def plan_crew(device: str, wanted: Optional[int] = None) -> Crew:
     """As many processes as cores and memory allow, at most ``wanted``; on all GPUs with room.
 
     Args:
         device: 'cpu', 'cuda', or 'auto': on GPUs if there are any.
-        meanwhile: called in processes of their own, side by side, while the GPUs are asked.
+        wanted: processes.
 
     Raises:
         UserError: 'cuda', and there is no GPU, or none has room for a process.
     """
     room = max(_free_memory() // CPU_BYTES_PER_WORKER, 1)
     most = min(wanted or count_cores(), room)
-    free = _ask_aside(device, meanwhile)
+    free = _ask_aside(device)
     if device == 'cuda' and not free:
         raise UserError('--device cuda, but PyTorch finds no GPU; use --device cpu')
     if not free:
@@ -64,20 +65,29 @@ def _context():
     return multiprocessing.get_context('fork' if 'fork' in methods else 'spawn')
 
 
-def _ask_aside(device, meanwhile) -> Sequence[int]:
-    """Free bytes of every GPU, none for 'cpu', found out in another process; and what is to be done meanwhile."""
-    others = [_context().Process(target=function) for function in meanwhile]
+@contextlib.contextmanager
+def beside(functions: Sequence[Callable[[], None]]) -> Iterator[None]:
+    """Call ``functions`` in processes of their own while the body runs; they are done when it is left."""
+    others = [_context().Process(target=function, daemon=True) for function in functions]
     for process in others:
         process.start()
+    try:
+        yield
+        for process in others:
+            process.join()
+    finally:
+        for process in others:
+            process.terminate()
+
+
+def _ask_aside(device) -> Sequence[int]:
+    """Free bytes of every GPU, none for 'cpu', found out in another process."""
     import torch  # noqa: F401  once, for all processes
 
-    free: Sequence[int] = []
-    if device != 'cpu':
-        with ProcessPoolExecutor(1, _context()) as aside:
-            free = aside.submit(_free_gpu_memory).result()
-    for process in others:
-        process.join()
-    return free
+    if device == 'cpu':
+        return []
+    with ProcessPoolExecutor(1, _context()) as aside:
+        return aside.submit(_free_gpu_memory).result()
 
 
 def _free_memory() -> int:

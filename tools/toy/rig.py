@@ -1,5 +1,6 @@
 """The sensors of the toy car: six cameras and a LiDAR, mounted and timed much as nuScenes' are."""
 
+import functools
 from typing import Dict, NamedTuple, Tuple
 
 import numpy as np
@@ -96,8 +97,12 @@ def _rigid(rotation, translation):
     return matrix
 
 
+@functools.lru_cache(maxsize=2)
 def lidar_directions(azimuths: int = LIDAR_AZIMUTHS) -> Tuple[np.ndarray, np.ndarray]:
-    """Unit vectors float64 [n, 3] in LIDAR_TOP and ring numbers int64 [n] of one turn of the LiDAR."""
+    """Unit vectors float64 [n, 3] in LIDAR_TOP and ring numbers int64 [n] of one turn of the LiDAR.
+
+    The arrays are kept for the next call: do not change them.
+    """
     pitch = np.deg2rad(np.linspace(LIDAR_PITCH_DEGREES[0], LIDAR_PITCH_DEGREES[1], LIDAR_RINGS))
     azimuth = np.linspace(0, 2 * np.pi, azimuths, endpoint=False)
     azimuth, pitch = (a.ravel() for a in np.meshgrid(azimuth, pitch, indexing='ij'))
