@@ -206,7 +206,8 @@ class SparseOccHead(BaseModule):
             raise ConfigError(f"{where}: key 'loss_mask2former' is missing")
         self.loss_mask2former = build_part(terms.pop('loss_mask2former'), LOSSES, f'{where}.loss_mask2former', task)
         self.voxel_losses = VoxelLosses(task, self.transformer.voxel_decoder.scoring, terms, where)
-        self._graphed = GraphedFunction(self._predict_tensors, max_graphs=2)
+        version = self.transformer.voxel_decoder.version
+        self._graphed = GraphedFunction(self._predict_tensors, max_graphs=2, state=version)
 
     def forward(self, features: ImageFeatures) -> TransformerOutput:
         """Predictions of every stage and layer."""
@@ -247,8 +248,9 @@ class SparseOccHead(BaseModule):
         return self.merge(self(ImageFeatures(maps, ego2img, image_size, frame_index)))[0]
 
     def forget_weights(self):
-        """Drop the graphs, which hold the weights that there were."""
+        """Drop the graphs, which hold the weights that there were, and what else was made from them."""
         self._graphed.clear()
+        self.transformer.voxel_decoder.forget_weights()
 
     def merge(self, output: TransformerOutput) -> List[MergedPrediction]:
         """Labels of each sample from the last layer's prediction."""

@@ -6,7 +6,7 @@ Block coordinates are the full-resolution voxel indices of a block's lower corne
 
 import math
 from dataclasses import dataclass, replace
-from typing import List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmcv.cnn.bricks.transformer import FFN
@@ -95,6 +95,10 @@ class SparseVoxelDecoderLayer(BaseModule):
 
     def _forward_fused(self, kernels, query: Tensor, coords: Tensor, features: ImageFeatures) -> Tensor:
         """As :meth:`forward`, with the kernels of ``kernels_for``."""
+        return self.look(kernels, *self.place(kernels, query, coords), features)
+
+    def place(self, kernels, query: Tensor, coords: Tensor) -> Tuple[Tensor, Tensor]:
+        """The part of :meth:`forward` that looks at no image: queries [B, Q, C], and points [B, Q, G, P, 3] metres."""
         linear, norm, _, second_linear, second_norm, _ = self.position_encoder
         product, dtype = type_of_products(query), type_of_queries(query)
         hidden, corners = kernels.embed_positions(coords, self.grid_shape, linear, norm, self.voxel_size, product)
@@ -103,9 +107,18 @@ class SparseVoxelDecoderLayer(BaseModule):
             query = kernels.add_and_norm(query, self.norm1, dtype, added=self.self_attn.attend(query, corners))
         offsets = self.sampling.sampling_offset(query)
         points = kernels.place_points(corners, self.range_min, offsets, self.interval * self.voxel_size)
-        sampled = self.sampling.sample(query, self.sampling.group(points), features)
+        return query, self.sampling.group(points)
+
+    def look(self, kernels, query: Tensor, points: Tensor, features: ImageFeatures) -> Tensor:
+        """The rest of :meth:`forward`."""
+        dtype, sampled = type_of_queries(query), self.sampling.sample(query, points, features)
         query = kernels.add_and_norm(query, self.norm2, dtype, added=self.mixing.mix(sampled, query))
         return kernels.add_and_norm(query, self.norm3, dtype, added=run_ffn(self.ffn, query))
+
+    def weights_of_place(self) -> List[Tensor]:
+        """What :meth:`place` depends on beside its arguments."""
+        modules = self.position_encoder, self.self_attn, self.norm1, self.sampling.sampling_offset
+        return [weight for module in modules if module is not None for weight in module.parameters()]
 
 
 class SparseVoxelDecoder(BaseModule):
@@ -163,19 +176,51 @@ class SparseVoxelDecoder(BaseModule):
         self.seg_pred_heads = ModuleList([nn.Linear(embed_dims, classes) for _ in self.intervals])
         self.register_buffer('start', _block_corners(task.grid_shape, self.intervals[0]), persistent=False)
         self.register_buffer('child_steps', torch.tensor(_CHILDREN), persistent=False)
+        self._placed: Dict[Tuple, Tuple[Tensor, Tensor]] = {}  # see _place_first
+        self._placed_with: Tuple = ()
 
     def forward(self, features: ImageFeatures) -> List[VoxelStage]:
         """One ``VoxelStage`` per stage, from coarse to fine."""
         batch = features.ego2img.shape[0]
         coords = self.start.unsqueeze(0).expand(batch, -1, -1)
         query = features.ego2img.new_zeros(batch, coords.shape[1], self.embed_dims)
+        kernels = None if self.training else kernels_for(query)
         stages = []
-        for i in range(len(self.intervals)):
-            query = self.decoder_layers[i](query, coords, features)
+        for i, layer in enumerate(self.decoder_layers):
+            if i == 0 and kernels is not None:
+                query = layer.look(kernels, *self._place_first(kernels, query, coords), features)
+            else:
+                query = layer(query, coords, features)
             stage = self._split_and_keep(i, query, coords)
             stages.append(stage)
             query, coords = stage.features.detach(), stage.coords * stage.scale
         return stages
+
+    def _place_first(self, kernels, query: Tensor, coords: Tensor) -> Tuple[Tensor, Tensor]:
+        """``place`` of the first layer, which is the same for all images: made once and kept."""
+        version = self.version()
+        if version != self._placed_with:
+            self.forget_weights()
+            self._placed_with = version
+        exact = not torch.backends.cuda.matmul.allow_tf32
+        key = len(query), query.device, type_of_products(query), exact
+        if key not in self._placed:
+            with torch.inference_mode(False), torch.no_grad():
+                self._placed[key] = self.decoder_layers[0].place(kernels, query, coords)
+        return self._placed[key]
+
+    def version(self) -> Tuple:
+        """Another value whenever a weight has changed that something was made of, which is forgotten then."""
+        weights = self.decoder_layers[0].weights_of_place()
+        return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
+
+    def forget_weights(self):
+        """Drop what was made from the weights as they were."""
+        self._placed.clear()
+        self._placed_with = ()
+
+    def __getstate__(self):
+        return dict(self.__dict__, _placed={}, _placed_with=())
 
     def _split_and_keep(self, i: int, query: Tensor, coords: Tensor) -> VoxelStage:
         """Children of the blocks of stage i, scored, the best k kept in candidate order."""

@@ -3,6 +3,7 @@
 On a GPU as they are; elsewhere Triton interprets them, which it decides when it is imported: in a process of its own.
 """
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -264,7 +265,7 @@ def test_frames_are_written_where_they_are_stored(graphed, monkeypatch):
 
 @pytest.fixture(params=['semantic', 'occupancy'])
 def predict(request, monkeypatch):
-    """Function from whether Triton's kernels run to a raw prediction of one batch."""
+    """Function from whether Triton's kernels run to a raw prediction of one batch; its ``model`` predicts."""
     from models.decoders import kernels
 
     task = small_task()
@@ -283,7 +284,24 @@ def predict(request, monkeypatch):
         assert asked[-1] == with_kernels
         return result
 
+    run.model = model
     return run
+
+
+@runs
+def test_what_is_the_same_for_all_images_is_made_of_the_weights_there_are(predict):
+    decoder = predict.model.pts_bbox_head.transformer.voxel_decoder
+    predict(True)
+    (kept,) = decoder._placed.values()
+    predict(True)
+    assert next(iter(decoder._placed.values()))[0] is kept[0]
+    decoder.decoder_layers[0].norm1.weight.mul_(-0.5)
+    ours, theirs = predict(True), predict(False)
+    for mine, other in zip(ours.output.stages, theirs.output.stages):
+        torch.testing.assert_close(mine.features, other.features, rtol=1e-3, atol=1e-3)  # the rounding of all stages
+    assert not copy.deepcopy(decoder)._placed
+    predict.model.pts_bbox_head.forget_weights()
+    assert not decoder._placed
 
 
 @runs
