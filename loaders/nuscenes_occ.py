@@ -69,6 +69,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
 
     Attributes:
         infos: all keyframes of the info file, in time order (``load_interval`` and the like do not thin it).
+        positions: indices into ``infos`` of the samples' keyframes.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
         self.seed = seed
         use = CameraUse(task.cameras, task.num_frames > 1, allow_missing_cameras)
         self.infos, self.version = load_infos(self.ann_file, allow_any_pickle, use)
-        self._samples = list(range(0, len(self.infos), load_interval))[:max_samples]
+        self.positions: List[int] = list(range(0, len(self.infos), load_interval))[:max_samples]
         self._history = History(self.infos, task.cameras)
         self._labels = (
             None
@@ -118,7 +119,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
         self._scene_members: Optional[Dict[int, List[int]]] = None
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.positions)
 
     def __getitem__(self, index: int) -> Dict:
         """Sample ``index``: what ``collate`` makes a batch of (see ``format_sample``)."""
@@ -167,14 +168,9 @@ class NuSceneOcc(torch.utils.data.Dataset):
         """Samples come with the points of the keyframe's LiDAR scan."""
         return any(getattr(step, 'lidar_points', False) for step in self._pipeline)
 
-    @property
-    def positions(self) -> List[int]:
-        """Indices into ``infos`` of the samples' keyframes."""
-        return self._samples
-
     def info(self, index: int) -> Dict:
         """The info of sample ``index``."""
-        return self.infos[self._samples[index]]
+        return self.infos[self.positions[index]]
 
     def sample_token(self, index: int) -> str:
         return self.info(index)['token']
@@ -212,7 +208,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
 
     def ray_origins(self, index: int) -> np.ndarray:
         """Origins of the evaluation's rays, float64 [O, 3], metres, the task's frame at the sample's keyframe."""
-        position = self._samples[index]
+        position = self.positions[index]
         token = self.infos[position]['token']
         if token not in self._origins:
             if self._scene_members is None:
@@ -224,7 +220,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
 
     def history(self, index: int) -> List[Dict]:
         """Entries ``{CAM: camera entry}`` before sample ``index`` in its scene, newest first."""
-        return self._history.entries(self._samples[index], history_limit(self.task.num_frames - 1))
+        return self._history.entries(self.positions[index], history_limit(self.task.num_frames - 1))
 
     def previous(self, position: int) -> Optional[int]:
         """Index into ``infos`` of the keyframe before ``infos[position]`` in its scene; None at the start."""
@@ -233,7 +229,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
     def used_positions(self) -> List[int]:
         """Indices into ``infos`` of the samples' keyframes and of those their histories reach, ascending."""
         used = set()
-        for sample in self._samples:
+        for sample in self.positions:
             position: Optional[int] = sample
             for _ in range(self.task.num_frames):
                 if position is None:

@@ -123,16 +123,11 @@ def compare(results: Sequence[Result]) -> Comparison:
     """
     first, notes = results[0], []
     for other in results[1:]:
-        for key, what in (
-            ('per_class', 'classes'),
-            ('thresholds', 'thresholds'),
-            ('num_samples', 'numbers of samples'),
-        ):
-            ours, theirs = (
-                list(one.content[key]) if key == 'per_class' else one.content[key] for one in (first, other)
+        different = [what for what, value in _must_agree(first).items() if value != _must_agree(other)[what]]
+        if different:
+            raise DataError(
+                f'{first.name} and {other.name} have different {different[0]}; score both on the same samples'
             )
-            if ours != theirs:
-                raise DataError(f'{first.name} and {other.name} have different {what}; score both on the same samples')
     names = [name for name in _SCORES + _ERRORS if all(name in one.content for one in results)]
     masks = {one.content.get('mIoU_voxels') for one in results}
     if 'mIoU' in names and len(masks) > 1:
@@ -145,6 +140,15 @@ def compare(results: Sequence[Result]) -> Comparison:
         name: [_difference(name, first, other, pair) for other, pair in zip(results[1:], pairs)] for name in names
     }
     return Comparison(results, names, differences, notes)
+
+
+def _must_agree(result: Result) -> Dict[str, Any]:
+    content = result.content
+    return {
+        'classes': list(content['per_class']),
+        'thresholds': content['thresholds'],
+        'numbers of samples': content['num_samples'],
+    }
 
 
 def _resampled(first: Result, other: Result) -> Optional[Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]]:

@@ -113,7 +113,9 @@ def read_submission(path: PathLike, task: Task, num_rays: Optional[Mapping[str, 
             the wrong type, length or range.
     """
     path = Path(path)
-    samples, most = (_MOST_SAMPLES, MAX_ORIGINS * len(lidar_rays())) if num_rays is None else _needed(num_rays)
+    samples, most = _MOST_SAMPLES, MAX_ORIGINS * len(lidar_rays())
+    if num_rays is not None:
+        samples, most = len(num_rays), max(num_rays.values(), default=0)
     content = _load(path, samples, (samples + 1) * (most * _BYTES_PER_RAY + _BYTES_AROUND))
     if not isinstance(content, dict) or not isinstance(content.get('results'), dict):
         raise DataError(f"{path} is no submission: it must hold a dict with {', '.join(ABOUT)} and 'results'")
@@ -132,10 +134,6 @@ def read_submission(path: PathLike, task: Task, num_rays: Optional[Mapping[str, 
                 f'{len(lidar_rays())} from each of its origins'
             )
     return Submission(about, results)
-
-
-def _needed(num_rays):
-    return len(num_rays), max(num_rays.values(), default=0)
 
 
 def _rays(entry, task, where) -> FlowRays:

@@ -34,11 +34,6 @@ _NAME = re.compile(r'^(?:epoch_\d+_)?iter_(\d+)\.pth$')
 _LEFTOVER = re.compile(r'^\..*\.tmp\.pth$')
 
 
-def checkpoint_name(iteration: int, epoch: Optional[int]) -> str:
-    """``epoch_3_iter_1200.pth`` at the end of an epoch, otherwise ``iter_1200.pth``."""
-    return (f'epoch_{epoch}_' if epoch is not None else '') + f'iter_{iteration}.pth'
-
-
 def create_run_folder(path: Optional[str], config_path: str) -> Path:
     """Make a new folder: ``path``, or ``outputs/<config>/<date_time>``; with ``-1``, ... if it exists.
 
@@ -229,12 +224,12 @@ class CheckpointKeeper:
         self.folder, self.keep = folder, keep
 
     def save(self, checkpoint, iteration: int, epoch: Optional[int] = None) -> Path:
-        """Write ``epoch_E_iter_N.pth`` (or ``iter_N.pth``); older ones go only once it is on the disk.
+        """Write ``epoch_E_iter_N.pth`` (``iter_N.pth`` inside an epoch); older ones go only once it is on the disk.
 
         Raises:
             UserError: it cannot be written; all earlier ones are still there.
         """
-        path = self.folder / checkpoint_name(iteration, epoch)
+        path = self.folder / ((f'epoch_{epoch}_' if epoch is not None else '') + f'iter_{iteration}.pth')
         save_checkpoint(path, checkpoint)
         self._point_latest_at(path)
         self._remove_old(path)

@@ -418,7 +418,7 @@ def test_a_large_set_is_looked_at_in_seconds(source):
         )
         for n in range(28_130)
     ]
-    dataset._samples = list(range(28_130))
+    dataset.positions = list(range(28_130))
     from loaders.history import History
 
     dataset._history = History(dataset.infos, TASK.cameras)
