@@ -7,12 +7,10 @@ for whatever shape a file says it has; here the size is known to be sensible fir
 import ast
 import contextlib
 import errno
-import functools
 import json
 import lzma
 import os
 import pickle
-import re
 import struct
 import zipfile
 import zlib
@@ -22,7 +20,7 @@ from typing import Dict, Iterable, Iterator, List, Optional, Tuple, Union
 import numpy as np
 
 from .errors import DataError, UserError, reason
-from .pickles import find_damage
+from .pickles import SafeUnpickler, find_damage
 
 PathLike = Union[str, os.PathLike]
 
@@ -47,19 +45,6 @@ UNREADABLE = (
     OverflowError,
     ImportError,
     AssertionError,
-)
-_SAFE_BUILTINS = frozenset(
-    ('bool', 'complex', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'slice', 'str', 'tuple')
-)
-_SAFE_NUMPY = frozenset(('_frombuffer', '_reconstruct', 'dtype', 'ndarray', 'scalar'))
-_SAFE_OTHER = frozenset((('collections', 'OrderedDict'), ('_codecs', 'encode')))
-# Modules in which the names of _SAFE_NUMPY live; NumPy 2 moved numpy.core to numpy._core.
-_NUMPY_MODULES = (
-    'numpy',
-    'numpy.core.multiarray',
-    'numpy.core.numeric',
-    'numpy._core.multiarray',
-    'numpy._core.numeric',
 )
 _CANNOT_WRITE = frozenset(
     (
@@ -163,43 +148,6 @@ def require_file(path: PathLike, remedy: str = 'check the path, or fetch the fil
     return path
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Builds plain containers and numpy arrays; refuses every other class or function a pickle names."""
-
-    def find_class(self, module: str, name: str):
-        if module in ('builtins', '__builtin__') and name in ('bytes', 'bytearray'):
-            return functools.partial(_made_of_content, bytes if name == 'bytes' else bytearray)
-        if module in ('builtins', '__builtin__') and name in _SAFE_BUILTINS:
-            return super().find_class('builtins', name)
-        if module in _NUMPY_MODULES and _is_safe_numpy_name(name):
-            return _find_in_numpy(super().find_class, module, name)
-        if module == 'numpy.dtypes' and name.endswith('DType'):
-            return super().find_class(module, name)
-        if (module, name) in _SAFE_OTHER:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f'it names {module}.{name}')
-
-
-def _is_safe_numpy_name(name):
-    if name in _SAFE_NUMPY:
-        return True
-    kind = getattr(np, name, None)
-    return isinstance(kind, type) and issubclass(kind, np.generic) and not issubclass(kind, np.flexible)
-
-
-def _made_of_content(kind, content=b'', *encoding):
-    """``bytes`` or a ``bytearray`` of bytes or of a text; those of a number would take as much memory."""
-    if not isinstance(content, (bytes, str)):
-        raise pickle.UnpicklingError(f'{kind.__name__} are not made of a number')
-    return kind(content, *encoding)
-
-
-def _find_in_numpy(find_class, module, name):
-    """Look the name up where this NumPy keeps it: numpy.core became numpy._core in NumPy 2."""
-    core = 'numpy._core' if int(np.__version__.split('.')[0]) >= 2 else 'numpy.core'
-    return find_class(re.sub(r'^numpy\._?core\b', core, module), name)
-
-
 def load_pickle_safe(path: PathLike, allow_any: bool = False):
     """Object from a pickle that may hold only plain containers, numbers, strings and numpy arrays.
 
@@ -216,7 +164,7 @@ def load_pickle_safe(path: PathLike, allow_any: bool = False):
         if damage is not None:
             raise DataError(f'{path} is not a readable pickle (byte {damage} cannot be right); make or fetch it again')
         with open(path, 'rb') as stream:
-            return (pickle.Unpickler if allow_any else _RestrictedUnpickler)(stream).load()
+            return (pickle.Unpickler if allow_any else SafeUnpickler)(stream).load()
     except pickle.UnpicklingError as error:
         if 'it names' not in str(error):
             raise DataError(f'{path} is not a readable pickle ({reason(error)}); make or fetch it again') from error

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UserError, reason
 from ..io import UNREADABLE, PathLike, atomic_write
-from ..pickles import find_damage
+from ..pickles import SafeUnpickler, find_damage
 
 _OLD_PICKLES = 5  # of the older format: magic number, version, system, content, keys of the storages
 
@@ -93,7 +93,7 @@ def check_archive(path: PathLike) -> None:
 
 
 def _refusal(path, error) -> str:
-    asked = re.search(r'(?:GLOBAL|global:?|Unsupported class)\s+(?:GLOBAL\s+)?(\w[\w.]*\w)', str(error))
+    asked = re.search(r'(?:GLOBAL|global:?|Unsupported class|it names)\s+(?:GLOBAL\s+)?(\w[\w.]*\w)', str(error))
     if asked is None:
         return f'checkpoint {path} is damaged or not written by torch.save; fetch or write it again'
     return (
@@ -150,8 +150,6 @@ def state_dict_of(checkpoint: Mapping, path: str) -> 'OrderedDict[str, Tensor]':
 
 _ALLOWED = frozenset(
     (
-        ('collections', 'OrderedDict'),
-        ('_codecs', 'encode'),
         ('torch', 'Size'),
         ('torch', 'device'),
         ('torch._utils', '_rebuild_tensor'),
@@ -162,29 +160,22 @@ _ALLOWED = frozenset(
         ('torch.storage', 'TypedStorage'),
         ('torch.storage', '_UntypedStorage'),
         ('torch.storage', '_TypedStorage'),
-        ('numpy', 'dtype'),
-        ('numpy.core.multiarray', 'scalar'),
-        ('numpy._core.multiarray', 'scalar'),
     )
-)
-_BUILTINS = frozenset(
-    ('bool', 'bytearray', 'complex', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'slice', 'str', 'tuple')
 )
 _TORCH_DTYPES = frozenset(
     ('float16', 'float32', 'float64', 'bfloat16', 'uint8', 'int8', 'int16', 'int32', 'int64', 'bool')
 )
 
 
-class _Unpickler(pickle.Unpickler):
-    """Rebuilds tensors, plain containers and numbers; every other class or function that a file names is refused."""
+class _Unpickler(SafeUnpickler):
+    """Rebuilds tensors as well."""
 
     def find_class(self, module, name):
         is_storage = module in ('torch', 'torch.cuda') and name.endswith('Storage')
         is_dtype = module == 'torch' and name in _TORCH_DTYPES
-        is_builtin = module in ('builtins', '__builtin__') and name in _BUILTINS
-        if is_storage or is_dtype or is_builtin or (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f'Unsupported global: {module}.{name}')
+        if is_storage or is_dtype or (module, name) in _ALLOWED:
+            return pickle.Unpickler.find_class(self, module, name)
+        return super().find_class(module, name)
 
 
 def _no_nested_pickle(data, **options):
