@@ -14,7 +14,7 @@ queries, n instances of a sample.
 """
 
 import math
-from typing import TYPE_CHECKING, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +27,21 @@ from lib.dist import batch_rand
 from lib.errors import ConfigError, DataError
 from lib.targets import OccupancyTargets
 from models.builder import build_part
-from models.decoders import TransformerOutput
+from models.decoders import SparseOccTransformer, TransformerOutput
 from models.decoders.layers import DecoderSizes
 from models.encoder import ImageFeatures
-from models.losses.mask2former import MaskTargets, Matching, pairs_of
-
-if TYPE_CHECKING:
-    from models.head import SparseOccHead
+from models.losses.mask2former import Mask2FormerLoss, MaskTargets, Matching, pairs_of
 
 BEGINNING = 'loss_'  # of their names; in checkpoints it marks what only training uses
 _WHERE = 'model.auxiliary_losses'
 _MOST_INSTANCES = 255  # that a label volume can hold
+
+
+class TrainedHead(Protocol):
+    """What a loss can use of the head."""
+
+    transformer: SparseOccTransformer
+    loss_mask2former: Mask2FormerLoss
 
 
 class TrainingPass(NamedTuple):
@@ -56,7 +60,7 @@ class TrainingPass(NamedTuple):
     targets: OccupancyTargets
     lidar2img: Tensor
     image_size: Tuple[int, int]
-    head: 'SparseOccHead'
+    head: TrainedHead
 
 
 def build_auxiliary_losses(cfgs: Optional[Mapping], sizes: DecoderSizes) -> Dict[str, nn.Module]:

@@ -140,13 +140,6 @@ def to_local(points: np.ndarray, table: ShapeTable, i: int) -> np.ndarray:
     return np.stack([c * p[:, 0] + s * p[:, 1], c * p[:, 1] - s * p[:, 0], p[:, 2]], axis=1)
 
 
-def from_local(points: np.ndarray, table: ShapeTable, i: int) -> np.ndarray:
-    """Points float64 [m, 3] of shape i's local frame in the table's frame."""
-    c, s = table.turn[i]
-    x, y, z = points.T
-    return np.stack([c * x - s * y, s * x + c * y, z], axis=1) + table.centre[i]
-
-
 def inside(points: np.ndarray, table: ShapeTable, i: int, margin: float = 0.0) -> np.ndarray:
     """bool [m]: which points [m, 3] lie in shape i, at least about ``margin`` metres below its surface."""
     x, y, z = to_local(points, table, i).T

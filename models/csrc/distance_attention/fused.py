@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-_LOG2_E = 1.4426950408889634
 _BLOCK = 64
 
 
