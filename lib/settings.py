@@ -26,6 +26,8 @@ class TrainSettings:
         class_balance: share of an epoch's samples that is drawn so that every class with boxes is met alike; 0 takes
             each sample once.
         cudnn_benchmark: let cuDNN time its algorithms; faster, and not repeatable to the bit.
+        cuda_graph: replay forward and backward pass up to the losses as CUDA graphs, which small batches gain by; they
+            hold the memory of a step all the time. Without an effect on the CPU, or with ``model.auxiliary_losses``.
         deterministic: repeat to the bit on the same machine and number of GPUs, slower (see
             ``set_deterministic``); without it a GPU adds some gradients up in no fixed order.
         log_interval: optimizer steps between two log lines.
@@ -47,6 +49,7 @@ class TrainSettings:
     ema_decay: float = 0.0
     class_balance: float = 0.0
     cudnn_benchmark: bool = False
+    cuda_graph: bool = False
     deterministic: bool = False
     log_interval: int = 50
     checkpoint_interval: int = 1
@@ -82,10 +85,11 @@ class TrainSettings:
             ('picture_interval', 0),
         ):
             check_whole(getattr(self, name), low, f'train.{name}')
-        for name in ('cudnn_benchmark', 'deterministic', 'find_unused_parameters', 'tensorboard'):
+        for name in ('cudnn_benchmark', 'cuda_graph', 'deterministic', 'find_unused_parameters', 'tensorboard'):
             check_value(getattr(self, name), bool, f'train.{name}')
-        if self.deterministic and self.cudnn_benchmark:
-            raise ConfigError('train.deterministic and train.cudnn_benchmark exclude each other; set one of them')
+        for name in ('cudnn_benchmark', 'cuda_graph'):
+            if self.deterministic and getattr(self, name):
+                raise ConfigError(f'train.deterministic and train.{name} exclude each other; set one of them')
         if self.accumulate != 'auto':
             check_whole(self.accumulate, 1, 'train.accumulate')
 

@@ -2,9 +2,13 @@
 
 The steps of the heads are many short kernels on tensors whose shapes do not depend on the data, so at
 batch 1 the time to launch them exceeds the time they run; a graph removes it. The numbers are the same.
+
+In training a ``GraphedPass`` does so with a forward pass and its backward pass.
 """
 
+import contextlib
 import functools
+import warnings
 from typing import Callable, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import torch
@@ -112,11 +116,215 @@ class GraphedFunction:
         def run(*tensors: Optional[Tensor]) -> MaybeTensors:
             return self.function(*fixed, *tensors, *in_place)
 
-        dtype = autocast_dtype('cuda')
-        if dtype is None:
+        with _autocast_without_cache('cuda'):
             return _Captured(run, inputs)
-        with torch.autocast('cuda', dtype=dtype, cache_enabled=False):
-            return _Captured(run, inputs)
+
+
+def _autocast_without_cache(device_type: str):
+    """Autocast as it is outside, but weights are cast where they are used, so that replays see new ones."""
+    dtype = autocast_dtype(device_type)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype, cache_enabled=False)
+
+
+class _Recorded:
+    """Work recorded as a graph, which records it without doing it.
+
+    Attributes:
+        results: what ``run`` gave; a replay writes to these tensors.
+    """
+
+    def __init__(self, run: Callable[[], MaybeTensors], pool):
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode='thread_local'):
+            self.results = list(run())
+
+    def replay(self):
+        self._graph.replay()
+
+    @staticmethod
+    def pool():
+        """Memory that the graphs of a pass share."""
+        return torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def apart(device: torch.device):
+        """Where to run what is only to warm up: on another stream, giving back its memory and random numbers."""
+        torch.cuda.synchronize(device)
+        with torch.random.fork_rng(devices=[device]):
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.stream(stream):
+                yield
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+
+
+class _CapturedPass:
+    """Forward and backward pass of one call's shapes, with the tensors that they read and write.
+
+    Args:
+        function: the work, given the inputs.
+        inputs: copied into memory of its own.
+        weights: what else has gradients.
+        record: ``_Recorded``, or what takes its place in tests.
+    """
+
+    def __init__(self, function: Callable[..., MaybeTensors], inputs: MaybeTensors, weights: Sequence[Tensor], record):
+        self._function, self.replays = function, 0
+        self.inputs = [None if t is None else _copy_of(t) for t in inputs]
+        given = [*self.inputs, *weights]
+        self._wanted = [i for i, t in enumerate(given) if t is not None and t.requires_grad]
+        self._given, self._live = given, []
+        pool, device = record.pool(), self.inputs[0].device
+        with record.apart(device):
+            for _ in range(_WARM_UP_RUNS):
+                self._grad_outputs = _zeros_for(self._run())
+                self._run_back()
+        self._live = []
+        self._forward = record(self._run, pool)
+        self._grad_outputs = _zeros_for(self._live)
+        self._backward = record(self._run_back, pool)
+        self._live = []
+        self._forward.results = [None if t is None else t.detach() for t in self._forward.results]
+
+    def _run(self) -> List[Optional[Tensor]]:
+        self._live = list(self._function(*self.inputs))
+        return self._live
+
+    def _run_back(self) -> List[Optional[Tensor]]:
+        outputs = [t for t in self._live if t is not None and t.requires_grad]
+        grads = [t for t in self._grad_outputs if t is not None]
+        wanted = [self._given[i] for i in self._wanted]
+        return list(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+
+    def replay(self, inputs: MaybeTensors) -> List[Optional[Tensor]]:
+        for own, tensor in zip(self.inputs, inputs):
+            if own is not None:
+                own.detach().copy_(tensor)
+        self.replays += 1
+        self._forward.replay()
+        return [None if t is None else t.detach() for t in self._forward.results]
+
+    def without_gradient(self, results: MaybeTensors) -> List[Tensor]:
+        """Those of the results that no gradient comes from."""
+        return [t for t, own in zip(results, self._grad_outputs) if t is not None and own is None]
+
+    def replay_back(self, grads: MaybeTensors) -> List[Optional[Tensor]]:
+        """Gradients of inputs and weights; those of the weights in memory that the next replay leaves alone."""
+        for own, grad in zip(self._grad_outputs, grads):
+            if own is not None:
+                own.zero_() if grad is None else own.copy_(grad)
+        self._backward.replay()
+        found: List[Optional[Tensor]] = [None] * len(self._given)
+        for i, grad in zip(self._wanted, self._backward.results):
+            found[i] = grad
+        of_weights = [i for i, grad in enumerate(found) if grad is not None and i >= len(self.inputs)]
+        copies = torch._foreach_mul([found[i] for i in of_weights], 1.0) if of_weights else []
+        for i, copy in zip(of_weights, copies):
+            found[i] = copy
+        return found
+
+
+def _zeros_for(results: MaybeTensors) -> List[Optional[Tensor]]:
+    """Where gradients of results are put."""
+    return [torch.zeros_like(t) if t is not None and t.requires_grad else None for t in results]
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(tensor.requires_grad)
+
+
+class _Replay(torch.autograd.Function):
+    """A captured pass as autograd sees it."""
+
+    @staticmethod
+    def forward(ctx, captured: _CapturedPass, *tensors: Optional[Tensor]):
+        results = captured.replay(tensors[: len(captured.inputs)])
+        ctx.captured, ctx.number = captured, captured.replays
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*captured.without_gradient(results))
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Optional[Tensor]):
+        if ctx.number != ctx.captured.replays:
+            raise RuntimeError('a forward pass was replayed before the backward pass of the one before it')
+        return (None, *ctx.captured.replay_back(grads))
+
+
+class GraphedPass:
+    """A function of CUDA tensors and its backward pass, captured for the shapes of the first call.
+
+    Its results are overwritten by the next call, so the backward pass of the call before must have come. With other
+    shapes, and where it cannot be captured (one warning says so), the function is called as it is.
+
+    Args:
+        function: takes tensors (or None) and gives tensors; no synchronisation with the host, shapes that depend on
+            the inputs' shapes alone, random numbers from PyTorch's default generator only.
+        weights: gives what else has gradients. They may change in place, but their storage may not: call
+            :meth:`clear` after ``module.to(...)``.
+        buffers: gives tensors that the function changes, which warming up must not.
+        keeps: gives whatever else the function reads, to be kept as long as the graphs.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., MaybeTensors],
+        weights: Callable[[], Sequence[Tensor]] = tuple,
+        buffers: Callable[[], Sequence[Tensor]] = tuple,
+        keeps: Callable[[], object] = tuple,
+    ):
+        self.function, self.weights, self.buffers, self.keeps = function, weights, buffers, keeps
+        self.fails = False
+        self.clear()
+
+    def clear(self):
+        """Drop the graphs and their memory."""
+        self._captured: Optional[_CapturedPass] = None
+        self._key: Hashable = None
+        self._kept: object = None
+
+    def __getstate__(self):
+        return dict(self.__dict__, _captured=None, _key=None, _kept=None)
+
+    def __call__(self, *inputs: Optional[Tensor]) -> List[Optional[Tensor]]:
+        """``function(*inputs)``, with gradients; the first is a tensor."""
+        if self.fails or not can_capture(inputs[0].device):
+            return list(self.function(*inputs))
+        weights = list(self.weights())
+        learning = tuple((t.data_ptr(), t.requires_grad) for t in weights)
+        wanted = tuple(t is not None and t.requires_grad for t in inputs)
+        key = (autocast_dtype(inputs[0].device.type), _describe(inputs), wanted, learning)
+        if self._captured is None:
+            self._capture(key, inputs, weights)
+        if self._captured is None or key != self._key:
+            return list(self.function(*inputs))
+        return list(_Replay.apply(self._captured, *inputs, *weights))
+
+    def _capture(self, key: Hashable, inputs: MaybeTensors, weights: Sequence[Tensor]) -> None:
+        before = [(buffer, buffer.clone()) for buffer in self.buffers()]
+        try:
+            with _autocast_without_cache(inputs[0].device.type):
+                self._captured = _CapturedPass(self.function, inputs, weights, _Recorded)
+        except RuntimeError as error:
+            self.fails = True
+            warnings.warn(
+                f'training goes on without CUDA graphs, which could not be captured: {str(error).splitlines()[0]}',
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        self._key, self._kept = key, self.keeps()
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether passes can be captured: on NVIDIA GPUs, from PyTorch 2.1, unless they must repeat to the bit."""
+    is_recent = tuple(int(n) for n in torch.__version__.split('.')[:2]) >= (2, 1)
+    repeats = torch.are_deterministic_algorithms_enabled()
+    return device.type == 'cuda' and torch.version.hip is None and is_recent and not repeats
 
 
 class MadeOfWeights(BaseModule):

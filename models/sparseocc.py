@@ -15,7 +15,9 @@ from lib.targets import OccupancyTargets
 from lib.task import Task
 from models import builder
 from models.csrc import describe_operators
-from models.cuda_graph import MadeOfWeights
+from models.cuda_graph import GraphedPass, MadeOfWeights, can_capture
+from models.decoders import TransformerOutput
+from models.decoders.draws import GivenDraws
 from models.encoder import ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
 from models.head import RawPrediction
@@ -40,6 +42,9 @@ class SparseOcc(MadeOfWeights):
             modules as they are.
         train_cfg, pretrained: accepted for mmdet's builders; must be None.
     """
+
+    # replay training's forward and backward pass up to the losses as CUDA graphs, where they can be captured
+    graphs_training = False
 
     # what lib.checkpoint asks of a model
     describe_weights = staticmethod(builder.describe_weights)
@@ -78,6 +83,9 @@ class SparseOcc(MadeOfWeights):
         parts = self.image_input, self.img_backbone, self.img_neck
         self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse=fuse_backbone)
         self._neck_cfg = dict(img_neck)
+        self._graphed = GraphedPass(
+            self._predict_for_losses, self._learning, self._graphed_buffers, keeps=self.encoder.constants
+        )
 
     def check_parts(self):
         """Raise ConfigError unless backbone, neck and head fit together; leaves the former in evaluation mode."""
@@ -121,6 +129,8 @@ class SparseOcc(MadeOfWeights):
     ) -> Dict[str, Tensor]:
         """Every loss term by name; arguments as in :meth:`forward`."""
         targets = check_targets(targets, self.task, self.use_mask_camera)
+        if self._trains_graphed(img):
+            return self.pts_bbox_head.loss(self._replay(img, lidar2img, ego2lidar), targets, graphed=True)
         features = self.encoder(img, lidar2img, ego2lidar)
         output = self.pts_bbox_head(features)
         losses = self.pts_bbox_head.loss(output, targets)
@@ -128,6 +138,33 @@ class SparseOcc(MadeOfWeights):
         for loss in self.auxiliary_losses:
             losses.update(loss(step))
         return losses
+
+    def _trains_graphed(self, img: Tensor) -> bool:
+        wanted = self.graphs_training and self.training and torch.is_grad_enabled()
+        return wanted and not self.auxiliary_losses and can_capture(img.device)
+
+    def _replay(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> TransformerOutput:
+        """What the losses read. Numbers are drawn first, in the order of a pass step by step."""
+        images = self.encoder.prepare(img)
+        transformer = self.pts_bbox_head.transformer
+        numbers = transformer.draw_ahead(img.shape[0], img.device)
+        tensors = self._graphed(images, lidar2img, ego2lidar, *numbers)
+        return TransformerOutput.of_tensors(tensors, transformer.voxel_decoder.scales)
+
+    def _graphed_parts(self) -> List[torch.nn.Module]:
+        return [self.img_backbone, self.img_neck, self.pts_bbox_head.transformer]
+
+    def _learning(self) -> List[Tensor]:
+        return [p for part in self._graphed_parts() for p in part.parameters() if p.requires_grad]
+
+    def _graphed_buffers(self) -> List[Tensor]:
+        return [b for part in self._graphed_parts() for b in part.buffers()]
+
+    def _predict_for_losses(
+        self, images: Tensor, lidar2img: Tensor, ego2lidar: Tensor, *numbers: Tensor
+    ) -> List[Optional[Tensor]]:
+        features = self.encoder.features_of(images, lidar2img, ego2lidar)
+        return self.pts_bbox_head.transformer(features, GivenDraws(numbers)).for_losses()
 
     def predict(
         self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
@@ -173,5 +210,6 @@ class SparseOcc(MadeOfWeights):
 
     def forget_weights(self):
         """Drop everything that was made from the weights as they were."""
+        self._graphed.clear()
         self.encoder.forget_weights()
         self.pts_bbox_head.forget_weights()

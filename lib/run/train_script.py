@@ -183,6 +183,10 @@ class Launch:
             keys = cfg.get('revise_keys') or ()
             for line in load_pretrained(model, cfg.load_from, keys, self.args.trust_weights).lines():
                 self.log.say(line)
+        if self.settings.cuda_graph:
+            if not hasattr(model, 'graphs_training'):
+                raise ConfigError(f'train.cuda_graph: {type(model).__name__} cannot be captured; set it to False')
+            model.graphs_training = True
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         total = sum(p.numel() for p in model.parameters()) / 1e6
         self.log.say(f'{total:.2f} million parameters, {learning:.2f} million of them learn')

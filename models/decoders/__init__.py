@@ -2,8 +2,10 @@
 
 from typing import List, NamedTuple, Optional, Sequence
 
+import torch
 from mmcv.runner import BaseModule
 from mmdet.models.utils.builder import TRANSFORMER
+from torch import Tensor
 
 from lib.task import Task
 from models.decoders.draws import RandomDraws, build_draws
@@ -22,6 +24,21 @@ class TransformerOutput(NamedTuple):
 
     stages: List[VoxelStage]
     layers: List[MaskPrediction]
+
+    def for_losses(self) -> List[Optional[Tensor]]:
+        """What the losses read: coords, seg_logits, occ_logits of every stage, then both logits of every layer."""
+        of_stages = [t for stage in self.stages for t in (stage.coords, stage.seg_logits, stage.occ_logits)]
+        return of_stages + [t for layer in self.layers for t in (layer.class_logits, layer.mask_logits)]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Optional[Tensor]], scales: Sequence[int]) -> 'TransformerOutput':
+        """The inverse of ``for_losses``, without features of voxels; scales of the stages in turn."""
+        of_stages, of_layers = tensors[: 3 * len(scales)], tensors[3 * len(scales) :]
+        stages = [
+            VoxelStage(coords, seg_logits, None, scale, occ_logits)
+            for coords, seg_logits, occ_logits, scale in zip(of_stages[::3], of_stages[1::3], of_stages[2::3], scales)
+        ]
+        return cls(stages, [MaskPrediction(*both) for both in zip(of_layers[::2], of_layers[1::2])])
 
 
 @TRANSFORMER.register_module()
@@ -80,8 +97,16 @@ class SparseOccTransformer(BaseModule):
         self.decoder = MaskDecoder(sizes, num_layers, num_queries, guided=mask_guided)
         self.training_draws, self.testing_draws = RandomDraws(), build_draws(draws)
 
-    def forward(self, features: ImageFeatures) -> TransformerOutput:
-        """Voxels and masks of every sample of the batch."""
+    def draw_ahead(self, batch: int, device: torch.device) -> List[Tensor]:
+        """All that a pass over so many samples draws in training but for dropout, for ``GivenDraws``."""
+        decoder = self.decoder
+        queries, sampling = decoder.query_feat.num_embeddings, decoder.decoder_layer.sampling
+        layers = range(decoder.num_layers)
+        return [t for _ in layers for t in sampling.draw_ahead(batch, queries, self.training_draws, device)]
+
+    def forward(self, features: ImageFeatures, draws=None) -> TransformerOutput:
+        """Voxels and masks of every sample of the batch; draws: in place of its own strategy of drawing."""
         stages = self.voxel_decoder(features)
-        draws = self.training_draws if self.training else self.testing_draws
+        if draws is None:
+            draws = self.training_draws if self.training else self.testing_draws
         return TransformerOutput(stages, self.decoder(stages[-1], draws, features))

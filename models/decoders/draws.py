@@ -7,7 +7,7 @@ Shapes: B batch, Q queries, K kept voxels.
 """
 
 import functools
-from typing import Tuple
+from typing import Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,23 @@ def _even_positions(count: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         steps = torch.arange(1, count + 1, device=device, dtype=torch.float32).unsqueeze(1)
         return torch.cat([steps * ratio for ratio in _CUBE_RATIOS], dim=1).frac()
+
+
+class GivenDraws:
+    """Numbers that were drawn before, in the order in which they are asked for.
+
+    Args:
+        numbers: results of ``fractions`` and ``positions``.
+    """
+
+    def __init__(self, numbers: Sequence[Tensor]):
+        self._numbers = iter(numbers)
+
+    def fractions(self, *_) -> Tensor:
+        return next(self._numbers)
+
+    def positions(self, *_) -> Tensor:
+        return next(self._numbers)
 
 
 STRATEGIES = {'even': EvenDraws, 'random': RandomDraws}

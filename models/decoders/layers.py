@@ -7,6 +7,7 @@ points serve all frames.
 
 import functools
 from dataclasses import dataclass
+from typing import List
 
 import torch
 import torch.nn.functional as F
@@ -260,6 +261,12 @@ class MaskGuidedSampling(_Sampling):
         offsets = self.offset(query).float().view(drawn.shape)
         points = (drawn + offsets) / self.grid_shape * self.range_span + self.range_min
         return self.sample(query, self.group(points), features)
+
+    def draw_ahead(self, batch: int, queries: int, draws, device: torch.device) -> List[Tensor]:
+        """What ``draw_voxels`` will ask the strategy for, in its order."""
+        count = self.sizes.num_groups * self.sizes.num_points
+        ways = [draws.fractions, draws.positions] if self.guided else [draws.positions]
+        return [draw(batch, queries, count, device) for draw in ways]
 
     def draw_voxels(self, valid: Tensor, voxels: Tensor, draws) -> Tensor:
         """Voxel positions [B, Q, G*P, 3] float32: drawn from the mask, or from the volume if it is empty."""

@@ -179,6 +179,11 @@ class SparseVoxelDecoder(BaseModule):
         self._placed: Dict[Tuple, Tuple[Tensor, Tensor]] = {}  # see _place_first
         self._placed_with: Tuple = ()
 
+    @property
+    def scales(self) -> List[int]:
+        """Edge in voxels of what each stage keeps."""
+        return [interval // 2 for interval in self.intervals]
+
     def forward(self, features: ImageFeatures) -> List[VoxelStage]:
         """One ``VoxelStage`` per stage, from coarse to fine."""
         batch = features.ego2img.shape[0]
@@ -227,7 +232,7 @@ class SparseVoxelDecoder(BaseModule):
         kernels = None if self.training or self.keep_threshold is not None else kernels_for(query)
         if kernels is not None and self.topk_testing[i] < 8 * query.shape[1]:
             return self._split_fused(kernels, i, query, coords)
-        batch, scale = query.shape[0], self.intervals[i] // 2
+        batch, scale = query.shape[0], self.scales[i]
         children = self.lift_feat_heads[i](query).view(batch, -1, self.embed_dims)
         coords = torch.div(coords, scale, rounding_mode='floor').unsqueeze(2) + self.child_steps
         coords = coords.flatten(1, 2)

@@ -175,7 +175,7 @@ class ImageEncoder:
         return self.fuse and img.is_cuda and can_fuse_neck(self.neck) and has_triton(img.device)
 
     def _write_maps(self, frames: Tensor, slots: Tensor, *maps: Tensor) -> Tuple[()]:
-        run_neck_into(self.neck, self._stages(frames.flatten(0, 1)), maps, slots)
+        run_neck_into(self.neck, self._stages_of(self.image_input(frames.flatten(0, 1))), maps, slots)
         return ()
 
     def encode(self, img: Tensor, graphed: bool = False) -> List[Tensor]:
@@ -192,23 +192,41 @@ class ImageEncoder:
             self._fused_backbone.clear()
         self.cache.release()
 
+    def prepare(self, img: Tensor) -> Tensor:
+        """The backbone's input [B*T*N, 3, H', W'], for :meth:`features_of`; img as ``SparseOcc.forward`` takes it."""
+        self._check_images(img, self.num_frames)
+        return self.image_input(img.flatten(0, 1), samples=img.shape[0])
+
+    def features_of(self, images: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
+        """Features, in training, of images that are prepared; matrices as ``SparseOcc.forward`` takes them."""
+        ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
+        maps = self._maps_of(images, lidar2img.shape[0])
+        return _with_gradient_sum(ImageFeatures(maps, ego2img, tuple(images.shape[-2:])))
+
+    def constants(self) -> object:
+        """What the encoder computes with beside its weights, for a graph that goes on reading it."""
+        return None if self._fused_backbone is None else self._fused_backbone.constants()
+
     def _encode(self, img: Tensor) -> List[Tensor]:
-        batch, count = img.shape[:2]
-        stages = self._stages(img.flatten(0, 1), batch)
-        fuses = self.fuse and img.is_cuda and can_fuse_neck(self.neck)
+        return self._maps_of(self.image_input(img.flatten(0, 1), samples=img.shape[0]), img.shape[0])
+
+    def _maps_of(self, images: Tensor, batch: int) -> List[Tensor]:
+        """images [B*n, 3, H', W'], prepared -> L feature maps [B, n, H_l, W_l, C]."""
+        stages = self._stages_of(images)
+        fuses = self.fuse and images.is_cuda and can_fuse_neck(self.neck)
+        del images
         if fuses:
             saves = torch.is_grad_enabled() and getattr(self.backbone, 'with_cp', False)
             maps = run_neck_again(self.neck, stages) if saves else run_neck(self.neck, stages)
         else:
             maps = self.neck(stages)
         maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
-        return [level.view((batch, count) + level.shape[1:]) for level in maps]
+        return [level.view((batch, -1) + level.shape[1:]) for level in maps]
 
-    def _stages(self, images: Tensor, samples: int = 1) -> List[Tensor]:
-        """Of the backbone, from uint8 images [n, 3, H, W]."""
-        prepared = self.image_input(images, samples=samples)
+    def _stages_of(self, images: Tensor) -> List[Tensor]:
+        """Of the backbone, from prepared images [n, 3, H', W']."""
         fused = self._fused_backbone
-        return list(fused(prepared) if fused is not None and fused.serves(prepared) else self.backbone(prepared))
+        return list(fused(images) if fused is not None and fused.serves(images) else self.backbone(images))
 
     def _check_images(self, img: Tensor, num_frames: int):
         count = num_frames * self.num_cameras

@@ -121,6 +121,10 @@ class FusedResNet:
         self._seen: List[Tuple[Tensor, int]] = []
         self._changes += 1
 
+    def constants(self) -> object:
+        """What it computes with beside the backbone's weights, for a graph that goes on reading it."""
+        return dict(self._kept), dict(self._squared)
+
     def __getstate__(self):
         return dict(self.__dict__, _kept={}, _folded={}, _squared={}, _seen=[])
 

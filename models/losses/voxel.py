@@ -114,6 +114,10 @@ class VoxelLosses(BaseModule):
         }
         return {name: term(stage, labels) for name, term in asked.items()}
 
+    def can_be_graphed(self) -> bool:
+        """Whether all terms are of this module, which read counts alone, draw nothing and wait for nothing."""
+        return all(type(term).__module__ == __name__ for term in self.terms.values())
+
     def _occupied(self, targets: OccupancyTargets) -> Tensor:
         """Number of occupied voxels that count."""
         occupied = targets.voxel_semantics < self.num_classes - 1
