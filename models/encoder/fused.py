@@ -11,8 +11,7 @@ The result differs from the modules' in rounding only; NaN and infinity pass thr
 PyTorch's (tried on an H200 in all three types).
 
 FPN: mmdet's, step by step, adds a bias, enlarges the level above and adds it: three passes over each level, in
-float32 also under autocast. Here the bias is added to the level above while that is small, and one pass adds every
-value of it to the four below it.
+float32 also under autocast. Here one pass adds the bias and every value of the level above, to the four below it.
 
 The weights stay where they are, in mmdet's modules; this only computes with them.
 """
@@ -583,7 +582,11 @@ def run_neck(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
         neck: for which ``can_fuse_neck`` holds.
         stages: of the backbone, [n, C_l, H_l, W_l], channels last.
     """
-    levels = [module(level) for module, level in zip(reversed(neck.fpn_convs), _merge(neck, list(stages)))]
+    levels = []
+    for module, level in zip(reversed(neck.fpn_convs), _merge(neck, list(stages))):
+        conv = module.conv
+        convolved = F.conv2d(level, conv.weight, None, *_geometry(conv))
+        levels.append(_AddToLevel.apply(convolved, None, conv.bias.to(convolved.dtype)))
     return levels[::-1]
 
 
@@ -600,8 +603,7 @@ def _merge(neck: FPN, stages: List[Tensor]) -> List[Tensor]:
             merged.append(merge_level(stage, weight, conv.bias, coarse))
             continue
         level = F.conv2d(stage, conv.weight)
-        bias = conv.bias.to(level.dtype).view(1, -1, 1, 1)
-        merged.append(level.add_(bias) if coarse is None else _AddEnlarged.apply(level, coarse + bias))
+        merged.append(_AddToLevel.apply(level, coarse, conv.bias.to(level.dtype)))
     return merged
 
 
@@ -640,19 +642,21 @@ def run_neck_again(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
     return list(recompute(lambda *parts: tuple(run_neck(neck, parts)), *stages, preserve_rng_state=False))
 
 
-class _AddEnlarged(torch.autograd.Function):
-    """``add_enlarged`` and its backward pass."""
+class _AddToLevel(torch.autograd.Function):
+    """``add_to_level`` and its backward pass."""
 
     @staticmethod
-    def forward(ctx, level, coarse):
-        ctx.size = coarse.shape
+    def forward(ctx, level, coarse, bias):
+        ctx.size = None if coarse is None else coarse.shape
         ctx.mark_dirty(level)
-        return add_enlarged(level, coarse)
+        return add_to_level(level, coarse, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return grad, add_up(grad, ctx.size) if ctx.needs_input_grad[1] else None
+        of_coarse = add_up(grad, ctx.size) if ctx.needs_input_grad[1] else None
+        of_bias = grad if of_coarse is None else of_coarse
+        return grad, of_coarse, of_bias.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
 
 
 def add_up(grad: Tensor, size: Sequence[int]) -> Tensor:
@@ -660,8 +664,36 @@ def add_up(grad: Tensor, size: Sequence[int]) -> Tensor:
     count, channels, height, width = grad.shape
     if (height, width) != (2 * size[2], 2 * size[3]) or not grad.is_contiguous(memory_format=torch.channels_last):
         return torch.ops.aten.upsample_nearest2d_backward(grad, [height, width], list(size))
+    if has_triton(grad.device):
+        from models.encoder.kernels import sum_squares
+
+        return sum_squares(grad)
     blocks = grad.permute(0, 2, 3, 1).view(count, height // 2, 2, width // 2, 2, channels)
     return blocks.sum((2, 4)).permute(0, 3, 1, 2)
+
+
+def add_to_level(level: Tensor, coarse: Optional[Tensor], bias: Tensor) -> Tensor:
+    """level [n, C, H, W] plus bias [C], and coarse [n, C, h, w] enlarged to H x W by its nearest values if it is given.
+
+    Overwrites level. Where both are given, the bias is added to coarse first, and that sum rounded.
+    """
+    if has_triton(level.device) and _is_half_of(coarse, level):
+        from models.encoder.kernels import add_to_level as add
+
+        return add(level, coarse, bias.contiguous())
+    shift = bias.view(1, -1, 1, 1)
+    return level.add_(shift) if coarse is None else add_enlarged(level, coarse + shift)
+
+
+def _is_half_of(coarse: Optional[Tensor], level: Tensor) -> bool:
+    """Whether both lie channels last in memory, and coarse, if it is given, has half the size."""
+    layout = torch.channels_last
+    halves = coarse is None or (
+        coarse.dtype == level.dtype
+        and tuple(level.shape[2:]) == (2 * coarse.shape[2], 2 * coarse.shape[3])
+        and coarse.is_contiguous(memory_format=layout)
+    )
+    return halves and level.is_contiguous(memory_format=layout)
 
 
 def add_enlarged(level: Tensor, coarse: Tensor) -> Tensor:

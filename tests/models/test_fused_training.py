@@ -176,6 +176,30 @@ def test_pooling(channels, height, width):
 
 
 @runs
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize('channels', [256, 20])
+def test_levels_of_the_neck(channels, dtype, monkeypatch):
+    """To the bit, rounding included; sums of four values to a rounding."""
+    import models.encoder.fused as fused
+    from models.encoder.kernels import add_to_level, sum_squares
+
+    monkeypatch.setattr(fused, 'has_triton', lambda *_: False)
+    torch.manual_seed(channels)
+    level, coarse = [
+        random(2, channels, *size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        for size in ((6, 10), (3, 5))
+    ]
+    bias = random(channels, dtype=dtype)
+    for above in (coarse, None):
+        ours = add_to_level(level.clone(memory_format=torch.preserve_format), above, bias)
+        expected = fused.add_to_level(level.clone(memory_format=torch.preserve_format), above, bias)
+        assert torch.equal(ours, expected) and ours.is_contiguous(memory_format=torch.channels_last)
+    ours, expected = sum_squares(level), fused.add_up(level, coarse.shape)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours, expected, rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=1e-3)
+
+
+@runs
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('height, width', [(32, 64), (2, 6)])
 def test_squares_of_pixels(height, width, dtype):
