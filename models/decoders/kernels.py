@@ -372,7 +372,7 @@ def best_in_order(logits: Tensor, k: int, softmaxes: bool) -> Tensor:
     grid, sizes = (blocks, batch), dict(block=_KEYS, bins=_BINS)
     with torch.cuda.device_of(logits):
         width = triton.next_power_of_2(classes)
-        each = max(16, min(_KEYS, 8192 // width)) if softmaxes else _KEYS
+        each = max(16, min(_KEYS, 4096 // width)) if softmaxes else _KEYS
         scoring = dict(softmaxes=softmaxes, width=width, block=each, bins=_BINS)
         _score[(triton.cdiv(candidates, each), batch)](logits, keys, counts, candidates, classes, classes, **scoring)
         for step in (1, 2, 3):
@@ -576,7 +576,7 @@ def _merge(
     seen = (query < queries)[:, None] & (voxel < voxels)[None, :]
     masks = tl.load(masks_at + query.to(tl.int64)[:, None] * voxels + voxel[None, :], mask=seen, other=0.0)
     masks = tl.sigmoid(masks.to(tl.float32))
-    total = tl.dot(tl.trans(scores), masks, input_precision='ieee')  # [classes, voxels]
+    total = tl.dot(tl.trans(scores), masks, input_precision='tf32x3')  # [classes, voxels], nearly of float32
     total = tl.where((column < classes)[:, None], total, -1.0)
     best, label = tl.max(total, 0), tl.argmax(total, 0)
     tl.store(labels_at + voxel, tl.where(best < least_voxel, classes, label).to(tl.uint8), mask=voxel < voxels)
