@@ -8,7 +8,7 @@ and backward, and the rate at which the operator moves bytes. Bytes are counted 
 four corners of every level per slot that falls in an image, the output, points and weights; the backward
 pass also adds to as many values of gradient as it reads. A rate above the memory's bandwidth means that
 caches serve the rest. Then the same for adaptive mixing, forward; its bytes are x, M, S and the result. Then
-attention with distances, forward, in float32; its rate counts the multiplications of both matrix products.
+attention with distances, forward, in float32 and float16; its rate counts the multiplications of both matrix products.
 """
 
 import argparse
@@ -188,13 +188,13 @@ def report_mixing(stage: Stage, name: str, batch: int, repeats: int) -> None:
     print(f'{stage.name:9} {name:5} | {ours:9.3f} {theirs:9.3f} {rate:7.0f} | {difference:9.1e}')
 
 
-def report_attention(queries: int, batch: int, repeats: int) -> None:
+def report_attention(queries: int, name: str, batch: int, repeats: int) -> None:
     """Check, time and print one row."""
-    heads, width = 8, CHANNELS // 8
-    parts = torch.randn(batch, queries, 3, heads, width, device='cuda')
+    heads, width, dtype = 8, CHANNELS // 8, TYPES[name]
+    parts = torch.randn(batch, queries, 3, heads, width, device='cuda', dtype=dtype)
     inputs = (
         parts,
-        torch.rand(batch, queries, heads, device='cuda') * 2,
+        torch.rand(batch, queries, heads, device='cuda', dtype=dtype) * 2,
         torch.rand(1, queries, 3, device='cuda') * 80,
     )
     difference = largest_difference(distance_attention, distance_attention_reference, inputs)
@@ -202,7 +202,7 @@ def report_attention(queries: int, batch: int, repeats: int) -> None:
         ours = median_ms(lambda: distance_attention(*inputs), repeats)
         theirs = median_ms(lambda: distance_attention_reference(*inputs), repeats)
     products = 2.0 * batch * heads * queries * queries * width
-    print(f'{queries:<9} fp32  | {ours:9.3f} {theirs:9.3f} {products / ours / 1e9:7.1f} | {difference:9.1e}')
+    print(f'{queries:<9} {name:5} | {ours:9.3f} {theirs:9.3f} {products / ours / 1e9:7.1f} | {difference:9.1e}')
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -230,7 +230,8 @@ def main() -> None:
             report_mixing(stage, name, arguments.batch, arguments.repeats)
     print('attention       |    fwd ms  torch ms T mul/s |   differs')
     for queries in (1250, 2000):
-        report_attention(queries, arguments.batch, arguments.repeats)
+        for name in (name for name in arguments.types if name != 'bf16'):  # which runs as float32
+            report_attention(queries, name, arguments.batch, arguments.repeats)
 
 
 if __name__ == '__main__':
