@@ -133,6 +133,59 @@ def _let_config_use_any_yapf():
     config.FormatCode = format_without_verify
 
 
+# -- packages that are imported for what nobody here uses
+#
+# torchvision and scikit-learn, with all that they import, take as long to import as PyTorch itself. mmcv lists
+# torchvision's models for URLs of weights; one head of mmdet (PAA) fits mixtures of Gaussians.
+
+_IMPORTED_ON_USE = (  # module, its name for the package, the package
+    ('mmcv.runner.checkpoint', 'torchvision', 'torchvision'),
+    ('mmdet.models.dense_heads.paa_head', 'skm', 'sklearn.mixture'),
+)
+
+
+class _OnUse:
+    """Stands for a module, which is imported when something of it is asked for."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+def import_mmdet() -> None:
+    """``prepare_openmmlab``, and import mmcv's runner and mmdet's models without packages that nothing here uses.
+
+    These are imported when something of them is asked for.
+    """
+    prepare_openmmlab()
+    for module, alias, package in _IMPORTED_ON_USE:
+        if module in sys.modules or package in sys.modules:
+            continue
+        with _empty(package):
+            user = importlib.import_module(module)
+        setattr(user, alias, _OnUse(package))
+
+
+@contextlib.contextmanager
+def _empty(package: str):
+    """Imports of the package, and of those around it, find empty modules meanwhile."""
+    parts = package.split('.')
+    names = ['.'.join(parts[: count + 1]) for count in range(len(parts))]
+    there = {name: sys.modules.get(name) for name in names}
+    sys.modules.update({name: types.ModuleType(name) for name in names})
+    for name, inner in zip(names, parts[1:]):
+        setattr(sys.modules[name], inner, sys.modules[f'{name}.{inner}'])
+    try:
+        yield
+    finally:
+        for name, module in there.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
 # -- a stand-in for mmcv's compiled ops
 #
 # mmdet and mmdet3d import ``mmcv.ops`` when they are imported, and ``mmcv.ops`` wants ``mmcv._ext``. None of those

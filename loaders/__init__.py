@@ -1,8 +1,8 @@
 """From files to batches: the data set and its pipeline. Importing it registers them with mmdet."""
 
-from lib.openmmlab import prepare_openmmlab
+from lib.openmmlab import import_mmdet
 
-prepare_openmmlab()
+import_mmdet()
 
 from .nuscenes_occ import NuSceneOcc, build_dataset  # noqa: E402
 from .pipelines import collate  # noqa: E402

@@ -1,8 +1,8 @@
 """The SparseOcc network. Importing this package registers its parts with mmdet's registries."""
 
-from lib.openmmlab import prepare_openmmlab
+from lib.openmmlab import import_mmdet
 
-prepare_openmmlab()
+import_mmdet()
 
 from . import decoders, head, losses, sparseocc  # noqa: E402
 from .builder import build_model  # noqa: E402

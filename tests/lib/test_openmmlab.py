@@ -40,6 +40,25 @@ def run_with_fakes(folder, code, **extra):
     return result.stdout.strip(), result.stderr.strip()
 
 
+def test_packages_that_nothing_uses_are_imported_when_something_of_them_is_asked_for():
+    code = """
+        import sys
+        import loaders, models
+        assert not {'torchvision', 'sklearn', 'pandas', 'torch._dynamo'} & set(sys.modules)
+        from mmcv.runner import checkpoint
+        assert 'resnet50' in checkpoint.get_torchvision_models()
+        import torchvision
+        assert torchvision.models.resnet50 and checkpoint.torchvision.__version__ == torchvision.__version__
+        from mmdet.models.dense_heads import paa_head
+        assert paa_head.skm.GaussianMixture.__module__.startswith('sklearn.mixture')
+        import sklearn.mixture
+    """
+    result = subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code)], cwd=str(ROOT), stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_compiled_ops_are_used_where_they_can_be_imported(tmp_path):
     out, err = run_with_fakes(
         tmp_path,
