@@ -528,7 +528,7 @@ def test_processes_of_several_devices_make_the_same_files(tmp_path):
 
 def test_no_more_processes_than_fit(monkeypatch):
     monkeypatch.setattr(pool, 'count_cores', lambda: 44)
-    monkeypatch.setattr(pool, '_ask_aside', lambda *_: [8 << 30, 1 << 30, 6 << 30])
+    monkeypatch.setattr(pool, '_ask_aside', lambda *_: [9 << 30, 1 << 30, 6 << 30])
     assert plan_crew('cuda', 44) == Crew(('cuda:0', 'cuda:2', 'cuda:0', 'cuda:2', 'cuda:0'), 5)
     assert plan_crew('cuda', 2).devices == ('cuda:0', 'cuda:2')
     monkeypatch.setattr(pool, '_free_memory', lambda: 3 << 30)
@@ -772,12 +772,23 @@ def test_gpu_paints_the_same_pictures(worlds):
     assert np.abs(pictures[0].astype(int) - pictures[1]).mean() < 2.0
 
 
+def test_each_image_takes_the_shadow_map_of_its_moment(worlds):
+    camera = make_rig(SEED, 0, SIZE).cameras['CAM_FRONT']
+    renderer = Renderer(worlds[0], torch.device('cpu'))
+    together = renderer.images([camera] * 2, [0.5, 1.0], renderer.shadows(0.5, 1.0), [0, 1])
+    apart = [renderer.view(camera, t, renderer.shadows(t)).image for t in (0.5, 1.0)]
+    wrong = renderer.view(camera, 1.0, renderer.shadows(0.5)).image
+    for one, other in zip(together, apart):
+        assert np.array_equal(one, other)
+    assert not np.array_equal(wrong, apart[1])
+
+
 def test_several_cameras_at_once_are_those_one_by_one(worlds):
     """The path of GPUs, taken on the CPU: batches of cameras through the tensor tracer."""
 
     class Batched(Renderer):
-        def _groups(self, cameras, times):
-            return [[self._shot(c, t) for c, t in zip(cameras, times)]]
+        def _groups(self, cameras, times, moments):
+            return [[self._shot(*which) for which in zip(cameras, times, moments)]]
 
         def _trace(self, scenes, rotations, intrinsics, size, ground=True):
             from tools.toy.trace_torch import trace_images
@@ -786,8 +797,9 @@ def test_several_cameras_at_once_are_those_one_by_one(worlds):
 
     cameras, times = list(make_rig(SEED, 1, SIZE).cameras.values()), [0.5, 0.51, 0.52, 0.53, 0.54, 0.55]
     plain, batched = (kind(worlds[1], torch.device('cpu')) for kind in (Renderer, Batched))
+    shadows, moments = [renderer.shadows(0.5, 2.5, 0.6) for renderer in (plain, batched)], [0, 2] * 3
     for one, other in zip(
-        plain.views(cameras, times, plain.shadows(0.5)), batched.views(cameras, times, batched.shadows(0.5))
+        plain.views(cameras, times, shadows[0], moments), batched.views(cameras, times, shadows[1], moments)
     ):
         assert (one.owner == other.owner).mean() > 0.995
         assert np.abs(one.image.astype(int) - other.image).mean() < 2.0  # edges, noise cells

@@ -184,14 +184,14 @@ def _camera_records(job, keyframe, scene):
     moments = [_moments(job, keyframe, camera.delay_us, CAMERA_PERIOD_US, CAMERA_SWEEPS) for camera in cameras]
     rounds = list(zip(*moments))
     # All cameras fire within 50 ms and share one shadow map.
-    maps = scene.renderer.shadow_maps([round_[0].offset_us * 1e-6 for round_ in rounds])
-    for round_, shadows in zip(rounds, maps):
+    shadows = scene.renderer.shadows(*(round_[0].offset_us * 1e-6 for round_ in rounds))
+    of, taken, maps = zip(*[(c, moment, k) for k, round_ in enumerate(rounds) for c, moment in zip(cameras, round_)])
+    images = scene.renderer.images(of, [moment.offset_us * 1e-6 for moment in taken], shadows, maps)
+    for camera, moment, image in zip(of, taken, images):
         pool.check_wanted()
-        images = scene.renderer.images(cameras, [moment.offset_us * 1e-6 for moment in round_], shadows)
-        for camera, moment, image in zip(cameras, round_, images):
-            filename = _filename(job, camera.name, moment, 'jpg')
-            write_jpeg(job.options.out / filename, image)
-            records.append(_record(job, scene, camera.name, moment, filename, camera.size))
+        filename = _filename(job, camera.name, moment, 'jpg')
+        write_jpeg(job.options.out / filename, image)
+        records.append(_record(job, scene, camera.name, moment, filename, camera.size))
     return records
 
 

@@ -16,7 +16,7 @@ from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Sequence,
 from lib.errors import UserError
 from lib.raycast import count_cores
 
-GPU_BYTES_PER_WORKER = 5 << 29  # its context and the tensors of six images, about
+GPU_BYTES_PER_WORKER = 3 << 30  # its context and the tensors of twelve images, about
 CPU_BYTES_PER_WORKER = 3 << 28
 
 _stop_event, _device = None, None  # of the pool that this process works for, and what it was dealt

@@ -1,17 +1,18 @@
 """Pictures of a toy world: what a camera sees at a moment, traced and shaded on the CPU or a GPU."""
 
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
 from .rig import Camera
-from .shade import Hits, Shadows, make_painter, paint, shape_rows
+from .shade import Hits, Images, Shadows, make_painter, paint, shape_rows
 from .shapes import ShapeTable, concat_tables
 from .trace import PackedScene, pack_scene
 from .world import ToyWorld
 
 SMALL_IMAGE = 160000  # pixels; smaller images are traced at twice the resolution and averaged
+PIXELS_AT_ONCE = 12 * 800 * 450  # a GPU is quickest with few large steps, and ``pool`` counts on so much memory
 _SHADOW_REACH, _SHADOW_PIXELS, _SUN_METRES = 45.0, 640, 400.0
 
 
@@ -31,7 +32,8 @@ class View(NamedTuple):
 
 class _Shot(NamedTuple):
     """A camera at a moment: rotation float64 [3, 3] to map axes, eye float64 [3], intrinsic and size (width,
-    height) of the traced image, which has ``fine`` pixels per pixel and side, and what may be seen."""
+    height) of the traced image, which has ``fine`` pixels per pixel and side, what may be seen, and which shadow
+    map falls on it."""
 
     rotation: np.ndarray
     eye: np.ndarray
@@ -40,6 +42,7 @@ class _Shot(NamedTuple):
     fine: int
     table: ShapeTable
     scene: PackedScene
+    moment: int
 
 
 class Renderer:
@@ -58,10 +61,19 @@ class Renderer:
         """The view of ``camera`` at time t (seconds from the scene's first keyframe)."""
         return self.views([camera], [t], shadows)[0]
 
-    def views(self, cameras: Sequence[Camera], times: Sequence[float], shadows: Optional[Shadows] = None) -> List[View]:
-        """The views of several cameras with images of one size, each at its own time."""
+    def views(
+        self,
+        cameras: Sequence[Camera],
+        times: Sequence[float],
+        shadows: Optional[Shadows] = None,
+        moments: Optional[Sequence[int]] = None,
+    ) -> List[View]:
+        """The views of several cameras with images of one size, each at its own time.
+
+        ``moments``: which of the shadow maps each takes; None = the first.
+        """
         views: List[View] = []
-        for shots in self._groups(cameras, times):
+        for shots in self._groups(cameras, times, moments):
             images, depth, hit = self._expose(shots, shadows)
             middle = slice(shots[0].fine // 2, None, shots[0].fine)
             depth, hit = (part[:, middle, middle].cpu().numpy() for part in (depth, hit))
@@ -71,17 +83,24 @@ class Renderer:
         return views
 
     def images(
-        self, cameras: Sequence[Camera], times: Sequence[float], shadows: Optional[Shadows] = None
-    ) -> List[np.ndarray]:
+        self,
+        cameras: Sequence[Camera],
+        times: Sequence[float],
+        shadows: Optional[Shadows] = None,
+        moments: Optional[Sequence[int]] = None,
+    ) -> Iterator[np.ndarray]:
         """Only the images of :meth:`views`."""
-        return [image for shots in self._groups(cameras, times) for image in self._expose(shots, shadows)[0]]
+        for shots in self._groups(cameras, times, moments):
+            yield from self._expose(shots, shadows)[0]
 
-    def _groups(self, cameras, times):
-        """What is traced together: all on a GPU, one after another on the CPU, which caches like better."""
-        shots = [self._shot(camera, t) for camera, t in zip(cameras, times)]
-        return [[shot] for shot in shots] if self.device.type == 'cpu' else [shots]
+    def _groups(self, cameras, times, moments):
+        """What is traced together: many on a GPU, one after another on the CPU, which caches like better."""
+        shots = [self._shot(*which) for which in zip(cameras, times, moments or [0] * len(times))]
+        width, height = shots[0].size
+        at_once = 1 if self.device.type == 'cpu' else max(PIXELS_AT_ONCE // (width * height), 1)
+        return [shots[k : k + at_once] for k in range(0, len(shots), at_once)]
 
-    def _shot(self, camera, t):
+    def _shot(self, camera, t, moment):
         fine = 2 if camera.size[0] * camera.size[1] < SMALL_IMAGE else 1
         to_map = self.world.ego_to_map(t) @ camera.to_ego
         table = self.world.shapes_at(t, to_map[:3, 3])
@@ -93,6 +112,7 @@ class Renderer:
             fine,
             table,
             pack_scene(table, self.world.waves, to_map[:3, 3]),
+            moment,
         )
 
     def _expose(self, shots, shadows):
@@ -103,19 +123,17 @@ class Renderer:
             [s.scene for s in shots], [s.rotation for s in shots], [s.intrinsic for s in shots], shots[0].size
         )
         rays = torch.cat([self._directions(s) for s in shots])
-        eye = torch.as_tensor(np.array([s.eye for s in shots], dtype=np.float32), device=self.device)
-        eye = eye[:, None].expand(-1, width * height, -1).reshape(-1, 3)
+        eyes = torch.as_tensor(np.array([s.eye for s in shots], dtype=np.float32), device=self.device)
+        moments = torch.as_tensor(np.array([s.moment for s in shots], dtype=np.int32), device=self.device)
+        image = torch.arange(len(shots), dtype=torch.int32, device=self.device).repeat_interleave(width * height)
         table = concat_tables([s.table for s in shots])
         rows = shape_rows([s.scene for s in shots], table, self.device)
-        colour = paint(self._painter, rows, Hits(rays, depth.reshape(-1), hit.reshape(-1), eye), shadows)
+        hits = Hits(rays, depth.reshape(-1), hit.reshape(-1), image)
+        colour = paint(self._painter, rows, hits, Images(eyes, moments), shadows)
         colour = colour.reshape(len(shots), height // fine, fine, width // fine, fine, 3).mean(dim=(2, 4))
         return (colour * 255.0 + 0.5).to(torch.uint8).cpu().numpy(), depth, hit
 
-    def shadows(self, t: float) -> Shadows:
-        """Shadows around the ego car at time t."""
-        return self.shadow_maps([t])[0]
-
-    def shadow_maps(self, times: Sequence[float]) -> List[Shadows]:
+    def shadows(self, *times: float) -> Shadows:
         """Shadows around the ego car at each of the times, traced together on a GPU."""
         sun = self.world.look.sun
         right = np.array([-sun[1], sun[0], 0.0]) / np.hypot(sun[0], sun[1])
@@ -128,10 +146,12 @@ class Renderer:
         scenes = [pack_scene(table, self.world.waves, eye) for table, eye in zip(tables, eyes)]
         size = (_SHADOW_PIXELS, _SHADOW_PIXELS)
         if self.device.type == 'cpu':
-            depths = [self._trace([scene], [rotation], [intrinsic], size, ground=False)[0] for scene in scenes]
+            depths = torch.cat(
+                [self._trace([scene], [rotation], [intrinsic], size, ground=False)[0] for scene in scenes]
+            )
         else:
             depths, _ = self._trace(scenes, [rotation] * len(times), [intrinsic] * len(times), size, ground=False)
-        return [Shadows(d.reshape(-1), _SHADOW_PIXELS, eye, rotation, focal) for d, eye in zip(depths, eyes)]
+        return Shadows(depths.reshape(-1), _SHADOW_PIXELS, np.stack(eyes), rotation, focal)
 
     def _trace(self, scenes, rotations, intrinsics, size, ground=True):
         """Depths and hits, tensors [C, height, width]; hits index the scenes' concatenated shapes."""

@@ -85,19 +85,19 @@ def _noise_layers():
 
 
 class Shadows(NamedTuple):
-    """Depths seen from the sun.
+    """Depths seen from the sun at M moments.
 
     Attributes:
-        depth: [side * side], metres from the eye along its axis to the first shape, row by row.
+        depth: [M * side * side], metres from the eye along its axis to the first shape, row by row.
         side: pixels of a side.
-        eye: float64 [3], map frame, far away towards the sun.
+        eyes: float64 [M, 3], map frame, far away towards the sun.
         rotation: float64 [3, 3], the sun camera's frame to map axes.
         focal: pixels.
     """
 
     depth: torch.Tensor
     side: int
-    eye: np.ndarray
+    eyes: np.ndarray
     rotation: np.ndarray
     focal: float
 
@@ -109,13 +109,25 @@ class Hits(NamedTuple):
         directions: [P, 3] rays, map axes, depth 1 along the optical axis.
         depth: [P] along the optical axis, metres.
         hit: int32 [P] index of the shape, GROUND or SKY.
-        eye: [P, 3] where the rays start, map frame, metres.
+        image: int32 [P], the image that each pixel is of.
     """
 
     directions: torch.Tensor
     depth: torch.Tensor
     hit: torch.Tensor
-    eye: torch.Tensor
+    image: torch.Tensor
+
+
+class Images(NamedTuple):
+    """The images that pixels are of.
+
+    Attributes:
+        eyes: [C, 3] where the rays start, map frame, metres.
+        moments: int32 [C], which of the shadow maps each takes.
+    """
+
+    eyes: torch.Tensor
+    moments: torch.Tensor
 
 
 class ShapeRows(NamedTuple):
@@ -142,7 +154,9 @@ def shape_rows(scenes, table, device) -> ShapeRows:
     )
 
 
-def paint(painter: Painter, rows: ShapeRows, hits: Hits, shadows: Optional[Shadows] = None) -> torch.Tensor:
+def paint(
+    painter: Painter, rows: ShapeRows, hits: Hits, images: Images, shadows: Optional[Shadows] = None
+) -> torch.Tensor:
     """Colours [P, 3] of what was hit."""
     colour = torch.empty_like(hits.directions)
     index = torch.nonzero(hits.hit == SKY)[:, 0]
@@ -150,10 +164,10 @@ def paint(painter: Painter, rows: ShapeRows, hits: Hits, shadows: Optional[Shado
     for index, ground in ((torch.nonzero(hits.hit == GROUND)[:, 0], True), (torch.nonzero(hits.hit >= 0)[:, 0], False)):
         if len(index) == 0:
             continue
-        directions, depth, hit, eye = (part.index_select(0, index) for part in hits)
+        directions, depth, hit, image = (part.index_select(0, index) for part in hits)
         offset = directions * depth[:, None]
-        place = eye + offset
-        sunny = _sunny(shadows, place)
+        place = images.eyes.index_select(0, image) + offset
+        sunny = _sunny(shadows, place, images.moments.index_select(0, image))
         if ground:
             lit = _ground(painter, place, sunny)
         else:
@@ -186,16 +200,20 @@ def _sky(painter, directions):
     return colour + (0.95 - colour) * (0.7 * cloud)[:, None]
 
 
-def _sunny(shadows, place):
-    """1 [P] where the sun shines at ``place`` [P, 3] (map frame), 0 in shadow; 1 outside the shadow map."""
+def _sunny(shadows, place, moment):
+    """1 [P] where the sun shines at ``place`` [P, 3] (map frame), 0 in shadow; 1 outside the shadow map.
+
+    ``moment`` int32 [P]: which of the maps.
+    """
     if shadows is None:
         return torch.ones_like(place[:, 0])
     tensor = lambda a: torch.as_tensor(a.astype(np.float32), device=place.device)  # noqa: E731
-    seen = (place - tensor(shadows.eye)) @ tensor(shadows.rotation)
+    seen = (place - tensor(shadows.eyes).index_select(0, moment)) @ tensor(shadows.rotation)
     scale = shadows.focal / seen[:, 2]
     column, row = (seen[:, 0] * scale + shadows.side / 2).int(), (seen[:, 1] * scale + shadows.side / 2).int()
     known = (column >= 0) & (column < shadows.side) & (row >= 0) & (row < shadows.side)
     cell = (row * shadows.side + column).clamp(0, shadows.side * shadows.side - 1)
+    cell = cell + moment * (shadows.side * shadows.side)
     lit = shadows.depth.index_select(0, cell) > seen[:, 2] - 0.25
     return (lit | ~known).float()
 

@@ -14,7 +14,7 @@ import torch
 from .shapes import BOX, CONE, ELLIPSOID, WHEEL
 from .trace import FAR, GROUND, NEAR, SKY, PackedScene
 
-PAIRS_AT_ONCE = 1 << 22
+PAIRS_AT_ONCE = 1 << 23
 _MISS = 1e30
 _SAFE_STEPS, _NEWTON_STEPS = 8, 4  # on the way to the ground
 
