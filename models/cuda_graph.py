@@ -8,6 +8,7 @@ In training a ``GraphedPass`` does so with a forward pass and its backward pass.
 
 import contextlib
 import functools
+import inspect
 import warnings
 from typing import Callable, Dict, Hashable, List, Optional, Sequence, Tuple
 
@@ -41,7 +42,7 @@ class _Captured:
                 run(*self.inputs)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
+        with _recording(self.graph, stream=stream):
             self.outputs = list(run(*self.inputs))
 
     def replay(self, inputs: MaybeTensors) -> List[Optional[Tensor]]:
@@ -50,6 +51,13 @@ class _Captured:
                 static.copy_(tensor)
         self.graph.replay()
         return [None if tensor is None else tensor.clone() for tensor in self.outputs]
+
+
+def _recording(graph: torch.cuda.CUDAGraph, **options):
+    """``torch.cuda.graph`` while which other threads, which move the next batch or score the last one, use the GPU."""
+    if 'capture_error_mode' in inspect.signature(torch.cuda.graph).parameters:  # not in PyTorch before 2.1
+        options['capture_error_mode'] = 'thread_local'
+    return torch.cuda.graph(graph, **options)
 
 
 @functools.lru_cache(maxsize=None)
@@ -135,7 +143,7 @@ class _Recorded:
 
     def __init__(self, run: Callable[[], MaybeTensors], pool):
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode='thread_local'):
+        with _recording(self._graph, pool=pool):
             self.results = list(run())
 
     def replay(self):

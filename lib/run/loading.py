@@ -157,9 +157,9 @@ def _move_ahead(batches, device: torch.device) -> Iterator[Dict]:
         for batch in batches:
             waiting.append(mover.submit(_move_on, stream, batch, device))
             if len(waiting) > 1:
-                yield _arrived(*waiting.popleft().result())
+                yield _arrived(*waiting.popleft().result(), device)
         while waiting:
-            yield _arrived(*waiting.popleft().result())
+            yield _arrived(*waiting.popleft().result(), device)
 
 
 def _move_on(stream, batch: Dict, device: torch.device):
@@ -170,9 +170,9 @@ def _move_on(stream, batch: Dict, device: torch.device):
         return to_device(batch, device), stream.record_event()
 
 
-def _arrived(batch: Dict, event) -> Dict:
+def _arrived(batch: Dict, event, device: torch.device) -> Dict:
     if event is not None:
-        current = torch.cuda.current_stream(event.device)
+        current = torch.cuda.current_stream(device)
         current.wait_event(event)
         for value in batch.values():
             if isinstance(value, torch.Tensor):
