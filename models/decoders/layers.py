@@ -107,7 +107,7 @@ class AdaptiveMixing(BaseModule):
         mixed = mix_in_pieces(sampled, query, *layers, self.out_points, self.chunk)
         if mixed is None:
             pieces = zip(sampled.split(self.chunk), query.split(self.chunk))
-            mixed = torch.cat([recompute(self._mix, s, q) for s, q in pieces])
+            mixed = torch.cat([recompute(self._mix, s, q, preserve_rng_state=False) for s, q in pieces])
         return mixed
 
     def _mix(self, sampled: Tensor, query: Tensor) -> Tensor:

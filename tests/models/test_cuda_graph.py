@@ -228,7 +228,7 @@ def test_losses_and_gradients_with_and_without_graphs(device, scoring, amp, requ
     On a GPU gradients of the maps are added up in no fixed order: 1e-3, and 5e-2 in bfloat16.
     """
     imitate_graphs(device, request)
-    model = small_model(scoring=scoring, dropout=0.1).to(device).train()
+    model = small_model(scoring=scoring, dropout=0.1, mixing_chunk=0).to(device).train()
     model.image_input.color_aug = True
     batches = [to_device(small_batch(model.task, 2, first_index=i), device) for i in (0, 2)]
     start, results = {name: value.clone() for name, value in model.state_dict().items()}, []
