@@ -1,6 +1,4 @@
 # SparseOcc with its CUDA extensions, for machines with an NVIDIA GPU (driver for CUDA 13).
-# Untested: no container engine was at hand when it was written. What it runs is what "make install" and
-# "make build-ops" run elsewhere.
 #
 #   docker build -t sparseocc .
 #   docker run --gpus all --ipc=host -it -v /path/to/nuscenes:/sparseocc/data/nuscenes sparseocc
