@@ -90,6 +90,7 @@ class Bench:
         self.training_amp, self.training_tf32 = args.amp or train.get('amp'), args.tf32 or train.get('tf32')
         for amp in (args.amp, self.training_amp):
             check_precision(amp, self.device)
+        self.graphs_training = bool(train.get('cuda_graph'))
         set_tf32(args.tf32)
         torch.backends.cudnn.benchmark = not args.no_cudnn_benchmark
         self.task = read_task(cfg)
@@ -191,6 +192,7 @@ class Bench:
             self.model = self.build_model()
         set_tf32(self.training_tf32)
         model = self.model.train()
+        model.graphs_training = self.graphs_training
         if self.processes.world_size > 1:
             ids = [self.device.index] if self.device.type == 'cuda' else None
             model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
