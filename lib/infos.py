@@ -303,9 +303,14 @@ def rotation_matrix(value) -> np.ndarray:
     return value if value.shape == (3, 3) else quaternion_to_matrix(value)
 
 
+def _pose(holder: Mapping, name: str) -> np.ndarray:
+    """4x4 float64 of ``<name>_rotation`` and ``<name>_translation``, metres."""
+    return make_transform(rotation_matrix(holder[f'{name}_rotation']), holder[f'{name}_translation'])
+
+
 def ego_from_lidar(info: Mapping) -> np.ndarray:
     """4x4 float64: LIDAR_TOP to ego at the keyframe, metres."""
-    return make_transform(rotation_matrix(info['lidar2ego_rotation']), info['lidar2ego_translation'])
+    return _pose(info, 'lidar2ego')
 
 
 def volume_from_lidar(info: Mapping, frame: str) -> np.ndarray:
@@ -315,7 +320,7 @@ def volume_from_lidar(info: Mapping, frame: str) -> np.ndarray:
 
 def global_from_ego(info: Dict) -> np.ndarray:
     """4x4 float64: ego at the keyframe to global, metres."""
-    return make_transform(rotation_matrix(info['ego2global_rotation']), info['ego2global_translation'])
+    return _pose(info, 'ego2global')
 
 
 def split_scenes(infos: Sequence[Dict]) -> List[List[int]]:
@@ -386,14 +391,12 @@ def global_from_camera(entry: Dict) -> np.ndarray:
         return make_transform(
             np.asarray(entry['sensor2global_rotation'], dtype=np.float64).T, entry['sensor2global_translation']
         )
-    ego = make_transform(rotation_matrix(entry['sensor2ego_rotation']), entry['sensor2ego_translation'])
-    return make_transform(rotation_matrix(entry['ego2global_rotation']), entry['ego2global_translation']) @ ego
+    return _pose(entry, 'ego2global') @ _pose(entry, 'sensor2ego')
 
 
 def current_lidar2img(entry: Dict) -> np.ndarray:
     """4x4 float64: LIDAR_TOP of the keyframe to pixels of one of the keyframe's own images."""
-    camera = make_transform(rotation_matrix(entry['sensor2lidar_rotation']), entry['sensor2lidar_translation'])
-    return _intrinsics(entry) @ invert_rigid(camera)
+    return _intrinsics(entry) @ invert_rigid(_pose(entry, 'sensor2lidar'))
 
 
 def past_lidar2img(info: Dict, entry: Dict) -> np.ndarray:

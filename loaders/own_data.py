@@ -183,17 +183,7 @@ def _sequence_infos(name: str, frames: Sequence, cameras: Mapping, folder: str, 
             raise DataError(f'{here}: timestamp {seconds!r} does not follow the one before; give frames in time order')
         last_time = seconds
         ego2global = _pose(frame, 'ego2global', here)
-        images = _get(frame, 'images', dict, here)
-        unknown = [camera for camera in images if camera not in cameras]
-        if unknown:
-            raise DataError(f'{here}.images: "{unknown[0]}" is not among "cameras"{did_you_mean(unknown[0], cameras)}')
-        cams = {
-            camera: _camera_entry(images, camera, calibration, ego2global, seconds, folder, here)
-            for camera, calibration in cameras.items()
-            if images.get(camera) is not None
-        }
-        if not cams:
-            raise DataError(f'{here}.images: no camera has an image; leave the frame out')
+        cams = _camera_entries(frame, cameras, ego2global, seconds, folder, here)
         # Earlier frames stand at every sixth place of a history, behind five sweeps.
         sweeps = [infos[-1]['cams']] * SWEEPS_PER_KEYFRAME if infos else []
         infos.append(
@@ -212,6 +202,22 @@ def _sequence_infos(name: str, frames: Sequence, cameras: Mapping, folder: str, 
             )
         )
     return infos
+
+
+def _camera_entries(frame, cameras: Mapping, ego2global, seconds, folder, where) -> Dict[str, Dict]:
+    """Camera entries of the frame's images."""
+    images = _get(frame, 'images', dict, where)
+    unknown = [camera for camera in images if camera not in cameras]
+    if unknown:
+        raise DataError(f'{where}.images: "{unknown[0]}" is not among "cameras"{did_you_mean(unknown[0], cameras)}')
+    cams = {
+        camera: _camera_entry(images, camera, calibration, ego2global, seconds, folder, where)
+        for camera, calibration in cameras.items()
+        if images.get(camera) is not None
+    }
+    if not cams:
+        raise DataError(f'{where}.images: no camera has an image; leave the frame out')
+    return cams
 
 
 def _camera_entry(images, camera, calibration, ego2global, seconds, folder, where) -> Dict:

@@ -38,13 +38,16 @@ def load_model_weights(model: nn.Module, path: str, trust: bool = False) -> Dict
     meta = dict(meta) if isinstance(meta, Mapping) else {}
     other = other_task(meta, getattr(model, 'task', None))
     fit_weights(model, _without_training_parts(model, weights, path), path, other)
-    if meta.get('ema_decay') and rank() == 0:
-        print(f'{path}: weights averaged over training (EMA with decay {meta["ema_decay"]:g})', flush=True)
-    if other and rank() == 0:
-        print(
-            f'warning: checkpoint {path} was trained for {other}; its weights fit, its predictions may not', flush=True
-        )
+    if meta.get('ema_decay'):
+        _say(f'{path}: weights averaged over training (EMA with decay {meta["ema_decay"]:g})')
+    if other:
+        _say(f'warning: checkpoint {path} was trained for {other}; its weights fit, its predictions may not')
     return meta
+
+
+def _say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def _without_training_parts(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> Mapping[str, Tensor]:
@@ -54,9 +57,9 @@ def _without_training_parts(model: nn.Module, weights: Mapping[str, Tensor], pat
     """
     begins, own = tuple(getattr(model, 'training_only', ())), model.state_dict()
     left_out = [name for name in weights if name.startswith(begins) and name not in own]
-    if left_out and rank() == 0:
+    if left_out:
         parts = ', '.join(sorted({name.split('.')[0] for name in left_out}))
-        print(f'{path}: {len(left_out)} tensors that only training uses are left out ({parts})', flush=True)
+        _say(f'{path}: {len(left_out)} tensors that only training uses are left out ({parts})')
     kept = OrderedDict((name, value) for name, value in weights.items() if name not in left_out)
     kept.update((name, own[name]) for name in own if name.startswith(begins) and name not in weights)
     return kept

@@ -206,21 +206,25 @@ class Launch:
         )
         return weights
 
+    def _evaluation_of(self, validation, workers: int) -> Optional[Evaluation]:
+        if validation is None:
+            return None
+        parts = self.components, self.task, validation, self.processes, self.log.say
+        return Evaluation(*parts, self.evaluation.metrics, workers, self.settings.amp)
+
+    def _pictures(self, evaluation: Optional[Evaluation]) -> Optional[ValidationPictures]:
+        interval, draw = self.settings.picture_interval, self.components.draw
+        if not interval or evaluation is None or draw is None or not self.processes.is_main:
+            return None
+        return ValidationPictures(evaluation, interval, draw, self.log)
+
     def _job(self, model, dataset, validation) -> TrainingJob:
         cfg = self.cfg
         order = EpochOrder(len(dataset), self.plan.total, self.seed, self._sample_weights(dataset))
         epochs, iterations = run_length(cfg.runner, order.steps)
         self.log.say(f'{len(dataset)} training samples, {order.steps} optimizer steps per epoch, {iterations} in all')
-        evaluation, workers = None, count_workers(cfg)
-        if validation is not None:
-            settings, metrics = self.settings, self.evaluation.metrics
-            evaluation = Evaluation(
-                self.components, self.task, validation, self.processes, self.log.say, metrics, workers, settings.amp
-            )
-        interval, draw = self.settings.picture_interval, self.components.draw
-        pictures = None
-        if interval and evaluation is not None and draw is not None and self.processes.is_main:
-            pictures = ValidationPictures(evaluation, interval, draw, self.log)
+        workers = count_workers(cfg)
+        evaluation = self._evaluation_of(validation, workers)
         return TrainingJob(
             model=model,
             optimizer=build_optimizer(model, cfg.optimizer),
@@ -238,7 +242,7 @@ class Launch:
             log=self.log,
             evaluation=evaluation,
             evaluated=self.evaluation,
-            pictures=pictures,
+            pictures=self._pictures(evaluation),
             meta=dict(
                 seed=self.seed, total_batch_size=self.plan.total, num_samples=len(dataset), config=config_lines(cfg)
             ),
