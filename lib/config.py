@@ -243,7 +243,8 @@ def _step(parent, path, part, text):
         raise _unknown_path(parent, path, part, text)
     child = parent[key]
     if not isinstance(child, (Mapping, list)):
-        raise ConfigError('override {!r}: {} is {!r}, not a dict or list'.format(text, '.'.join(path + [part]), child))
+        where = '.'.join(path + [part])
+        raise ConfigError(f'override {text!r}: {where} is {child!r}, not a dict or list')
     return child
 
 
@@ -295,11 +296,8 @@ def require_keys(cfg, keys: Sequence[str]) -> None:
         for part in key.split('.'):
             node = node.get(part) if hasattr(node, 'get') else None
         if node is None:
-            raise ConfigError(
-                'the config{} has no {!r}; add it, or build on a base that has it'.format(
-                    f' {cfg.filename}' if getattr(cfg, 'filename', None) else '', key
-                )
-            )
+            where = f' {cfg.filename}' if getattr(cfg, 'filename', None) else ''
+            raise ConfigError(f'the config{where} has no {key!r}; add it, or build on a base that has it')
 
 
 def dump_config(cfg, path: str) -> None:

@@ -20,7 +20,7 @@ from typing import Dict, Iterable, Iterator, List, Optional, Tuple, Union
 import numpy as np
 
 from .errors import DataError, UserError, reason
-from .pickles import SafeUnpickler, find_damage
+from .pickles import RefusedName, SafeUnpickler, find_damage
 
 PathLike = Union[str, os.PathLike]
 
@@ -165,14 +165,12 @@ def load_pickle_safe(path: PathLike, allow_any: bool = False):
             raise DataError(f'{path} is not a readable pickle (byte {damage} cannot be right); make or fetch it again')
         with open(path, 'rb') as stream:
             return (pickle.Unpickler if allow_any else SafeUnpickler)(stream).load()
-    except pickle.UnpicklingError as error:
-        if 'it names' not in str(error):
-            raise DataError(f'{path} is not a readable pickle ({reason(error)}); make or fetch it again') from error
+    except RefusedName as error:
         raise DataError(
             f'{path} was refused: {reason(error)}, and only plain data and numpy arrays are read from pickles; if you '
             'trust where the file is from, set allow_any_pickle=True in that section of data'
         ) from error
-    except UNREADABLE as error:
+    except (pickle.UnpicklingError, *UNREADABLE) as error:
         raise DataError(
             f'{path} is not a readable pickle ({type(error).__name__}: {reason(error)}); make or fetch it again'
         ) from error

@@ -129,6 +129,10 @@ _NUMPY_MODULES = (
 )
 
 
+class RefusedName(pickle.UnpicklingError):
+    """The pickle asks for a class or function that is not safe."""
+
+
 class SafeUnpickler(pickle.Unpickler):
     """Builds plain containers and numpy arrays; refuses every other class or function a pickle names."""
 
@@ -143,7 +147,7 @@ class SafeUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if (module, name) in _SAFE_OTHER:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f'it names {module}.{name}')
+        raise RefusedName(f'it names {module}.{name}')
 
 
 def _is_safe_numpy_name(name):

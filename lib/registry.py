@@ -165,9 +165,7 @@ def _check_arguments(cls, args, added, where):
         check_keys(args, ['type', *(n for n in names if n not in added)], where + cls.__name__)
     missing = [n for n in required if n not in args and n not in added]
     if missing:
-        raise ConfigError(
-            '{}{}: key {!r} is missing; its keys are {}'.format(where, cls.__name__, missing[0], ', '.join(names))
-        )
+        raise ConfigError(f'{where}{cls.__name__}: key {missing[0]!r} is missing; its keys are {", ".join(names)}')
 
 
 def type_hints(cls) -> Dict[str, Any]:

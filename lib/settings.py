@@ -11,7 +11,7 @@ SCORES = ('RayIoU', 'RayPQ', 'mIoU')  # that a best checkpoint may be chosen by
 
 def _choice(where, value, choices):
     if value not in choices:
-        raise ConfigError('{} must be one of {}, got {!r}'.format(where, ', '.join(map(repr, choices)), value))
+        raise ConfigError(f'{where} must be one of {", ".join(map(repr, choices))}, got {value!r}')
 
 
 @dataclass(frozen=True)

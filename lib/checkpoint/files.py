@@ -138,11 +138,8 @@ def state_dict_of(checkpoint: Mapping, path: str) -> 'OrderedDict[str, Tensor]':
         if isinstance(value, Tensor) and isinstance(name, str)
     )
     if not weights:
-        raise CheckpointError(
-            'checkpoint {} holds no weights (its keys: {})'.format(
-                path, ', '.join(sorted(map(str, checkpoint))[:8]) or 'none'
-            )
-        )
+        keys = ', '.join(sorted(map(str, checkpoint))[:8]) or 'none'
+        raise CheckpointError(f'checkpoint {path} holds no weights (its keys: {keys})')
     return weights
 
 

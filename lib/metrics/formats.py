@@ -70,7 +70,7 @@ class PredictionForm(NamedTuple):
 
     def describe(self) -> str:
         """One phrase, e.g. ``dense .npz, classes in 'pred'``."""
-        parts = ['{} {}'.format('sparse' if self.sparse else 'dense', self.suffix)]
+        parts = [f'{"sparse" if self.sparse else "dense"} {self.suffix}']
         parts += [f'classes in {self.classes!r}'] if self.classes else []
         parts += [f'instances in {self.instances!r}'] if self.instances else []
         return ', '.join(parts + ['with flow'] * self.flow)
@@ -182,7 +182,7 @@ class PredictionFiles:
 
 
 def _count(tokens):
-    return '{} sample{} (e.g. {})'.format(len(tokens), 's' * (len(tokens) != 1), tokens[0])
+    return f'{len(tokens)} sample{"s" * (len(tokens) != 1)} (e.g. {tokens[0]})'
 
 
 def open_predictions(path, task: Task, needs: Sequence[str] = ()) -> PredictionFiles:

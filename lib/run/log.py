@@ -58,7 +58,7 @@ class RunLog:
         """A line for people, with the time."""
         if not self.is_main:
             return
-        line = '{}  {}'.format(time.strftime('%Y-%m-%d %H:%M:%S'), text)
+        line = f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {text}'
         print(line, flush=True)
         self._append('log.txt', line)
 
@@ -239,7 +239,7 @@ def describe_environment(device: torch.device, world_size: int) -> List[str]:
     if torch.version.cuda:
         facts['cuda of torch'] = torch.version.cuda
         facts['cudnn'] = str(torch.backends.cudnn.version()) if torch.cuda.is_available() else 'no GPU'
-    return ['{}: {}'.format(*fact) for fact in facts.items()]
+    return [f'{name}: {value}' for name, value in facts.items()]
 
 
 def device_name(device: torch.device) -> str:
@@ -257,7 +257,7 @@ def describe_commit() -> str:
     changed = _git('status', '--porcelain', '--untracked-files=no') or ''
     names = [line[3:] for line in changed.splitlines()]
     more = ', ...' if len(names) > 5 else ''
-    return commit + (' with changes in {}{}'.format(', '.join(names[:5]), more) if names else '')
+    return commit + (f' with changes in {", ".join(names[:5])}{more}' if names else '')
 
 
 def versions() -> Dict[str, str]:

@@ -120,9 +120,8 @@ def set_deterministic(on: bool) -> None:
     workspace = os.environ.setdefault(_WORKSPACE, _REPEATABLE_WORKSPACES[0])
     if torch.cuda.is_available() and workspace not in _REPEATABLE_WORKSPACES:
         raise ConfigError(
-            'train.deterministic needs the environment variable {} to be {}, but it is {!r}; unset it'.format(
-                _WORKSPACE, ' or '.join(_REPEATABLE_WORKSPACES), workspace
-            )
+            f'train.deterministic needs the environment variable {_WORKSPACE} to be '
+            f'{" or ".join(_REPEATABLE_WORKSPACES)}, but it is {workspace!r}; unset it'
         )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

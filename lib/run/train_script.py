@@ -91,7 +91,7 @@ def config_changes(args) -> List[str]:
         'load_from': args.load_from,
         'resume_from': args.resume,
     }
-    return list(args.override) + ['{}={}'.format(*item) for item in named.items() if item[1] is not None]
+    return list(args.override) + [f'{name}={value}' for name, value in named.items() if value is not None]
 
 
 class Start(NamedTuple):
