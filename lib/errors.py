@@ -25,7 +25,7 @@ class UserError(Exception):
     It stays on one line, also where a name in it has several.
     """
 
-    def __init__(self, message=''):
+    def __init__(self, message):
         super().__init__(' '.join(str(message).splitlines()))
 
 

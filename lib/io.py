@@ -337,7 +337,7 @@ def _open_npz(path: PathLike) -> Iterator[Tuple[zipfile.ZipFile, List[str]]]:
         raise DataError(f'{path} is damaged or no .npz file ({reason(error)}); make or fetch it again') from error
 
 
-def load_npy_checked(path: PathLike, most_values: int = MOST_VALUES) -> np.ndarray:
+def load_npy_checked(path: PathLike, most_values: int) -> np.ndarray:
     """The array of an ``.npy`` file of real numbers, read as data.
 
     Raises:

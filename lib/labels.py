@@ -143,7 +143,7 @@ def read_labels(
     return labels
 
 
-def read_arrays(path, task: Task, names: Sequence[str] = OPTIONAL) -> Dict[str, np.ndarray]:
+def read_arrays(path, task: Task, names: Sequence[str]) -> Dict[str, np.ndarray]:
     """Arrays of a label file as they are there, ``semantics`` and ``names``; see :func:`read_labels`."""
     required = ('semantics',) + ('flow',) * ('flow' in names)
     if 'flow' in names and (task.frame, task.label_grid.frame) != ('ego', 'ego'):

@@ -76,7 +76,7 @@ def velocities(array, name: str, where: str) -> np.ndarray:
     return finite(array, np.float32, name, where, 'velocities that are not finite; save 0 where nothing moves')
 
 
-def finite(array, dtype, name: str, where: str, otherwise: str = 'numbers that are not finite') -> np.ndarray:
+def finite(array, dtype, name: str, where: str, otherwise: str) -> np.ndarray:
     """The array in a floating type, in which all of it is finite.
 
     Args:

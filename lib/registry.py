@@ -138,7 +138,7 @@ def _registered(name, registry, where):
     return cls
 
 
-def check_component(cfg: Mapping, registry, where: str, more_keys: Iterable[str] = ()) -> None:
+def check_component(cfg: Mapping, registry, where: str, more_keys: Iterable[str]) -> None:
     """Raise ConfigError unless ``cfg`` names a registered class and only its arguments; nothing is built.
 
     Args:

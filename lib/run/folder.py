@@ -287,7 +287,7 @@ _MUST_AGREE = ('seed', 'total_batch_size', 'num_samples')
 
 
 def capture(
-    model: nn.Module, optimizer, scaler, meta: Mapping, progress: Mapping, average: Optional[WeightAverage] = None
+    model: nn.Module, optimizer, scaler, meta: Mapping, progress: Mapping, average: Optional[WeightAverage]
 ) -> Dict:
     """Content of a checkpoint. Where weights are averaged, the average is its ``state_dict``, so that whoever wants
     the weights gets it; those that training goes on with are its ``ema.learning``.
@@ -317,7 +317,7 @@ def _on_cpu(state: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     return {name: value.detach().cpu() for name, value in state.items()}
 
 
-def read_training_state(path: str, trust: bool = False) -> Dict:
+def read_training_state(path: str, trust: bool) -> Dict:
     """A checkpoint written with ``capture``.
 
     Raises:
@@ -344,13 +344,7 @@ def _with_own_switches(state: Mapping, optimizer) -> Dict:
 
 
 def restore(
-    checkpoint: Mapping,
-    path: str,
-    model: nn.Module,
-    optimizer,
-    scaler,
-    meta: Mapping,
-    average: Optional[WeightAverage] = None,
+    checkpoint: Mapping, path: str, model: nn.Module, optimizer, scaler, meta: Mapping, average: Optional[WeightAverage]
 ) -> Dict:
     """Put a checkpoint's state back and return its ``progress``.
 

@@ -102,7 +102,7 @@ class Clock:
         workers: processes that load samples where throughput is timed.
     """
 
-    def __init__(self, model, dataset, collate, device, amp, warmup: int, samples: int, workers: int = 0):
+    def __init__(self, model, dataset, collate, device, amp, warmup: int, samples: int, workers: int):
         self.workers = workers
         self.model, self.dataset, self.collate = model, dataset, collate
         self.device, self.amp, self.warmup, self.samples = device, amp, warmup, samples

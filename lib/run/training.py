@@ -105,7 +105,7 @@ class Trainer:
         self.window.load_state_dict(progress['window'])
         self._saved = self.iteration
 
-    def use_folder(self, folder: Path, resume_command: str = '--resume auto') -> None:
+    def use_folder(self, folder: Path, resume_command: str) -> None:
         """Write checkpoints and scores there (before ``run``); the command that goes on there is told on stopping."""
         self.folder, self._resume_command = folder, resume_command
         self.keeper = CheckpointKeeper(folder, self.job.settings.max_keep_ckpts)
