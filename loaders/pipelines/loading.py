@@ -61,7 +61,7 @@ class LoadMultiViewImageFromMultiSweeps:
         info, cameras, frames = sample['info'], self.task.cameras, self._choose(sample)
         keys = [_frame_keys(frame, cameras) for frame in frames]
         if 'before' in sample:
-            sample['given'] = _new_frames(keys, [_frame_keys(f, cameras) for f in self._choose(sample['before'])])
+            sample['given'] = new_frames(keys, [_frame_keys(f, cameras) for f in self._choose(sample['before'])])
         given = sample.get('given', range(len(frames)))
         entries = [(frame, name, t in given) for t, frame in enumerate(frames) for name in cameras]
         there = [(frame[name]['data_path'], wanted) for frame, name, wanted in entries if name in frame]
@@ -115,7 +115,7 @@ def _frame_keys(frame: Dict, cameras: Sequence[str]) -> Tuple[str, ...]:
     return tuple(frame_key(frame[name]['data_path']) if name in frame else f'missing/{name}' for name in cameras)
 
 
-def _new_frames(keys: Sequence[Tuple[str, ...]], before: Sequence[Tuple[str, ...]]) -> List[int]:
+def new_frames(keys: Sequence[Tuple[str, ...]], before: Sequence[Tuple[str, ...]]) -> List[int]:
     """Where each frame that is not among those before stands first; the current frame where there is none."""
     return [t for t, key in enumerate(keys) if key not in before and key not in keys[:t]] or [0]
 

@@ -41,6 +41,11 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._slots)
 
+    @property
+    def held(self) -> List[Hashable]:
+        """Keys of the frames that are here."""
+        return list(self._slots)
+
     def clear(self):
         """Forget every frame; the memory is kept for the next ones."""
         self._slots.clear()

@@ -95,6 +95,20 @@ def test_stream_frames_together_and_file_agree(predictor, tmp_path):
     assert _differ(pushed[2], predictor.predict(frames[2], CAMERAS))  # the history matters
 
 
+def test_a_stream_sends_new_images_only_and_what_was_forgotten_again(predictor, monkeypatch):
+    sent, encoder = [], predictor._model_for(2).encoder
+    right = encoder._fetch
+    monkeypatch.setattr(encoder, '_fetch', lambda img, *rest: sent.append(img.shape[1]) or right(img, *rest))
+    stream, again = predictor.stream(CAMERAS), predictor.stream(CAMERAS)
+    for frame in _drive(6):
+        _same(stream.push_frame(frame), again.push_frame(frame))
+    assert sent == [2] * 12
+    again._cache.clear()
+    last = Frame(_images(9), 3.0, _pose(12.0))
+    _same(stream.push_frame(last), again.push_frame(last))
+    assert sent[12:] == [2, 2 * predictor.task.num_frames]
+
+
 def test_only_motion_matters(predictor):
     """A drive somewhere else on earth is the same drive; one that stands still is another."""
     frames = _drive(2)

@@ -5,9 +5,10 @@ the ground), *global* (any that does not move), metres; *image* (pixels of the f
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple, TypeVar, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 import torch
@@ -16,12 +17,13 @@ from lib.errors import ConfigError, DataError
 from lib.geometry import intrinsics_to_matrix, invert_rigid
 from lib.infos import NOWHERE
 from lib.io import read_json
+from lib.raycast import count_cores
 from lib.registry import did_you_mean
 from loaders.decode import NVJPEG, DecodedImage, read_image
 from loaders.own_data import read_camera, read_pose
 from loaders.pipelines import build_pipeline
 from loaders.pipelines.augmentation import RandomTransformImage
-from loaders.pipelines.loading import LoadMultiViewImageFromMultiSweeps
+from loaders.pipelines.loading import LoadMultiViewImageFromMultiSweeps, new_frames
 
 Pose = Union[np.ndarray, Mapping]  # 4x4, or dict(rotation=quaternion w x y z or 3x3, translation=3 metres)
 Image = Union[str, os.PathLike, np.ndarray, Mapping, None]
@@ -103,6 +105,7 @@ class FrameReader:
         self._decoder = 'cv2' if loading.decoder == NVJPEG else loading.decoder
         self._half_covers = task.image_size if loading.fast_decode else None
         self._rgb, self._size = rgb, task.image_size
+        self._threads = ThreadPoolExecutor(max(1, min(task.num_cameras, count_cores())))  # decoding waits for no Python
 
     def read(self, frame: Frame, cameras: Calibration, key: str) -> Moment:
         """Read, resize and crop the images of a frame.
@@ -122,10 +125,12 @@ class FrameReader:
         global_from_ego = read_pose(frame.ego2global, 'ego2global of a frame')
         img = np.zeros((len(cameras), 3) + tuple(self._size), dtype=np.uint8)
         matrices = np.repeat(NOWHERE[None], len(cameras), axis=0)
-        for n, (name, camera) in enumerate(cameras.items()):
-            if frame.images.get(name) is not None:
-                pixels, matrices[n] = self._see(frame.images[name], camera, global_from_ego, name)
-                img[n] = pixels.transpose(2, 0, 1)
+        there = {name: n for n, name in enumerate(cameras) if frame.images.get(name) is not None}
+        seen = self._threads.map(
+            lambda name: self._see(frame.images[name], cameras[name], global_from_ego, name), there
+        )
+        for n, (pixels, matrix) in zip(there.values(), seen):
+            img[n], matrices[n] = pixels.transpose(2, 0, 1), matrix
         return Moment(key, float(frame.seconds), global_from_ego, img, matrices)
 
     def _see(self, image, camera, global_from_ego, name) -> Tuple[np.ndarray, np.ndarray]:
@@ -157,15 +162,27 @@ def _step_of(steps, kind):
     raise ConfigError(f"data.test.pipeline has no {kind.__name__}, which images of one's own need; add it")
 
 
-def make_sample(moments: Sequence[Moment], cameras: Sequence[str]) -> Dict:
-    """A sample of T moments, newest first, as ``loaders.collate`` takes it; the ego frame stands for LIDAR_TOP."""
+def make_sample(
+    moments: Sequence[Moment], cameras: Sequence[str], held: Optional[Sequence[Tuple[str, ...]]] = None
+) -> Dict:
+    """A sample of T moments, newest first, as ``loaders.collate`` takes it; the ego frame stands for LIDAR_TOP.
+
+    Args:
+        held: names of the images of frames that the model knows already, and whose images are left out; None: it gets
+            all.
+    """
     now = moments[0].global_from_ego
     matrices = np.concatenate([moment.img_from_global @ now for moment in moments])
+    keys = [tuple(f'{moment.key}/{name}' for name in cameras) for moment in moments]
+    metas: Dict[str, Any] = dict(frame_keys=[name for key in keys for name in key])
+    if held is not None:
+        metas['given'] = new_frames(keys, held)
+    given = metas.get('given', range(len(moments)))
     return dict(
-        img=torch.from_numpy(np.concatenate([moment.img for moment in moments])),
+        img=torch.from_numpy(np.concatenate([moments[t].img for t in given])),
         lidar2img=torch.from_numpy(matrices.astype(np.float32)),
         ego2lidar=torch.eye(4, dtype=torch.float64).repeat(len(matrices), 1, 1),
-        img_metas=dict(frame_keys=[f'{moment.key}/{name}' for moment in moments for name in cameras]),
+        img_metas=metas,
     )
 
 

@@ -139,7 +139,10 @@ class SparseOccPredictor:
             names: of the results; None takes the times.
             cache: where the features of earlier moments are kept (``FeatureCache``); None: in the model's own.
         """
-        batch = collate([make_sample(moments, cameras) for moments in samples])
+        with self._lock:
+            keeps_frames = len(samples) == 1 and cache is not None and self._model_for(len(cameras)).keeps_frames
+        held = [names for names, _ in cache.held] if keeps_frames else None
+        batch = collate([make_sample(moments, cameras, held) for moments in samples])
         arrays = self._run(batch, len(cameras), cache)
         task = replace(self.task, cameras=cameras)
         source = dict(self._source, override=[*self._source['override'], f'task.cameras={list(cameras)!r}'])
