@@ -15,11 +15,10 @@ from lib.targets import OccupancyTargets
 from lib.task import Task
 from models import builder
 from models.csrc import describe_operators
-from models.cuda_graph import GraphedPass, MadeOfWeights, can_capture
-from models.decoders import TransformerOutput
-from models.decoders.draws import GivenDraws
+from models.cuda_graph import MadeOfWeights
 from models.encoder import ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
+from models.graphed_training import GraphedTraining
 from models.head import RawPrediction
 from models.losses import BEGINNING, TrainingPass, build_auxiliary_losses, check_targets
 
@@ -83,9 +82,8 @@ class SparseOcc(MadeOfWeights):
         parts = self.image_input, self.img_backbone, self.img_neck
         self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse=fuse_backbone)
         self._neck_cfg = dict(img_neck)
-        self._graphed = GraphedPass(
-            self._predict_for_losses, self._learning, self._graphed_buffers, keeps=self.encoder.constants
-        )
+        transformer = self.pts_bbox_head.transformer
+        self._graphed = GraphedTraining(self.encoder, transformer, self.img_backbone, self.img_neck, transformer)
 
     def check_parts(self):
         """Raise ConfigError unless backbone, neck and head fit together; leaves the former in evaluation mode."""
@@ -129,8 +127,8 @@ class SparseOcc(MadeOfWeights):
     ) -> Dict[str, Tensor]:
         """Every loss term by name; arguments as in :meth:`forward`."""
         targets = check_targets(targets, self.task, self.use_mask_camera)
-        if self._trains_graphed(img):
-            return self.pts_bbox_head.loss(self._replay(img, lidar2img, ego2lidar), targets, graphed=True)
+        if self.graphs_training and self.training and not self.auxiliary_losses and self._graphed.suits(img):
+            return self.pts_bbox_head.loss(self._graphed(img, lidar2img, ego2lidar), targets, graphed=True)
         features = self.encoder(img, lidar2img, ego2lidar)
         output = self.pts_bbox_head(features)
         losses = self.pts_bbox_head.loss(output, targets)
@@ -138,33 +136,6 @@ class SparseOcc(MadeOfWeights):
         for loss in self.auxiliary_losses:
             losses.update(loss(step))
         return losses
-
-    def _trains_graphed(self, img: Tensor) -> bool:
-        wanted = self.graphs_training and self.training and torch.is_grad_enabled()
-        return wanted and not self.auxiliary_losses and can_capture(img.device)
-
-    def _replay(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> TransformerOutput:
-        """What the losses read. Numbers are drawn first, in the order of a pass step by step."""
-        images = self.encoder.prepare(img)
-        transformer = self.pts_bbox_head.transformer
-        numbers = transformer.draw_ahead(img.shape[0], img.device)
-        tensors = self._graphed(images, lidar2img, ego2lidar, *numbers)
-        return TransformerOutput.of_tensors(tensors, transformer.voxel_decoder.scales)
-
-    def _graphed_parts(self) -> List[torch.nn.Module]:
-        return [self.img_backbone, self.img_neck, self.pts_bbox_head.transformer]
-
-    def _learning(self) -> List[Tensor]:
-        return [p for part in self._graphed_parts() for p in part.parameters() if p.requires_grad]
-
-    def _graphed_buffers(self) -> List[Tensor]:
-        return [b for part in self._graphed_parts() for b in part.buffers()]
-
-    def _predict_for_losses(
-        self, images: Tensor, lidar2img: Tensor, ego2lidar: Tensor, *numbers: Tensor
-    ) -> List[Optional[Tensor]]:
-        features = self.encoder.features_of(images, lidar2img, ego2lidar)
-        return self.pts_bbox_head.transformer(features, GivenDraws(numbers)).for_losses()
 
     def predict(
         self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None

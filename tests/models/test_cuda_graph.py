@@ -120,7 +120,7 @@ class DoneAgain:
 @pytest.fixture
 def without_a_gpu(monkeypatch):
     monkeypatch.setattr(cuda_graph, '_Recorded', DoneAgain)
-    for module in ('models.cuda_graph', 'models.sparseocc'):
+    for module in ('models.cuda_graph', 'models.graphed_training'):
         monkeypatch.setattr(f'{module}.can_capture', lambda device: True)
 
 
@@ -242,7 +242,7 @@ def test_losses_and_gradients_with_and_without_graphs(device, scoring, amp, requ
                     if parameter.grad is not None:
                         parameter.sub_(parameter.grad, alpha=1e-4)
         results.append(found)
-    assert model._graphed._captured.replays == 3 and model.pts_bbox_head._graphed_terms._captured.replays == 2
+    assert model._graphed.replayed._captured.replays == 3 and model.pts_bbox_head._graphed_terms._captured.replays == 2
     tolerance = 1e-5 if device == 'cpu' else 1e-3 if amp is None else 5e-2
     for (losses, grads, counted), (replayed, again, counted_again) in zip(*results):
         assert losses.keys() == replayed.keys() and grads.keys() == again.keys()
@@ -257,8 +257,8 @@ def test_evaluation_and_copies_know_nothing_of_graphs(without_a_gpu):
     model = small_model().train()
     model.graphs_training = True
     losses_and_gradients(model, small_batch(model.task, 1), 0)
-    assert model._graphed._captured is not None
+    assert model._graphed.replayed._captured is not None
     twin = copy.deepcopy(model)
-    assert twin._graphed._captured is None and twin._graphed.function.__self__ is twin
+    assert twin._graphed.replayed._captured is None and twin._graphed.replayed.function.__self__ is twin._graphed
     model.eval()
-    assert model._graphed._captured is None and model.pts_bbox_head._graphed_terms._captured is None
+    assert model._graphed.replayed._captured is None and model.pts_bbox_head._graphed_terms._captured is None
