@@ -25,7 +25,7 @@ from models.decoders.sparse_voxel_decoder import top_in_order
 
 IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = torch.device('cuda' if torch.cuda.is_available() and not IS_INTERPRETED else 'cpu')
-HAS_TRITON = importlib.util.find_spec('triton') is not None
+HAS_TRITON = all(map(importlib.util.find_spec, ('triton', 'triton.runtime.interpreter')))  # Triton 2.0 has too little
 ROOT = Path(__file__).parents[2]
 runs = pytest.mark.skipif(not HAS_TRITON or DEVICE.type == 'cpu' and not IS_INTERPRETED, reason='see the top')
 
