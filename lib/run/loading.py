@@ -14,6 +14,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..dataset import DrivenDataset
 from ..errors import DataError, UserError
 from ..raycast import count_cores
 from .stopping import ignore_in_worker
@@ -69,7 +70,7 @@ class _Guarded(Dataset):
 class _Drive(Dataset):
     """Chosen samples of a data set in order, each as it is asked for right after the one before."""
 
-    def __init__(self, dataset, indices: Sequence[int]):
+    def __init__(self, dataset: DrivenDataset, indices: Sequence[int]):
         self.dataset, self.indices = dataset, indices
 
     def __len__(self):
@@ -157,9 +158,9 @@ def _move_ahead(batches, device: torch.device) -> Iterator[Dict]:
         for batch in batches:
             waiting.append(mover.submit(_move_on, stream, batch, device))
             if len(waiting) > 1:
-                yield _arrived(*waiting.popleft().result(), device)
+                yield _arrived(device, *waiting.popleft().result())
         while waiting:
-            yield _arrived(*waiting.popleft().result(), device)
+            yield _arrived(device, *waiting.popleft().result())
 
 
 def _move_on(stream, batch: Dict, device: torch.device):
@@ -170,7 +171,7 @@ def _move_on(stream, batch: Dict, device: torch.device):
         return to_device(batch, device), stream.record_event()
 
 
-def _arrived(batch: Dict, event, device: torch.device) -> Dict:
+def _arrived(device: torch.device, batch: Dict, event) -> Dict:
     if event is not None:
         current = torch.cuda.current_stream(device)
         current.wait_event(event)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checkpoint import check_pretrained_file, load_pretrained
 from ..config import load_config, require_keys
+from ..dataset import BalancedDataset
 from ..errors import ConfigError
 from ..registry import check_whole
 from ..settings import EvaluationSettings, TrainSettings
@@ -192,7 +193,7 @@ class Launch:
         self.log.say(f'{total:.2f} million parameters, {learning:.2f} million of them learn')
         return model
 
-    def _sample_weights(self, dataset) -> Optional[Tensor]:
+    def _sample_weights(self, dataset: BalancedDataset) -> Optional[Tensor]:
         share = self.settings.class_balance
         if not share:
             return None

@@ -244,7 +244,7 @@ def _implausible(counts, task: Task) -> List[Finding]:
     return [Finding(WARNING, f'implausible labels: {"; ".join(doubts)}; {remedy}')] if doubts else []
 
 
-def _instances(usable) -> Finding:
-    things, without = (sum(getattr(fact, key) for fact in usable) for key in ('things', 'things_without_id'))
+def _instances(usable: List[LabelFacts]) -> Finding:
+    things, without = sum(fact.things for fact in usable), sum(fact.things_without_id for fact in usable)
     text = f'{without} of {things} voxels of things have no instance id'
     return Finding(WARNING if without > 0.2 * things else OK, text)
