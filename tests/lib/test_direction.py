@@ -25,7 +25,8 @@ def words_of(path):
         elif isinstance(node, ast.Import):
             yield from (part for name in node.names for part in name.name.split('.'))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and ' ' not in node.value:
-            yield from node.value.replace('/', '.').split('.')
+            parts = node.value.replace('/', '.').split('.')
+            yield from parts if parts[0] != 'mmdet' else ()  # which has models, too
 
 
 @pytest.mark.parametrize(
