@@ -9,7 +9,7 @@ from typing import Callable, Dict, Mapping, NamedTuple, Optional, Tuple, Union
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lib.errors import ConfigError, DataError
 from lib.infos import relocate
@@ -99,8 +99,11 @@ def look_at_image(path, half_covers: Optional[Tuple[int, int]] = None) -> Decode
 
 
 def _read_header(stream, half_covers):
-    """((width, height), whether half the size is enough) of an image file."""
-    image = Image.open(stream)
+    """((width, height), whether half the size is enough) of an image file; ValueError where it is none."""
+    try:
+        image = Image.open(stream)
+    except UnidentifiedImageError as error:
+        raise ValueError('no known format') from error
     (width, height), even = image.size, image.width % 2 == 0 and image.height % 2 == 0
     covers = half_covers is not None and height >= 2 * half_covers[0] and width >= 2 * half_covers[1]
     return image.size, image.format == 'JPEG' and even and covers

@@ -142,7 +142,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
 
         See ``format_sample``. The whole sample in training, and where steps of one's own may look at the images.
         """
-        leaves_out = self.test_mode and all(isinstance(step, _STEPS) for step in self._pipeline)
+        leaves_out = self.test_mode and all(type(step) in _STEPS for step in self._pipeline)
         return self._load(index, index, before if leaves_out else None)
 
     def set_epoch(self, epoch: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from lib.errors import ConfigError, DataError
-from loaders.decode import check_decoder, read_image
+from loaders.decode import HeldImage, check_decoder, look_at_image, read_image
 
 
 def _picture(width=320, height=180):
@@ -123,3 +123,18 @@ def test_an_unknown_decoder_is_named():
 def test_a_decoder_that_is_not_installed_is_named():
     with pytest.raises(ConfigError, match="PyTurboJPEG.*use decoder='cv2'"):
         check_decoder('turbojpeg')
+
+
+@pytest.mark.parametrize('half_covers', [None, (90, 160), (91, 160)])
+def test_a_look_tells_the_size_that_reading_gives(jpeg, half_covers):
+    read, seen = read_image(jpeg, half_covers=half_covers), look_at_image(jpeg, half_covers)
+    assert seen == (HeldImage(read.pixels.shape), read.factor)
+
+
+def test_a_look_at_what_is_no_image_is_told(tmp_path):
+    path = tmp_path / 'a.jpg'
+    with pytest.raises(DataError, match='a.jpg does not exist'):
+        look_at_image(path)
+    path.write_bytes(b'no image at all')
+    with pytest.raises(DataError, match='a.jpg cannot be decoded .no known format.; fetch it again'):
+        look_at_image(path)
