@@ -63,11 +63,11 @@ def _forward(
     x, m, s = _load_item(x_at, generated_at, item, p_in, p_out, width, block_in, block_out)
     channel, point, mixed = tl.arange(0, width), tl.arange(0, block_in), tl.arange(0, block_out)
     y, _ = _normalise(tl.dot(x, m, input_precision=precision), point[:, None] < p_in, p_in * width, eps)
-    hidden = tl.maximum(y, 0.0).to(x.dtype)
+    hidden = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
     inside = mixed[:, None] < p_out
     z, _ = _normalise(tl.dot(s, hidden, input_precision=precision), inside, p_out * width, eps)
     places = item * (p_out * width) + mixed[:, None] * width + channel[None, :]
-    tl.store(out_at + places, tl.maximum(z, 0.0).to(x.dtype), mask=inside)
+    tl.store(out_at + places, tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype), mask=inside)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _backward(
     channel, point, mixed = tl.arange(0, width), tl.arange(0, block_in), tl.arange(0, block_out)
     in_rows, out_rows = point[:, None] < p_in, mixed[:, None] < p_out
     y, y_scale = _normalise(tl.dot(x, m, input_precision=precision), in_rows, p_in * width, eps)
-    hidden = tl.maximum(y, 0.0).to(x.dtype)
+    hidden = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
     z, z_scale = _normalise(tl.dot(s, hidden, input_precision=precision), out_rows, p_out * width, eps)
 
     places = item * (p_out * width) + mixed[:, None] * width + channel[None, :]

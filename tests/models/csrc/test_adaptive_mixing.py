@@ -146,9 +146,12 @@ needs_kernels = pytest.mark.skipif(
 
 
 @needs_kernels
+@pytest.mark.parametrize('triton', [True, False])
 @pytest.mark.parametrize('dtype', list(TOLERANCES), ids=str)
 @pytest.mark.parametrize('in_points, out_points', SIZES)
-def test_cuda_kernel(in_points, out_points, dtype):
+def test_cuda_kernel(in_points, out_points, dtype, triton, monkeypatch):
+    if not triton:
+        monkeypatch.setattr('models.csrc.adaptive_mixing.has_triton', lambda device: False)
     sampled, generated = make_inputs(in_points, out_points, items=(301, 4), dtype=dtype, device='cuda')
     result = adaptive_mix(sampled, generated, out_points)
     expected = adaptive_mix_reference(sampled.double(), generated.double(), out_points)
