@@ -20,7 +20,7 @@ _KEYS = 1024  # candidates per program
 _TAKEN = 32  # voxels per program
 _PIECE = 256  # voxels that are counted together
 _PIECES = 8  # of them per program
-_MERGED = 64  # voxels per program
+_MERGED = 32  # voxels per program
 _MOST_CLASSES, _MOST_QUERIES = 32, 128  # of merging, which holds all of them in registers
 
 
@@ -263,27 +263,22 @@ def _histogram(digit, inside, bins: tl.constexpr):
 
 @triton.jit
 def _score(
-    logits_at, keys_at, counts_at, candidates, classes, stride, softmaxes: tl.constexpr, width: tl.constexpr,
-    block: tl.constexpr, bins: tl.constexpr,
+    logits_at, keys_at, candidates, classes, softmaxes: tl.constexpr, width: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * block + tl.arange(0, block)
     batch = tl.program_id(1).to(tl.int64)
     inside = row < candidates
     if softmaxes:  # 1 - probability of the last class
         column = tl.arange(0, width)
-        places = (batch * candidates + row)[:, None] * stride + column[None, :]
+        places = (batch * candidates + row)[:, None] * classes + column[None, :]
         seen = inside[:, None] & (column < classes)[None, :]
         logits = tl.load(logits_at + places, mask=seen, other=float('-inf')).to(tl.float32)
         powers = tl.exp(logits - tl.max(logits, 1)[:, None])
         free = tl.sum(tl.where(column[None, :] == classes - 1, powers, 0.0), 1)
         score = 1.0 - tl.div_rn(free, tl.sum(powers, 1))
     else:
-        score = tl.load(logits_at + (batch * candidates + row) * stride, mask=inside, other=0.0).to(tl.float32)
-    key = _ordered(score)
-    tl.store(keys_at + batch * candidates + row, key.to(tl.int32, bitcast=True), mask=inside)
-    counts = _histogram((key >> 24).to(tl.int32), inside, bins)
-    digit = tl.arange(0, bins)
-    tl.atomic_add(counts_at + batch * 4 * bins + digit, counts, mask=counts > 0, sem='relaxed')
+        score = tl.load(logits_at + batch * candidates + row, mask=inside, other=0.0).to(tl.float32)
+    tl.store(keys_at + batch * candidates + row, _ordered(score).to(tl.int32, bitcast=True), mask=inside)
 
 
 @triton.jit
@@ -292,21 +287,22 @@ def _refine(
 ):  # fmt: skip
     row = tl.program_id(0) * block + tl.arange(0, block)
     batch = tl.program_id(1).to(tl.int64)
-    state_at += batch * 8
-    prefix, wanted = 0, k
-    if step > 1:
-        prefix = tl.load(state_at + 2 * step - 4)
-        wanted = tl.load(state_at + 2 * step - 3)
-    found, wanted = _find_digit(counts_at + (batch * 4 + step - 1) * bins, wanted, bins)
-    prefix = prefix * bins + found
-    if tl.program_id(0) == 0:
-        tl.store(state_at + 2 * step - 2, prefix)
-        tl.store(state_at + 2 * step - 1, wanted)
     inside = row < candidates
     key = tl.load(keys_at + batch * candidates + row, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    shift: tl.constexpr = 32 - 8 * step
-    matches = inside & ((key >> shift).to(tl.int32, bitcast=True) == prefix)
-    counts = _histogram(((key >> (shift - 8)) & 255).to(tl.int32), matches, bins)
+    matches = inside
+    if step > 0:  # only what has the digits that were found before
+        state_at += batch * 8
+        prefix, wanted = 0, k
+        if step > 1:
+            prefix = tl.load(state_at + 2 * step - 4)
+            wanted = tl.load(state_at + 2 * step - 3)
+        found, wanted = _find_digit(counts_at + (batch * 4 + step - 1) * bins, wanted, bins)
+        prefix = prefix * bins + found
+        if tl.program_id(0) == 0:
+            tl.store(state_at + 2 * step - 2, prefix)
+            tl.store(state_at + 2 * step - 1, wanted)
+        matches = inside & ((key >> (32 - 8 * step)).to(tl.int32, bitcast=True) == prefix)
+    counts = _histogram(((key >> (24 - 8 * step)) & 255).to(tl.int32), matches, bins)
     tl.atomic_add(counts_at + (batch * 4 + step) * bins + tl.arange(0, bins), counts, mask=counts > 0, sem='relaxed')
 
 
@@ -372,10 +368,10 @@ def best_in_order(logits: Tensor, k: int, softmaxes: bool) -> Tensor:
     grid, sizes = (blocks, batch), dict(block=_KEYS, bins=_BINS)
     with torch.cuda.device_of(logits):
         width = triton.next_power_of_2(classes)
-        each = max(16, min(_KEYS, 4096 // width)) if softmaxes else _KEYS
-        scoring = dict(softmaxes=softmaxes, width=width, block=each, bins=_BINS)
-        _score[(triton.cdiv(candidates, each), batch)](logits, keys, counts, candidates, classes, classes, **scoring)
-        for step in (1, 2, 3):
+        each = max(16, 2048 // width) if softmaxes else _KEYS
+        scoring = dict(softmaxes=softmaxes, width=width, block=each)
+        _score[(triton.cdiv(candidates, each), batch)](logits, keys, candidates, classes, **scoring)
+        for step in range(4):
             _refine[grid](keys, counts, state, candidates, k, step=step, **sizes)
         _count[grid](keys, counts, state, sums, candidates, blocks, **sizes)
         many = triton.next_power_of_2(blocks)
@@ -576,7 +572,7 @@ def _merge(
     seen = (query < queries)[:, None] & (voxel < voxels)[None, :]
     masks = tl.load(masks_at + query.to(tl.int64)[:, None] * voxels + voxel[None, :], mask=seen, other=0.0)
     masks = tl.sigmoid(masks.to(tl.float32))
-    total = tl.dot(tl.trans(scores), masks, input_precision='tf32x3')  # [classes, voxels], nearly of float32
+    total = tl.dot(tl.trans(scores), masks, input_precision='ieee')  # [classes, voxels]
     total = tl.where((column < classes)[:, None], total, -1.0)
     best, label = tl.max(total, 0), tl.argmax(total, 0)
     tl.store(labels_at + voxel, tl.where(best < least_voxel, classes, label).to(tl.uint8), mask=voxel < voxels)
@@ -615,5 +611,6 @@ def merge_labels(class_logits: Tensor, mask_logits: Tensor, least_query: float, 
             width=max(16, triton.next_power_of_2(classes)),
             many=max(16, triton.next_power_of_2(queries)),
             block=_MERGED,
+            num_warps=8,
         )
     return labels
