@@ -17,6 +17,7 @@ The weights stay where they are, in mmdet's modules; this only computes with the
 """
 
 import itertools
+import operator
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -117,7 +118,8 @@ class FusedResNet:
         self._folded: Dict[nn.Module, Tuple[Tensor, Tensor]] = {}  # in a pass with gradients
         self._kept: Dict[Tuple[nn.Module, torch.dtype], Tuple[Tensor, Tensor]] = {}
         self._squared: Dict[torch.dtype, Tensor] = {}  # the stem's weight, see _run_stem
-        self._seen: List[Tuple[Tensor, int]] = []
+        self._seen: List[Tensor] = []  # weights, and how often each was changed in place
+        self._seen_changes: List[int] = []
         self._changes += 1
 
     def constants(self) -> object:
@@ -125,16 +127,15 @@ class FusedResNet:
         return dict(self._kept), dict(self._squared)
 
     def __getstate__(self):
-        return dict(self.__dict__, _kept={}, _folded={}, _squared={}, _seen=[])
+        return dict(self.__dict__, _kept={}, _folded={}, _squared={}, _seen=[], _seen_changes=[])
 
     def version(self) -> int:
         """A number that grows whenever a weight or statistic has changed; folded weights are forgotten then."""
-        now = [(table[name], _changes_of(table[name])) for table, name in self._weights]
-        if len(now) != len(self._seen) or any(
-            tensor is not old or changes != count for (tensor, changes), (old, count) in zip(now, self._seen)
-        ):
+        tensors = [table[name] for table, name in self._weights]
+        changes = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]  # those do not count
+        if changes != self._seen_changes or not all(map(operator.is_, tensors, self._seen)):
             self.clear()
-            self._seen = now
+            self._seen, self._seen_changes = tensors, changes
         return self._changes
 
     def serves(self, images: Tensor) -> bool:
@@ -223,11 +224,6 @@ class FusedResNet:
             with torch.inference_mode(False), torch.no_grad():  # a later pass may need gradients through them
                 self._kept[conv, dtype] = tuple(value.to(dtype) for value in fold_norm(conv.weight, norm))
         return self._kept[conv, dtype]
-
-
-def _changes_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; tensors made in inference mode do not count."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def fold_norm(weight: Tensor, norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
