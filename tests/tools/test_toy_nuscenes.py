@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from tools.toy.road import Waves
 from tools.toy.tables import instance_token
 from tools.toy.trace import GROUND, pack_scene
 from tools.toy.trace_cpu import trace_fan, trace_image, trace_rays
+from tools.toy.work import WorkFolder
 from tools.toy.world import ToyWorld
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -504,6 +506,29 @@ def test_a_stopped_run_goes_on_and_gives_the_same_files(tmp_path, monkeypatch):
     generate(stopped, crew, plain)
     assert 0 < len(done) < 6  # of four keyframes, and two scenes of labels and of rows of the tables
     assert digest(stopped.out) == digest(whole.out) and not (stopped.out / 'toy_work').exists()
+
+
+def test_half_a_file_of_a_killed_process_is_removed(tmp_path):
+    work = WorkFolder(tmp_path)
+    work.begin({})
+    half, other = tmp_path / 'samples' / '.a.jpg.17.tmp', tmp_path / 'samples' / '.of-the-user.tmp'
+    half.parent.mkdir()
+    for path in half, other:
+        path.touch()
+    work.begin({})
+    assert other.exists() and not half.exists()
+
+
+def test_processes_end_with_the_one_that_started_them():
+    """What they print to ends when they do; reading it would take for ever otherwise."""
+    code = """
+import os, signal
+from tools.toy.pool import Crew, run_tasks
+for _ in run_tasks(range(8), abs, lambda task: (), Crew(('cpu',), 2), lambda: None):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run([sys.executable, '-c', code], cwd=str(ROOT), stdout=subprocess.PIPE, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
 
 
 def test_long_runs_of_keyframes_come_first_and_single_ones_last(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Dict, Iterable, List
 
@@ -28,6 +29,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         if temporary.exists():
             temporary.unlink()
         raise UserError(f'cannot write {path}: {error.strerror}; free some space or choose another --out') from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed in the midst of ``write_bytes`` left in a folder and those in it."""
+    for path in folder.rglob('.*.tmp'):
+        if re.fullmatch(r'\..+\.\d+\.tmp', path.name):
+            path.unlink()
 
 
 def write_jpeg(path: Path, image: np.ndarray) -> None:

@@ -6,6 +6,7 @@ survive being copied.
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 from collections import deque
@@ -182,14 +183,23 @@ def _do(work, task):
 
 
 def _start_worker(stop, devices, turn):
-    """Take a device, and leave Ctrl-C to the parent, which sets ``stop``."""
+    """Take a device, leave Ctrl-C to the parent, which sets ``stop``, and end when the parent is killed."""
     global _stop_event, _device
     number = 0
     if turn is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         with turn.get_lock():
             number, turn.value = turn.value, turn.value + 1
     _stop_event, _device = stop, devices[number % len(devices)]
+
+
+def _end_with_parent():
+    """Otherwise this process would wait for tasks for ever: it holds both ends of the pipe that they come through."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
 
 
 def device() -> str:

@@ -12,7 +12,7 @@ from lib.errors import UserError
 from lib.io import load_npz_checked, read_json, write_json
 
 from . import tables
-from .files import json_lines, json_list, write_bytes
+from .files import json_lines, json_list, remove_unfinished, write_bytes
 from .lidar import Surface
 
 FOLDER = 'toy_work'
@@ -61,6 +61,7 @@ class WorkFolder:
                     f'{self.path.parent} holds an unfinished run with {name} {before.get(name)}, not {value}; '
                     'give the same arguments to go on, or another --out'
                 )
+        remove_unfinished(self.path.parent)
 
     def finish(self) -> None:
         """Everything is made."""
