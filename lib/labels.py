@@ -148,9 +148,14 @@ def read_arrays(path, task: Task, names: Sequence[str]) -> Dict[str, np.ndarray]
     required = ('semantics',) + ('flow',) * ('flow' in names)
     if 'flow' in names and (task.frame, task.label_grid.frame) != ('ego', 'ego'):
         raise DataError(f'{path}: flow is read along the axes of ego alone; set task.frame and label_frame to it')
-    if task.label_files in LABEL_FORMATS and Path(path).suffix == '.npy':
+    if _lists_voxels(path, task):
         return dict(semantics=read_listed(path, task.label_files))
     return load_npz_checked(path, required, names, 2 * int(np.prod(task.label_grid.shape)))
+
+
+def _lists_voxels(path, task) -> bool:
+    """The file is of a format of ``lib.label_formats``, and not a dense one that was made of it."""
+    return task.label_files in LABEL_FORMATS and Path(path).suffix == '.npy'
 
 
 def arrays_of_file(path, task: Task) -> Tuple[str, ...]:
@@ -159,7 +164,7 @@ def arrays_of_file(path, task: Task) -> Tuple[str, ...]:
     Raises:
         DataError: it is missing or cut short, lacks an array that the task needs, or has one of another grid's size.
     """
-    if task.label_files in LABEL_FORMATS and Path(path).suffix == '.npy':
+    if _lists_voxels(path, task):
         require_file(path, 'check occ_gt_root and task.label_files')
         return ('semantics',)
     sizes = npz_sizes(path)

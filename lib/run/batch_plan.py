@@ -80,9 +80,8 @@ def plan_batch(total: int, world_size: int, accumulate: Union[str, int] = 'auto'
         accumulate = min(accumulate, max(total // world_size, 1))
     if total < world_size * accumulate:
         raise ConfigError(
-            f'total_batch_size {total} is too small for {world_size} processes x {accumulate} accumulation '
-            f'steps: each forward pass needs a sample; use at most {max(total // accumulate, 1)} processes, '
-            'fewer accumulation steps, or a larger total_batch_size'
+            f'total_batch_size {total} is too small for {world_size} processes x {accumulate} accumulation steps; use '
+            f'at most {max(total // accumulate, 1)} processes, fewer steps, or a larger batch'
         )
     base, extra = divmod(total, world_size * accumulate)
     sizes = [base + (i < extra) for i in range(world_size * accumulate)]
