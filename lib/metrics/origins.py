@@ -185,33 +185,34 @@ def read_tables(folder: PathLike) -> Poses:
         DataError: a table is missing or damaged.
     """
     folder = Path(folder)
-    table = {
-        name: read_json(folder / f'{name}.json')
-        for name in ('scene', 'sample', 'sample_data', 'ego_pose', 'calibrated_sensor')
-    }
+    names = ('scene', 'sample', 'sample_data', 'ego_pose', 'calibrated_sensor')
+    tables = {name: read_json(folder / f'{name}.json') for name in names}
     try:
-        scenes = {scene['token']: scene for scene in table['scene']}
-        samples = {sample['token']: sample for sample in table['sample']}
-        lidar = [one for one in table['sample_data'] if one['is_key_frame'] and '/LIDAR_TOP/' in f'/{one["filename"]}']
-        wanted = {one['ego_pose_token'] for one in lidar}
-        poses = {pose['token']: pose for pose in table['ego_pose'] if pose['token'] in wanted}
-        mounted = {sensor['token']: sensor for sensor in table['calibrated_sensor']}
-        infos = []
-        for one in lidar:
-            sample = samples[one['sample_token']]
-            info = dict(token=sample['token'], timestamp=sample['timestamp'])
-            info['scene_name'] = scenes[sample['scene_token']]['name']
-            for name, pose in (
-                ('ego2global', poses[one['ego_pose_token']]),
-                ('lidar2ego', mounted[one['calibrated_sensor_token']]),
-            ):
-                info[f'{name}_rotation'], info[f'{name}_translation'] = pose['rotation'], pose['translation']
-            infos.append(info)
-        descriptions = {scene['name']: str(scene.get('description', '')) for scene in table['scene']}
+        images_and_scans = tables.pop('sample_data')
+        rows = {name: {row['token']: row for row in table} for name, table in tables.items()}
+        infos = [
+            _keyframe(one, rows)
+            for one in images_and_scans
+            if one['is_key_frame'] and '/LIDAR_TOP/' in f'/{one["filename"]}'
+        ]
+        descriptions = {scene['name']: str(scene.get('description', '')) for scene in tables['scene']}
     except (KeyError, TypeError) as error:
         raise DataError(f'the tables in {folder} lack {error}; unpack the metadata of nuScenes again') from error
     check_keyframes(infos, folder)
     return Poses(infos, descriptions)
+
+
+def _keyframe(scan: Mapping[str, Any], rows: Mapping[str, Mapping[str, Dict]]) -> Dict[str, Any]:
+    """Info of the keyframe that a LiDAR's scan belongs to, from rows of tables by name and token."""
+    sample = rows['sample'][scan['sample_token']]
+    scene = rows['scene'][sample['scene_token']]
+    info = dict(token=sample['token'], timestamp=sample['timestamp'], scene_name=scene['name'])
+    for name, pose in (
+        ('ego2global', rows['ego_pose'][scan['ego_pose_token']]),
+        ('lidar2ego', rows['calibrated_sensor'][scan['calibrated_sensor_token']]),
+    ):
+        info[f'{name}_rotation'], info[f'{name}_translation'] = pose['rotation'], pose['translation']
+    return info
 
 
 def write_poses(path: PathLike, infos: Sequence[Dict], descriptions: Optional[Mapping[str, str]] = None) -> None:
