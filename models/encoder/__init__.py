@@ -92,7 +92,7 @@ class ImageEncoder:
             img_metas: with the ``frame_keys`` (T*N image names) of one sample at test time, the maps of frames seen
                 before are found again and those of new ones kept. Otherwise every image is encoded. With ``given``
                 (positions 0..T-1, ascending) ``img`` holds the images of these frames only; the rest was seen before.
-            graphed: at test time, replay the encoder of one frame, or of all where all are encoded, as a CUDA graph.
+            graphed: at test time, replay the encoder of one frame as a CUDA graph.
 
         Raises:
             DataError: these are not the images of so many frames and cameras, or of a frame that is not given nothing
@@ -143,7 +143,7 @@ class ImageEncoder:
         with self._storing(img):
             maps = self.cache.overwrite(
                 lambda: [level.view((len(slots), -1) + level.shape[2:]) for level in self._encode(img)],
-                lambda maps: self._can_write(img) and self._write(frames, maps, slots, graphed=True),
+                lambda maps: self._can_write(img) and self._write(frames, maps, slots),
             )
         return StoredFrames(maps, slots)
 
