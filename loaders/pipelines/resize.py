@@ -80,19 +80,28 @@ def resize_window(
 
 
 def compile_resizing() -> None:
-    """Get the loop ready, in a process whose workers then need not."""
+    """Get the loop ready, in a process whose workers then need not.
+
+    Raises:
+        UserError: Numba cannot be used.
+    """
     resize_window(np.zeros((2, 2, 3), dtype=np.uint8), (2, 2), (0, 2), (0, 2))
 
 
 def _blend(image: np.ndarray, taps: Taps) -> np.ndarray:
     """uint8 [L, M, C] -> [n, M, C]: every row of the result is a weighted sum of rows."""
     result = np.empty((len(taps.first),) + image.shape[1:], dtype=np.uint8)
-    blend_rows(image.reshape(len(image), -1), taps.first, taps.weights, result.reshape(len(result), -1))
+    _compiled()(image.reshape(len(image), -1), taps.first, taps.weights, result.reshape(len(result), -1))
     return result
 
 
-@jit
-def blend_rows(rows, first, weights, result):
+@functools.lru_cache(maxsize=None)
+def _compiled():
+    """The loop; compiled when a pipeline asks for it, so that importing this needs no Numba."""
+    return jit(_blend_rows)
+
+
+def _blend_rows(rows, first, weights, result):
     """Row n of ``result`` = sum over k of weights[n, k] * rows[first[n] + k], rounded and limited to 0..255.
 
     Args:

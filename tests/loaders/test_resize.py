@@ -1,9 +1,14 @@
 """Resizing: Pillow's pixels to the bit, whatever the sizes and the part asked for."""
 
+import runpy
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from lib.errors import UserError
+from loaders.pipelines import resize
 from loaders.pipelines.resize import bicubic_taps, resize_window
 
 
@@ -52,3 +57,10 @@ def test_a_view_with_gaps_is_read_as_it_is():
     image = _noise(60, 80)
     made = resize_window(image[:, ::2], (20, 30), (0, 20), (0, 30))
     np.testing.assert_array_equal(made, _pillow(np.ascontiguousarray(image[:, ::2]), 20, 30))
+
+
+def test_importing_needs_no_numba_and_resizing_says_that_it_does(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'numba', None)
+    module = runpy.run_path(resize.__file__)
+    with pytest.raises(UserError, match="package 'numba' is not installed"):
+        module['compile_resizing']()
