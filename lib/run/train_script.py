@@ -188,6 +188,10 @@ class Launch:
             if not hasattr(model, 'graphs_training'):
                 raise ConfigError(f'train.cuda_graph: {type(model).__name__} cannot be captured; set it to False')
             model.graphs_training = True
+            if self.processes.device.type != 'cuda':
+                self.log.say('train.cuda_graph has no effect on the CPU')
+            elif getattr(model, 'auxiliary_losses', ()):
+                self.log.say('train.cuda_graph has no effect with model.auxiliary_losses')
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         total = sum(p.numel() for p in model.parameters()) / 1e6
         self.log.say(f'{total:.2f} million parameters, {learning:.2f} million of them learn')

@@ -140,6 +140,15 @@ def test_stop_and_resume_leaves_no_trace(workshop, interval, sample):
     assert 'continuing from' in workshop.log('cut')
 
 
+def test_graphs_where_there_can_be_none(workshop, monkeypatch):
+    options = ('train.cuda_graph=True', 'runner.max_iters=1')
+    with pytest.raises(ConfigError, match='FakeModel cannot be captured'):
+        workshop.train(*options)
+    monkeypatch.setattr(fakes.FakeModel, 'graphs_training', False, raising=False)
+    workshop.train(*options)
+    assert 'train.cuda_graph has no effect on the CPU' in workshop.log()
+
+
 def test_balanced_sampling_and_its_resumption(workshop):
     options = ('train.class_balance=1.0', 'train.checkpoint_interval_iters=1')
     workshop.train(*options, work_dir='whole')
