@@ -248,7 +248,7 @@ def _gradient_deviations(case: ModelCase, b: int) -> Iterator[Deviation]:
     assert set(ours) == set(norms), f'parameters with a gradient differ: {sorted(set(ours) ^ set(norms))}'
     for name in names:
         value = _relative(ours[name], norms[name])
-        jumps = case.device != 'cpu' and '.sampling_offset.' in name
+        jumps = case.device.type != 'cpu' and '.sampling_offset.' in name
         yield Deviation('gradient norms', f'train{b} {name}', value, SLOPES if jumps else GRADIENTS)
 
 
