@@ -66,7 +66,7 @@ def distance_attention_in_training(
         keys = torch.randint(-(2**31), 2**31, reach.shape, device=reach.device, dtype=torch.int64).to(torch.int32)
     places = positions.detach().float().contiguous()
     return FusedAttention.apply(
-        parts.contiguous(), reach.contiguous(), places, keys, dropout, 'ieee' if exact else 'tf32'
+        parts.contiguous(), reach.contiguous(), places, keys, dropout, 'tf32x3' if exact else 'tf32'
     )
 
 

@@ -185,7 +185,7 @@ class FusedAttention(Function):
     """parts [B, Q, 3, H, D], reach [B, Q, H], positions [B or 1, Q, 2 or more], contiguous float32 -> [B, Q, H*D].
 
     ``keys``, int32 [B, Q, H], are the random numbers of the dropout; None drops nothing. ``precision`` is of the
-    products: 'tf32', or 'ieee', float32's own, since rounding moves samples across the borders of pixels.
+    products: 'tf32', or 'tf32x3', nearly float32's.
     """
 
     @staticmethod
@@ -195,7 +195,6 @@ class FusedAttention(Function):
         ctx.numbers = (width**-0.5, 1 / (1 - dropout), _threshold(dropout), count)
         ctx.numbers += (positions.stride(0) if positions.shape[0] > 1 else 0, positions.stride(1))
         ctx.sizes = dict(heads=heads, width=width, block=_BLOCK, drops=keys is not None, precision=precision)
-        ctx.sizes['num_warps'] = 8 if precision == 'ieee' else 4  # float32's own products need more registers
         inputs = (parts, reach, positions, reach if keys is None else keys)
         ctx.save_for_backward(*inputs, out, lse)
         with torch.cuda.device_of(parts):
