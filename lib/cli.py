@@ -5,8 +5,10 @@ Importing this is quick: ``--help`` and a wrong file name are answered before an
 
 import argparse
 import math
+import multiprocessing
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
@@ -156,6 +158,21 @@ def run_main(main: Callable[[], object]) -> None:
     except BrokenPipeError:  # what reads the output has enough, as "| head" has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         sys.exit(141)
+
+
+def end_with_parent() -> None:
+    """In a process of a pool: end when the one that started it is killed.
+
+    It would wait for tasks for ever otherwise, because it holds both ends of the pipe that they come through.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(process) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _is_missing_here(error: Exception) -> bool:

@@ -8,6 +8,7 @@ from typing import Callable, Iterator, Optional, Sequence
 
 from tqdm import tqdm
 
+from lib.cli import end_with_parent
 from lib.errors import UserError
 
 _LARGEST_CHUNK = 64  # items handed to a worker at once
@@ -50,6 +51,7 @@ def parallel_map(
 
 
 def _keep(function, shared):
+    end_with_parent()
     _job.update(function=function, shared=shared)
 
 

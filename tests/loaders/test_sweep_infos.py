@@ -4,7 +4,10 @@ import copy
 import json
 import pickle
 import shutil
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -460,6 +463,19 @@ def _kill_self(_, item):
 def test_a_killed_worker_is_an_error_and_not_a_hang():
     with pytest.raises(UserError, match='a worker process was killed.*--processes'):
         list(parallel_map(_kill_self, [0, 1, 2, 3], None, 'test', processes=2))
+
+
+def test_workers_end_with_the_process_that_started_them():
+    """What they print to ends when they do; reading it would take for ever otherwise."""
+    code = """
+import os, signal
+from loaders.prepare import parallel_map
+for _ in parallel_map(max, [1] * 64, 0, 'test', 2, progress=False):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    root = Path(__file__).resolve().parents[2]
+    ended = subprocess.run([sys.executable, '-c', code], cwd=str(root), stdout=subprocess.PIPE, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
 
 
 def _square(shared, item):

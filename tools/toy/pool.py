@@ -6,7 +6,6 @@ survive being copied.
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import threading
 from collections import deque
@@ -14,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
+from lib.cli import end_with_parent
 from lib.errors import UserError
 from lib.raycast import count_cores
 
@@ -188,18 +188,10 @@ def _start_worker(stop, devices, turn):
     number = 0
     if turn is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        end_with_parent()
         with turn.get_lock():
             number, turn.value = turn.value, turn.value + 1
     _stop_event, _device = stop, devices[number % len(devices)]
-
-
-def _end_with_parent():
-    """Otherwise this process would wait for tasks for ever: it holds both ends of the pipe that they come through."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
 
 
 def device() -> str:
