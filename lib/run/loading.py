@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -155,7 +155,7 @@ def _move_ahead(batches, device: torch.device) -> Iterator[Dict]:
     stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
     waiting: Deque[Future] = deque()
     with contextlib.closing(batches), ThreadPoolExecutor(max_workers=1) as mover:
-        for batch in batches:
+        for batch in _errors_last(batches):
             waiting.append(mover.submit(_move_on, stream, batch, device))
             if len(waiting) > 1:
                 yield _arrived(device, *waiting.popleft().result())
@@ -163,8 +163,18 @@ def _move_ahead(batches, device: torch.device) -> Iterator[Dict]:
             yield _arrived(device, *waiting.popleft().result())
 
 
-def _move_on(stream, batch: Dict, device: torch.device):
+def _errors_last(batches: Iterator[Dict]) -> Iterator[Union[Dict, DataError]]:
+    """The batches, and why there are no more: to be raised when the next one is due, not while others are waiting."""
+    try:
+        yield from batches
+    except DataError as error:
+        yield error
+
+
+def _move_on(stream, batch: Union[Dict, DataError], device: torch.device):
     """The batch on the device, and an event after which it is there (None: it is)."""
+    if isinstance(batch, DataError):
+        raise batch
     if stream is None:
         return to_device(batch, device), None
     with torch.cuda.stream(stream):

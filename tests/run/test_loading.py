@@ -100,6 +100,15 @@ def test_an_error_while_moving_is_told_when_its_batch_is_due():
         next(batches)
 
 
+@pytest.mark.parametrize('workers', [0, 2])
+def test_what_was_read_before_an_error_arrives(workers):
+    found = []
+    with pytest.raises(DataError, match='y.jpg is truncated'):
+        for batch in read_in_order(_Items(_fail), range(8), _first, workers, torch.device('cpu'), False):
+            found.append(batch['img_metas']['index'])
+    assert found == [0, 1, 2]
+
+
 def test_leaving_early_is_quick_and_a_new_start_is_whole():
     for persistent in (False, True):
         loader = _batches(_Items(), 2, persistent=persistent)
