@@ -130,7 +130,7 @@ def test_resizing_on_the_gpu_is_exact(left, top, mirror):
 
 @needs_gpu
 def test_decoding_on_the_gpu_differs_by_little(files):
-    """nvJPEG rounds otherwise and does not blend colours of neighbours; resized, little of it is left."""
+    """nvJPEG may round and blend colours otherwise than libjpeg-turbo; resized, little of that may be left."""
     try:
         check_decoder('nvjpeg')
     except ConfigError as error:
