@@ -1,7 +1,8 @@
 """Images that stay JPEG files until they are on the GPU: decoded there by nvJPEG, and resized as Pillow would.
 
-``decoder='nvjpeg'`` of ``LoadMultiViewImageFromMultiSweeps``, for inference. The decoder need not round as libjpeg-turbo
-does, nor blend half-size colours likewise; docs/performance.md says what is known of that. Resizing its pixels is exact.
+``decoder='nvjpeg'`` of ``LoadMultiViewImageFromMultiSweeps``, for inference. The decoder need not round as
+libjpeg-turbo does, nor blend half-size colours likewise; docs/performance.md says what is known of that. Resizing its
+pixels is exact.
 """
 
 from dataclasses import dataclass
