@@ -7,10 +7,10 @@ Tolerances. Both sides compute in float32 and add in different orders. Relative 
 array, that leaves about 1e-5 after the network's some hundred layers, so 1e-3 for logits and 1e-4 for losses
 (sums over many voxels, better conditioned) are far from it and yet far below what any change of formula
 causes. Gradients pass every layer twice and contain near-cancelling sums (distance reach, sampling offsets),
-hence 1e-2 for their norms. On a GPU, those of sampling offsets have 5e-2: the slope of an image jumps where a point crosses the
-border of a pixel, and one point does so here and there: noise of 1e-5 in the queries does it on the CPU, too (seen: 2.7e-2,
-the very value of a GPU). Coordinates must be equal: the files' weights keep every decision away from
-rounding. The final arg max has no such promise, so two voxels in a thousand may differ.
+hence 1e-2 for their norms. On a GPU, those of sampling offsets have 5e-2: the slope of an image jumps where a
+point crosses the border of a pixel, and one point does so here and there: noise of 1e-5 in the queries does it on
+the CPU, too (seen: 2.7e-2, the very value of a GPU). Coordinates must be equal: the files' weights keep every
+decision away from rounding. The final arg max has no such promise, so two voxels in a thousand may differ.
 """
 
 import json
