@@ -205,10 +205,15 @@ def checkpoint_iteration(path: Path) -> int:
 
 def newest_checkpoint(folder: Path) -> Optional[Path]:
     """Newest checkpoint whose check sums agree; damaged ones are passed over with a warning."""
-    for path in checkpoints(folder):
+    found = checkpoints(folder)
+    while found:
+        path = found.pop(0)
         if is_complete(path):
             return path
-        print(f'warning: {path} is not whole (cut short while written?) and is passed over', flush=True)
+        if path.exists():
+            print(f'warning: {path} is not whole (cut short while written?) and is passed over', flush=True)
+        else:  # removed by a run that goes on, which has written a newer one before
+            found = checkpoints(folder)
     return None
 
 

@@ -102,12 +102,14 @@ class Start(NamedTuple):
     path        its file
     in_place    the run goes on in the folder of that file
     looked      folders that --resume auto looked at
+    lock        of the folder of that file, which is claimed before it is read if the run goes on there
     """
 
     checkpoint: Optional[Dict]
     path: Optional[Path]
     in_place: bool
     looked: Sequence[str] = ()
+    lock: Optional[IO] = None
 
 
 class Launch:
@@ -130,7 +132,7 @@ class Launch:
             check_pretrained_file(self.cfg.load_from)
         self.seed = choose_seed(self.args, self.cfg, start, self.processes)
         self.log = RunLog(self.processes.is_main)
-        self.lock: Optional[IO] = None
+        self.lock = start.lock
         try:
             self._prepare(start).run()
         finally:
@@ -151,7 +153,7 @@ class Launch:
         if start.checkpoint is not None:
             trainer.resume(start.checkpoint, str(start.path))
         folder = make_folder(self.args, start, self.processes)
-        if self.processes.is_main:
+        if self.processes.is_main and self.lock is None:
             self.lock = claim_folder(folder)
         self.log.open(folder, self.settings.tensorboard)
         write_facts(folder, self.cfg, self.seed, self.processes, self.log)
@@ -283,13 +285,20 @@ def find_start(args, resume: Optional[str], processes: Processes) -> Start:
     Args:
         args: arguments of ``train.py``.
         resume: 'auto', a folder, a file, or None.
+
+    Raises:
+        UserError: there is none, or another run writes to its folder.
     """
-    found = Resumable(None, [])
+    found, lock = Resumable(None, []), None
     if processes.is_main and resume:
         found = find_checkpoint_to_resume(resume, args.work_dir, args.config)
+        if _continues_in_place(args, resume, found.path):  # a run that still writes there may be removing the file
+            folder = found.path.parent
+            lock = claim_folder(folder)
+            found = found._replace(path=find_checkpoint_to_resume(str(folder), args.work_dir, args.config).path)
     path, looked = processes.broadcast(tuple(found))
     checkpoint = None if path is None else read_training_state(str(path), args.trust_weights)
-    return Start(checkpoint, path, _continues_in_place(args, resume, path), looked)
+    return Start(checkpoint, path, _continues_in_place(args, resume, path), looked, lock)
 
 
 def _continues_in_place(args, resume, path) -> bool:

@@ -132,6 +132,20 @@ def test_auto_resume_takes_the_newest_run_that_has_a_whole_checkpoint(tmp_path, 
         find_checkpoint_to_resume(str(empty), None, 'c.py')
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_looked_at_is_not_missed(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / 'run', 5)
+
+    def check(path):
+        if path.name == 'iter_5.pth':  # the run goes on just now
+            path.unlink()
+            CheckpointKeeper(folder, keep=0).save(dict(state_dict=dict(a=torch.zeros(1))), 6)
+            return False
+        return True
+
+    monkeypatch.setattr('lib.run.folder.is_complete', check)
+    assert find_checkpoint_to_resume(str(folder), None, 'c.py').path.name == 'iter_6.pth'
+
+
 def test_norms_over_processes_need_gpus():
     model = torch.nn.Sequential(torch.nn.SyncBatchNorm(4))
     check_norms(model, Processes())
