@@ -239,7 +239,7 @@ def place_points(corners: Tensor, first: Tensor, offsets: Tensor, size: float) -
 def _ordered(score):
     """uint32 keys in the order of float32 scores."""
     bits = score.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
