@@ -1,8 +1,8 @@
 """Bicubic resizing of uint8 images: Pillow's pixels to the bit, at a ninth of its time.
 
 Pillow resizes along rows and rounds to uint8, then along columns; weights are whole multiples of 2^-22. Here both are
-one loop over whole rows, which becomes vector instructions: the image is transposed before and after the first. Pillow is that
-of versions up to 12, which published numbers were made with; 13 goes along columns first for some sizes.
+one loop over whole rows, which becomes vector instructions: the image is transposed before and after the first. This is
+Pillow up to version 12, as for published numbers; 13 goes along columns first for some sizes.
 """
 
 import functools
