@@ -1,20 +1,13 @@
-"""Triton's kernels of inference against PyTorch's operators, alone and in the whole model.
-
-On a GPU as they are; elsewhere Triton interprets them, which it decides when it is imported: in a process of its own.
-"""
+"""Triton's kernels of inference against PyTorch's operators, alone and in the whole model."""
 
 import copy
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_model import small_batch, small_model, small_task
 from torch import nn
+from triton_runs import DEVICE, run_interpreted, runs, without_a_gpu
 
 from lib.run.loading import to_device
 from models import head
@@ -23,19 +16,10 @@ from models.decoders import fused, layers, mask_decoder, sparse_voxel_decoder
 from models.decoders.draws import EvenDraws, RandomDraws, select_valid
 from models.decoders.sparse_voxel_decoder import top_in_order
 
-IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-DEVICE = torch.device('cuda' if torch.cuda.is_available() and not IS_INTERPRETED else 'cpu')
-HAS_TRITON = all(map(importlib.util.find_spec, ('triton', 'triton.runtime.interpreter')))  # Triton 2.0 has too little
-ROOT = Path(__file__).parents[2]
-runs = pytest.mark.skipif(not HAS_TRITON or DEVICE.type == 'cpu' and not IS_INTERPRETED, reason='see the top')
 
-
-@pytest.mark.skipif(not HAS_TRITON or IS_INTERPRETED or DEVICE.type == 'cuda', reason='for machines without a GPU')
+@without_a_gpu
 def test_by_interpretation_on_the_cpu():
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(Path(__file__).resolve())]
-    environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='')
-    result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert result.returncode == 0, result.stdout.decode()
+    run_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)

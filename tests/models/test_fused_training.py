@@ -1,35 +1,19 @@
-"""Triton's kernels of training against PyTorch's operators: results and gradients.
-
-On a GPU as they are; elsewhere Triton interprets them, which it decides when it is imported: in a process of its own.
-"""
+"""Triton's kernels of training against PyTorch's operators: results and gradients."""
 
 import copy
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from triton_runs import DEVICE, HAS_TRITON, run_interpreted, runs, without_a_gpu
 
 from models.csrc.adaptive_mixing import adaptive_mix_reference
 from models.csrc.distance_attention import plane_distance
 from models.encoder.image_input import ImageInput, draw_jitter
 
-IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-DEVICE = torch.device('cuda' if torch.cuda.is_available() and not IS_INTERPRETED else 'cpu')
-HAS_TRITON = all(map(importlib.util.find_spec, ('triton', 'triton.runtime.interpreter')))  # Triton 2.0 has too little
-ROOT = Path(__file__).parents[2]
-runs = pytest.mark.skipif(not HAS_TRITON or DEVICE.type == 'cpu' and not IS_INTERPRETED, reason='see the top')
 
-
-@pytest.mark.skipif(not HAS_TRITON or IS_INTERPRETED or DEVICE.type == 'cuda', reason='for machines without a GPU')
+@without_a_gpu
 def test_by_interpretation_on_the_cpu():
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(Path(__file__).resolve())]
-    environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='')
-    result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert result.returncode == 0, result.stdout.decode()
+    run_interpreted(__file__)
 
 
 def distance(ours, theirs):
