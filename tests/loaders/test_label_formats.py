@@ -26,8 +26,7 @@ from lib.metrics.command import command
 from lib.prediction import check_record, read_record, write_record
 from lib.task import Task
 from loaders import build_dataset, collate
-from loaders.checks import Look
-from loaders.checks.files import check_labels
+from loaders.checks import Look, check_labels
 from loaders.prepare.panoptic_labels import write_panoptic_labels
 from loaders.prepare.sweep_infos import write_sweep_infos
 from models import build_model

@@ -329,7 +329,7 @@ def test_labels_that_cannot_be_right_are_a_warning(root, make, messages):
 
 
 def test_real_labels_are_plausible(real_dir):
-    from loaders.checks.files import _implausible
+    from loaders.checks import _implausible
 
     for name, task in (('occ3d', Task('occ3d')), ('openocc', Task('openocc_v2'))):
         for path in real_dir.glob(f'{name}*.npz'):
@@ -338,7 +338,7 @@ def test_real_labels_are_plausible(real_dir):
 
 
 def test_shares_of_a_label_set_without_counts_are_nothing_unusual():
-    from loaders.checks.files import _implausible
+    from loaders.checks import _implausible
 
     labels = dict(name='own', class_names=['ground', 'rest', 'free'], things=[])
     assert _implausible(np.array([90, 10, 900]), Task.from_config(dict(label_set=labels))) == []

@@ -1,4 +1,7 @@
-"""Are images and label files there and whole? Are labels of the right shape and label set, and what do they hold?"""
+"""Are the files of a data set there and whole? Are labels of the right shape and label set, and what do they hold?
+
+Every check reports findings, one line each.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,15 +16,65 @@ from lib.infos import camera_sweeps, relocate
 from lib.labels import LabelLoss, arrays_of_file, measure_loss
 from lib.task import Task
 
-from ..decode import check_whole, read_image, read_scan
-from ..prepare import parallel_map
-from . import ERROR, OK, WARNING, Finding, Look, name_some
+from .decode import check_whole, read_image, read_scan
+from .prepare import parallel_map
 
+OK, WARNING, ERROR = 'ok', 'warning', 'error'
 MOST_LOST = 0.5  # of the occupied voxels of the files
 MAX_OCCUPIED = 0.5  # of all voxels
 USUAL_OCCUPIED = '5 to 10 %'  # Occ3D and OpenOcc
 THREADS = 16  # that open label files at once, which takes time on network disks alone
 RARE, MAX_RARE_SHARE = 0.05, 0.5  # of the occupied voxels: a class usually below the first is never above the second
+
+
+class Finding(NamedTuple):
+    """One line of a report.
+
+    Attributes:
+        level: ``ok``, ``warning`` or ``error``.
+        text: one sentence; names the file and the remedy where something is wrong.
+    """
+
+    level: str
+    text: str
+
+    def line(self) -> str:
+        return f'[{self.level}] {self.text}'
+
+
+class Look(NamedTuple):
+    """How closely to look.
+
+    Attributes:
+        full: at every file, with a progress bar; else at some.
+        decode: decode images; else look at both ends of each file.
+        processes: worker processes; None = all cores.
+        level: of a single file that is missing or damaged.
+        shown: most files named one by one per kind.
+        needs_mask: labels without ``mask_camera`` cannot be used.
+    """
+
+    full: bool = False
+    decode: bool = False
+    processes: Optional[int] = 1
+    level: str = ERROR
+    shown: int = 10
+    needs_mask: bool = False
+
+
+def spread(count: int, wanted: int) -> List[int]:
+    """At most ``wanted`` of the indices 0..count-1, first and last among them, evenly spread."""
+    if wanted >= count:
+        return list(range(count))
+    return sorted({round(step * (count - 1) / max(wanted - 1, 1)) for step in range(wanted)})
+
+
+def name_some(messages: Sequence[str], what: str, level: str, shown: int) -> List[Finding]:
+    """A finding per message up to ``shown``, then one that counts the rest."""
+    findings = [Finding(level, message) for message in messages[:shown]]
+    if len(messages) > shown:
+        findings.append(Finding(level, f'... and {len(messages) - shown} more {what}'))
+    return findings
 
 
 def image_paths(dataset: CheckedDataset, positions: Iterable[int]) -> List[str]:
