@@ -16,9 +16,9 @@ from lib.task import Task
 from models import builder
 from models.csrc import describe_operators
 from models.cuda_graph import MadeOfWeights
+from models.decoders import GraphedTraining
 from models.encoder import ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
-from models.graphed_training import GraphedTraining
 from models.head import RawPrediction
 from models.losses import BEGINNING, TrainingPass, build_auxiliary_losses, check_targets
 

@@ -120,7 +120,7 @@ class DoneAgain:
 @pytest.fixture
 def without_a_gpu(monkeypatch):
     monkeypatch.setattr(cuda_graph, '_Recorded', DoneAgain)
-    for module in ('models.cuda_graph', 'models.graphed_training'):
+    for module in ('models.cuda_graph', 'models.decoders'):
         monkeypatch.setattr(f'{module}.can_capture', lambda device: True)
 
 
