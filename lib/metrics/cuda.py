@@ -8,7 +8,7 @@ from typing import List, NamedTuple, Sequence, Tuple
 import numpy as np
 import torch
 
-from ..raycast import gpu
+from ..raycast import to_tensor, trace_on_gpu
 from ..task import Task
 from .counts import CLASS_BITS, ID_BITS, LEVEL_BITS, REGION_BITS
 
@@ -24,19 +24,19 @@ class RayEnds(NamedTuple):
 
 
 def trace(samples: Sequence, directions: np.ndarray, task: Task, device) -> RayEnds:
-    """Cast the rays of samples (``counting.Volumes``)."""
+    """Cast the rays of samples (``counts.Volumes``)."""
     semantics = _to_device('semantics', [sample.semantics for sample in samples], device)
     counts = [len(sample.origins) for sample in samples]
     origins = np.zeros((len(samples), max(counts), 3))
     for sample, row in zip(samples, origins):
         row[: len(sample.origins)] = sample.origins
     return RayEnds(
-        *gpu.trace(
+        *trace_on_gpu(
             semantics,
             task.label_set.free_id,
             torch.from_numpy(origins).to(device),
             torch.tensor(counts, dtype=torch.int32, device=device),
-            gpu.to_tensor(directions, torch.float32, device),
+            to_tensor(directions, torch.float32, device),
             task.point_cloud_range,
             task.voxel_size,
         )

@@ -22,7 +22,7 @@ from slow_caster import cast_all
 
 from lib import raycast
 from lib.extension import Extension
-from lib.raycast import cast_rays, gpu, kernels, trace
+from lib.raycast import cast_rays, kernels, trace
 
 ROOT = Path(__file__).resolve().parents[2]
 FREE = 3
@@ -239,8 +239,8 @@ def test_wrong_arguments_are_named(change, words):
 
 
 def test_without_extension_the_cpu_is_used_and_says_so_once(monkeypatch):
-    nowhere = Extension('lib.raycast.nowhere', 1, gpu.EXTENSION.build_command + ' # here', 'rays go elsewhere')
-    monkeypatch.setattr(gpu, 'EXTENSION', nowhere)
+    nowhere = Extension('lib.raycast.nowhere', 1, raycast.EXTENSION.build_command + ' # here', 'rays go elsewhere')
+    monkeypatch.setattr(raycast, 'EXTENSION', nowhere)
     with pytest.warns(RuntimeWarning, match='build_ext'):
         assert raycast.choose_device('cuda:0') == 'cpu'
     with warnings.catch_warnings():
@@ -251,7 +251,7 @@ def test_without_extension_the_cpu_is_used_and_says_so_once(monkeypatch):
 
 def test_interface_version_is_that_of_the_header():
     header = (ROOT / 'lib' / 'raycast' / 'csrc' / 'ray_cast.h').read_text()
-    assert f'kInterfaceVersion = {gpu.EXTENSION.interface_version};' in header
+    assert f'kInterfaceVersion = {raycast.EXTENSION.interface_version};' in header
 
 
 @pytest.mark.skipif(platform.machine() != 'x86_64', reason='looks at x86-64 vectors')
@@ -278,13 +278,13 @@ def test_handling_of_tensors_around_the_kernel(monkeypatch):
         arrays = (hits.label, hits.voxel, hits.distance_m)
         return tuple(torch.from_numpy(array)[None, None] for array in arrays)
 
-    monkeypatch.setattr(gpu, 'trace', trace_one)
+    monkeypatch.setattr(raycast, 'trace_on_gpu', trace_one)
     semantics, origins, directions, *rest = random_case()
     directions.setflags(write=False)
     expected = cast_rays(semantics[0], origins, directions, *rest)
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # PyTorch warns about read-only arrays
-        hits = gpu.cast_rays(semantics[0], origins, directions, *rest, 'cpu')
+        hits = raycast._cast_on_gpu(semantics[0], origins, directions, *rest, 'cpu')
     np.testing.assert_array_equal(expected.label, hits[0].numpy())
     np.testing.assert_array_equal(expected.distance_m, hits[1].numpy())
     np.testing.assert_array_equal(expected.voxel, hits[2].numpy())
@@ -414,7 +414,7 @@ def check_kernel(volumes, device):
     cases = [(semantics, origins[:count]) for count in (5, 2, 0)] + [(random_case(4, volumes=volumes)[0], origins[1:])]
     tensors = [tensor.to(device) for tensor in stacked(cases)]
     rays = torch.from_numpy(directions).to(device)
-    found = gpu.trace(tensors[0], free_id, tensors[1], tensors[2], rays, lower, voxel_size)
+    found = raycast.trace_on_gpu(tensors[0], free_id, tensors[1], tensors[2], rays, lower, voxel_size)
     label, voxel, distance = (tensor.cpu().numpy() for tensor in found)
     for sample, (of_sample, from_where) in enumerate(cases):
         known = len(from_where) * len(directions)
@@ -434,8 +434,8 @@ def test_cuda_equals_cpu(volumes):
 
 @pytest.mark.parametrize('volumes', [1, 2, 7])
 def test_kernel_equals_cpu_by_emulation(volumes, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, '_check', lambda *tensors: None)
-    monkeypatch.setattr(gpu.EXTENSION, 'find', lambda device: extension)
+    monkeypatch.setattr(raycast, '_check_tensors', lambda *tensors: None)
+    monkeypatch.setattr(raycast.EXTENSION, 'find', lambda device: extension)
     extension = EmulatedExtension(tmp_path)
     check_kernel(volumes, 'cpu')
 
@@ -462,7 +462,7 @@ def kernel_tensors():
 
 def test_the_kernel_is_kept_from_tensors_on_the_cpu():
     with pytest.raises(ValueError, match='semantics is on cpu'):
-        gpu.trace(free_id=0, point_cloud_range=(0, 0, 0), voxel_size=1.0, **kernel_tensors())
+        raycast.trace_on_gpu(free_id=0, point_cloud_range=(0, 0, 0), voxel_size=1.0, **kernel_tensors())
 
 
 @needs_cuda
@@ -479,10 +479,10 @@ def test_the_kernel_is_kept_from_tensors_on_the_cpu():
 )
 def test_the_kernel_is_kept_from_wrong_tensors(name, change, words):
     tensors = {key: tensor.cuda() for key, tensor in kernel_tensors().items()}
-    gpu.trace(free_id=0, point_cloud_range=(0, 0, 0), voxel_size=1.0, **tensors)
+    raycast.trace_on_gpu(free_id=0, point_cloud_range=(0, 0, 0), voxel_size=1.0, **tensors)
     tensors[name] = change(tensors[name])
     with pytest.raises(ValueError, match=words):
-        gpu.trace(free_id=0, point_cloud_range=(0, 0, 0), voxel_size=1.0, **tensors)
+        raycast.trace_on_gpu(free_id=0, point_cloud_range=(0, 0, 0), voxel_size=1.0, **tensors)
 
 
 @needs_cuda

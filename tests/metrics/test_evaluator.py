@@ -15,7 +15,6 @@ from emulated_ray_kernel import EmulatedExtension
 from lib import raycast
 from lib.errors import ConfigError, DataError
 from lib.metrics import Evaluator, cuda, evaluate
-from lib.raycast import gpu
 from lib.task import Task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -364,8 +363,8 @@ def test_samples_wait_for_each_other_on_a_gpu(task, tmp_path, monkeypatch):
         return torch.from_numpy(volumes.view(np.int16) if volumes.dtype == np.uint16 else volumes)
 
     extension = EmulatedExtension(tmp_path)
-    monkeypatch.setattr(gpu, '_check', lambda *tensors: None)
-    monkeypatch.setattr(gpu.EXTENSION, 'find', lambda device: extension)
+    monkeypatch.setattr(raycast, '_check_tensors', lambda *tensors: None)
+    monkeypatch.setattr(raycast.EXTENSION, 'find', lambda device: extension)
     monkeypatch.setattr(cuda, '_to_device', to_device)
     monkeypatch.setattr('lib.metrics.evaluator._CUDA_BATCH', 3)
     waiting = Evaluator(task, ALL, keep_samples=True, breakdown=True)
@@ -443,7 +442,6 @@ import numpy as np
 from lib.infos import load_infos, split_scenes
 from lib.metrics import Evaluator, scene_ray_origins
 from lib.metrics.formats import open_predictions
-from lib.raycast import gpu
 from lib.task import Task
 evaluator = Evaluator(Task('occ3d', point_cloud_range=(-2, -2, -1, 2, 2, 1)), ('ray_iou', 'ray_pq', 'miou'))
 volumes = dict(semantics=np.full((10, 10, 5), 4, np.uint8), instances=np.ones((10, 10, 5), np.int16))

@@ -9,7 +9,7 @@
 
 namespace raycast {
 
-// Raised by one whenever a signature or a layout below changes; lib/raycast/gpu.py checks it.
+// Raised by one whenever a signature or a layout below changes; lib/raycast/__init__.py checks it.
 constexpr int kInterfaceVersion = 2;
 
 // Whether this build holds code for the current device's architecture.
