@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..dataset import DrivenDataset
 from ..errors import DataError, UserError
 from ..raycast import count_cores
-from .stopping import ignore_in_worker
+from .processes import ignore_in_worker
 
 _TOO_MANY_FILES = (
     'too many open files in the data-loading workers; lower data.workers_per_gpu, or raise '

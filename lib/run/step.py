@@ -1,22 +1,44 @@
-"""One optimizer step: forward and backward over its micro-batches, checks, clipping, update."""
+"""One optimizer step: forward and backward over its micro-batches, checks, clipping, update; and what is written down
+where its numbers are not finite."""
 
 import contextlib
 import math
+import os
 import time
-from typing import Dict, List, NamedTuple, Sequence
+from pathlib import Path
+from typing import Dict, List, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import save_checkpoint
 from ..dist import Counted, all_reduce_sum, counting_shares, share_of_batch, shared_draws
+from ..errors import UserError
+from ..io import write_json
 from .batch_plan import BatchPlan
 from .loading import to_device
 from .log import shares
 from .numerics import autocast, mix, seed_step
-from .processes import Processes
-from .stopping import NonFinite
+from .processes import Processes, RunStopped
 
 _MOST_SKIPPED_STEPS = 50  # in a row, by the fp16 loss scaler
+
+
+class NonFinite(Exception):
+    """A loss or the gradient is NaN or infinite; the weights have not been touched.
+
+    Args:
+        what: a sentence without its end.
+        values: losses, and the gradient norm as far as it is known.
+    """
+
+    def __init__(self, what: str, values: Mapping[str, float]):
+        super().__init__(what)
+        self.values = dict(values)
+
+    def bad_names(self) -> str:
+        """Names of the values that are not finite."""
+        return ', '.join(name for name, value in self.values.items() if not math.isfinite(value))
 
 
 class StepResult(NamedTuple):
@@ -149,3 +171,37 @@ class Stepper:
                 f'{self.scaler.get_scale():g}',
                 dict(losses, grad_norm=norm),
             )
+
+
+def report_non_finite(
+    error: NonFinite, iteration: int, tokens: List, facts: Dict, state: Mapping, folder: Path
+) -> RunStopped:
+    """Write the state before a bad step and what is known about it; the error to raise.
+
+    Args:
+        error: what was not finite.
+        iteration: 1-based number of the bad step.
+        tokens: sample tokens by process and forward pass.
+        facts: learning rate and the like; plain values.
+        state: checkpoint of the state before the step.
+        folder: run folder; ``nonfinite_iter_N.json`` and ``.pth`` go there. Resuming does not look at them.
+    """
+    stem = folder / f'nonfinite_iter_{iteration}'
+    evidence = dict(
+        facts,
+        what=str(error),
+        iteration=iteration,
+        sample_tokens_by_process_and_pass=tokens,
+        values={name: repr(value) for name, value in error.values.items()},
+    )
+    try:
+        write_json(f'{stem}.json', evidence)
+        save_checkpoint(f'{stem}.pth', state)
+        saved = f'the state before it is in {stem}.pth, the facts in {os.path.basename(str(stem))}.json'
+    except UserError as failure:
+        saved = str(failure)
+    flat = [str(token) for of_process in tokens for of_pass in of_process for token in of_pass]
+    return RunStopped(
+        f'{error} at iteration {iteration} ({error.bad_names()}), samples {", ".join(flat)}; {saved}; '
+        'lower optimizer.lr, check those samples, or use no --amp'
+    )

@@ -35,8 +35,7 @@ from .log import RunLog
 from .numerics import check_precision, describe_precision, pick_seed, seed_everything, set_deterministic, set_tf32
 from .optimizer import Schedule, build_optimizer, clip_norm
 from .pictures import ValidationPictures
-from .processes import Processes, start_processes
-from .stopping import Interrupted, RunStopped
+from .processes import Interrupted, Processes, RunStopped, start_processes
 from .training import Trainer, TrainingJob
 
 _REQUIRED = ('task', 'model', 'data.train', 'optimizer', 'runner', 'total_batch_size')

@@ -21,9 +21,8 @@ from .log import Countdown, HealthWatch, RunLog, WindowAverage, describe_health,
 from .numerics import make_scaler
 from .optimizer import Schedule, WeightAverage, highest_learning_rate, set_learning_rate
 from .pictures import ValidationPictures
-from .processes import Processes
-from .step import Stepper
-from .stopping import Interrupted, NonFinite, RunStopped, StopRequest, report_non_finite
+from .processes import Interrupted, Processes, RunStopped, StopRequest
+from .step import NonFinite, Stepper, report_non_finite
 
 _LINE = (
     'epoch {epoch} iteration {iteration}/{of}  loss {loss:.4f}  lr {lr:.3g}  grad {grad_norm:.3g}  {time:.3f} s '

@@ -11,7 +11,7 @@ import torch
 
 import train
 from lib.errors import CheckpointError, ConfigError, DataError, UserError
-from lib.run.stopping import RunStopped
+from lib.run.processes import RunStopped
 from lib.run.train_script import run_training
 
 NOT_RESUMED = ('time', 'data_time', 'update_time', 'samples_per_s', 'memory_mib')
