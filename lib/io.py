@@ -27,6 +27,7 @@ PathLike = Union[str, os.PathLike]
 MOST_VALUES = 1 << 27  # of an array in a file where nothing more is known: 1 GiB in double precision
 NUMBERS, PLAIN = 'biuf', 'biufcUS'  # kinds of types: real numbers; also complex ones and texts
 _MOST_HEADER_BYTES = 65536
+_LONGEST_FILE_NAME = 255  # bytes, of all file systems in use
 # What reading a damaged file raises: zipfile and what decompresses for it, Python's parser of headers, unpicklers.
 UNREADABLE = (
     zipfile.BadZipFile,
@@ -349,9 +350,6 @@ def load_npy_checked(path: PathLike, most_values: int) -> np.ndarray:
             return read_npy(stream, str(path), most_values)
     except UNREADABLE as error:
         raise DataError(f'{path} is damaged or no .npy file ({reason(error)}); make or fetch it again') from error
-
-
-_LONGEST_FILE_NAME = 255  # bytes, of all file systems in use
 
 
 def path_inside(folder: PathLike, *parts: str) -> Path:

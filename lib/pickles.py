@@ -25,12 +25,8 @@ from .errors import reason
 
 _LONGEST_NAME = 200
 _COMPILE_FROM = 1 << 18  # bytes; smaller pickles are looked at sooner than a loop is compiled
-_UNKNOWN, _LINE, _TWO_LINES, _COUNTED = (
-    100,
-    101,
-    102,
-    110,
-)  # above: so many bytes follow; _COUNTED + width: a size, then that many
+# What follows an instruction: so many bytes, or one of these; _COUNTED + width: a size, then that many.
+_UNKNOWN, _LINE, _TWO_LINES, _COUNTED = 100, 101, 102, 110
 _FRAME, _LONG_PUT, _STOP = 0x95, ord('r'), ord('.')
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from ..classes import LabelSet
 from ..errors import ConfigError, DataError
 from ..prediction import MAX_INSTANCE_ID
-from ..raycast import cast_rays, trace
+from ..raycast import cast_rays, to_numpy, trace
 from ..task import Task
 from .origins import lidar_rays
 
@@ -302,7 +302,7 @@ def cast_flow(semantics, flow, origins, task: Task, device='cpu') -> FlowRays:
         task.label_set.free_id,
         device=device,
     )
-    label, distance, voxel = (_to_numpy(array) for array in (hits.label, hits.distance_m, hits.voxel))
+    label, distance, voxel = (to_numpy(array) for array in (hits.label, hits.distance_m, hits.voxel))
     velocity = np.asarray(flow).reshape(-1, 2)[voxel]
     return FlowRays(label.astype(np.uint8), distance.astype(np.float16), velocity.astype(np.float16))
 
@@ -335,7 +335,3 @@ def count_flow(truth: FlowRays, prediction: FlowRays, label_set: LabelSet) -> Fl
             error[:, moving] = np.sum(errors[found], dtype=np.float64), of_all
             counted[:, moving] = np.count_nonzero(found), number
     return FlowCounts(counts[0], error, counted)
-
-
-def _to_numpy(array):
-    return array if isinstance(array, np.ndarray) else array.cpu().numpy()

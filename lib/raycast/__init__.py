@@ -74,8 +74,8 @@ def cast_rays(
     if choose_device(device) != 'cpu':
         _check([semantics], origins, directions, point_cloud_range, voxel_size)
         return RayHits(*_cast_on_gpu(semantics, origins, directions, point_cloud_range, voxel_size, free_id, device))
-    semantics = _to_numpy(semantics)
-    ends = trace([semantics], _to_numpy(origins), _to_numpy(directions), point_cloud_range, voxel_size, free_id)
+    semantics = to_numpy(semantics)
+    ends = trace([semantics], to_numpy(origins), to_numpy(directions), point_cloud_range, voxel_size, free_id)
     hits = RayHits(semantics.reshape(-1)[ends.voxel[0]], ends.distance_m[0], ends.voxel[0])
     return hits if _device_type(device) == 'cpu' else RayHits(*(_to_device(array, device) for array in hits))
 
@@ -187,7 +187,8 @@ def _pool(threads):
     return _pools[key]
 
 
-def _to_numpy(value):
+def to_numpy(value) -> np.ndarray:
+    """The array, or a tensor's values, wherever it is."""
     return value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
 
 

@@ -36,9 +36,7 @@ def build_optimizer(model: nn.Module, cfg: Mapping) -> torch.optim.Optimizer:
     name = cfg.pop('type', None)
     if not isinstance(name, str) or name not in _OPTIMIZERS:
         raise ConfigError(
-            'optimizer.type must be one of {}, got {!r}{}'.format(
-                ', '.join(_OPTIMIZERS), name, did_you_mean(name, _OPTIMIZERS)
-            )
+            f'optimizer.type must be one of {", ".join(_OPTIMIZERS)}, got {name!r}{did_you_mean(name, _OPTIMIZERS)}'
         )
     arguments = [key for key in inspect.signature(_OPTIMIZERS[name]).parameters if key != 'params']
     check_keys(cfg, ['type', 'paramwise_cfg', *arguments], 'optimizer')
@@ -172,9 +170,8 @@ class Schedule:
     def __post_init__(self):
         if self.policy not in _POLICIES:
             raise ConfigError(
-                'lr_config.policy must be one of {}, got {!r}{}'.format(
-                    ', '.join(_POLICIES), self.policy, did_you_mean(self.policy, _POLICIES)
-                )
+                f'lr_config.policy must be one of {", ".join(_POLICIES)}, got {self.policy!r}'
+                f'{did_you_mean(self.policy, _POLICIES)}'
             )
         if self.warmup not in _WARMUPS:
             raise ConfigError(f'lr_config.warmup must be one of {_WARMUPS}, got {self.warmup!r}')
