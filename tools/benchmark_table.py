@@ -32,9 +32,10 @@ SETTINGS = (
     Setting('fp32', dict(what=('training',))),
     Setting('TF32', dict(what=('training',), tf32='on')),
     Setting('bf16', dict(what=('training',), amp='bf16')),
+    Setting('bf16, graph', dict(what=('training',), amp='bf16', cuda_graph=True)),
 )
 
-Row = Dict  # a row of tools/benchmark.py with 'setting' beside 'name', 'median_ms' and 'peak_gib'
+Row = Dict  # of tools/benchmark.py: 'name', 'median_ms', 'peak_gib'; 'change' and 'setting' where there are several
 
 
 def read_rows(path: str) -> List[Row]:
@@ -68,8 +69,12 @@ def compare(rows: Sequence[Row], stored: Sequence[Row], tolerance: float) -> Tup
     return lines, worse
 
 
-def _key(row: Row) -> Tuple[str, str]:
-    return row['name'], row.get('setting', '')
+def _key(row: Row) -> Tuple[str, str, str]:
+    return row.get('change', ''), row['name'], row.get('setting', '')
+
+
+def _title(row: Row) -> str:
+    return ', '.join(filter(None, _key(row)[:2]))
 
 
 def _factor(now: float, before: float) -> float:
@@ -87,8 +92,9 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row], title: str, figure: str) -> str:
-    names, settings = (list(dict.fromkeys(row.get(key, '') for row in rows)) for key in ('name', 'setting'))
-    values = {_key(row): row[figure] for row in rows}
+    names = list(dict.fromkeys(map(_title, rows)))
+    settings = list(dict.fromkeys(row.get('setting', '') for row in rows))
+    values = {(_title(row), row.get('setting', '')): row[figure] for row in rows}
     lines = [_line([title, *settings]), _line(['---'] * (1 + len(settings)))]
     return '\n'.join(
         lines + [_line([name, *(_number(values.get((name, setting))) for setting in settings)]) for name in names]

@@ -106,12 +106,8 @@ def _last_number(terms, name) -> str:
     return max((n.rsplit('_', 1)[-1] for n in terms if n.rsplit('_', 1)[0] == stem), key=lambda n: (len(n), n))
 
 
-def draw(runs: Dict[str, Dict[str, Curve]], panels: Sequence[str], count: int, width: float, out: str) -> None:
-    """One panel beside the other; a colour per run, or per curve where there is one run.
-
-    Raises:
-        UserError: matplotlib is missing, or the file cannot be written.
-    """
+def import_pyplot():
+    """matplotlib's pyplot, drawing into files; UserError if it is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -120,6 +116,25 @@ def draw(runs: Dict[str, Dict[str, Curve]], panels: Sequence[str], count: int, w
     from matplotlib import pyplot
 
     matplotlib.rcParams['svg.hashsalt'] = 'run'  # the same file from the same numbers
+    return pyplot
+
+
+def save_figure(figure, out: str) -> None:
+    """Write a figure to a .png, .svg or .pdf and close it; UserError if that cannot be."""
+    try:
+        figure.savefig(out, metadata={'Date': None} if out.endswith('.svg') else None)
+    except (OSError, ValueError) as error:
+        raise UserError(f'cannot write {out}: {error}; give a .png, .svg or .pdf in an existing folder') from error
+    import_pyplot().close(figure)
+
+
+def draw(runs: Dict[str, Dict[str, Curve]], panels: Sequence[str], count: int, width: float, out: str) -> None:
+    """One panel beside the other; a colour per run, or per curve where there is one run.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    pyplot = import_pyplot()
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, 0.68 * width * rows), squeeze=False)
@@ -131,11 +146,7 @@ def draw(runs: Dict[str, Dict[str, Curve]], panels: Sequence[str], count: int, w
         handles = [pyplot.Line2D([], [], color=f'C{i}') for i in range(len(runs))]
         figure.legend(handles, list(runs), loc='lower center', ncol=len(runs), frameon=False)
     figure.tight_layout(rect=(0, 0.06 if len(runs) > 1 else 0, 1, 1))
-    try:
-        figure.savefig(out, metadata={'Date': None} if out.endswith('.svg') else None)
-    except (OSError, ValueError) as error:
-        raise UserError(f'cannot write {out}: {error}; give a .png, .svg or .pdf in an existing folder') from error
-    pyplot.close(figure)
+    save_figure(figure, out)
 
 
 def _draw_panel(axis, runs, panel, count) -> None:

@@ -106,14 +106,14 @@ def synthetic_batch(
     """
     frames, cameras = task.num_frames, task.cameras
     lidar2img, ego2lidar = synthetic_calibration(task)
-    images, metas = [], []
-    for index in range(first_index, first_index + batch_size):
-        for t in range(frames):
-            generator = torch.Generator().manual_seed(seed * 1000003 + index - t + frames)
-            images.append(
-                torch.randint(0, 256, (len(cameras), 3) + task.image_size, dtype=torch.uint8, generator=generator)
-            )
-        metas.append(synthetic_meta(task, index, seed))
+    indices = range(first_index, first_index + batch_size)
+    metas = [synthetic_meta(task, index, seed) for index in indices]
+    drawn = {}  # by keyframe: samples share what they saw
+    for keyframe in {index - t for index in indices for t in range(frames)}:
+        generator = torch.Generator().manual_seed(seed * 1000003 + keyframe + frames)
+        size = (len(cameras), 3) + task.image_size
+        drawn[keyframe] = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    images = [drawn[index - t] for index in indices for t in range(frames)]
     batch = dict(
         img=torch.stack(images).view((batch_size, frames * len(cameras), 3) + task.image_size),
         lidar2img=torch.from_numpy(lidar2img).repeat(batch_size, 1, 1, 1),

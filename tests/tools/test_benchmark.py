@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from lib.errors import DataError, UserError
+from lib.run import timing_script
 from lib.run.processes import Processes
-from tools import benchmark, benchmark_table
-from tools.benchmark_table import compare, markdown
+from tools import benchmark, benchmark_growth, benchmark_table
+from tools.benchmark_table import Setting, compare, markdown
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 HAS_BF16 = torch.__version__ >= '2'  # on the CPU
-CONFIG = os.path.join(os.path.dirname(__file__), '..', '..', 'configs', 'toy', 'semantic.py')
+ROOT = os.path.join(os.path.dirname(__file__), '..', '..')
+CONFIG = os.path.join(ROOT, 'configs', 'toy', 'semantic.py')
 SMALL = [
     'task.num_frames=2',
     'task.cameras=["CAM_FRONT"]',
@@ -41,7 +43,7 @@ def test_every_setting_that_a_cpu_has_is_timed_and_compared(tmp_path, capsys):
     run('--table', '--what', 'training', 'encoder', '--json', first)
     rows = json.loads(first.read_text())['rows']
     training = [row for row in rows if row['name'].startswith('training')]
-    settings = ['fp32', 'TF32', 'bf16'] if HAS_BF16 else ['fp32', 'TF32']
+    settings = ['fp32', 'TF32', *(['bf16', 'bf16, graph'] if HAS_BF16 else [])]
     assert [row['setting'] for row in training] == settings
     assert 'fp16, graph: left out, --amp fp16 needs a GPU' in capsys.readouterr().out
     run('--table', '--what', 'training', '--json', second, '--against', first, '--tolerance', 1000)
@@ -98,3 +100,54 @@ def test_markdown_has_a_column_for_every_setting(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['benchmark_table.py', str(path)])
     benchmark_table.main()
     assert capsys.readouterr().out.splitlines() == lines
+
+
+@pytest.fixture
+def growth(tmp_path, monkeypatch):
+    """What a small sweep stores; the training step with two samples does not fit."""
+    for name, values in dict(VOXELS=(2,), FRAMES=(1, 2), IMAGES=((64, 128),), BATCHES=(1, 2)).items():
+        monkeypatch.setattr(benchmark_growth, name, values)
+    settings = Setting('step', dict(what=('training',))), Setting('labels', dict(what=('inference',)))
+    monkeypatch.setattr(benchmark_growth, 'SETTINGS', settings)
+    path, time_steps, calls = tmp_path / 'growth.json', timing_script.time_steps, []
+
+    def time_or_fail(*arguments):
+        calls.append(len(json.loads(path.read_text())['rows']) if calls else 0)
+        if len(calls) == 2:
+            raise RuntimeError('CUDA out of memory')
+        return time_steps(*arguments)
+
+    monkeypatch.setattr(timing_script, 'time_steps', time_or_fail)
+    run('--grow', '--json', path)
+    assert calls == [0, 1, *range(1, len(calls) - 1)]  # rows are there as they come
+    return path
+
+
+def test_growth_is_timed_point_by_point_and_drawn(growth, tmp_path, monkeypatch, capsys):
+    stored = json.loads(growth.read_text())
+    rows, (ended,) = stored['rows'], stored['ended']
+    assert ended['batch'] == 2 and ended['ended'] == 'needs more memory than the GPU has'
+    assert [row['batch'] for row in rows if 'change' not in row] == [1, 1, 1, 2]
+    full = benchmark_growth.curves(rows, 'voxels')['full']
+    assert [(row['voxels'], row['frames'], row['batch']) for row in full] == [(200, 2, 1), (400, 2, 1)]
+    assert [row['frames'] for row in benchmark_growth.curves(rows, 'frames')['cached']] == [1, 2]
+    assert [row['image'] for row in benchmark_growth.curves(rows, 'image')['training']] == [[64, 96], [64, 128]]
+    assert [row['batch'] for row in benchmark_growth.curves([*rows, ended], 'batch')['training']] == [1, 2]
+    pytest.importorskip('matplotlib')
+    out = tmp_path / 'growth.svg'
+    monkeypatch.setattr(sys, 'argv', ['benchmark_growth.py', str(growth), '--out', str(out)])
+    benchmark_growth.main()
+    assert out.read_text().startswith('<?xml')
+    growth.write_text(json.dumps(dict(rows=[row('encoder', '', 1.0)])))
+    with pytest.raises(DataError, match='does not say how much work'):
+        benchmark_growth.main()
+
+
+def test_named_changes_alone():
+    page = os.path.join(ROOT, 'docs', 'common_changes.md')
+    chosen = ['--config', CONFIG, '--changes', page, '--only', 'more frames', benchmark.AS_IT_IS]
+    configs = benchmark.configs_by_name(benchmark.parse_args(chosen))
+    assert list(configs) == ['as it is', 'more frames']
+    assert [load().task.num_frames for load in configs.values()] == [1, 16]
+    with pytest.raises(UserError, match="did you mean 'more frames'"):
+        benchmark.configs_by_name(benchmark.parse_args([*chosen, 'mor frames']))
