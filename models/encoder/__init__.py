@@ -212,6 +212,14 @@ class ImageEncoder:
 
     def _maps_of(self, images: Tensor, batch: int) -> List[Tensor]:
         """images [B*n, 3, H', W'], prepared -> L feature maps [B, n, H_l, W_l, C]."""
+        pieces = [images] if self._fused_backbone is None else self._fused_backbone.pieces_of(images)
+        del images
+        of_pieces = [self._levels_of(pieces.pop(0)) for _ in range(len(pieces))]
+        maps = of_pieces[0] if len(of_pieces) == 1 else [torch.cat(levels) for levels in zip(*of_pieces)]
+        return [level.view((batch, -1) + level.shape[1:]) for level in maps]
+
+    def _levels_of(self, images: Tensor) -> List[Tensor]:
+        """images [m, 3, H', W'], prepared -> L feature maps [m, H_l, W_l, C]."""
         stages = self._stages_of(images)
         fuses = self.fuse and images.is_cuda and can_fuse_neck(self.neck)
         del images
@@ -220,8 +228,7 @@ class ImageEncoder:
             maps = run_neck_again(self.neck, stages) if saves else run_neck(self.neck, stages)
         else:
             maps = self.neck(stages)
-        maps = [level.permute(0, 2, 3, 1).contiguous() for level in maps]
-        return [level.view((batch, -1) + level.shape[1:]) for level in maps]
+        return [level.permute(0, 2, 3, 1).contiguous() for level in maps]
 
     def _stages_of(self, images: Tensor) -> List[Tensor]:
         """Of the backbone, from prepared images [n, 3, H', W']."""

@@ -153,6 +153,12 @@ class FusedResNet:
             and self.is_as_built()
         )
 
+    def pieces_of(self, images: Tensor) -> List[Tensor]:
+        """Images [n, 3, H, W] in as few pieces of about one size as can be encoded here; whole where none can."""
+        most = max(1, (_MOST_VALUES - 1) // images[0].numel())
+        pieces = list(images.tensor_split(-(-len(images) // most)))
+        return pieces if self.serves(pieces[0]) else [images]
+
     def is_as_built(self) -> bool:
         """All norms use fixed statistics, no module was replaced, and none has hooks."""
         return not any(norm.training for norm in self._norms) and all(

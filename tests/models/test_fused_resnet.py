@@ -13,6 +13,7 @@ from small_model import small_batch, small_model, small_task
 from torch import nn
 
 from lib.run.loading import to_device
+from models.encoder import fused
 from models.encoder.fused import FusedResNet, can_fuse_backbone  # before mmdet: makes it importable
 
 from mmdet.models.builder import build_backbone  # isort: skip
@@ -333,6 +334,38 @@ def test_cuda_losses_are_those_of_the_model_with_its_modules():
             assert float(ours[name]) == pytest.approx(float(theirs), rel=1e-3), name
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_cuda)])
+def test_more_images_than_cudnn_counts_are_encoded_in_pieces(device, request, monkeypatch):
+    """Twelve where five fit: three pieces, and maps and gradients of all (other orders of sums; TF32 on a GPU)."""
+    if device == 'cpu':
+        request.getfixturevalue('plain_operations')
+        monkeypatch.setattr(FusedResNet, 'serves', lambda self, images: images.numel() < fused._MOST_VALUES)
+    model = small_model(small_task()).to(device)
+    img = small_batch(model.task, 2)['img'].to(device)
+    call, sizes, results = FusedResNet.__call__, [], []
+    monkeypatch.setattr(FusedResNet, '__call__', lambda self, x: sizes.append(len(x)) or call(self, x))
+    for most in (fused._MOST_VALUES, 3 * 64 * 96 * 5 + 1):
+        monkeypatch.setattr(fused, '_MOST_VALUES', most)
+        model.zero_grad()
+        maps = model.encoder.encode(img)
+        weights = [torch.linspace(-1, 1, level.numel(), device=device).view_as(level) for level in maps]
+        sum((level * weight).sum() for level, weight in zip(maps, weights)).backward()
+        learnt = model.img_backbone.conv1.weight, model.img_neck.fpn_convs[0].conv.weight
+        results.append([level.detach() for level in maps] + [weight.grad.clone() for weight in learnt])
+    assert sizes == [12, 4, 4, 4]
+    for together, in_pieces in zip(*results):
+        assert float((together - in_pieces).norm() / together.norm()) < (1e-5 if device == 'cpu' else 1e-2)
+
+
+def test_images_that_are_not_encoded_here_stay_together(monkeypatch):
+    """On the CPU, as where norms learn: their statistics are those of the whole batch."""
+    monkeypatch.setattr(fused, '_MOST_VALUES', 2)
+    backbone, images = FusedResNet(make_resnet(18)), torch.zeros(4, 3, 32, 32)
+    assert [len(piece) for piece in backbone.pieces_of(images)] == [4]
+    monkeypatch.setattr(FusedResNet, 'serves', lambda self, piece: True)
+    assert [len(piece) for piece in backbone.pieces_of(images)] == [1] * 4
 
 
 @needs_cuda
