@@ -21,7 +21,7 @@ from lib.task import Task
 from models.builder import build_part, hand_down
 from models.cuda_graph import GraphedFunction, GraphedPass
 from models.decoders import TransformerOutput, VoxelStage
-from models.decoders.layers import kernels_for
+from models.decoders.fused import kernels_for
 from models.encoder import ImageFeatures
 from models.losses import VoxelLosses
 

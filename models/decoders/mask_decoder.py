@@ -11,14 +11,8 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
-from models.decoders.layers import (
-    AdaptiveMixing,
-    DecoderSizes,
-    MaskGuidedSampling,
-    kernels_for,
-    run_ffn,
-    type_of_queries,
-)
+from models.decoders.fused import kernels_for, run_ffn, type_of_queries
+from models.decoders.layers import AdaptiveMixing, DecoderSizes, MaskGuidedSampling
 from models.decoders.sparse_voxel_decoder import VoxelStage
 from models.encoder import ImageFeatures
 

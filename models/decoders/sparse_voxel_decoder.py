@@ -16,17 +16,8 @@ from torch import Tensor, nn
 from lib.errors import ConfigError
 from lib.task import Task
 from models.decoders.draws import running_count
-from models.decoders.layers import (
-    AdaptiveMixing,
-    BlockSampling,
-    DecoderSizes,
-    DistanceAttention,
-    kernels_for,
-    linear_relu,
-    run_ffn,
-    type_of_products,
-    type_of_queries,
-)
+from models.decoders.fused import kernels_for, linear_relu, run_ffn, type_of_products, type_of_queries
+from models.decoders.layers import AdaptiveMixing, BlockSampling, DecoderSizes, DistanceAttention
 from models.encoder import ImageFeatures
 
 # Child order: the corner itself, then one step along x, y, z, xy, xz, yz, xyz.

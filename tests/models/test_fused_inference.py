@@ -12,7 +12,7 @@ from triton_runs import DEVICE, run_interpreted, runs, without_a_gpu
 from lib.run.loading import to_device
 from models import head
 from models.csrc.distance_attention import distance_attention_reference
-from models.decoders import layers, mask_decoder, sparse_voxel_decoder
+from models.decoders import fused, layers, mask_decoder, sparse_voxel_decoder
 from models.decoders.draws import EvenDraws, RandomDraws, select_valid
 from models.decoders.sparse_voxel_decoder import top_in_order
 
@@ -80,7 +80,7 @@ def test_float32_in_parts():
 def test_wide_linear_is_as_precise_as_float32():
     linear, values = nn.Linear(256, 4352).to(DEVICE), random(600, 256)
     exact = values.double() @ linear.weight.double().T + linear.bias.double()
-    ours = layers.wide_linear(linear, values)
+    ours = fused.wide_linear(linear, values)
     assert not torch.backends.cuda.matmul.allow_tf32
     assert (ours - exact).norm() / exact.norm() < 5e-6  # TF32 alone: 3e-4
 
@@ -326,11 +326,11 @@ def test_predictions_of_the_model(predict):
 
 def test_modules_run_without_triton_and_with_gradients(monkeypatch):
     values = torch.zeros(2, 3)
-    assert layers.kernels_for(values) is None
-    monkeypatch.setattr(layers, 'has_triton', lambda device: True)
-    assert layers.kernels_for(values) is None  # on the CPU
+    assert fused.kernels_for(values) is None
+    monkeypatch.setattr(fused, 'has_triton', lambda device: True)
+    assert fused.kernels_for(values) is None  # on the CPU
     if torch.cuda.is_available():
-        assert layers.kernels_for(values.cuda()) is not None
-        assert layers.kernels_for(values.cuda().double()) is None
+        assert fused.kernels_for(values.cuda()) is not None
+        assert fused.kernels_for(values.cuda().double()) is None
         with torch.enable_grad():
-            assert layers.kernels_for(values.cuda()) is None
+            assert fused.kernels_for(values.cuda()) is None
