@@ -12,6 +12,7 @@ A run that was stopped goes on when it is started again with the same arguments.
 """
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -194,12 +195,18 @@ def prepare(out, version, processes, task):
 
 
 def describe_seconds(start, seconds: Seconds, keyframes):
-    """One line: how long ``keyframes`` took, and which phase took how much of it."""
-    whole = start + seconds.keyframes + seconds.tables + seconds.prepare
+    """Two lines: how long ``keyframes`` took and when each phase ended, and what a keyframe took of the processes.
+
+    ``start``: seconds until processes were started.
+    """
+    whole = start + seconds.whole
+    first, most, images = (start + s for s in (seconds.first, seconds.tables, seconds.keyframes))
+    used = ', '.join(f'{kind} {a / keyframes:.2f} ({b / keyframes:.2f})' for kind, (a, b) in seconds.used.items())
     return (
-        f'{keyframes} keyframes in {whole:.1f} s, {keyframes / whole:.1f} a second: {start:.1f} s to start, '
-        f'{seconds.keyframes:.1f} s for keyframes (the first ones after {seconds.first:.1f} s), '
-        f'{seconds.tables:.1f} s for tables, {seconds.prepare:.1f} s for info files and panoptic labels'
+        f'{keyframes} keyframes in {whole:.1f} s, {keyframes / whole:.1f} a second: {start:.1f} s to start, first '
+        f'images after {first:.1f} s, all but images after {most:.1f} s, images after {images:.1f} s, then '
+        f'{whole - images:.1f} s for what was left of info files and panoptic labels\n'
+        f'seconds (CPU seconds) that processes spent on a keyframe: {used}'
     )
 
 
@@ -215,17 +222,16 @@ def main():
     task = Task.from_config(
         dict(label_set='occ3d', voxel_size=args.voxel_size, point_cloud_range=args.point_cloud_range)
     )
-    with beside(COMPILED):
+    with beside(COMPILED) as compiled:
         plan = plan_scenes(args.scenes, args.split, args.version, args.held_out)
         crew = plan_crew(args.device, args.workers)
-    gpus = len({name for name in crew.devices if name != 'cpu'})
-    print(f'{crew.workers} processes, {gpus} GPUs')
-    if args.workers and args.workers > crew.workers:
-        print(f'(of the {args.workers} asked for, no more fit into free memory)')
-    options = Options(args.out, plan, args.keyframes, size, not args.no_sweeps, args.seed, label_sets, task.grid)
-    last = (lambda: prepare(args.out, plan.version, crew.workers, task)) if args.prepare else (lambda: None)
-    planned = time.monotonic()
-    seconds = generate(options, crew, show_progress, last, import_prepare if args.prepare else lambda: None)
+        print(f'{crew.processes} processes, {len(crew.devices)} of them render on {len(set(crew.devices))} GPUs')
+        if args.workers and args.workers > crew.processes:
+            print(f'(of the {args.workers} asked for, no more fit into free memory)')
+        options = Options(args.out, plan, args.keyframes, size, not args.no_sweeps, args.seed, label_sets, task.grid)
+        last = functools.partial(prepare, args.out, plan.version, max(crew.workers // 2, 1), task)
+        planned = time.monotonic()
+        seconds = generate(options, crew, show_progress, last if args.prepare else None, import_prepare, compiled)
     splits = f'train: {len(plan.train)}, val: {len(plan.val)}, test: {len(plan.test)}'
     print(
         f'{args.out}: {len(plan.names)} scenes ({splits}) of {args.keyframes} keyframes, '

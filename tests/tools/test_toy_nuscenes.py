@@ -54,7 +54,7 @@ def make(out, scenes=2, keyframes=KEYFRAMES, size=SIZE, seed=SEED, workers=2):
         seed=seed,
         label_sets=('occ3d', 'openocc_v2'),
     )
-    generate(options, Crew(('cpu',), workers), progress=lambda results, total: results)
+    generate(options, Crew((), workers), progress=lambda results, total: results)
     return out
 
 
@@ -495,7 +495,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_files(tmp_path, monkeypatch):
             yield result
 
     whole, stopped = options_of(tmp_path / 'whole'), options_of(tmp_path / 'stopped')
-    crew, plain = Crew(('cpu',), 1), lambda results, total: results
+    crew, plain = Crew((), 1), lambda results, total: results
     generate(whole, crew, plain)
     with pytest.raises(Killed):
         generate(stopped, crew, stop_after_two)
@@ -504,7 +504,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_files(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(module, 'run_job', lambda job: done.append(job) or run_job(job))
     generate(stopped, crew, plain)
-    assert 0 < len(done) < 6  # of four keyframes, and two scenes of labels and of rows of the tables
+    assert [job.kind for job in done] == ['images', 'images']  # of four; scans, labels and rows are there
     assert digest(stopped.out) == digest(whole.out) and not (stopped.out / 'toy_work').exists()
 
 
@@ -524,7 +524,7 @@ def test_processes_end_with_the_one_that_started_them():
     code = """
 import os, signal
 from tools.toy.pool import Crew, run_tasks
-for _ in run_tasks(range(8), abs, lambda task: (), Crew(('cpu',), 2), lambda: None):
+for _ in run_tasks(range(8), abs, lambda task: (), Crew((), 2), lambda: None):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     ended = subprocess.run([sys.executable, '-c', code], cwd=str(ROOT), stdout=subprocess.PIPE, timeout=60)
@@ -537,34 +537,80 @@ def test_long_runs_of_keyframes_come_first_and_single_ones_last(tmp_path, monkey
     handed_out = []
     monkeypatch.setattr(module, 'run_tasks', lambda jobs, *_: handed_out.extend(jobs) or iter(()))
     options = options_of(tmp_path, plan=plan_scenes(4), keyframes=20)
-    list(module._Flow(options, module.WorkFolder(tmp_path)).run(Crew(('cpu',), 8), lambda: None))
-    sizes = [job.last - job.first for job in handed_out]
-    made = [(job.scene, k) for job in handed_out for k in range(job.first, job.last)]
-    assert made == [(scene, k) for scene in range(4) for k in range(20)]
-    assert sizes == [5] * 8 + [2] * 10 + [1] * 20
+    list(module._Flow(options, module.WorkFolder(tmp_path)).run(Crew(('cuda:0',) * 8, 20), lambda: None))
+    for kind, expected in (('images', [5] * 8 + [2] * 10 + [1] * 20), ('scans', [3] * 6 + [2] + [2] * 10 + [1] * 40)):
+        jobs = [job for job in handed_out if job.kind == kind]
+        made = [(job.scene, k) for job in jobs for k in range(job.first, job.last)]
+        assert made == [(scene, k) for scene in range(4) for k in range(20)]
+        assert [job.last - job.first for job in jobs] == expected
 
 
-def test_processes_of_several_devices_make_the_same_files(tmp_path):
+def test_processes_that_only_render_make_the_same_files(tmp_path):
+    """Images are made in processes of their own; tables and what needs them are made beside them."""
     one, two = options_of(tmp_path / 'one'), options_of(tmp_path / 'two')
-    generate(one, Crew(('cpu',), 1), lambda results, total: results)
-    generate(two, Crew(('cpu', 'cpu'), 2), lambda results, total: results)
+    generate(one, Crew((), 1), lambda results, total: results)
+    tables = two.out / 'v1.0-mini' / 'scene.json'
+    seconds = generate(
+        two,
+        Crew(('cpu', 'cpu'), 1),
+        lambda results, total: results,
+        lambda: (tmp_path / 'prepared').write_text(f'{os.getpid()} {tables.is_file()}'),
+    )
     assert digest(one.out) == digest(two.out)
+    process, after_tables = (tmp_path / 'prepared').read_text().split()
+    assert int(process) != os.getpid() and after_tables == 'True'
+    assert set(seconds.used) == {'images', 'scans', 'labels', 'rows'}
+    assert 0 < seconds.first <= seconds.keyframes <= seconds.whole and 0 < seconds.tables <= seconds.whole
+
+
+def test_what_is_prepared_aside_tells_its_errors_and_ends():
+    def fail():
+        raise UserError('no room')
+
+    with pool.Aside(lambda: None, fail) as aside:
+        aside.begin()
+        with pytest.raises(UserError, match='no room'):
+            aside.finish()
+    with pool.Aside(lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: None) as aside:
+        with pytest.raises(UserError, match='was killed'):
+            aside.finish()
+    with pool.Aside(lambda: None, lambda: None) as aside:
+        process = aside._process
+    assert process.exitcode == -signal.SIGTERM  # nobody told it to begin
+
+
+def die_of(task):
+    """What a process does that is killed when it renders."""
+    if task == 'image':
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_renderer_ends_the_run():
+    tasks, crew = ['image', 'scan'], Crew(('cpu',), 1)
+    with pytest.raises(UserError, match='a worker process was killed'):
+        list(pool.run_tasks(tasks, die_of, lambda task: [], crew, lambda: None, lambda task: task == 'image'))
 
 
 def test_no_more_processes_than_fit(monkeypatch):
     monkeypatch.setattr(pool, 'count_cores', lambda: 44)
     monkeypatch.setattr(pool, '_ask_aside', lambda *_: [9 << 30, 1 << 30, 6 << 30])
-    assert plan_crew('cuda', 44) == Crew(('cuda:0', 'cuda:2', 'cuda:0', 'cuda:2', 'cuda:0'), 5)
-    assert plan_crew('cuda', 2).devices == ('cuda:0', 'cuda:2')
+    monkeypatch.setattr(pool, '_free_memory', lambda: 99 << 30)
+    assert plan_crew('cuda', 44) == Crew(('cuda:0', 'cuda:2', 'cuda:0', 'cuda:2', 'cuda:0'), 39)
+    assert plan_crew('cuda', 4) == Crew(('cuda:0', 'cuda:2'), 2)
+    assert plan_crew('cuda', 1) == Crew(('cuda:0',), 0)
     monkeypatch.setattr(pool, '_free_memory', lambda: 3 << 30)
-    assert plan_crew('cuda').workers == plan_crew('auto').workers == 4
+    assert plan_crew('cuda').processes == plan_crew('auto').processes == 4
+    monkeypatch.setattr(pool, '_ask_aside', lambda *_: [80 << 30] * 2)
+    monkeypatch.setattr(pool, '_free_memory', lambda: 99 << 30)
+    assert plan_crew('auto').devices == ('cuda:0', 'cuda:1') * pool.RENDERERS_PER_GPU
     monkeypatch.setattr(pool, '_ask_aside', lambda *_: [1 << 30])
     with pytest.raises(UserError, match='no GPU has room'):
         plan_crew('cuda')
     monkeypatch.setattr(pool, '_ask_aside', lambda *_: [])
     with pytest.raises(UserError, match='finds no GPU'):
         plan_crew('cuda')
-    assert plan_crew('auto', 44) == plan_crew('cpu', 44) == Crew(('cpu',), 4)
+    monkeypatch.setattr(pool, '_free_memory', lambda: 3 << 30)
+    assert plan_crew('auto', 44) == plan_crew('cpu', 44) == Crew((), 4)
 
 
 def test_gpus_are_asked_in_another_process(tmp_path, monkeypatch):
@@ -575,7 +621,7 @@ def test_gpus_are_asked_in_another_process(tmp_path, monkeypatch):
         return False
 
     monkeypatch.setattr(torch.cuda, 'is_available', is_available)
-    assert plan_crew('auto', 2).devices == ('cpu',)
+    assert plan_crew('auto', 2).devices == ()
     assert int((tmp_path / 'asked_by').read_text()) != os.getpid()
 
 
@@ -635,7 +681,7 @@ def test_test_split_has_no_boxes_and_no_labels(tmp_path):
         seed=0,
         label_sets=('occ3d',),
     )
-    generate(options, Crew(('cpu',), 1), progress=lambda results, total: results)
+    generate(options, Crew((), 1), progress=lambda results, total: results)
     assert (tmp_path / 'v1.0-test' / 'sample_annotation.json').read_text().strip() == '[]'
     assert not (tmp_path / 'occ3d').exists() and not (tmp_path / 'sweeps').exists()
     assert len(list((tmp_path / 'samples').rglob('*.jpg'))) == 12

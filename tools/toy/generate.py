@@ -1,16 +1,20 @@
-"""Makes a toy data set: keyframes spread over processes, a scene's labels once its scans are there, tables last.
+"""Makes a toy data set: images and scans spread over processes, a scene's labels once its scans are there.
 
-A run that was stopped goes on where it stopped. The tables are written when everything else is, so a new
-folder that has them is complete.
+Images take longest, above all where GPUs render them, and nothing else needs them: the tables are written, and what
+is prepared from them is made, while others still render. A run that was stopped goes on where it stopped; a data
+root with a work folder in it (``work.FOLDER``) is not complete.
 """
 
+import contextlib
+import functools
 import time
-from typing import Callable, Dict, List, NamedTuple, Optional
+from collections import Counter
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
 
 from . import tables
-from .jobs import KEYFRAMES, LABELS, ROWS, Job, Options, run_job
+from .jobs import IMAGES, LABELS, ROWS, SCANS, Job, Options, run_job
 from .labels import OCC3D_GRID
-from .pool import Crew, run_tasks
+from .pool import Aside, Crew, run_tasks
 from .work import WorkFolder
 
 LABEL_SETS = ('occ3d', 'openocc_v2')
@@ -18,21 +22,28 @@ _AT_ONCE = 5  # keyframes of a scene that one process makes, or labels, in a row
 
 
 class Seconds(NamedTuple):
-    """How long the phases of a run took: until images and scans of the first keyframes were made, until everything
-    of every keyframe was, then the tables, and what is prepared from them."""
+    """How long a run took, in seconds from its start: until the first images were made, until all but images was,
+    until the images were too, and until what is prepared from the tables was; ``used``: per kind of job, the seconds
+    and the CPU seconds of all its processes."""
 
     first: float
-    keyframes: float
     tables: float
-    prepare: float
+    keyframes: float
+    whole: float
+    used: Dict[str, List[float]]
+
+
+def _nothing() -> None:
+    """The default of what may be called."""
 
 
 def generate(
     options: Options,
     crew: Crew,
     progress: Callable,
-    prepare: Callable[[], None] = lambda: None,
-    meanwhile: Callable[[], None] = lambda: None,
+    prepare: Optional[Callable[[], None]] = None,
+    meanwhile: Callable[[], None] = _nothing,
+    compiled: Callable[[], None] = _nothing,
 ) -> Seconds:
     """Make the data set.
 
@@ -40,8 +51,9 @@ def generate(
         options: what to make.
         crew: the processes that make it.
         progress: ``progress(iterable, total)`` wraps the finished keyframes to show how far they are.
-        prepare: what else belongs to it and needs the tables; called last.
-        meanwhile: called in a thread while other processes make keyframes.
+        prepare: what else belongs to it and needs the tables and labels, but no images; in another process.
+        meanwhile: called there before.
+        compiled: waits for others that run ``COMPILED``.
 
     Returns:
         How long each phase took.
@@ -52,20 +64,22 @@ def generate(
     """
     work = WorkFolder(options.out)
     work.begin(_arguments(options))
-    flow = _Flow(options, work)
     begin = time.monotonic()
     total = len(options.plan.names) * options.keyframes
-    for _ in progress(flow.run(crew, meanwhile), total):
-        pass
-    made = time.monotonic()
-    tables.write_tables(
-        options.out / options.plan.version, [work.rows(scene) for scene in range(len(options.plan.names))]
-    )
-    tabled = time.monotonic()
-    prepare()
+    with contextlib.ExitStack() as stack:
+        aside = stack.enter_context(Aside(meanwhile, prepare)) if prepare and crew.processes > 1 else None
+        flow = _Flow(options, work, aside.begin if aside else _nothing)
+        _import_renderer()
+        for _ in progress(flow.run(crew, functools.partial(_compile_all, compiled)), total):
+            pass
+        made = time.monotonic()
+        finish = aside.finish if aside else prepare or _nothing
+        finish()
     work.finish()
     end = time.monotonic()
-    return Seconds((flow.first_at or begin) - begin, made - begin, tabled - made, end - tabled)
+    return Seconds(
+        (flow.first_at or begin) - begin, (flow.tables_at or begin) - begin, made - begin, end - begin, flow.used
+    )
 
 
 def _arguments(options) -> Dict:
@@ -84,50 +98,75 @@ def _arguments(options) -> Dict:
 
 
 class _Flow:
-    """Which jobs are left, and which may begin when others end."""
+    """Which jobs are left, and which may begin when others end.
 
-    def __init__(self, options: Options, work: WorkFolder):
-        self._options, self._work = options, work
-        self.first_at: Optional[float] = None  # time.monotonic() when the first job was done
-        every = range(options.keyframes)
-        self._unmade = {
-            scene: {k for k in every if not work.has_keyframe(scene, k)} for scene in range(len(options.plan.names))
-        }
+    ``tabled`` is called when all but images is made, and the tables are written.
+    """
 
-    def run(self, crew: Crew, meanwhile: Callable[[], None]):
-        """Do what is left; yield once per finished keyframe, those of earlier runs first."""
-        scenes, per_scene, labelled = self._unmade, self._options.keyframes, self._options.labelled
-        jobs = self._keyframe_jobs(crew.workers)
-        jobs += [job for scene, unmade in scenes.items() if not unmade for job in self._closing_jobs(scene)]
-        if labelled:
-            left = sum(not self._work.has_labels(scene, k) for scene in scenes for k in range(per_scene))
-        else:
-            left = sum(len(unmade) for unmade in scenes.values())
-        for _ in range(per_scene * len(scenes) - left):
+    def __init__(self, options: Options, work: WorkFolder, tabled: Callable[[], None] = _nothing):
+        self._options, self._work, self._tabled = options, work, tabled
+        self.first_at: Optional[float] = None  # time.monotonic() when the first images were made
+        self.tables_at: Optional[float] = None  # when the tables were
+        self.used: Dict[str, List[float]] = {}
+        self._open: Counter = Counter()  # jobs that are not of images, by scene
+        scenes, every = range(len(options.plan.names)), range(options.keyframes)
+        self._unscanned = {scene: {k for k in every if not work.has_scans(scene, k)} for scene in scenes}
+        self._unseen = {scene: {k for k in every if not work.has_images(scene, k)} for scene in scenes}
+
+    def run(self, crew: Crew, prepare: Callable[[], None]) -> Iterator[None]:
+        """Do what is left; yield once per keyframe with images, those of earlier runs first."""
+        scans = self._spread(self._unscanned, SCANS, crew.workers)
+        closing = [job for scene, left in self._unscanned.items() if not left for job in self._closing_jobs(scene)]
+        images = self._spread(self._unseen, IMAGES, len(crew.devices) or crew.workers)
+        for _ in range(self._options.keyframes * len(self._unseen) - sum(len(left) for left in self._unseen.values())):
             yield
-        for job in run_tasks(jobs, run_job, self._following, crew, compile_tracers, meanwhile):
-            self.first_at = self.first_at or time.monotonic()
-            if job.kind == (LABELS if labelled else KEYFRAMES):
-                for _ in range(job.first, job.last):
+        self._open = Counter(job.scene for job in scans + closing)
+        if not self._open:
+            self._write_tables()
+        for done in run_tasks(
+            closing + scans + images, run_job, self._following, crew, prepare, lambda job: job.kind == IMAGES
+        ):
+            used = self.used.setdefault(done.task.kind, [0.0, 0.0])
+            self.used[done.task.kind] = [used[0] + done.seconds, used[1] + done.cpu_seconds]
+            if done.task.kind == IMAGES:
+                self.first_at = self.first_at or time.monotonic()
+                for _ in range(done.task.first, done.task.last):
                     yield
 
     def _following(self, job: Job) -> List[Job]:
-        if job.kind != KEYFRAMES:
+        if job.kind == IMAGES:
             return []
-        self._unmade[job.scene].difference_update(range(job.first, job.last))
-        return [] if self._unmade[job.scene] else self._closing_jobs(job.scene)
+        self._open[job.scene] -= 1
+        jobs = []
+        if job.kind == SCANS:
+            self._unscanned[job.scene].difference_update(range(job.first, job.last))
+            jobs = [] if self._unscanned[job.scene] else self._closing_jobs(job.scene)
+        self._open[job.scene] += len(jobs)
+        if not any(self._open.values()):
+            self._write_tables()
+        return jobs
+
+    def _write_tables(self):
+        options = self._options
+        parts = [self._work.rows(scene) for scene in range(len(options.plan.names))]
+        tables.write_tables(options.out / options.plan.version, parts)
+        self.tables_at = time.monotonic()
+        self._tabled()
 
     def _closing_jobs(self, scene) -> List[Job]:
-        """What is left to do once the scene's keyframes are made."""
+        """What is left to do once the scene's scans are made."""
         rows = [] if self._work.has_rows(scene) else [Job(self._options, scene, 0, 0, ROWS)]
         return self._label_jobs(scene) + rows
 
-    def _keyframe_jobs(self, workers) -> List[Job]:
-        """Long runs of keyframes first, single ones at last, so that all processes end together."""
-        jobs, left = [], sum(len(unmade) for unmade in self._unmade.values())
-        for scene, unmade in self._unmade.items():
-            left -= len(unmade)
-            jobs += self._runs(scene, sorted(unmade), KEYFRAMES, min(max(left // workers, 1), _AT_ONCE))
+    def _spread(self, keyframes, kind, workers) -> List[Job]:
+        """Long runs of keyframes first, single ones at last, so that all processes end together.
+
+        ``keyframes``: by scene, those to be made.
+        """
+        jobs, left = [], sum(len(some) for some in keyframes.values())
+        for scene, some in keyframes.items():
+            left -= len(some)
+            jobs += self._runs(scene, sorted(some), kind, min(max(left // max(workers, 1), 1), _AT_ONCE))
         return jobs
 
     def _label_jobs(self, scene) -> List[Job]:
@@ -147,13 +186,18 @@ class _Flow:
         return jobs
 
 
-def compile_tracers() -> None:
-    """Import what all processes need, and run every compiled function once on next to nothing."""
+def _import_renderer() -> None:
+    """Import what all processes need that make images."""
     from PIL import Image
 
     from . import render, trace_torch  # noqa: F401
 
     Image.preinit()
+
+
+def _compile_all(compiled) -> None:
+    """Run every compiled function once on next to nothing, when others have filled the cache."""
+    compiled()
     for function in COMPILED:
         function()
 

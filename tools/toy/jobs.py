@@ -1,4 +1,4 @@
-"""What one process does for a toy data set: the images and scans of a keyframe, and the labels of a scene."""
+"""What one process does for a toy data set: images or scans of a keyframe, labels and table rows of a scene."""
 
 import functools
 from pathlib import Path
@@ -13,7 +13,17 @@ from .files import write_bytes, write_jpeg, write_npz, write_png
 from .labels import OCC3D_GRID, Labeller, RangeImage, openocc_labels
 from .lidar import gather, scan, visible_share
 from .names import ScenePlan
-from .rig import CAMERA_PERIOD_US, CAMERA_SWEEPS, KEYFRAME_US, LIDAR, LIDAR_PERIOD_US, LIDAR_SWEEPS, Rig, make_rig
+from .rig import (
+    CAMERA_PERIOD_US,
+    CAMERA_SWEEPS,
+    KEYFRAME_US,
+    LIDAR,
+    LIDAR_PERIOD_US,
+    LIDAR_SWEEPS,
+    Camera,
+    Rig,
+    make_rig,
+)
 from .road import GROUND_CLASSES
 from .work import Receipt, SurfaceParts, WorkFolder
 from .world import ToyWorld
@@ -54,13 +64,13 @@ class Options(NamedTuple):
         return self.plan.version != 'v1.0-test'
 
 
-KEYFRAMES, LABELS, ROWS = 'keyframes', 'labels', 'rows'
+IMAGES, SCANS, LABELS, ROWS = 'images', 'scans', 'labels', 'rows'
 
 
 class Job(NamedTuple):
-    """Something to do for keyframes ``first`` to ``last`` (excluded) of one scene. ``kind``: KEYFRAMES, their images
-    and scans, with the sweeps up to the next keyframe; and once those of the whole scene are there, LABELS, and
-    ROWS, the scene's part of the tables, which is of no keyframe."""
+    """Something to do for keyframes ``first`` to ``last`` (excluded) of one scene. ``kind``: IMAGES or SCANS, with the
+    sweeps up to the next keyframe; and once the scans of the whole scene are there, LABELS, and ROWS, the scene's part
+    of the tables, which is of no keyframe."""
 
     options: Options
     scene: int
@@ -78,20 +88,12 @@ class _Moment(NamedTuple):
     is_key_frame: bool
 
 
-class _Scene:
-    """A scene in the hands of a process."""
+class _Shot(NamedTuple):
+    """One image: ``round`` counts the times that all cameras fire, from the keyframe on."""
 
-    def __init__(self, seed, index, keyframes, size, device):
-        import torch
-
-        from .render import Renderer
-
-        torch.set_num_threads(1)
-        if device != 'cpu':
-            torch.cuda.set_device(device)
-        self.world = _open_world(seed, index, keyframes)
-        self.rig: Rig = make_rig(seed, index, size)
-        self.renderer = Renderer(self.world, torch.device(device))
+    camera: Camera
+    moment: _Moment
+    round: int
 
 
 @functools.lru_cache(maxsize=2)
@@ -100,13 +102,23 @@ def _open_world(seed, index, keyframes) -> ToyWorld:
 
 
 @functools.lru_cache(maxsize=2)
-def _open_scene(seed, index, keyframes, size, device):
-    return _Scene(seed, index, keyframes, size, device)
+def _open_renderer(seed, index, keyframes, device):
+    import torch
+
+    from .render import Renderer
+
+    torch.set_num_threads(1)
+    if device != 'cpu':
+        torch.cuda.set_device(device)
+    return Renderer(_open_world(seed, index, keyframes), torch.device(device))
 
 
-def _scene_of(job):
-    o = job.options
-    return _open_scene(o.seed, job.scene, o.keyframes, o.size, pool.device())
+def _world_of(job) -> ToyWorld:
+    return _open_world(job.options.seed, job.scene, job.options.keyframes)
+
+
+def _rig_of(job) -> Rig:
+    return make_rig(job.options.seed, job.scene, job.options.size)
 
 
 def run_job(job: Job) -> None:
@@ -120,23 +132,28 @@ def run_job(job: Job) -> None:
         if job.kind == LABELS:
             _write_labels(job, keyframe)
             work.put_labels(job.scene, keyframe)
+        elif job.kind == SCANS:
+            work.put_receipt(job.scene, keyframe, _write_scans(job, keyframe, work))
         else:
-            work.put_keyframe(job.scene, keyframe, _make_keyframe(job, keyframe, work))
+            _write_images(job, keyframe)
+            work.put_images(job.scene, keyframe)
 
 
-def _make_keyframe(job, keyframe, work) -> Receipt:
-    o, scene = job.options, _scene_of(job)
+def _write_scans(job, keyframe, work) -> Receipt:
+    o, world, rig = job.options, _world_of(job), _rig_of(job)
     if keyframe == 0:
-        _write_map(job, scene.world)
-    records, scans = _lidar_records(job, keyframe, scene)
+        _write_map(job, world)
+    records, scans = _lidar_records(job, keyframe, world, rig)
     boxes = []
     if o.labelled:
         surfaces = [found.surface for found in scans]
-        surfaces += [scan(scene.world, scene.rig, t).surface for t in _times_beyond(keyframe, o.keyframes)]
+        surfaces += [scan(world, rig, t).surface for t in _times_beyond(keyframe, o.keyframes)]
         work.put_scans(job.scene, keyframe, SurfaceParts(gather(surfaces), scans[0].distance))
-        boxes = _boxes(scene, keyframe, scans[0].owner)
-    records += _camera_records(job, keyframe, scene)
-    return Receipt(records, boxes, {item.index: item.type.category for item in scene.world.annotated})
+        boxes = _boxes(world, rig, keyframe, scans[0].owner)
+    for camera, moment, _ in _shots(job, keyframe, rig):
+        filename = _filename(job, camera.name, moment, 'jpg')
+        records.append(_record(job, world, camera.name, moment, filename, camera.size))
+    return Receipt(records, boxes, {item.index: item.type.category for item in world.annotated})
 
 
 def _times_beyond(keyframe, keyframes):
@@ -166,47 +183,51 @@ def _filename(job, channel, moment, suffix):
     return '/'.join(['samples' if moment.is_key_frame else 'sweeps', channel, name])
 
 
-def _record(job, scene, channel, moment, filename, size):
+def _record(job, world, channel, moment, filename, size):
     return tables.SensorRecord(
         channel,
         _timestamp(job.scene, moment.offset_us),
         filename,
         moment.keyframe,
         moment.is_key_frame,
-        scene.world.ego_to_map(moment.offset_us * 1e-6),
+        world.ego_to_map(moment.offset_us * 1e-6),
         size,
     )
 
 
-def _camera_records(job, keyframe, scene):
-    records = []
-    cameras = list(scene.rig.cameras.values())
+def _shots(job, keyframe, rig) -> List[_Shot]:
+    """Round by round, so that images of about the same time follow one another."""
+    cameras = list(rig.cameras.values())
     moments = [_moments(job, keyframe, camera.delay_us, CAMERA_PERIOD_US, CAMERA_SWEEPS) for camera in cameras]
-    rounds = list(zip(*moments))
-    # All cameras fire within 50 ms and share one shadow map.
-    shadows = scene.renderer.shadows(*(round_[0].offset_us * 1e-6 for round_ in rounds))
-    of, taken, maps = zip(*[(c, moment, k) for k, round_ in enumerate(rounds) for c, moment in zip(cameras, round_)])
-    images = scene.renderer.images(of, [moment.offset_us * 1e-6 for moment in taken], shadows, maps)
-    for camera, moment, image in zip(of, taken, images):
+    return [_Shot(c, m, k) for k, round_ in enumerate(zip(*moments)) for c, m in zip(cameras, round_)]
+
+
+def _write_images(job, keyframe):
+    o, shots = job.options, _shots(job, keyframe, _rig_of(job))
+    renderer = _open_renderer(o.seed, job.scene, o.keyframes, pool.device())
+    times = [shot.moment.offset_us * 1e-6 for shot in shots]
+    # All cameras fire within 50 ms and share the shadow map of the first.
+    firsts = [t for k, t in enumerate(times) if k == 0 or shots[k].round > shots[k - 1].round]
+    images = renderer.images(
+        [shot.camera for shot in shots], times, renderer.shadows(*firsts), [shot.round for shot in shots]
+    )
+    for shot, image in zip(shots, images):
         pool.check_wanted()
-        filename = _filename(job, camera.name, moment, 'jpg')
-        write_jpeg(job.options.out / filename, image)
-        records.append(_record(job, scene, camera.name, moment, filename, camera.size))
-    return records
+        write_jpeg(o.out / _filename(job, shot.camera.name, shot.moment, 'jpg'), image)
 
 
-def _lidar_records(job, keyframe, scene):
+def _lidar_records(job, keyframe, world, rig):
     """Records of the scans that are written, and all scans up to the next keyframe."""
     records, scans = [], []
     o = job.options
     written = _moments(job, keyframe, 0, LIDAR_PERIOD_US, LIDAR_SWEEPS)
     for moment in _moments(job, keyframe, 0, LIDAR_PERIOD_US, LIDAR_SWEEPS, every=True):
         noise = np.random.default_rng([o.seed, job.scene, 3, moment.offset_us])
-        scans.append(scan(scene.world, scene.rig, moment.offset_us * 1e-6, noise))
+        scans.append(scan(world, rig, moment.offset_us * 1e-6, noise))
         if moment in written:
             filename = _filename(job, LIDAR, moment, 'pcd.bin')
             write_bytes(o.out / filename, scans[-1].points.tobytes())
-            records.append(_record(job, scene, LIDAR, moment, filename, (0, 0)))
+            records.append(_record(job, world, LIDAR, moment, filename, (0, 0)))
     return records, scans
 
 
@@ -265,15 +286,15 @@ def _velocities(world, t):
     return (np.array(moved) @ rotation)[:, :2]
 
 
-def _boxes(scene, keyframe, owner):
+def _boxes(world, rig, keyframe, owner):
     """Boxes around the car; ``owner`` of the keyframe's scan."""
-    world, t = scene.world, keyframe * KEYFRAME_US * 1e-6
+    t = keyframe * KEYFRAME_US * 1e-6
     points = np.bincount(owner[owner >= 0], minlength=len(world.objects))
     ego = world.ego_to_map(t)
     items = [
         o for o in world.annotated if np.hypot(o.pose(t).x - ego[0, 3], o.pose(t).y - ego[1, 3]) < ANNOTATION_RANGE
     ]
-    visible = visible_share(world, t, (ego @ scene.rig.lidar_to_ego)[:3, 3], items)
+    visible = visible_share(world, t, (ego @ rig.lidar_to_ego)[:3, 3], items)
     boxes = []
     for item, share in zip(items, visible):
         pose = item.pose(t)
@@ -295,7 +316,7 @@ def _boxes(scene, keyframe, owner):
 def _scene_record(options: Options, scene: int) -> tables.SceneRecord:
     """What the tables say of a finished scene."""
     name, work = options.plan.names[scene], WorkFolder(options.out)
-    receipts = [work.keyframe(scene, k) for k in range(options.keyframes)]
+    receipts = [work.receipt(scene, k) for k in range(options.keyframes)]
     return tables.SceneRecord(
         name=name,
         description=f'Toy scene {scene}: a winding street with a crossing',

@@ -70,20 +70,28 @@ class WorkFolder:
     def _file(self, scene, name, suffix) -> Path:
         return self.path / str(scene) / f'{name}{suffix}'
 
-    def has_keyframe(self, scene: int, keyframe: int) -> bool:
-        """Images and scans of the keyframe are made."""
+    def has_scans(self, scene: int, keyframe: int) -> bool:
+        """Scans of the keyframe are made, and what the tables need to know of it."""
         return self._file(scene, keyframe, '.json').exists()
+
+    def has_images(self, scene: int, keyframe: int) -> bool:
+        """Images of the keyframe are made."""
+        return self._file(scene, keyframe, '.images').exists()
 
     def has_labels(self, scene: int, keyframe: int) -> bool:
         """Labels of the keyframe are made."""
         return self._file(scene, keyframe, '.labels').exists()
 
-    def put_keyframe(self, scene: int, keyframe: int, receipt: Receipt) -> None:
-        """Images and scans of the keyframe are made."""
+    def put_images(self, scene: int, keyframe: int) -> None:
+        """Images of the keyframe are made."""
+        write_bytes(self._file(scene, keyframe, '.images'), b'')
+
+    def put_receipt(self, scene: int, keyframe: int, receipt: Receipt) -> None:
+        """Scans of the keyframe are made; the receipt is of its images too."""
         write_bytes(self._file(scene, keyframe, '.json'), json_list(json_lines(receipt)))
 
-    def keyframe(self, scene: int, keyframe: int) -> Receipt:
-        """The receipt of a finished keyframe."""
+    def receipt(self, scene: int, keyframe: int) -> Receipt:
+        """The same again."""
         sensors, boxes, categories = read_json(self._file(scene, keyframe, '.json'))
         return Receipt(
             [tables.SensorRecord(*r[:5], np.array(r[5]), tuple(r[6])) for r in sensors],
