@@ -278,7 +278,7 @@ class Record:
 
 
 def configs_by_name(args) -> Dict[str, Callable]:
-    """What loads each config that is to be timed, in order.
+    """What loads each config that is to be timed, in the order of ``--only`` or else of the page.
 
     Raises:
         UserError: ``--only`` names another.
@@ -294,7 +294,7 @@ def configs_by_name(args) -> Dict[str, Callable]:
     for name in args.only or ():
         if name not in found:
             raise UserError(f'--only {name!r} is not among {list(found)}{did_you_mean(name, found)}')
-    return {name: load for name, load in found.items() if not args.only or name in args.only}
+    return {name: found[name] for name in args.only or found}
 
 
 def run(args, processes):
