@@ -350,7 +350,7 @@ def _open_submission(args, inputs: _Inputs) -> Tuple[List[str], Callable]:
 
 def _write_submission(args, tokens, read, inputs: _Inputs) -> None:
     """Write the predictions in the form of a challenge."""
-    from .counts import cast_flow
+    from .counting import cast_flow
     from .submission import write_occ3d_submission, write_submission
 
     if Path(args.submission).suffix == '.zip':

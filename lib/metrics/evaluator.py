@@ -21,18 +21,8 @@ from ..prediction import MAX_INSTANCE_ID
 from ..raycast import choose_device
 from ..registry import did_you_mean
 from ..task import Task
-from .counts import (
-    Counts,
-    FlowRays,
-    RayCounter,
-    Volumes,
-    add_counts,
-    cast_flow,
-    count_flow,
-    count_voxels,
-    rings_and_sectors,
-    whole_plan,
-)
+from .counting import FlowRays, RayCounter, Volumes, cast_flow, count_flow, count_voxels
+from .counts import Counts, add_counts, rings_and_sectors, whole_plan
 from .result import MASKS, EvalResult, Scene
 from .scores import tallies, totals
 
@@ -138,7 +128,7 @@ class Evaluator:
         Args:
             prediction: ``semantics`` integer [X, Y, Z]; with ``ray_pq`` also ``instances`` integer [X, Y, Z], with
                 ``occ_score`` also ``flow`` [X, Y, Z, 2] (m/s, ego axes); or the semantics alone. Arrays or tensors.
-                For ``occ_score`` alone also :class:`lib.metrics.counts.FlowRays` of a submission.
+                For ``occ_score`` alone also :class:`lib.metrics.counting.FlowRays` of a submission.
             labels: the same, and the masks [X, Y, Z] that ``miou`` needs. Voxels labelled 255 count nowhere.
             origins: float64 [O, 3] metres, ego frame, as :func:`lib.metrics.scene_ray_origins` gives them; for all
                 metrics but ``miou``.

@@ -14,7 +14,7 @@ from .counts import EXACT, FALSE_ALARMS, FLOW_THRESHOLDS, HALF_BITS, IOU_HIGH, I
 Tallies = Dict[str, np.ndarray]
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-VARIANTS = ('true_positives', 'all_rays')  # of the velocity error, see lib.metrics.counts
+VARIANTS = ('true_positives', 'all_rays')  # of the velocity error, see lib.metrics.counting
 _SEED = 0
 
 

@@ -2,7 +2,7 @@
 
 The first is ``submission.gz``: gzip of one pickled dict with the keys of ``ABOUT`` and ``results``, which holds for
 each sample the ends of its N rays: ``pcd_cls`` uint8 [N], ``pcd_dist`` float16 [N] metres, ``pcd_flow`` float16 [N, 2]
-m/s (``lib.metrics.counts``). Samples are written one at a time, so that memory stays flat. A submission from others
+m/s (``lib.metrics.counting``). Samples are written one at a time, so that memory stays flat. A submission from others
 is data: it is read by ``lib.pickles``, and no more of it is unpacked than the samples asked for can need. The second is
 a zip of ``<token>.npz``, which ``lib.metrics.formats`` reads.
 """
@@ -22,7 +22,7 @@ from ..io import PathLike, atomic_write, require_file
 from ..pickles import NotPlain, read_plain_pickle
 from ..prediction import class_ids, finite
 from ..task import Task
-from .counts import FlowRays
+from .counting import FlowRays
 from .origins import MAX_ORIGINS, lidar_rays
 
 ABOUT = {

@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / 'loaders'))
 from mutations import JUNK, mutate_array, mutate_bytes, mutate_value  # noqa: E402
 
 from lib.labels import read_labels  # noqa: E402
-from lib.metrics.counts import FlowRays, count_flow  # noqa: E402
+from lib.metrics.counting import FlowRays, count_flow  # noqa: E402
 from lib.metrics.formats import open_predictions  # noqa: E402
 from lib.metrics.origins import read_keyframes, write_poses  # noqa: E402
 from lib.metrics.submission import ABOUT, read_submission  # noqa: E402

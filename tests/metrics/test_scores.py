@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.metrics import cuda, lidar_rays
-from lib.metrics.counts import Counts, count_voxels, rings_and_sectors, whole_plan
+from lib.metrics.counting import count_voxels
+from lib.metrics.counts import Counts, rings_and_sectors, whole_plan
 from lib.metrics.kernels import count_rays, count_segments, group_rays
 from lib.metrics.scores import class_scores, interval, mean, resample, tallies, totals
 from lib.task import Task
