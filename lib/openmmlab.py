@@ -15,6 +15,7 @@ import io
 import logging
 import pkgutil
 import sys
+import threading
 import types
 import warnings
 
@@ -52,7 +53,6 @@ def prepare_openmmlab() -> None:
         _use_compiled_ops_or_stand_in()
         _import_mmdet3d()
     warnings.filterwarnings('ignore', message='torch.utils.checkpoint: .*use_reentrant')
-    _let_config_use_any_yapf()
     restore_find_loader(pkgutil)
     _prepared = True
 
@@ -67,7 +67,13 @@ def _import_mmcv():
     _import_required('torch')  # first: the compiled ops are linked against its libraries
     with _without_note_on_missing_gpu():
         importlib.import_module('torch.utils.cpp_extension')  # mmcv imports it
-    _import_required('mmcv')
+    if 'yapf' in sys.modules:
+        _import_required('mmcv')
+    else:
+        with _empty('yapf.yapflib.yapf_api'):
+            sys.modules['yapf.yapflib.yapf_api'].FormatCode = _format_code
+            _import_required('mmcv')
+    importlib.import_module('mmcv.utils.config').FormatCode = _format_code
 
 
 def _import_required(name):
@@ -120,28 +126,26 @@ def _import_mmdet3d():
         mmcv.__version__ = version
 
 
-def _let_config_use_any_yapf():
-    """yapf 0.40.2 dropped the argument ``verify`` of FormatCode, which mmcv before 1.7.2 gives."""
-    config = importlib.import_module('mmcv.utils.config')
-    format_code = config.FormatCode
-    if 'verify' in inspect.signature(format_code).parameters:
-        return
-
-    def format_without_verify(text, style_config=None, verify=None):
-        return format_code(text, style_config=style_config)
-
-    config.FormatCode = format_without_verify
+def _format_code(text, style_config=None, verify=None):
+    """yapf's FormatCode, which is imported when a config is written; 0.40.2 dropped the argument ``verify``."""
+    format_code = importlib.import_module('yapf.yapflib.yapf_api').FormatCode
+    takes_verify = 'verify' in inspect.signature(format_code).parameters
+    return format_code(text, style_config=style_config, **(dict(verify=verify) if takes_verify else {}))
 
 
-# -- packages that are imported for what nobody here uses
+# -- what is imported when it is used
 #
-# torchvision and scikit-learn, with all that they import, take as long to import as PyTorch itself. mmcv lists
-# torchvision's models for URLs of weights; one head of mmdet (PAA) fits mixtures of Gaussians.
+# mmdet's packages import all of their modules, and with them matplotlib, SciPy and scikit-learn. A few modules are
+# needed here. The packages around them wait until something else of theirs is asked for, be it by a name in a config.
+# torchvision takes as long to import as PyTorch itself; mmcv lists its models for URLs of weights.
 
-_IMPORTED_ON_USE = (  # module, its name for the package, the package
-    ('mmcv.runner.checkpoint', 'torchvision', 'torchvision'),
-    ('mmdet.models.dense_heads.paa_head', 'skm', 'sklearn.mixture'),
+_WAITING = ('mmdet.core', 'mmdet.models', 'mmdet.models.backbones', 'mmdet.models.necks', 'mmdet.datasets')
+_NEEDED = (
+    *('mmdet.models.builder', 'mmdet.models.utils.builder', 'mmdet.models.backbones.resnet'),
+    *('mmdet.models.necks.fpn', 'mmdet.datasets.builder'),
 )
+_FILLED_FIRST = ('mmdet.models.backbones', 'mmdet.models.necks', 'mmdet.models', 'mmdet.datasets', 'mmdet.core')
+_filling = threading.RLock()
 
 
 class _OnUse:
@@ -154,18 +158,80 @@ class _OnUse:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-def import_mmdet() -> None:
-    """``prepare_openmmlab``, and import mmcv's runner and mmdet's models without packages that nothing here uses.
+class _WaitingPackage(types.ModuleType):
+    """A package whose own file runs when something of it is asked for, be it a module, that is not there yet.
 
-    These are imported when something of them is asked for.
+    While it has a ``__path__`` modules of it can be imported without that.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__ = importlib.util.find_spec(name)
+        self.__loader__, self.__file__ = self.__spec__.loader, self.__spec__.origin
+        self.__package__, self.__path__ = name, self.__spec__.submodule_search_locations
+        self._is_filled = False
+
+    def __getattr__(self, attribute):
+        if not attribute.startswith('__') or attribute in ('__all__', '__path__'):
+            self.fill()
+            if attribute in self.__dict__:
+                return self.__dict__[attribute]
+        raise AttributeError(f'module {self.__name__!r} has no attribute {attribute!r}')
+
+    def fill(self) -> None:
+        """Run the package's file unless that was done."""
+        with _filling:
+            if not self._is_filled:
+                self._is_filled = True
+                self.__path__ = self.__spec__.submodule_search_locations
+                self.__spec__.loader.exec_module(self)
+
+
+def import_mmdet() -> None:
+    """``prepare_openmmlab``, and import of mmdet what is needed here; its packages wait.
+
+    A registry of mmcv's that does not know a name looks for it again in what was waiting.
     """
     prepare_openmmlab()
-    for module, alias, package in _IMPORTED_ON_USE:
-        if module in sys.modules or package in sys.modules:
-            continue
-        with _empty(package):
-            user = importlib.import_module(module)
-        setattr(user, alias, _OnUse(package))
+    if 'mmcv.runner.checkpoint' not in sys.modules and 'torchvision' not in sys.modules:
+        with _empty('torchvision'):
+            checkpoint = importlib.import_module('mmcv.runner.checkpoint')
+        checkpoint.torchvision = _OnUse('torchvision')
+    importlib.import_module('mmdet')
+    if any(name in sys.modules for name in _WAITING):
+        return
+    packages = [_put_waiting(name) for name in _WAITING]
+    for name in _NEEDED:
+        importlib.import_module(name)
+    for package in packages:
+        if not package._is_filled:
+            del package.__path__
+    _look_again(importlib.import_module('mmcv.utils').Registry)
+
+
+def _put_waiting(name: str) -> _WaitingPackage:
+    sys.modules[name] = package = _WaitingPackage(name)
+    parent, _, child = name.rpartition('.')
+    setattr(sys.modules[parent], child, package)
+    return package
+
+
+def _look_again(registry_class) -> None:
+    """Names that no registry knows are looked for again after each waiting package that is imported."""
+    get = registry_class.get
+
+    def get_from_all(self, key):
+        found = get(self, key)
+        for name in _FILLED_FIRST:
+            if found is not None:
+                break
+            package = sys.modules[name]
+            if not package._is_filled:
+                package.fill()
+                found = get(self, key)
+        return found
+
+    registry_class.get = get_from_all
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
-from mmdet.models.necks import FPN
+from mmdet.models.necks.fpn import FPN
 from torch import Tensor, nn
 
 from models.csrc import has_triton

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from mmcv.runner import BaseModule
 from mmdet.models.builder import LOSSES
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lib.dist import batch_rand, count_share, reduce_mean, shares_are_counted
@@ -309,6 +308,8 @@ def match(cost: Tensor) -> Matching:
     Returns:
         min(Q, n) pairs, on the CPU; none if there is no instance.
     """
+    from scipy.optimize import linear_sum_assignment  # inference does without its import, which takes long
+
     cost = torch.nan_to_num(cost.detach().float().cpu(), nan=1e8, posinf=1e8, neginf=-1e8)
     rows, columns = linear_sum_assignment(cost.numpy())
     return Matching(torch.from_numpy(rows), torch.from_numpy(columns))

@@ -20,7 +20,10 @@ FAKE_PACKAGES = {
     'torch/utils/cpp_extension.py': 'import sys; print("No CUDA"); print("No CUDA", file=sys.stderr)',
     'mmcv/__init__.py': 'import warnings; __version__ = "1.7.2"; warnings.warn("MMCV will release v2.0.0")',
     'mmcv/utils/__init__.py': '',
-    'mmcv/utils/config.py': 'def FormatCode(text, style_config=None): return text, style_config',
+    'mmcv/utils/config.py': 'from yapf.yapflib.yapf_api import FormatCode',
+    'yapf/__init__.py': '',
+    'yapf/yapflib/__init__.py': '',
+    'yapf/yapflib/yapf_api.py': 'def FormatCode(text, style_config=None): return text, style_config',
     'mmdet3d/__init__.py': 'import mmcv; assert mmcv.__version__ <= "1.7.0", "mmcv is too new"',
 }
 
@@ -40,23 +43,77 @@ def run_with_fakes(folder, code, **extra):
     return result.stdout.strip(), result.stderr.strip()
 
 
+def run_here(code):
+    """stdout of ``code`` in a new process in the project's folder."""
+    command = [sys.executable, '-c', textwrap.dedent(code)]
+    result = subprocess.run(
+        command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
 def test_packages_that_nothing_uses_are_imported_when_something_of_them_is_asked_for():
-    code = """
+    run_here("""
         import sys
         import loaders, models
-        assert not {'torchvision', 'sklearn', 'pandas', 'torch._dynamo'} & set(sys.modules)
+        unused = {'torchvision', 'sklearn', 'pandas', 'torch._dynamo', 'matplotlib', 'yapf', 'scipy.optimize'}
+        assert not unused & set(sys.modules), unused & set(sys.modules)
         from mmcv.runner import checkpoint
         assert 'resnet50' in checkpoint.get_torchvision_models()
         import torchvision
         assert torchvision.models.resnet50 and checkpoint.torchvision.__version__ == torchvision.__version__
-        from mmdet.models.dense_heads import paa_head
-        assert paa_head.skm.GaussianMixture.__module__.startswith('sklearn.mixture')
-        import sklearn.mixture
+        from mmcv import Config
+        assert Config(dict(a=1)).pretty_text == 'a = 1\\n' and 'yapf' in sys.modules
+    """)
+
+
+REGISTERED = """
+    from mmcv.cnn import PLUGIN_LAYERS
+    from mmdet.datasets.builder import DATASETS, PIPELINES
+    from mmdet.models.builder import MODELS
+    from mmdet.models.utils.builder import TRANSFORMER
+    registries = (MODELS, TRANSFORMER, DATASETS, PIPELINES, PLUGIN_LAYERS)
+"""
+
+
+def test_waiting_packages_register_the_same_names_and_hold_the_same():
+    tell = """
+    import mmdet.core, mmdet.datasets, mmdet.models
+    packages = mmdet.core, mmdet.datasets, mmdet.models, mmdet.models.backbones, mmdet.models.necks
+    print([sorted(registry.module_dict) for registry in registries])
+    print([sorted(name for name in vars(package) if not name.startswith('_')) for package in packages])
     """
-    result = subprocess.run(
-        [sys.executable, '-c', textwrap.dedent(code)], cwd=str(ROOT), stderr=subprocess.PIPE, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
+    prepared = 'from lib.openmmlab import prepare_openmmlab, import_mmdet; '
+    right = run_here(f'    {prepared}prepare_openmmlab(); import mmdet.datasets, mmdet.models\n{REGISTERED}{tell}')
+    miss = '    assert MODELS.get("nothing of this name") is None\n'
+    found = run_here(f'    {prepared}import_mmdet()\n{REGISTERED}{miss}{tell}')
+    assert found == right and 'SwinTransformer' in found and 'RetinaHead' in found
+
+
+@pytest.mark.parametrize(
+    'use',
+    [
+        'assert MODELS.get("SwinTransformer").__name__ == "SwinTransformer" and "mmdet.models.detectors" not in there',
+        'assert MODELS.get("mmdet.RetinaHead").__name__ == "RetinaHead"',
+        'assert "DropBlock" in PLUGIN_LAYERS',
+        'assert PIPELINES.get("Mosaic") and DATASETS.get("CocoDataset")',
+        'from mmdet.core import bbox_overlaps; assert bbox_overlaps.__module__.startswith("mmdet.core")',
+        'from mmdet.models import FPN, build_detector; from mmdet.models.necks import *; assert SSDNeck and FPN',
+        'import mmdet; assert mmdet.datasets.pipelines.LoadImageFromFile; assert not hasattr(mmdet.models, "Nothing")',
+        'from mmdet.core.bbox.builder import BBOX_ASSIGNERS; assert BBOX_ASSIGNERS.get("HungarianAssigner")',
+        'from mmdet.models.dense_heads import paa_head; assert paa_head.skm.GaussianMixture',
+        'import mmdet3d.models',
+    ],
+)
+def test_what_waits_is_there_when_it_is_asked_for(use):
+    run_here(f"""
+    import sys
+    there = sys.modules
+    import loaders, models
+    {REGISTERED}
+    {use}
+    """)
 
 
 def test_compiled_ops_are_used_where_they_can_be_imported(tmp_path):
