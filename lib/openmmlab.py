@@ -168,7 +168,7 @@ class _WaitingPackage(types.ModuleType):
         super().__init__(name)
         self.__spec__ = importlib.util.find_spec(name)
         self.__loader__, self.__file__ = self.__spec__.loader, self.__spec__.origin
-        self.__package__, self.__path__ = name, self.__spec__.submodule_search_locations
+        self.__package__, self.__path__ = name, self.__spec__.submodule_search_locations or []
         self._is_filled = False
 
     def __getattr__(self, attribute):
@@ -183,7 +183,7 @@ class _WaitingPackage(types.ModuleType):
         with _filling:
             if not self._is_filled:
                 self._is_filled = True
-                self.__path__ = self.__spec__.submodule_search_locations
+                self.__path__ = self.__spec__.submodule_search_locations or []
                 self.__spec__.loader.exec_module(self)
 
 
@@ -196,7 +196,7 @@ def import_mmdet() -> None:
     if 'mmcv.runner.checkpoint' not in sys.modules and 'torchvision' not in sys.modules:
         with _empty('torchvision'):
             checkpoint = importlib.import_module('mmcv.runner.checkpoint')
-        checkpoint.torchvision = _OnUse('torchvision')
+        vars(checkpoint)['torchvision'] = _OnUse('torchvision')
     importlib.import_module('mmdet')
     if any(name in sys.modules for name in _WAITING):
         return

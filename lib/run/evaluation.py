@@ -27,7 +27,7 @@ from . import Components, default_metrics, open_dataset, read_task
 from .loading import count_workers, read_in_order, to_device
 from .log import Countdown, RunLog, duration
 from .numerics import autocast, check_precision, convert_weights, describe_precision, seed_everything, set_tf32
-from .processes import Processes, start_processes
+from .processes import Processes, start_processes, wake
 
 INPUTS = ('img', 'lidar2img', 'ego2lidar', 'img_metas')  # what inference takes of a batch
 _WAITING = 4  # predictions that may wait for the evaluator
@@ -214,26 +214,30 @@ def run_validation(args, components: Callable[[], Components]) -> int:
     cfg = load_config(args.config, args.override)
     if args.seed is not None:
         seed_everything(args.seed)
-    with start_processes(args.device) as processes:
-        _validate(args, cfg, components(), processes)
+    with start_processes(args.device) as processes, ThreadPoolExecutor(max_workers=1) as side:
+        waking = side.submit(wake, processes.device)
+        parts = components()
+        waking.result()
+        _validate(args, cfg, parts, processes, side)
     return 0
 
 
-def _validate(args, cfg, components, processes: Processes) -> None:
+def _validate(args, cfg, components, processes: Processes, side: ThreadPoolExecutor) -> None:
     log = RunLog(is_main=processes.is_main)
     out = args.out or os.path.splitext(os.path.realpath(args.weights))[0] + '.eval.json'
     check_outputs(out)
     task = read_task(cfg)
+    changes = dict(test_mode=True)
+    if args.max_samples is not None:
+        changes['max_samples'] = args.max_samples
+    checks_files = processes.is_main and not args.no_preflight
+    opening = side.submit(open_dataset, components, cfg, args.split, task, changes, checks_files)
     model, meta = load_for_inference(components.build_model, cfg, task, args, processes.device)
     folder = make_folder(args.save_predictions, '--save-predictions') if args.save_predictions else None
     if folder is not None and processes.is_main:
         limit = [] if args.max_samples is None else [f'data.{args.split}.max_samples={args.max_samples}']
         write_record(folder, task, args.config, args.weights, args.split, [*args.override, *limit])
-    changes = dict(test_mode=True)
-    if args.max_samples is not None:
-        changes['max_samples'] = args.max_samples
-    checks_files = processes.is_main and not args.no_preflight
-    dataset = open_dataset(components, cfg, args.split, task, changes, checks_files)
+    dataset = opening.result()
     metrics = args.metrics or EvaluationSettings.from_config(cfg.get('evaluation')).metrics
     workers = count_workers(cfg, args.workers)
     evaluation = Evaluation(components, task, dataset, processes, log.say, metrics, workers, args.amp, folder)

@@ -189,6 +189,15 @@ def pick_device(device: Optional[str] = None) -> torch.device:
     return torch.device('cuda', local_rank)
 
 
+def wake(device: torch.device) -> None:
+    """Choose the GPU in this thread too, and let its libraries load, which takes seconds without Python's lock."""
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        image = torch.zeros((1, 8, 16, 16), device=device)
+        torch.nn.functional.conv2d(image, image[:, :, :1, :1])
+        torch.mm(image[0, 0], image[0, 0])
+
+
 # -- runs that end before their time
 
 
