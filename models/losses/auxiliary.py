@@ -96,7 +96,6 @@ class LidarDepthLoss(BaseModule):
         level: which map; 1 has a stride of 8 pixels.
         num_bins: D.
         depth_range: (nearest, farthest) depth along the optical axis, metres; other points do not count.
-        hidden_channels: of the head's inner layer; None: C.
     """
 
     def __init__(
@@ -106,7 +105,6 @@ class LidarDepthLoss(BaseModule):
         level: int = 1,
         num_bins: int = 48,
         depth_range: Sequence[float] = (1.0, 60.0),
-        hidden_channels: Optional[int] = None,
     ):
         super().__init__()
         if not 0 <= level < sizes.num_levels or num_bins < 2:
@@ -120,9 +118,9 @@ class LidarDepthLoss(BaseModule):
             )
         self.num_cameras, self.level, self.num_bins = sizes.task.num_cameras, level, num_bins
         self.loss_weight, self.depth_range = loss_weight, tuple(depth_range)
-        channels, hidden = sizes.embed_dims, hidden_channels or sizes.embed_dims
+        channels = sizes.embed_dims
         self.head = nn.Sequential(
-            nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(hidden, num_bins, 1)
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(channels, num_bins, 1)
         )
 
     def forward(self, step: TrainingPass) -> Dict[str, Tensor]:
