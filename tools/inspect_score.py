@@ -52,7 +52,7 @@ def parse_args(argv=None):
 
 def count_sample(evaluator, prediction, labels, origins) -> Counted:
     """Counts of one sample, as the evaluator makes them."""
-    from lib.metrics.scores import tallies
+    from lib.metrics.counts import tallies
 
     sums = tallies(evaluator.prepare(prediction, labels, origins).counts)
     voxels = [

@@ -17,8 +17,8 @@ import numpy as np
 
 from ..errors import DataError
 from ..io import atomic_write, read_json
+from .counts import Tallies, interval, resample, totals
 from .result import text_of, text_table
-from .scores import Tallies, interval, resample, totals
 
 _COLOURS = ('#2a78b5', '#e07b39', '#3a9d6e', '#9467bd', '#c44e52', '#7f7f7f', '#b5a642', '#17a2b8')
 _SCORES = ('RayIoU', 'RayPQ', 'RaySQ', 'RayRQ', 'mIoU', 'binary_IoU', 'OccScore_true_positives', 'OccScore_all_rays')

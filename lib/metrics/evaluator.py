@@ -22,9 +22,8 @@ from ..raycast import choose_device
 from ..registry import did_you_mean
 from ..task import Task
 from .counting import FlowRays, RayCounter, Volumes, cast_flow, count_flow, count_voxels
-from .counts import Counts, add_counts, rings_and_sectors, whole_plan
+from .counts import Counts, add_counts, rings_and_sectors, tallies, totals, whole_plan
 from .result import MASKS, EvalResult, Scene
-from .scores import tallies, totals
 
 METRICS = ('ray_iou', 'ray_pq', 'miou', 'occ_score')
 THRESHOLDS = (1.0, 2.0, 4.0)

@@ -8,8 +8,19 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 import numpy as np
 
 from ..io import PathLike, atomic_write, write_json
-from .counts import Counts, Regions
-from .scores import VARIANTS, ClassScores, Tallies, class_scores, interval, mean, resample, tallies, totals
+from .counts import (
+    VARIANTS,
+    ClassScores,
+    Counts,
+    Regions,
+    Tallies,
+    class_scores,
+    interval,
+    mean,
+    resample,
+    tallies,
+    totals,
+)
 
 _ONLY_FREE = (
     '!!! EVERY PREDICTION IS FREE EVERYWHERE: the model predicts nothing at all. Check that the '

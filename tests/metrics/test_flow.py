@@ -10,9 +10,8 @@ from lib.classes import get_label_set
 from lib.errors import DataError
 from lib.metrics import Evaluator
 from lib.metrics.counting import FlowRays, cast_flow, count_flow
-from lib.metrics.counts import Counts, add_counts
+from lib.metrics.counts import Counts, add_counts, class_scores, tallies, totals
 from lib.metrics.origins import lidar_rays
-from lib.metrics.scores import class_scores, tallies, totals
 from lib.task import Task
 
 OPENOCC = get_label_set('openocc_v2')

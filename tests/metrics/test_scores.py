@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 
 from lib.metrics import cuda, lidar_rays
 from lib.metrics.counting import count_voxels
-from lib.metrics.counts import Counts, rings_and_sectors, whole_plan
+from lib.metrics.counts import (
+    Counts,
+    class_scores,
+    interval,
+    mean,
+    resample,
+    rings_and_sectors,
+    tallies,
+    totals,
+    whole_plan,
+)
 from lib.metrics.kernels import count_rays, count_segments, group_rays
-from lib.metrics.scores import class_scores, interval, mean, resample, tallies, totals
 from lib.task import Task
 
 CAR, ROAD, TREE, FREE = 0, 1, 2, 3

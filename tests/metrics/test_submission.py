@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from lib.errors import DataError, UserError
 from lib.metrics.counting import FlowRays, count_flow
-from lib.metrics.counts import Counts
+from lib.metrics.counts import Counts, tallies, totals
 from lib.metrics.formats import open_predictions
-from lib.metrics.scores import tallies, totals
 from lib.metrics.submission import ABOUT, read_submission, write_occ3d_submission, write_submission
 from lib.task import Task
 

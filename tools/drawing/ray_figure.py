@@ -12,9 +12,8 @@ from typing import Dict, List
 import numpy as np
 
 from lib.metrics import Evaluator
-from lib.metrics.counts import Counts
+from lib.metrics.counts import Counts, tallies, totals
 from lib.metrics.kernels import count_rays
-from lib.metrics.scores import tallies, totals
 from lib.raycast import trace
 from lib.task import Task
 
