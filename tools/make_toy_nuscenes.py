@@ -194,18 +194,18 @@ def prepare(out, version, processes, task):
             raise DataError(f'{len(made.failed)} keyframes got no panoptic label; the first: {made.failed[0]}')
 
 
-def describe_seconds(start, seconds: Seconds, keyframes):
+def describe_seconds(imported, start, seconds: Seconds, keyframes):
     """Two lines: how long ``keyframes`` took and when each phase ended, and what a keyframe took of the processes.
 
-    ``start``: seconds until processes were started.
+    ``imported``, ``start``: seconds until everything was imported, and until processes were started.
     """
     whole = start + seconds.whole
     first, most, images = (start + s for s in (seconds.first, seconds.tables, seconds.keyframes))
     used = ', '.join(f'{kind} {a / keyframes:.2f} ({b / keyframes:.2f})' for kind, (a, b) in seconds.used.items())
     return (
-        f'{keyframes} keyframes in {whole:.1f} s, {keyframes / whole:.1f} a second: {start:.1f} s to start, first '
-        f'images after {first:.1f} s, all but images after {most:.1f} s, images after {images:.1f} s, then '
-        f'{whole - images:.1f} s for what was left of info files and panoptic labels\n'
+        f'{keyframes} keyframes in {whole:.1f} s, {keyframes / whole:.1f} a second: {start:.1f} s to start '
+        f'({imported:.1f} s of it imports), first images after {first:.1f} s, all but images after {most:.1f} s, '
+        f'images after {images:.1f} s, then {whole - images:.1f} s for the rest of info files and panoptic labels\n'
         f'seconds (CPU seconds) that processes spent on a keyframe: {used}'
     )
 
@@ -224,6 +224,9 @@ def main():
     )
     with beside(COMPILED) as compiled:
         plan = plan_scenes(args.scenes, args.split, args.version, args.held_out)
+        import torch  # noqa: F401  once, for all processes
+
+        imported = time.monotonic() - _BEGIN
         crew = plan_crew(args.device, args.workers)
         print(f'{crew.processes} processes, {len(crew.devices)} of them render on {len(set(crew.devices))} GPUs')
         if args.workers and args.workers > crew.processes:
@@ -237,7 +240,7 @@ def main():
         f'{args.out}: {len(plan.names)} scenes ({splits}) of {args.keyframes} keyframes, '
         f'tables in {args.out / plan.version}'
     )
-    print(describe_seconds(planned - _BEGIN, seconds, len(plan.names) * args.keyframes))
+    print(describe_seconds(imported, planned - _BEGIN, seconds, len(plan.names) * args.keyframes))
 
 
 if __name__ == '__main__':

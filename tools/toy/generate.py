@@ -18,7 +18,8 @@ from .pool import Aside, Crew, run_tasks
 from .work import WorkFolder
 
 LABEL_SETS = ('occ3d', 'openocc_v2')
-_AT_ONCE = 5  # keyframes of a scene that one process makes, or labels, in a row: opening a scene takes a while
+# Keyframes of a scene that one process makes in a row: opening a scene takes as long as one scan of it or label.
+_AT_ONCE = {IMAGES: 5, SCANS: 10, LABELS: 10}
 
 
 class Seconds(NamedTuple):
@@ -166,14 +167,14 @@ class _Flow:
         jobs, left = [], sum(len(some) for some in keyframes.values())
         for scene, some in keyframes.items():
             left -= len(some)
-            jobs += self._runs(scene, sorted(some), kind, min(max(left // max(workers, 1), 1), _AT_ONCE))
+            jobs += self._runs(scene, sorted(some), kind, min(max(left // max(workers, 1), 1), _AT_ONCE[kind]))
         return jobs
 
     def _label_jobs(self, scene) -> List[Job]:
         if not self._options.labelled:
             return []
         unlabelled = [k for k in range(self._options.keyframes) if not self._work.has_labels(scene, k)]
-        return self._runs(scene, unlabelled, LABELS, _AT_ONCE)
+        return self._runs(scene, unlabelled, LABELS, _AT_ONCE[LABELS])
 
     def _runs(self, scene, keyframes, kind, most) -> List[Job]:
         """Jobs for the ``keyframes``, each for at most so many that follow one another."""

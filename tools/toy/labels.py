@@ -6,7 +6,7 @@ takes the one with a box before scenery before ground, and among equals the one 
 grid is Occ3D's (``lib.task.Task``'s defaults) or another, in the ego frame of the keyframe.
 """
 
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, NamedTuple, Sequence
 
 import numpy as np
 
@@ -149,12 +149,15 @@ def openocc_labels(labels: Labels, velocities: np.ndarray) -> Dict[str, np.ndarr
     instances = np.zeros(semantics.shape, dtype=np.int64)
     others = OCC3D.class_names.index('others')
     boxed = (labels.instances > 0) & (labels.semantics != others)
-    ids: List[int] = list(np.unique(labels.instances[boxed]))
-    for number, instance in enumerate(ids, start=1):
-        instances[boxed & (labels.instances == instance)] = number
+    ids = np.unique(labels.instances[boxed])
     stuff = ~boxed & (semantics != OPENOCC_V2.free_id)
-    for number, class_id in enumerate(np.unique(semantics[stuff]), start=len(ids) + 1):
-        instances[stuff & (semantics == class_id)] = number
+    classes = np.unique(semantics[stuff])
+    numbers = np.zeros(int(labels.instances.max()) + 1, dtype=np.int64)
+    numbers[ids] = np.arange(1, len(ids) + 1)
+    instances[boxed] = numbers[labels.instances[boxed]]
+    numbers = np.zeros(OPENOCC_V2.num_classes, dtype=np.int64)
+    numbers[classes] = np.arange(len(ids) + 1, len(ids) + len(classes) + 1)
+    instances[stuff] = numbers[semantics[stuff]]
     flow = np.zeros(semantics.shape + (2,), dtype=np.float32)
     flow[boxed] = velocities[labels.instances[boxed] - 1]
     return dict(semantics=semantics, instances=instances.astype(np.uint8), flow=flow)

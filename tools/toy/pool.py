@@ -163,13 +163,18 @@ def _be_aside(first, then, go, answer):
 
 
 def _ask_aside(device) -> Sequence[int]:
-    """Free bytes of every GPU, none for 'cpu', found out in another process."""
+    """Free bytes of every GPU, none for 'cpu', found out in another process, whose end is not waited for."""
     import torch  # noqa: F401  once, for all processes
 
     if device == 'cpu':
         return []
-    with ProcessPoolExecutor(1, _context()) as aside:
-        return aside.submit(_free_gpu_memory).result()
+    answer, told = _context().Pipe(duplex=False)
+    _context().Process(target=_tell_free_gpu_memory, args=(told,), daemon=True).start()
+    told.close()
+    try:
+        return answer.recv()
+    except EOFError as error:
+        raise UserError('PyTorch cannot tell how much memory of the GPUs is free; use --device cpu') from error
 
 
 def _free_memory() -> int:
@@ -180,6 +185,10 @@ def _free_memory() -> int:
         return int(rows['MemAvailable'].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         return 1 << 50
+
+
+def _tell_free_gpu_memory(told) -> None:
+    told.send(_free_gpu_memory())
 
 
 def _free_gpu_memory() -> Sequence[int]:

@@ -283,17 +283,21 @@ def trace_fan(
 
 @_jit
 def _trace_rays(kind, numbers, waves, directions, limit, distance, hit):
+    n = len(kind)
+    near = np.empty(n)  # as one pass over plain columns, which the compiler tests several of at once
+    x, y, z, radius = numbers[:, 0].copy(), numbers[:, 1].copy(), numbers[:, 2].copy(), numbers[:, 10].copy()
+    beyond, reach = x * x + y * y + z * z, radius * radius
     for r in range(len(directions)):
         dx, dy, dz = directions[r, 0], directions[r, 1], directions[r, 2]
         best, index = limit, SKY
-        for i in range(len(kind)):
-            s = numbers[i]
-            along = s[0] * dx + s[1] * dy + s[2] * dz
-            if along < -s[10] or along - s[10] > best:
+        for i in range(n):
+            along = x[i] * dx + y[i] * dy + z[i] * dz
+            met = (along >= -radius[i]) & (beyond[i] - along * along <= reach[i])
+            near[i] = along - radius[i] if met else _MISS
+        for i in range(n):
+            if near[i] > best:
                 continue
-            if s[0] * s[0] + s[1] * s[1] + s[2] * s[2] - along * along > s[10] * s[10]:
-                continue
-            t = _hit_shape(kind[i], s, dx, dy, dz)
+            t = _hit_shape(kind[i], numbers[i], dx, dy, dz)
             if t < best:
                 best, index = t, i
         t = _hit_ground(waves, dx, dy, dz, best)
