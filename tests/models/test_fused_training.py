@@ -30,11 +30,13 @@ MIXING_TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.float16: (2e-3, 5e-2), t
 
 
 @runs
-@pytest.mark.parametrize('in_points, out_points, width', [(8, 32, 64), (16, 64, 64), (12, 20, 64), (5, 3, 16)])
+@pytest.mark.parametrize('in_points, out_points, width', [(8, 32, 64), (64, 256, 64), (12, 20, 64), (5, 3, 16)])
 @pytest.mark.parametrize('dtype', list(MIXING_TOLERANCES), ids=str)
 def test_mixing(dtype, in_points, out_points, width):
     if dtype == torch.bfloat16 and DEVICE.type == 'cpu':
         pytest.skip('interpreted products of bfloat16 are wrong (Triton 3.6)')
+    if dtype == torch.float32 and in_points > 32:
+        pytest.skip('PyTorch computes these')
     from models.csrc.adaptive_mixing.fused import FusedMixing
 
     torch.manual_seed(in_points)

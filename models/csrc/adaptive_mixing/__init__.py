@@ -15,6 +15,7 @@ from models.torch_compat import autocast_dtype
 
 # What the kernel is compiled for. Other sizes and types take the reference.
 KERNEL_WIDTH, KERNEL_MAX_IN, KERNEL_MAX_OUT = 64, 32, 128
+HALF_MAX_IN, HALF_MAX_OUT = 64, 256  # of Triton's in 16 bits: as much as 99 KiB of shared memory hold
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORM_EPS = 1e-5
 
@@ -69,7 +70,9 @@ def mix_in_pieces(
         [n, C] in the type that autocast computes in; None where there are no kernels for it.
     """
     kind = autocast_dtype(query.device.type) or query.dtype
-    if not len(query) or kind not in KERNEL_TYPES or not _fits(sampled, out_points) or not has_triton(query.device):
+    if not len(query) or kind not in KERNEL_TYPES or not _fits(sampled, out_points, kind):
+        return None
+    if not has_triton(query.device):
         return None
     from models.csrc.adaptive_mixing.fused import MixInPieces  # needs Triton
 
@@ -118,14 +121,15 @@ def _is_for_tensor_cores(dtype: torch.dtype) -> bool:
 
 
 def _runs_fused(sampled: Tensor, out_points: int) -> bool:
-    wanted = _fits(sampled, out_points) and sampled.dtype in KERNEL_TYPES and sampled.numel()
+    wanted = _fits(sampled, out_points, sampled.dtype) and sampled.dtype in KERNEL_TYPES and sampled.numel()
     return bool(wanted) and has_triton(sampled.device)
 
 
-def _fits(sampled: Tensor, out_points: int) -> bool:
-    """Whether Triton's kernels take these sizes."""
+def _fits(sampled: Tensor, out_points: int, kind: torch.dtype) -> bool:
+    """Whether Triton's kernels take these sizes in that type."""
     in_points, width = sampled.shape[-2:]
-    return width in (16, 32, 64) and 0 < in_points <= KERNEL_MAX_IN and 0 < out_points <= KERNEL_MAX_OUT
+    most = (KERNEL_MAX_IN, KERNEL_MAX_OUT) if kind == torch.float32 else (HALF_MAX_IN, HALF_MAX_OUT)
+    return width in (16, 32, 64) and 0 < in_points <= most[0] and 0 < out_points <= most[1]
 
 
 def _mix_fused(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:

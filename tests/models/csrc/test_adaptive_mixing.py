@@ -161,6 +161,20 @@ def test_cuda_kernel(in_points, out_points, dtype, triton, monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('in_points, out_points', [(64, 256), (64, 128), (48, 192)])
+def test_cuda_sizes_of_sixteen_frames(in_points, out_points, dtype, monkeypatch):
+    """In 16 bits one kernel, with gradients as well."""
+    sampled, generated = make_inputs(in_points, out_points, items=(301, 4), dtype=dtype, device='cuda')
+    expected = adaptive_mix_reference(sampled.double(), generated.double(), out_points)
+    monkeypatch.setattr('models.csrc.adaptive_mixing.adaptive_mix_reference', None)
+    result = adaptive_mix(sampled.requires_grad_(), generated.requires_grad_(), out_points)
+    assert (result.double() - expected).abs().max() < TOLERANCES[dtype]
+    result.float().square().sum().backward()
+    assert sampled.grad.isfinite().all() and generated.grad.isfinite().all()
+
+
+@needs_kernels
 def test_cuda_training_takes_the_reference():
     sampled, generated = make_inputs(8, 32, dtype=torch.float32, device='cuda')
     result = adaptive_mix(sampled.requires_grad_(), generated, 32)
