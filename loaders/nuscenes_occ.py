@@ -88,12 +88,7 @@ class NuSceneOcc(torch.utils.data.Dataset):
         allow_any_pickle: bool = False,
         allow_missing_cameras: bool = False,
     ):
-        if on_error not in ('stop', 'skip'):
-            raise ConfigError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
-        if test_mode and on_error == 'skip':
-            raise ConfigError(
-                "on_error='skip' replaces samples, which would falsify an evaluation; use 'stop' with test_mode=True"
-            )
+        _check_error_handling(on_error, test_mode)
         if load_interval < 1 or (max_samples is not None and max_samples < 1):
             raise ConfigError(
                 f'load_interval and max_samples must be at least 1, got {load_interval!r} and {max_samples!r}'
@@ -264,6 +259,15 @@ class NuSceneOcc(torch.utils.data.Dataset):
                 f'the pipeline needs {error.args[0]!r}, which no step of it makes; begin with '
                 'LoadMultiViewImageFromMultiSweeps'
             ) from error
+
+
+def _check_error_handling(on_error: str, test_mode: bool) -> None:
+    if on_error not in ('stop', 'skip'):
+        raise ConfigError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
+    if test_mode and on_error == 'skip':
+        raise ConfigError(
+            "on_error='skip' replaces samples, which would falsify an evaluation; use 'stop' with test_mode=True"
+        )
 
 
 class SkipCounter:

@@ -82,13 +82,7 @@ def write_panoptic_labels(
         ConfigError: things without boxes.
         DataError: no info file, one of another version, or not one label could be read.
     """
-    labels = task.label_set
-    without = [labels.class_names[i] for i in labels.thing_ids if not _is_box_class(i, labels)]
-    if without:
-        raise ConfigError(
-            f'no box in the infos is of class {without[0]!r}, a thing of label set {labels.name!r}; say which are '
-            f"with task.label_set.boxes, e.g. boxes={{'car': {without[0]!r}}}"
-        )
+    _check_things(task.label_set)
     infos = _gather_infos(Path(data_root), version, info_files)
     job = PanopticJob(
         infos,
@@ -102,6 +96,16 @@ def write_panoptic_labels(
     if len(failed) == len(infos):
         raise DataError(f'not one label of {len(infos)} keyframes could be read; the first: {failed[0]}')
     return PanopticResult(results.count('written'), results.count('kept'), failed)
+
+
+def _check_things(labels: LabelSet) -> None:
+    """Raise ConfigError where things of a label set have no boxes, and so can get no ids."""
+    without = [labels.class_names[i] for i in labels.thing_ids if not _is_box_class(i, labels)]
+    if without:
+        raise ConfigError(
+            f'no box in the infos is of class {without[0]!r}, a thing of label set {labels.name!r}; say which are '
+            f"with task.label_set.boxes, e.g. boxes={{'car': {without[0]!r}}}"
+        )
 
 
 def _gather_infos(data_root, version, info_files):

@@ -91,13 +91,17 @@ def write_sweep_infos(
             infos = _from_tables(nusc, scenes, split, processes)
         else:
             infos = _extended(nusc, Path(from_infos, MMDET3D_FILE.format(split)), split, processes)
-            kept = {scene['token'] for scene in scenes}
-            infos = [info for info in infos if info['scene_token'] in kept or not choice.limited]
+            infos = _of_scenes(infos, scenes) if choice.limited else infos
         infos.sort(key=lambda info: info['timestamp'])
         _note_missing_cameras(infos, split)
         save_pickle(paths[split], dict(infos=infos, metadata=dict(version=version)))
         written.append(WrittenInfos(paths[split], len({info['scene_token'] for info in infos}), len(infos)))
     return written
+
+
+def _of_scenes(infos, scenes) -> List[Dict]:
+    tokens = {scene['token'] for scene in scenes}
+    return [info for info in infos if info['scene_token'] in tokens]
 
 
 def _check_replaced(path, version, keyframes, choice) -> None:
