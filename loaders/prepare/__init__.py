@@ -1,5 +1,6 @@
 """Making the project's own files from nuScenes (info files with camera sweeps, panoptic labels), on all cores."""
 
+import gc
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -52,6 +53,7 @@ def parallel_map(
 
 def _keep(function, shared):
     end_with_parent()
+    gc.freeze()  # looking for garbage among what the parent made, such as all tables, would copy it
     _job.update(function=function, shared=shared)
 
 

@@ -7,6 +7,7 @@ for all the others.
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -152,6 +153,7 @@ class Aside:
 def _be_aside(first, then, go, answer):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
+    gc.freeze()
     try:
         with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere):
             first()
@@ -312,6 +314,7 @@ def _start_worker(stop, devices, turn):
     if turn is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         end_with_parent()
+        gc.freeze()  # looking for garbage among what the parent made would copy all of it
         _keep_memory()
         with turn.get_lock():
             number, turn.value = turn.value, turn.value + 1
