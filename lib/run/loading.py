@@ -1,15 +1,15 @@
 """Loading batches: worker processes whose failures reach the user as one sentence."""
 
 import contextlib
+import copy
 import errno
 import multiprocessing
 import resource
 import signal
 import sys
 import threading
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Union
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -17,11 +17,16 @@ from torch.utils.data import DataLoader, Dataset
 from ..dataset import DrivenDataset
 from ..errors import DataError, UserError
 from ..raycast import count_cores
+from .forked import Made, WorkerLost, Workers, can_fork
 from .processes import ignore_in_worker
 
 _TOO_MANY_FILES = (
     'too many open files in the data-loading workers; lower data.workers_per_gpu, or raise '
     'the limit with "ulimit -n 65536"'
+)
+_LOST = (
+    'a data-loading worker was killed ({}); usually memory or shared memory ran out: lower '
+    'data.workers_per_gpu, or give the container more (docker: --shm-size)'
 )
 _WANTED_OPEN_FILES = 65536
 _ENOUGH_OPEN_FILES = 4096
@@ -146,48 +151,66 @@ def read_in_order(
     """
     if keeps_frames and hasattr(dataset, 'following'):
         dataset, indices = _Drive(dataset, indices), range(len(indices))
+    if workers and can_fork():
+        return _move_ahead(lambda: _fork(dataset, indices, collate, workers, device), device)
     loader = make_loader(dataset, [[index] for index in indices], collate, workers, device)
-    return _move_ahead(read_batches(loader), device)
+    return _move_ahead(lambda: _unforked(read_batches(loader)), device)
 
 
-def _move_ahead(batches, device: torch.device) -> Iterator[Dict]:
+def _fork(dataset, indices: Sequence[int], collate: Callable, workers: int, device: torch.device) -> Workers:
+    """Processes that make the batches of one sample; to be closed."""
+    _allow_many_open_files()
+    guarded, collate = _Guarded(dataset), _Collate(collate)
+    make = lambda place: collate([guarded[indices[place]]])  # noqa: E731
+    return _translated(True, lambda: Workers(make, len(indices), workers, _prepare_worker, device))
+
+
+def _unforked(batches) -> Iterator[Made]:
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield Made(batch, lambda: None)
+
+
+def _move_ahead(start: Callable, device: torch.device) -> Iterator[Dict]:
     """Batches on the device, each moved by another thread, on a GPU on another stream, before it is asked for."""
     stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
-    waiting: Deque[Future] = deque()
-    with contextlib.closing(batches), ThreadPoolExecutor(max_workers=1) as mover:
-        for batch in _errors_last(batches):
-            waiting.append(mover.submit(_move_on, stream, batch, device))
-            if len(waiting) > 1:
-                yield _arrived(device, *waiting.popleft().result())
-        while waiting:
-            yield _arrived(device, *waiting.popleft().result())
+    with contextlib.closing(start()) as source, ThreadPoolExecutor(max_workers=1) as mover:
+        batches = iter(source)
+        coming = mover.submit(_next_on, device, stream, batches)
+        while True:
+            batch = coming.result()
+            if batch is None:
+                return
+            coming = mover.submit(_next_on, device, stream, batches)
+            yield _used_here(batch, device) if stream else batch
 
 
-def _errors_last(batches: Iterator[Dict]) -> Iterator[Union[Dict, DataError]]:
-    """The batches, and why there are no more: to be raised when the next one is due, not while others are waiting."""
-    try:
-        yield from batches
-    except DataError as error:
-        yield error
+def _next_on(device: torch.device, stream, batches: Iterator[Made]) -> Optional[Dict]:
+    """The next batch, when it is on the device; None at the end."""
+    with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+        try:
+            made = next(batches, None)
+        except WorkerLost as error:
+            raise DataError(_LOST.format(error)) from error
+        if made is None:
+            return None
+        if isinstance(made.value, Failure):
+            raise DataError(made.value.message)
+        batch = to_device(made.value, device)
+    if stream:
+        stream.synchronize()
+        stays = [key for key, value in made.value.items() if batch[key] is value]
+        batch.update({key: copy.deepcopy(batch[key]) for key in stays})  # it may hold arrays that are released
+    made.release()
+    return batch
 
 
-def _move_on(stream, batch: Union[Dict, DataError], device: torch.device):
-    """The batch on the device, and an event after which it is there (None: it is)."""
-    if isinstance(batch, DataError):
-        raise batch
-    if stream is None:
-        return to_device(batch, device), None
-    with torch.cuda.stream(stream):
-        return to_device(batch, device), stream.record_event()
-
-
-def _arrived(device: torch.device, batch: Dict, event) -> Dict:
-    if event is not None:
-        current = torch.cuda.current_stream(device)
-        current.wait_event(event)
-        for value in batch.values():
-            if isinstance(value, torch.Tensor):
-                value.record_stream(current)  # its memory is not used again before that stream has done with it
+def _used_here(batch: Dict, device: torch.device) -> Dict:
+    """The batch; its memory is not used again before the current stream has done with it."""
+    current = torch.cuda.current_stream(device)
+    for value in batch.values():
+        if isinstance(value, torch.Tensor):
+            value.record_stream(current)
     return batch
 
 
@@ -197,12 +220,12 @@ def read_batches(loader: DataLoader) -> Iterator[Any]:
     Raises:
         DataError: a sample cannot be read, a worker was killed, or there are too many open files.
     """
-    iterator = _translated(loader, lambda: _start(loader))
+    iterator = _translated(loader.num_workers > 0, lambda: _start(loader))
     keep = loader.persistent_workers
     try:
         while True:
             try:
-                batch = _translated(loader, lambda: next(iterator))
+                batch = _translated(loader.num_workers > 0, lambda: next(iterator))
             except StopIteration:
                 return
             if isinstance(batch, Failure):
@@ -252,12 +275,12 @@ def _start(loader) -> Iterator[Any]:
     return iterator
 
 
-def _translated(loader, action):
+def _translated(has_workers: bool, action):
     """Run ``action``; what PyTorch says about dead workers and open files becomes a DataError."""
     try:
         return action()
     except (RuntimeError, OSError, EOFError) as error:
-        message = _explain(error, loader.num_workers > 0)
+        message = _explain(error, has_workers)
         if message is None:
             raise
         raise DataError(message) from error
@@ -273,11 +296,7 @@ def _explain(error, has_workers: bool) -> Optional[str]:
         return _TOO_MANY_FILES
     broken = isinstance(error, (OSError, EOFError)) and has_workers and not text.startswith('Caught ')
     if broken or text.startswith('DataLoader worker'):  # what a worker itself raised starts with 'Caught'
-        reason = (text.strip().splitlines() or [type(error).__name__])[0].rstrip('. ')
-        return (
-            f'a data-loading worker was killed ({reason}); usually memory or shared memory ran out: lower '
-            'data.workers_per_gpu, or give the container more (docker: --shm-size)'
-        )
+        return _LOST.format((text.strip().splitlines() or [type(error).__name__])[0].rstrip('. '))
     return None
 
 

@@ -2,18 +2,22 @@
 
 import os
 import resource
+import select
 import signal
 import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lib.cli import run_main
 from lib.errors import DataError
 from lib.run import loading
+from lib.run.forked import can_fork
 from lib.run.loading import make_loader, read_batches, read_in_order
 
 
@@ -107,6 +111,81 @@ def test_what_was_read_before_an_error_arrives(workers):
         for batch in read_in_order(_Items(_fail), range(8), _first, workers, torch.device('cpu'), False):
             found.append(batch['img_metas']['index'])
     assert found == [0, 1, 2]
+
+
+def _drive(items, workers, collate=_first):
+    return read_in_order(items, range(len(items)), collate, workers, torch.device('cpu'), False)
+
+
+class _Sized(_Items):
+    """Samples of changing sizes, of several kinds of tensors and arrays."""
+
+    def __getitem__(self, index):
+        sized = torch.arange((index * 7919) % 5000, dtype=torch.float32)
+        img = torch.full((2, 3, index % 4), index, dtype=torch.uint8)
+        lists = [torch.tensor(index), sized.view(-1, 1).expand(-1, 2)]
+        metas = dict(index=index, array=np.full(3, index), half=torch.full((2,), 0.5 * index, dtype=torch.bfloat16))
+        return dict(img=img, sized=sized, lists=lists, img_metas=metas)
+
+
+@pytest.mark.parametrize('workers', [1, 3])
+def test_forked_workers_make_the_same_batches_in_order_and_they_can_be_kept(workers):
+    items = _Sized(count=20)
+    found = list(_drive(items, workers))
+    assert [batch['img_metas']['index'] for batch in found] == list(range(20))
+    for index, batch in enumerate(found):
+        right = items[index]
+        assert all(torch.equal(batch[key], right[key]) for key in ('img', 'sized'))
+        assert all(map(torch.equal, batch['lists'], right['lists']))
+        assert (batch['img_metas']['array'] == index).all() and batch['img_metas']['half'][1] == 0.5 * index
+        batch['img'] += 1  # one's own memory
+
+
+def test_a_forked_worker_that_is_killed_or_mistaken_is_told(tmp_path):
+    with pytest.raises(DataError, match=r'a data-loading worker was killed .status -9 of process \d+.*workers_per_gpu'):
+        list(_drive(_Items(_kill), 2))
+    with pytest.raises(RuntimeError, match='(?s)in a data-loading worker.*_bug.*OSError: a mistake in the code'):
+        list(_drive([0, 1], 1, collate=lambda samples: _bug(1)))
+    with pytest.raises(OSError, match='a mistake in the code'):
+        list(_drive([0, 1], 0, collate=lambda samples: _bug(1)))
+
+
+def _children():
+    return set(Path(f'/proc/self/task/{os.getpid()}/children').read_text().split())
+
+
+@pytest.mark.skipif(not can_fork(), reason='needs forked workers')
+def test_forked_workers_end_with_the_reading_and_leave_no_files_open():
+    before, files = _children(), len(os.listdir('/proc/self/fd'))
+    batches = _drive(_Items(count=50), 2)
+    next(batches)
+    assert len(_children() - before) == 2
+    batches.close()
+    assert _children() == before and len(os.listdir('/proc/self/fd')) == files
+
+
+def test_forked_workers_end_when_the_parent_is_killed(tmp_path):
+    """Each would otherwise wait for ever for somebody to take what it made."""
+    read, write = os.pipe()  # stays open as long as one of them lives
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        next(_drive(_Items(count=50), 3))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(write)
+    os.waitpid(child, 0)
+    assert select.select([read], [], [], 20)[0] and os.read(read, 1) == b''
+    os.close(read)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_forked_workers_feed_a_gpu():
+    items, device = _Sized(count=20), torch.device('cuda')
+    found = list(read_in_order(items, range(20), _first, 3, device, False))
+    for index, batch in enumerate(found):
+        assert batch['img'].is_cuda and (batch['img'] == index).all()
+        assert torch.equal(batch['sized'].cpu(), items[index]['sized'])
+        assert (batch['img_metas']['array'] == index).all()
 
 
 def test_leaving_early_is_quick_and_a_new_start_is_whole():
