@@ -147,7 +147,11 @@ class Clock:
         return dict(what=what, history=history, **figures, memory_mib=memory_mib)
 
     def _load(self, position: int) -> Dict:
-        return self.collate([self.dataset[position % self.count]])
+        """A batch of one sample, without what the model holds of the one before."""
+        index = position % self.count
+        if position and getattr(self.model, 'keeps_frames', False) and hasattr(self.dataset, 'following'):
+            return self.collate([self.dataset.following(index, (position - 1) % self.count)])
+        return self.collate([self.dataset[index]])
 
     def _run(self, batch: Dict) -> None:
         predict(self.model, batch, self.device, self.amp)
