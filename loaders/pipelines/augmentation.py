@@ -5,6 +5,7 @@ In the bird's eye view the volume is rotated about z and flipped: labels and mat
 
 from typing import Dict, NamedTuple, Optional, Sequence, Tuple
 
+import cv2
 import numpy as np
 from mmdet.datasets.builder import PIPELINES
 
@@ -59,7 +60,7 @@ class ImageTransform(NamedTuple):
             seen, result = result, np.zeros(self.size + image.shape[2:], dtype=np.uint8)
             y, x = rows[0] - self.top, columns[0] - self.left
             result[y : y + len(seen), x : x + seen.shape[1]] = seen
-        return result[:, ::-1] if self.mirror else result
+        return cv2.flip(result, 1) if self.mirror else result
 
     def window(self) -> Tuple[Tuple[int, int], Tuple[int, int]]:
         """(start, stop) of the resized image's rows, and of its columns, that the crop shows."""
