@@ -226,7 +226,7 @@ class Bench:
         model.graphs_training = self.graphs_training
         if self.processes.world_size > 1:
             ids = [self.device.index] if self.device.type == 'cuda' else None
-            model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+            model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         scaler = make_scaler(self.training_amp)
         for size in self.args.batch_sizes:
             fused = dict(fused=True) if can_fuse(torch.optim.AdamW, model) else {}
