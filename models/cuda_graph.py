@@ -160,8 +160,7 @@ class _Recorded:
         """Where to run what is only to warm up: on another stream, giving back its memory and random numbers."""
         torch.cuda.synchronize(device)
         with torch.random.fork_rng(devices=[device]):
-            stream = torch.cuda.Stream(device)
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(_stream_on(device)):
                 yield
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
