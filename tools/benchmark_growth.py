@@ -51,7 +51,8 @@ def curves(rows: Sequence[Row], axis: str) -> Dict[str, List[Row]]:
     for kind in _CURVES:
         of_kind = [row for row in rows if kind in row['name']]
         same = [row for row in of_kind if all(row[key] == of_kind[0][key] for key in _AXES if key != axis)]
-        found[kind] = sorted(same, key=lambda row: amount(row, axis))
+        by_amount = {amount(row, axis): row for row in reversed(same)}  # of several runs the first counts
+        found[kind] = [by_amount[key] for key in sorted(by_amount)]
     return found
 
 
@@ -122,7 +123,7 @@ def _draw_legend(figure, line) -> None:
 
 def parse_args(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument('run', metavar='JSON', help='what tools/benchmark.py --grow --json stored')
+    parser.add_argument('runs', nargs='+', metavar='JSON', help='what tools/benchmark.py --grow --json stored')
     parser.add_argument('--title', help='above the plots (default: device and config)')
     parser.add_argument('--out', default='growth.svg', help='.png, .svg or .pdf (default: %(default)s)')
     return parser.parse_args(argv)
@@ -130,11 +131,15 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    rows, stored = read_rows(args.run), read_json(args.run)
-    if not all(key in row for row in rows for key in _AXES) or not rows:
-        raise DataError(f'{args.run} does not say how much work its rows are; run tools/benchmark.py --grow again')
+    rows, ended = [], []
+    for path in args.runs:
+        rows += read_rows(path)
+        stored = read_json(path)
+        ended += [row for row in stored.get('ended', ()) if 'name' in row]
+        if not all(key in row for row in rows for key in _AXES) or not rows:
+            raise DataError(f'{path} does not say how much work its rows are; run tools/benchmark.py --grow again')
     title = args.title or f'{stored.get("device")}, {Path(str(stored.get("config"))).stem}'
-    draw([*rows, *(row for row in stored.get('ended', ()) if 'name' in row)], title, args.out)
+    draw([*rows, *ended], title, args.out)
     print(f'wrote {args.out}: {len(rows)} rows')
 
 
