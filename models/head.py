@@ -26,6 +26,7 @@ from models.encoder import ImageFeatures
 from models.losses import VoxelLosses
 
 _WHERE = 'model.pts_bbox_head'
+PINS = True
 MERGE_STUFF = ('published', 'labelled')
 _MIN_SEMANTIC_SCORE = 0.01
 _MASK_THRESHOLD = 0.5
@@ -64,7 +65,13 @@ class MergedPrediction(NamedTuple):
             pano_inst=self.pano_inst,
             pano_sem=self.pano_sem,
         )
-        return {name: value.unsqueeze(0).cpu().numpy() for name, value in arrays.items() if value is not None}
+        given = {name: value.unsqueeze(0) for name, value in arrays.items() if value is not None}
+        if not PINS or not self.voxels.is_cuda:
+            return {name: value.cpu().numpy() for name, value in given.items()}
+        # all are on their way before the first is waited for
+        copies = {name: value.to('cpu', non_blocking=True) for name, value in given.items()}
+        torch.cuda.current_stream(self.voxels.device).synchronize()
+        return {name: value.numpy().copy() for name, value in copies.items()}  # pinned memory is for the next step
 
 
 def merge_semantic(class_logits: Tensor, mask_logits: Tensor, score_threshold: float) -> Tensor:

@@ -19,6 +19,8 @@ from models.encoder.fused import FusedResNet, can_fuse_backbone, can_fuse_neck, 
 from models.encoder.image_input import ImageInput
 from models.torch_compat import autocast_dtype
 
+GRAPHS_ALL_FRAMES = True
+
 
 class ImageFeatures(NamedTuple):
     """What a decoder can look at.
@@ -71,8 +73,9 @@ class ImageEncoder:
         self.num_frames, self.num_cameras, self.fuse = num_frames, num_cameras, fuse
         self.cache = FeatureCache(capacity=num_frames)
         self._fused_backbone = FusedResNet(backbone) if fuse and can_fuse_backbone(backbone) else None
-        self._graphed = GraphedFunction(self._encode, state=self._backbone_version)
-        self._graphed_writing = GraphedFunction(self._write_maps, state=self._backbone_version)
+        looks = dict(state=self._backbone_version, last_state=self._last_version)
+        self._graphed = GraphedFunction(self._encode, **looks)
+        self._graphed_writing = GraphedFunction(self._write_maps, **looks)
         self._writes: Optional[bool] = None  # see _can_write
         for part in (backbone, neck):  # the layout that the sampling reads
             part.to(memory_format=torch.channels_last)
@@ -143,7 +146,7 @@ class ImageEncoder:
         with self._storing(img):
             maps = self.cache.overwrite(
                 lambda: [level.view((len(slots), -1) + level.shape[2:]) for level in self._encode(img)],
-                lambda maps: self._can_write(img) and self._write(frames, maps, slots),
+                lambda maps: self._can_write(img) and self._write(frames, maps, slots, GRAPHS_ALL_FRAMES),
             )
         return StoredFrames(maps, slots)
 
@@ -199,7 +202,7 @@ class ImageEncoder:
 
     def features_of(self, images: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
         """Features, in training, of images that are prepared; matrices as ``SparseOcc.forward`` takes them."""
-        ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
+        ego2img = _multiply(lidar2img, ego2lidar)
         maps = self._maps_of(images, lidar2img.shape[0])
         return _with_gradient_sum(ImageFeatures(maps, ego2img, tuple(images.shape[-2:])))
 
@@ -249,6 +252,9 @@ class ImageEncoder:
     def _backbone_version(self) -> int:
         return 0 if self._fused_backbone is None else self._fused_backbone.version()
 
+    def _last_version(self) -> int:
+        return 0 if self._fused_backbone is None else self._fused_backbone.last_version
+
     def _frame_keys(self, img: Tensor, img_metas) -> Optional[List[Tuple[Tuple[str, ...], Hashable]]]:
         """A key per frame, or None where the cache cannot be used."""
         if img.shape[0] != 1 or not img_metas or not self._is_testing():
@@ -261,8 +267,17 @@ class ImageEncoder:
 
     def _locate(self, maps: Sequence[Tensor], img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
         """Maps, and where their images look."""
-        ego2img = torch.matmul(lidar2img.double(), ego2lidar.double()).float()
+        ego2img = _multiply(lidar2img, ego2lidar)
         return ImageFeatures(maps, ego2img, self.image_input.padded_size(img.shape[-2:]))
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Products float32 [..., 4, 4] of matrices, computed in float64."""
+    if has_triton(left.device) and left.shape == right.shape and not torch.is_grad_enabled():
+        from models.encoder.kernels import multiply_matrices  # needs Triton
+
+        return multiply_matrices(left, right)
+    return torch.matmul(left.double(), right.double()).float()
 
 
 def _setting(img: Tensor) -> Hashable:

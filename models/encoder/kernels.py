@@ -16,6 +16,10 @@ summed up for the coarser one. PyTorch's operators, for which these are not cont
 Max pooling 3x3 with stride 2 that keeps no places: PyTorch's also writes, for every result, where it came from, in
 eight bytes, whether or not a gradient will be wanted.
 
+The end of a bottleneck of the ResNet at inference is one kernel: its 3x3 convolution where that is narrow, its last
+one, the shortcut or the shortcut's projection, the ReLU, and the first convolution of the block after it. So the widest
+maps are written once and read once, and of the projection nothing is written.
+
 The FPN at inference: a level's 1x1 convolution, its bias and the level above are one kernel; the bias of its result
 is added on the way to where the maps of frames are stored.
 """
@@ -31,8 +35,11 @@ _BLOCK = 1024  # pixels of the input
 _ROWS, _COLUMNS, _STEPS = 32, 64, 16  # of the backward pass
 _PIXELS = 32  # of pooling
 _SQUARES = 64
+# of the end of a bottleneck: pixels, and channels of the widest map at a time
+FINISHED = dict(rows=128, columns=64, num_warps=8, num_stages=2)
 _STORED = 4096  # values per program
 _FEW = 132  # programs that leave some of a GPU idle
+MERGED = dict(rows=64, columns=256, inner=64, num_warps=4, num_stages=2)
 _LEVEL_PIXELS, _LEVEL_CHANNELS = 16, 256  # of levels of the FPN
 
 
@@ -131,6 +138,28 @@ def prepare_images(
     with torch.cuda.device_of(images):
         _prepare[grid](images, settings, given, out, *sizes, jitters=jitter is not None, to_rgb=to_rgb, block=_BLOCK)
     return out.permute(0, 3, 1, 2)
+
+
+@triton.jit
+def _multiply_matrices(left_at, right_at, out_at, count, block: tl.constexpr):
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    inside = place < count
+    start, row, column = place // 16 * 16, place // 4 % 4, place % 4
+    total = tl.zeros([block], tl.float64)
+    for step in tl.static_range(4):
+        left = tl.load(left_at + start + row * 4 + step, mask=inside, other=0.0).to(tl.float64)
+        total += left * tl.load(right_at + start + step * 4 + column, mask=inside, other=0.0).to(tl.float64)
+    tl.store(out_at + place, total.to(tl.float32), mask=inside)
+
+
+def multiply_matrices(left: Tensor, right: Tensor) -> Tensor:
+    """float32 or float64 [..., 4, 4] each, of one shape -> float32, computed in float64."""
+    out = torch.empty(left.shape, dtype=torch.float32, device=left.device)
+    with torch.cuda.device_of(left):
+        _multiply_matrices[(triton.cdiv(left.numel(), 256),)](
+            left.contiguous(), right.contiguous(), out, left.numel(), block=256
+        )
+    return out
 
 
 @triton.jit
@@ -249,6 +278,127 @@ def max_pool(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def _finish_block(
+    x_at, middle_at, middle_bias_at, expand_at, bias_at, source_at, project_at, wide_at, reduce_at, shift_at, out_at,
+    pixels, height, width, source_height, source_width,
+    depth: tl.constexpr, wide: tl.constexpr, source_depth: tl.constexpr, stride: tl.constexpr, channels: tl.constexpr,
+    convolves: tl.constexpr, projects: tl.constexpr, reduces: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, inner: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0) * rows + tl.arange(0, rows)
+    known, pixel = (number < pixels)[:, None], number.to(tl.int64)[:, None]
+    feature, channel = tl.arange(0, depth), tl.arange(0, channels)
+    row, column = number // width % height, number % width
+    if convolves:
+        total = tl.zeros([rows, depth], tl.float32)
+        for tap in range(9):
+            y, x = row + (tap // 3 - 1), column + (tap % 3 - 1)
+            seen = known & ((y >= 0) & (y < height) & (x >= 0) & (x < width))[:, None]
+            near = pixel + ((tap // 3 - 1) * width + (tap % 3 - 1))
+            values = tl.load(x_at + near * depth + feature[None, :], mask=seen, other=0.0)
+            weight = tl.load(middle_at + (feature[None, :] * 9 + tap) * depth + feature[:, None])
+            total += tl.dot(values, weight)
+        total += tl.load(middle_bias_at + feature).to(tl.float32)[None, :]
+        given = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x_at.dtype.element_ty)
+    else:
+        given = tl.load(x_at + pixel * depth + feature[None, :], mask=known, other=0.0)
+    source = number // width // height * (source_height * source_width)
+    source = (source + row * (stride * source_width) + column * stride).to(tl.int64)[:, None]
+    sums = tl.zeros([rows, channels], tl.float32)
+    for first in range(0, wide, columns):
+        at = first + tl.arange(0, columns)
+        values = tl.dot(given, tl.load(expand_at + at[None, :] * depth + feature[:, None]))
+        if projects:
+            for start in tl.static_range(0, source_depth, inner):
+                place = start + tl.arange(0, inner)
+                part = tl.load(source_at + source * source_depth + place[None, :], mask=known, other=0.0)
+                values += tl.dot(part, tl.load(project_at + at[None, :] * source_depth + place[:, None]))
+        else:
+            values += tl.load(source_at + pixel * wide + at[None, :], mask=known, other=0.0).to(tl.float32)
+        values += tl.load(bias_at + at).to(tl.float32)[None, :]
+        result = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x_at.dtype.element_ty)
+        tl.store(wide_at + pixel * wide + at[None, :], result, mask=known)
+        if reduces:
+            sums += tl.dot(result, tl.load(reduce_at + channel[None, :] * wide + at[:, None]))
+    if reduces:
+        sums += tl.load(shift_at + channel).to(tl.float32)[None, :]
+        sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(out_at + pixel * channels + channel[None, :], sums.to(x_at.dtype.element_ty), mask=known)
+
+
+class Pointwise(NamedTuple):
+    """A 1x1 convolution: weight [C', C, 1, 1], bias [C'] or None, and how many pixels it moves by."""
+
+    weight: Tensor
+    bias: Optional[Tensor]
+    stride: int = 1
+
+
+def can_finish(depth: int, wide: int, source_depth: int, channels: int) -> bool:
+    """Whether :func:`finish_block` has room for these numbers of channels; 0 for what there is not."""
+    powers = all(n == 0 or n >= 16 and n & (n - 1) == 0 for n in (depth, source_depth, channels))
+    return powers and max(depth, channels) <= 128 and source_depth <= 256 and wide % FINISHED['columns'] == 0
+
+
+def finish_block(
+    x: Tensor,
+    middle: Optional[Tuple[Tensor, Tensor]],
+    expand: Pointwise,
+    source: Tensor,
+    project: Optional[Pointwise],
+    reduce: Optional[Pointwise],
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """The end of a bottleneck, y = ReLU(expand(x) + source) or ReLU(expand(x) + project(source)), and ReLU(reduce(y)).
+
+    Args:
+        x: [n, C, H, W], float16 or bfloat16, channels last, as all maps are here.
+        middle: weight [C, C, 3, 3] and bias [C] of a convolution to begin with, with its ReLU: x is what it takes.
+        expand: C -> C'.
+        source: [n, C', H, W], or what is projected, [n, C'', stride * H, stride * W].
+        project: C'' -> C'; its bias is that of ``expand``, too, and not looked at.
+        reduce: C' -> the channels of the second result.
+    """
+    count, depth, height, width = x.shape
+    pixels, wide = count * height * width, len(expand.weight)
+    result = torch.empty((count, height, width, wide), dtype=x.dtype, device=x.device)
+    channels = 16 if reduce is None else len(reduce.weight)
+    reduced = None
+    if reduce is not None:
+        reduced = torch.empty((count, height, width, channels), dtype=x.dtype, device=x.device)
+    source_depth = source.shape[1]
+    with torch.cuda.device_of(x):
+        _finish_block[(triton.cdiv(pixels, FINISHED['rows']),)](
+            x,
+            x if middle is None else middle[0].permute(0, 2, 3, 1).contiguous(),
+            x if middle is None else middle[1],
+            expand.weight.flatten(1).contiguous(),
+            expand.bias,
+            source,
+            x if project is None else project.weight.flatten(1).contiguous(),
+            result,
+            x if reduce is None else reduce.weight.flatten(1).contiguous(),
+            x if reduce is None else reduce.bias,
+            x if reduced is None else reduced,
+            pixels,
+            height,
+            width,
+            source.shape[2],
+            source.shape[3],
+            depth=depth,
+            wide=wide,
+            source_depth=source_depth,
+            stride=1 if project is None else project.stride,
+            channels=channels,
+            convolves=middle is not None,
+            projects=project is not None,
+            reduces=reduce is not None,
+            inner=min(64, source_depth),
+            **FINISHED,
+        )
+    return result.permute(0, 3, 1, 2), None if reduced is None else reduced.permute(0, 3, 1, 2)
+
+
+@triton.jit
 def _merge_level(
     stage_at, weight_at, bias_at, coarse_at, out_at, pixels, height, width, depth, channels,
     adds: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, inner: tl.constexpr,
@@ -291,9 +441,9 @@ def merge_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Optional[Te
     count, depth, height, width = stage.shape
     channels, pixels = len(weight), count * height * width
     out = torch.empty((count, height, width, channels), dtype=stage.dtype, device=stage.device)
-    sizes = dict(rows=64, columns=min(256, max(16, triton.next_power_of_2(channels))), inner=64, num_warps=4)
+    sizes = dict(MERGED, columns=min(MERGED['columns'], max(16, triton.next_power_of_2(channels))))
     if triton.cdiv(pixels, sizes['rows']) < _FEW:
-        sizes.update(columns=min(64, sizes['columns']))
+        sizes.update(rows=64, columns=min(64, sizes['columns']), num_warps=4)
     grid = triton.cdiv(pixels, sizes['rows']), triton.cdiv(channels, sizes['columns'])
     with torch.cuda.device_of(stage):
         _merge_level[grid](
@@ -308,7 +458,6 @@ def merge_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Optional[Te
             depth,
             channels,
             adds=coarse is not None,
-            num_stages=2,
             **sizes,
         )
     return out.permute(0, 3, 1, 2)

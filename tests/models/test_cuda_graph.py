@@ -46,6 +46,42 @@ def test_tensors_in_place_are_read_where_they_are():
 
 
 @needs_cuda
+def test_what_is_looked_at_while_the_gpu_works_counts():
+    """Weights that the function prepares outside the graph: a replay with those of before is not what is given."""
+    weight, prepared = torch.ones(3, device='cuda'), {}
+
+    def version():
+        if prepared.get('version') != weight._version:
+            prepared.update(version=weight._version, double=2 * weight)
+        return prepared['version']
+
+    graphed = GraphedFunction(
+        lambda x: [prepared['double'] * x], state=version, last_state=lambda: prepared.get('version')
+    )
+    x = torch.randn(3, device='cuda')
+    for _ in range(3):
+        for _ in range(2):
+            assert torch.equal(graphed(x)[0], 2 * weight * x) and len(graphed._graphs) == 1
+        weight.mul_(3)
+
+
+@needs_cuda
+def test_branches_of_a_graph_meet():
+    def function(x):
+        branch = cuda_graph.Branch(x.device)
+        with branch:
+            beside = x * 2
+        y = x + 1
+        branch.join()
+        return [beside * y]
+
+    graphed = GraphedFunction(function)
+    for _ in range(3):
+        x = torch.randn(5, device='cuda')
+        assert torch.equal(graphed(x)[0], function(x)[0])
+
+
+@needs_cuda
 def test_plain_values_and_absent_tensors_are_part_of_the_key():
     def scale(factor, x, shift):
         return [factor * x if shift is None else factor * x + shift, None]
