@@ -214,8 +214,7 @@ class SparseOccHead(BaseModule):
             raise ConfigError(f"{where}: key 'loss_mask2former' is missing")
         self.loss_mask2former = build_part(terms.pop('loss_mask2former'), LOSSES, f'{where}.loss_mask2former', task)
         self.voxel_losses = VoxelLosses(task, self.transformer.voxel_decoder.scoring, terms, where)
-        version = self.transformer.voxel_decoder.version
-        self._graphed = GraphedFunction(self._predict_tensors, max_graphs=2, state=version)
+        self._graphed = GraphedFunction(self._predict_tensors, max_graphs=2, state=self.transformer.version)
         self._graphed_terms, self._term_names = GraphedPass(self._run_terms), []
 
     def forward(self, features: ImageFeatures) -> TransformerOutput:
@@ -279,7 +278,7 @@ class SparseOccHead(BaseModule):
     def forget_weights(self):
         """Drop the graphs, which hold the weights that there were, and what else was made from them."""
         self._graphed.clear()
-        self.transformer.voxel_decoder.forget_weights()
+        self.transformer.forget_weights()
         self._graphed_terms.clear()
 
     def merge(self, output: TransformerOutput) -> List[MergedPrediction]:
@@ -290,7 +289,7 @@ class SparseOccHead(BaseModule):
     def _merge_sample(self, output: TransformerOutput, b: int) -> MergedPrediction:
         stage, last = output.stages[-1], output.layers[-1]
         class_logits, mask_logits = last.class_logits[b], last.mask_logits[b]
-        voxels = stage.coords[b] * stage.scale
+        voxels = stage.corners[b]
         semantics = merge_semantic(class_logits, mask_logits, self.score_threshold)
         if not self.task.panoptic:
             return MergedPrediction(voxels, semantics)

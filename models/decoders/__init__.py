@@ -3,7 +3,7 @@
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n.
 """
 
-from typing import List, NamedTuple, Optional, Sequence
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmcv.runner import BaseModule
@@ -107,6 +107,15 @@ class SparseOccTransformer(BaseModule):
         queries, sampling = decoder.query_feat.num_embeddings, decoder.decoder_layer.sampling
         layers = range(decoder.num_layers)
         return [t for _ in layers for t in sampling.draw_ahead(batch, queries, self.training_draws, device)]
+
+    def version(self) -> Tuple:
+        """Another value whenever a weight has changed that something was made of, which is forgotten then."""
+        return self.voxel_decoder.version(), self.decoder.version()
+
+    def forget_weights(self):
+        """Drop what was made from the weights as they were."""
+        self.voxel_decoder.forget_weights()
+        self.decoder.forget_weights()
 
     def forward(self, features: ImageFeatures, draws=None) -> TransformerOutput:
         """Voxels and masks of every sample of the batch; draws: in place of its own strategy of drawing."""

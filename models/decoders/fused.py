@@ -8,7 +8,7 @@ bfloat16, whose steps are eight times as wide, they stay float32.
 import contextlib
 import functools
 from types import ModuleType
-from typing import Optional
+from typing import Callable, Dict, Generic, Optional, Sequence, Tuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.csrc import has_triton
 from models.torch_compat import autocast_dtype
 
+PREPARES = True
 _MANY = 512  # rows from which on it pays to take the weights apart
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -41,6 +42,48 @@ def type_of_products(values: Tensor) -> torch.dtype:
 def type_of_queries(values: Tensor) -> torch.dtype:
     """The type of queries between norms; see the top."""
     return torch.float16 if type_of_products(values) == torch.float16 else torch.float32
+
+
+T = TypeVar('T')
+
+
+class MadeOnce(Generic[T]):
+    """What inference makes of weights alone, the same for all images: kept while these stay as they are.
+
+    Args:
+        weights: gives those that it is made of.
+    """
+
+    def __init__(self, weights: Callable[[], Sequence[Tensor]]):
+        self._weights = weights
+        self.clear()
+
+    def clear(self):
+        """Drop what was made."""
+        self.kept: Dict[Tuple, T] = {}
+        self._kept_of: Tuple = ()
+
+    def __getstate__(self):
+        return dict(self.__dict__, kept={}, _kept_of=())
+
+    def version(self) -> Tuple:
+        """Another value whenever a weight has changed; what was made of it is forgotten then."""
+        weights = self._weights()
+        version = tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
+        if version != self._kept_of:
+            self.clear()
+            self._kept_of = version
+        return version
+
+    def get(self, query: Tensor, make: Callable[[], T]) -> T:
+        """What ``make`` gives for so many queries on this device, in this precision."""
+        self.version()
+        exact = not torch.backends.cuda.matmul.allow_tf32
+        key = tuple(query.shape), query.device, query.dtype, type_of_products(query), exact
+        if key not in self.kept:
+            with torch.inference_mode(False), torch.no_grad():
+                self.kept[key] = make()
+        return self.kept[key]
 
 
 def linear_relu(linear: nn.Linear, values: Tensor) -> Tensor:

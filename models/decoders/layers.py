@@ -7,7 +7,7 @@ points serve all frames.
 
 import functools
 from dataclasses import dataclass
-from typing import List
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +100,11 @@ class AdaptiveMixing(BaseModule):
         """sampled [B, Q, G, p_in, C/G], query [B, Q, C] -> [B, Q, C]."""
         return query + self.mix(sampled, query)
 
-    def mix(self, sampled: Tensor, query: Tensor) -> Tensor:
-        """The same without the query that is added."""
+    def mix(self, sampled: Tensor, query: Tensor, matrices: Optional[Tensor] = None) -> Tensor:
+        """The same without the query that is added; matrices: what :meth:`generate` gave for the queries, if known."""
         sampled, flat = sampled.flatten(0, 1), query.flatten(0, 1)
+        if matrices is not None:
+            return self._mix_with(matrices, sampled).view(query.shape)
         in_pieces = self.chunk and torch.is_grad_enabled() and flat.requires_grad
         mixed = self._mix_in_pieces(sampled, flat) if in_pieces else self._mix(sampled, flat)
         return mixed.view(query.shape)
@@ -128,7 +130,13 @@ class AdaptiveMixing(BaseModule):
         rows = self._rows_held(query)
         if rows < len(query):
             return self._mix_held(sampled, query, rows)
-        generated = wide_linear(self.parameter_generator, query)
+        return self._mix_with(wide_linear(self.parameter_generator, query), sampled)
+
+    def generate(self, query: Tensor) -> Tensor:
+        """Matrices [B*Q, G * (W*W + p_out*p_in)] of the queries [B, Q, C]."""
+        return wide_linear(self.parameter_generator, query.flatten(0, 1))
+
+    def _mix_with(self, generated: Tensor, sampled: Tensor) -> Tensor:
         mixed = adaptive_mix(sampled.to(generated.dtype), generated, self.out_points)
         return self.out_proj(mixed.flatten(1))
 
@@ -211,9 +219,13 @@ class _Sampling(BaseModule):
         self.sizes = sizes
         self.scale_weights = nn.Linear(sizes.embed_dims, sizes.num_groups * sizes.num_points * sizes.num_levels)
 
-    def sample(self, query: Tensor, points: Tensor, features: ImageFeatures) -> Tensor:
-        """query [B, Q, C], points [B, Q, G, P, 3] metres -> [B, Q, G, T*P, C/G]."""
-        level_logits = self.scale_weights(query).view(points.shape[:4] + (-1,))
+    def sample(
+        self, query: Tensor, points: Tensor, features: ImageFeatures, level_logits: Optional[Tensor] = None
+    ) -> Tensor:
+        """query [B, Q, C], points [B, Q, G, P, 3] metres, level_logits as :meth:`weigh_levels` gives them, if known ->
+        [B, Q, G, T*P, C/G]."""
+        if level_logits is None:
+            level_logits = self.weigh_levels(query)
         return sample_multi_view(
             features.maps,
             points,
@@ -225,6 +237,10 @@ class _Sampling(BaseModule):
             frame_index=features.frame_index,
             gradient_sum=features.gradient_sum,
         )
+
+    def weigh_levels(self, query: Tensor) -> Tensor:
+        """query [B, Q, C] -> [B, Q, G, P, L], logits."""
+        return self.scale_weights(query).view(query.shape[:2] + (self.sizes.num_groups, self.sizes.num_points, -1))
 
     def group(self, values: Tensor) -> Tensor:
         """[B, Q, G*P*3] or [B, Q, G*P, 3] -> [B, Q, G, P, 3]."""

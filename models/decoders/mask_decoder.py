@@ -4,14 +4,15 @@ Shapes: B batch, Q queries, K kept voxels, C channels, T frames, G groups, P poi
 """
 
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from mmcv.cnn.bricks.transformer import FFN
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
-from models.decoders.fused import kernels_for, run_ffn, type_of_queries
+from models.decoders import fused
+from models.decoders.fused import MadeOnce, kernels_for, run_ffn, type_of_queries
 from models.decoders.layers import AdaptiveMixing, DecoderSizes, MaskGuidedSampling
 from models.decoders.sparse_voxel_decoder import VoxelStage
 from models.encoder import ImageFeatures
@@ -29,6 +30,28 @@ class MaskPrediction:
 
     class_logits: Tensor
     mask_logits: Tensor
+
+
+class Attended(NamedTuple):
+    """Queries that have attended to each other, and what they decide before they look at masks and images.
+
+    query         [B, Q, C]
+    offsets       [B, Q, G*P*3], voxels
+    level_logits  [B, Q, G, P, L], or None: not made yet
+    matrices      as ``AdaptiveMixing.generate`` gives them, or None
+    """
+
+    query: Tensor
+    offsets: Tensor
+    level_logits: Optional[Tensor] = None
+    matrices: Optional[Tensor] = None
+
+
+class Projected(NamedTuple):
+    """[B, Q, C], whose products with the voxels' features are the masks; class logits float32 [B, Q, classes]."""
+
+    masks: Tensor
+    class_logits: Tensor
 
 
 class MaskDecoderLayer(BaseModule):
@@ -77,22 +100,45 @@ class MaskDecoderLayer(BaseModule):
         self, kernels, query: Tensor, position: Tensor, mask_logits: Tensor, voxels: Tensor, draws, features
     ) -> Tensor:
         """As :meth:`forward`, with the kernels of ``kernels_for``."""
-        dtype, sampling = type_of_queries(query), self.sampling
+        return self.look(kernels, self.attend(kernels, query, position), mask_logits, voxels, draws, features)
+
+    def attend(self, kernels, query: Tensor, position: Tensor) -> 'Attended':
+        """The part of :meth:`forward` that looks at neither masks nor images."""
+        dtype = type_of_queries(query)
         query = kernels.add_and_norm(query, self.norm1, dtype, added=self.self_attn.attend(query, position))
+        return Attended(query, self.sampling.offset(query))
+
+    def prepare(self, attended: 'Attended') -> 'Attended':
+        """With all that queries alone decide."""
+        query = attended.query
+        levels = self.sampling.weigh_levels(query).float()
+        return attended._replace(level_logits=levels, matrices=self.mixing.generate(query))
+
+    def look(
+        self, kernels, attended: 'Attended', mask_logits: Tensor, voxels: Tensor, draws, features: ImageFeatures
+    ) -> Tensor:
+        """The rest of :meth:`forward`."""
+        query, offsets, level_logits, matrices = attended
+        dtype, sampling = type_of_queries(query), self.sampling
         wanted = (*query.shape[:2], sampling.sizes.num_groups * sampling.sizes.num_points, query.device)
         drawn = draws.fractions(*wanted), draws.positions(*wanted)
         volume = sampling.grid_shape, sampling.range_min, sampling.range_span
-        points = kernels.draw_points(mask_logits, *drawn, voxels, sampling.offset(query), kernels.Volume(*volume))
-        sampled = sampling.sample(query, sampling.group(points), features)
-        query = kernels.add_and_norm(query, self.norm2, dtype, added=self.mixing.mix(sampled, query))
+        points = kernels.draw_points(mask_logits, *drawn, voxels, offsets, kernels.Volume(*volume))
+        sampled = sampling.sample(query, sampling.group(points), features, level_logits)
+        query = kernels.add_and_norm(query, self.norm2, dtype, added=self.mixing.mix(sampled, query, matrices))
         return kernels.add_and_norm(query, self.norm3, dtype, added=run_ffn(self.ffn, query))
 
-    def predict(self, query: Tensor, voxel_features: Tensor) -> MaskPrediction:
-        """query [B, Q, C], voxel_features [B, K, C]."""
-        mask_logits = torch.bmm(self.mask_proj(query), voxel_features.transpose(1, 2))
+    def project(self, query: Tensor) -> Projected:
+        """query [B, Q, C] -> what its masks and classes are made of."""
+        return Projected(self.mask_proj(query), self.classifier(query).float())
+
+    def predict(self, query: Tensor, voxel_features: Tensor, projected: Optional[Projected] = None) -> MaskPrediction:
+        """query [B, Q, C], voxel_features [B, K, C]; projected: what :meth:`project` gave for the query, if known."""
+        masks, class_logits = self.project(query) if projected is None else projected
+        mask_logits = torch.bmm(masks, voxel_features.transpose(1, 2))
         if self.training or kernels_for(query) is None:  # which take any type
             mask_logits = mask_logits.float()
-        return MaskPrediction(self.classifier(query).float(), mask_logits)
+        return MaskPrediction(class_logits, mask_logits)
 
 
 class QueryAttention(BaseModule):
@@ -136,15 +182,45 @@ class MaskDecoder(BaseModule):
         self.decoder_layer = MaskDecoderLayer(sizes, out_points, guided)
         self.query_feat = nn.Embedding(num_queries, sizes.embed_dims)
         self.query_pos = nn.Embedding(num_queries, sizes.embed_dims)
+        self._begun: MadeOnce[Tuple[Projected, Attended]] = MadeOnce(self._weights_of_beginning)
 
     def forward(self, stage: VoxelStage, draws, features: ImageFeatures) -> List[MaskPrediction]:
         """``num_layers + 1`` predictions over the voxels of the last stage."""
         batch = stage.features.shape[0]
         query = self.query_feat.weight.unsqueeze(0).expand(batch, -1, -1)
         position = self.query_pos.weight.unsqueeze(0).expand(batch, -1, -1)
-        voxels = stage.coords * stage.scale
-        predictions = [self.decoder_layer.predict(query, stage.features)]
+        voxels = stage.corners
+        layer = self.decoder_layer
+        kernels = None if self.training or not layer.sampling.guided or not fused.PREPARES else kernels_for(query)
+        projected, attended = (None, None) if kernels is None else self._begin(kernels, query, position)
+        predictions = [layer.predict(query, stage.features, projected)]
         for _ in range(self.num_layers):
-            query = self.decoder_layer(query, position, predictions[-1].mask_logits, voxels, draws, features)
-            predictions.append(self.decoder_layer.predict(query, stage.features))
+            mask_logits = predictions[-1].mask_logits
+            if attended is not None:
+                query = layer.look(kernels, attended, mask_logits, voxels, draws, features)
+                attended = None
+            else:
+                query = layer(query, position, mask_logits, voxels, draws, features)
+            predictions.append(layer.predict(query, stage.features))
         return predictions
+
+    def _begin(self, kernels, query: Tensor, position: Tensor) -> Tuple[Projected, Attended]:
+        """What the learned queries do before they look at anything, which is always the same: made once and kept."""
+        layer = self.decoder_layer
+        return self._begun.get(
+            query, lambda: (layer.project(query), layer.prepare(layer.attend(kernels, query, position)))
+        )
+
+    def _weights_of_beginning(self) -> List[Tensor]:
+        layer = self.decoder_layer
+        of_layer = layer.self_attn, layer.norm1, layer.sampling, layer.mixing.parameter_generator
+        others = layer.mask_proj, layer.classifier, self.query_feat, self.query_pos
+        return [weight for part in (*of_layer, *others) for weight in part.parameters()]
+
+    def version(self) -> Tuple:
+        """Another value whenever a weight has changed that something was made of, which is forgotten then."""
+        return self._begun.version()
+
+    def forget_weights(self):
+        """Drop what was made from the weights as they were."""
+        self._begun.clear()

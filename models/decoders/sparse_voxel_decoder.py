@@ -6,7 +6,7 @@ Block coordinates are the full-resolution voxel indices of a block's lower corne
 
 import math
 from dataclasses import dataclass, replace
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmcv.cnn.bricks.transformer import FFN
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lib.errors import ConfigError
 from lib.task import Task
+from models.decoders import fused
 from models.decoders.draws import running_count
-from models.decoders.fused import kernels_for, linear_relu, run_ffn, type_of_products, type_of_queries
+from models.decoders.fused import MadeOnce, kernels_for, linear_relu, run_ffn, type_of_products, type_of_queries
 from models.decoders.layers import AdaptiveMixing, BlockSampling, DecoderSizes, DistanceAttention
 from models.encoder import ImageFeatures
 
@@ -41,6 +42,26 @@ class VoxelStage:
     features: Tensor
     scale: int
     occ_logits: Optional[Tensor] = None
+
+    @property
+    def corners(self) -> Tensor:
+        """int64 [B, K, 3], full-resolution indices of the lower corners."""
+        return self.coords if self.scale == 1 else self.coords * self.scale
+
+
+class Placed(NamedTuple):
+    """Queries of a layer, and what they decide before they look at images.
+
+    query         [B, Q, C]
+    points        float32 [B, Q, G, P, 3] metres, ego frame
+    level_logits  [B, Q, G, P, L], or None: not made yet
+    matrices      as ``AdaptiveMixing.generate`` gives them, or None
+    """
+
+    query: Tensor
+    points: Tensor
+    level_logits: Optional[Tensor] = None
+    matrices: Optional[Tensor] = None
 
 
 class SparseVoxelDecoderLayer(BaseModule):
@@ -95,10 +116,10 @@ class SparseVoxelDecoderLayer(BaseModule):
 
     def _forward_fused(self, kernels, query: Tensor, coords: Tensor, features: ImageFeatures) -> Tensor:
         """As :meth:`forward`, with the kernels of ``kernels_for``."""
-        return self.look(kernels, *self.place(kernels, query, coords), features)
+        return self.look(kernels, self.place(kernels, query, coords), features)
 
-    def place(self, kernels, query: Tensor, coords: Tensor) -> Tuple[Tensor, Tensor]:
-        """The part of :meth:`forward` that looks at no image: queries [B, Q, C], and points [B, Q, G, P, 3] metres."""
+    def place(self, kernels, query: Tensor, coords: Tensor) -> 'Placed':
+        """The part of :meth:`forward` that looks at no image, but for what :meth:`prepare` adds."""
         linear, norm, _, second_linear, second_norm, _ = self.position_encoder
         product, dtype = type_of_products(query), type_of_queries(query)
         hidden, corners = kernels.embed_positions(coords, self.grid_shape, linear, norm, self.voxel_size, product)
@@ -107,17 +128,25 @@ class SparseVoxelDecoderLayer(BaseModule):
             query = kernels.add_and_norm(query, self.norm1, dtype, added=self.self_attn.attend(query, corners))
         offsets = self.sampling.sampling_offset(query)
         points = kernels.place_points(corners, self.range_min, offsets, self.interval * self.voxel_size)
-        return query, self.sampling.group(points)
+        return Placed(query, self.sampling.group(points))
 
-    def look(self, kernels, query: Tensor, points: Tensor, features: ImageFeatures) -> Tensor:
+    def prepare(self, placed: 'Placed') -> 'Placed':
+        """With all that queries alone decide; matrices, which are large, for one sample in half precision alone."""
+        query = placed.query
+        keeps = len(query) == 1 and type_of_products(query) != torch.float32
+        levels = self.sampling.weigh_levels(query).float()
+        return placed._replace(level_logits=levels, matrices=self.mixing.generate(query) if keeps else None)
+
+    def look(self, kernels, placed: 'Placed', features: ImageFeatures) -> Tensor:
         """The rest of :meth:`forward`."""
-        dtype, sampled = type_of_queries(query), self.sampling.sample(query, points, features)
-        query = kernels.add_and_norm(query, self.norm2, dtype, added=self.mixing.mix(sampled, query))
+        query, points, level_logits, matrices = placed
+        dtype, sampled = type_of_queries(query), self.sampling.sample(query, points, features, level_logits)
+        query = kernels.add_and_norm(query, self.norm2, dtype, added=self.mixing.mix(sampled, query, matrices))
         return kernels.add_and_norm(query, self.norm3, dtype, added=run_ffn(self.ffn, query))
 
     def weights_of_place(self) -> List[Tensor]:
-        """What :meth:`place` depends on beside its arguments."""
-        modules = self.position_encoder, self.self_attn, self.norm1, self.sampling.sampling_offset
+        """What :meth:`place` and :meth:`prepare` depend on beside their arguments."""
+        modules = self.position_encoder, self.self_attn, self.norm1, self.sampling, self.mixing.parameter_generator
         return [weight for module in modules if module is not None for weight in module.parameters()]
 
 
@@ -176,8 +205,7 @@ class SparseVoxelDecoder(BaseModule):
         self.seg_pred_heads = ModuleList([nn.Linear(embed_dims, classes) for _ in self.intervals])
         self.register_buffer('start', _block_corners(task.grid_shape, self.intervals[0]), persistent=False)
         self.register_buffer('child_steps', torch.tensor(_CHILDREN), persistent=False)
-        self._placed: Dict[Tuple, Tuple[Tensor, Tensor]] = {}  # see _place_first
-        self._placed_with: Tuple = ()
+        self._placed: MadeOnce[Placed] = MadeOnce(self.decoder_layers[0].weights_of_place)
 
     @property
     def scales(self) -> List[int]:
@@ -193,39 +221,28 @@ class SparseVoxelDecoder(BaseModule):
         stages = []
         for i, layer in enumerate(self.decoder_layers):
             if i == 0 and kernels is not None:
-                query = layer.look(kernels, *self._place_first(kernels, query, coords), features)
+                query = layer.look(kernels, self._place_first(kernels, query, coords), features)
             else:
                 query = layer(query, coords, features)
             stage = self._split_and_keep(i, query, coords)
             stages.append(stage)
-            query, coords = stage.features.detach(), stage.coords * stage.scale
+            query, coords = stage.features.detach(), stage.corners
         return stages
 
-    def _place_first(self, kernels, query: Tensor, coords: Tensor) -> Tuple[Tensor, Tensor]:
-        """``place`` of the first layer, which is the same for all images: made once and kept."""
-        version = self.version()
-        if version != self._placed_with:
-            self.forget_weights()
-            self._placed_with = version
-        exact = not torch.backends.cuda.matmul.allow_tf32
-        key = len(query), query.device, type_of_products(query), exact
-        if key not in self._placed:
-            with torch.inference_mode(False), torch.no_grad():
-                self._placed[key] = self.decoder_layers[0].place(kernels, query, coords)
-        return self._placed[key]
+    def _place_first(self, kernels, query: Tensor, coords: Tensor) -> Placed:
+        """What the first layer does before it looks at an image, which is the same for all: made once and kept."""
+        first = self.decoder_layers[0]
+        if not fused.PREPARES:
+            return self._placed.get(query, lambda: first.place(kernels, query, coords))
+        return self._placed.get(query, lambda: first.prepare(first.place(kernels, query, coords)))
 
     def version(self) -> Tuple:
         """Another value whenever a weight has changed that something was made of, which is forgotten then."""
-        weights = self.decoder_layers[0].weights_of_place()
-        return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
+        return self._placed.version()
 
     def forget_weights(self):
         """Drop what was made from the weights as they were."""
         self._placed.clear()
-        self._placed_with = ()
-
-    def __getstate__(self):
-        return dict(self.__dict__, _placed={}, _placed_with=())
 
     def _split_and_keep(self, i: int, query: Tensor, coords: Tensor) -> VoxelStage:
         """Children of the blocks of stage i, scored, the best k kept in candidate order."""

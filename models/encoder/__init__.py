@@ -73,9 +73,9 @@ class ImageEncoder:
         self.num_frames, self.num_cameras, self.fuse = num_frames, num_cameras, fuse
         self.cache = FeatureCache(capacity=num_frames)
         self._fused_backbone = FusedResNet(backbone) if fuse and can_fuse_backbone(backbone) else None
-        looks = dict(state=self._backbone_version, last_state=self._last_version)
-        self._graphed = GraphedFunction(self._encode, **looks)
-        self._graphed_writing = GraphedFunction(self._write_maps, **looks)
+        versions = self._backbone_version, self._last_version
+        self._graphed = GraphedFunction(self._encode, 4, *versions)
+        self._graphed_writing = GraphedFunction(self._write_maps, 4, *versions)
         self._writes: Optional[bool] = None  # see _can_write
         for part in (backbone, neck):  # the layout that the sampling reads
             part.to(memory_format=torch.channels_last)

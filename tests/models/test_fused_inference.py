@@ -380,18 +380,24 @@ def assert_as_rounded(mine, other):
 
 @runs
 def test_what_is_the_same_for_all_images_is_made_of_the_weights_there_are(predict):
-    decoder = predict.model.pts_bbox_head.transformer.voxel_decoder
+    transformer = predict.model.pts_bbox_head.transformer
+    decoder, of_masks = transformer.voxel_decoder, transformer.decoder
     predict(True)
-    (kept,) = decoder._placed.values()
+    made = decoder._placed, of_masks._begun
+    kept = [next(iter(each.kept.values()))[0] for each in made]
     predict(True)
-    assert next(iter(decoder._placed.values()))[0] is kept[0]
+    assert all(next(iter(each.kept.values()))[0] is one for each, one in zip(made, kept))
     decoder.decoder_layers[0].norm1.weight.mul_(-0.5)
+    of_masks.query_feat.weight.mul_(-0.5)
     ours, theirs = predict(True), predict(False)
     for mine, other in zip(ours.output.stages, theirs.output.stages):
         assert_as_rounded(mine.features, other.features)
-    assert not copy.deepcopy(decoder)._placed
+    assert_as_rounded(ours.output.layers[0].mask_logits, theirs.output.layers[0].mask_logits)
+    assert_as_rounded(ours.output.layers[0].class_logits, theirs.output.layers[0].class_logits)
+    twin = copy.deepcopy(transformer)
+    assert not twin.voxel_decoder._placed.kept and not twin.decoder._begun.kept
     predict.model.pts_bbox_head.forget_weights()
-    assert not decoder._placed
+    assert not any(each.kept for each in made)
 
 
 @runs
