@@ -7,7 +7,7 @@ points serve all frames.
 
 import functools
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from models.csrc.adaptive_mixing import adaptive_mix, mix_in_pieces
 from models.csrc.distance_attention import distance_attention, distance_attention_in_training, trains_fused
 from models.csrc.msmv_sampling import sample_multi_view
 from models.decoders.draws import select_valid
-from models.decoders.fused import kernels_for, wide_linear
+from models.decoders.fused import PREPARES, MadeOnce, kernels_for, wide_linear
 from models.encoder import ImageFeatures
 from models.torch_compat import autocast_dtype, recompute
 
@@ -171,6 +171,7 @@ class DistanceAttention(BaseModule):
         self.num_heads, self.save_memory = num_heads, save_memory
         self.attention = MultiheadAttention(embed_dims, num_heads, attn_drop=dropout, batch_first=True)
         self.gen_tau = nn.Linear(embed_dims, num_heads)
+        self.halves: MadeOnce[List[Tensor]] = MadeOnce(self._weights)  # in float16
 
     def init_weights(self):
         super().init_weights()
@@ -189,22 +190,31 @@ class DistanceAttention(BaseModule):
         width = query.shape[2] // self.num_heads
         in_half = autocast_dtype(query.device.type) == torch.float16 and not self.training
         if in_half and kernels_for(query) is not None and trains_fused(width, query.device):
-            return attend(query, positions)
+            halves = self.halves.get(query, lambda: [weight.half() for weight in self._weights()])
+            return attend(query, positions, halves if PREPARES else None)
         with torch.autocast(query.device.type, enabled=False):
             if again and not trains_fused(width, query.device):
                 return recompute(attend, query.float(), positions)
             return attend(query.float(), positions)
 
-    def _attend(self, exact: bool, query: Tensor, positions: Tensor) -> Tensor:
-        weights = self.attention.attn
-        parts = F.linear(query, weights.in_proj_weight, weights.in_proj_bias)
+    def _weights(self) -> List[Tensor]:
+        """Weight and bias of the first projection, of tau's layer and of the last projection."""
+        attention, tau = self.attention.attn, self.gen_tau
+        first, last = (attention.in_proj_weight, attention.in_proj_bias), attention.out_proj
+        return [*first, tau.weight, tau.bias, last.weight, last.bias]
+
+    def _attend(
+        self, exact: bool, query: Tensor, positions: Tensor, weights: Optional[Sequence[Tensor]] = None
+    ) -> Tensor:
+        weights = self._weights() if weights is None else weights
+        parts = F.linear(query, *weights[:2])
         parts = parts.view(query.shape[:2] + (3, self.num_heads, query.shape[2] // self.num_heads))
-        reach = self.gen_tau(query)
+        reach = F.linear(query, *weights[2:4])
         if self.training:  # the CUDA kernel has neither dropout nor a backward pass
-            attended = distance_attention_in_training(parts, reach, positions, weights.dropout, exact)
+            attended = distance_attention_in_training(parts, reach, positions, self.attention.attn.dropout, exact)
         else:
             attended = distance_attention(parts, reach, positions, exact)
-        return weights.out_proj(attended)
+        return F.linear(attended, *weights[4:])
 
 
 class _Sampling(BaseModule):

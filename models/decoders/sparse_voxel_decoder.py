@@ -238,11 +238,15 @@ class SparseVoxelDecoder(BaseModule):
 
     def version(self) -> Tuple:
         """Another value whenever a weight has changed that something was made of, which is forgotten then."""
-        return self._placed.version()
+        attentions = [layer.self_attn for layer in self.decoder_layers if layer.self_attn is not None]
+        return (self._placed.version(), *(attention.halves.version() for attention in attentions))
 
     def forget_weights(self):
         """Drop what was made from the weights as they were."""
         self._placed.clear()
+        for layer in self.decoder_layers:
+            if layer.self_attn is not None:
+                layer.self_attn.halves.clear()
 
     def _split_and_keep(self, i: int, query: Tensor, coords: Tensor) -> VoxelStage:
         """Children of the blocks of stage i, scored, the best k kept in candidate order."""
