@@ -178,7 +178,7 @@ class ImageEncoder:
         return self.fuse and img.is_cuda and can_fuse_neck(self.neck) and has_triton(img.device)
 
     def _write_maps(self, frames: Tensor, slots: Tensor, *maps: Tensor) -> Tuple[()]:
-        run_neck_into(self.neck, self._stages_of(self.image_input(frames.flatten(0, 1))), maps, slots)
+        run_neck_into(self.neck, self._stages_of_given(frames.flatten(0, 1)), maps, slots)
         return ()
 
     def encode(self, img: Tensor, graphed: bool = False) -> List[Tensor]:
@@ -237,6 +237,15 @@ class ImageEncoder:
         """Of the backbone, from prepared images [n, 3, H', W']."""
         fused = self._fused_backbone
         return list(fused(images) if fused is not None and fused.serves(images) else self.backbone(images))
+
+    def _stages_of_given(self, images: Tensor) -> List[Tensor]:
+        """Of the backbone, at test time, from images uint8 [n, 3, H, W] BGR."""
+        fused = self._fused_backbone
+        if fused is not None and fused.takes_squares(self.image_input.padded_size(images.shape[-2:])):
+            squares = self.image_input.as_squares(images)
+            if squares is not None and fused.serves(squares):
+                return list(fused(squares, in_squares=True))
+        return self._stages_of(self.image_input(images))
 
     def _check_images(self, img: Tensor, num_frames: int):
         count = num_frames * self.num_cameras

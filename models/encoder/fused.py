@@ -178,13 +178,21 @@ class FusedResNet:
             for table, name, part, kind in self._parts
         )
 
-    def __call__(self, images: Tensor) -> Tuple[Tensor, ...]:
-        """images [n, 3, H, W], channels last -> the stages of ``out_indices``, as the backbone gives them."""
+    def takes_squares(self, size: Sequence[int]) -> bool:
+        """Whether the first convolution runs over ``squares_of`` images of this (height, width)."""
+        return _is_usual_stem(self.backbone.conv1) and not any(n % 2 for n in size)
+
+    def __call__(self, images: Tensor, in_squares: bool = False) -> Tuple[Tensor, ...]:
+        """images [n, 3, H, W], channels last -> the stages of ``out_indices``, as the backbone gives them.
+
+        Args:
+            in_squares: given are ``squares_of`` the images, for which :meth:`takes_squares` holds.
+        """
         net = self.backbone
         self.version()
         dtype = autocast_dtype(images.device.type) or images.dtype
         self._fold_learning(dtype)
-        x = _pool(net.maxpool, self._run_stem(images.to(dtype)))
+        x = _pool(net.maxpool, self._run_stem(images.to(dtype), in_squares))
         layers = [getattr(net, name) for name in net.res_layers]
         if _can_finish_blocks(x):
             stages = _run_finishing([self._parts_of(stage, dtype) for stage in layers], x)
@@ -193,12 +201,12 @@ class FusedResNet:
         self._folded.clear()
         return tuple(stage for i, stage in enumerate(stages) if i in net.out_indices)
 
-    def _run_stem(self, images: Tensor) -> Tensor:
+    def _run_stem(self, images: Tensor, in_squares: bool = False) -> Tensor:
         """The first convolution, its norm and ReLU; of 7x7 with stride 2 as one of 4x4 over squares of four pixels."""
         conv = self.backbone.conv1
         weight, bias = self._fold(conv, self.backbone.norm1, images.dtype)
         geometry = _geometry(conv)
-        if not _is_usual_stem(conv) or images.shape[2] % 2 or images.shape[3] % 2:
+        if not (in_squares or self.takes_squares(images.shape[2:])):
             return _ConvolveReLU.apply(images, weight, bias, geometry)
         if _learns(conv, self.backbone.norm1):
             weight = squared_weight(weight)
@@ -207,7 +215,8 @@ class FusedResNet:
                 with torch.inference_mode(False), torch.no_grad():
                     self._squared[images.dtype] = squared_weight(weight)
             weight = self._squared[images.dtype]
-        return _ConvolveReLU.apply(squares_of(images), weight, bias, _Geometry((1, 1), (0, 0), (1, 1), 1))
+        squares = images if in_squares else squares_of(images)
+        return _ConvolveReLU.apply(squares, weight, bias, _Geometry((1, 1), (0, 0), (1, 1), 1))
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         """A stage; with checkpointing nothing inside it is kept, which costs no more time than to keep its blocks'

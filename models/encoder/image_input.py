@@ -32,6 +32,7 @@ class ImageInput(nn.Module):
         self.to_rgb, self.size_divisor, self.color_aug = to_rgb, size_divisor, color_aug
         for name, value in (('mean', mean), ('std', std)):
             self.register_buffer(name, torch.tensor(value).float().view(1, 3, 1, 1), persistent=False)
+        self.register_buffer('settings', torch.tensor([*mean, *std]).float(), persistent=False)  # for kernels
 
     @classmethod
     def from_config(cls, cfg: Mapping) -> 'ImageInput':
@@ -63,14 +64,23 @@ class ImageInput(nn.Module):
         images = F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
         return images.contiguous(memory_format=torch.channels_last)
 
+    def as_squares(self, images: Tensor) -> Optional[Tensor]:
+        """``squares_of`` what :meth:`forward` gives in evaluation, in one pass; None where no kernel does it."""
+        if self.training or images.dtype != torch.uint8 or not has_triton(images.device):
+            return None
+        from models.encoder.kernels import InputSizes, prepare_squares  # needs Triton
+
+        sizes = InputSizes(*images.shape[-2:], *self.padded_size(images.shape[-2:]))
+        dtype = autocast_dtype(images.device.type) or torch.float32
+        return prepare_squares(images.contiguous(), self.settings, sizes, self.to_rgb, dtype)
+
     def _prepare_fused(self, images: Tensor, jitter: Optional['Jitter']) -> Tensor:
         from models.encoder.kernels import InputSizes, prepare_images  # needs Triton
 
         sizes = InputSizes(*images.shape[-2:], *self.padded_size(images.shape[-2:]))
-        settings = torch.cat([self.mean.flatten(), self.std.flatten()])
         numbers = None if jitter is None else jitter.as_numbers()
         dtype = autocast_dtype(images.device.type) or torch.float32
-        return prepare_images(images.contiguous(), settings, numbers, sizes, self.to_rgb, dtype)
+        return prepare_images(images.contiguous(), self.settings, numbers, sizes, self.to_rgb, dtype)
 
     def padded_size(self, size: Sequence[int]):
         """(height, width) after padding."""

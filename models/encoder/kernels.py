@@ -141,6 +141,38 @@ def prepare_images(
 
 
 @triton.jit
+def _prepare_squares(
+    images_at, settings_at, out_at, height, width, rows, columns, count, to_rgb: tl.constexpr, squares: tl.constexpr
+):  # fmt: skip
+    place = tl.program_id(0) * squares + tl.arange(0, squares)
+    channel = tl.arange(0, 16)
+    column, row, image = place % columns, place // columns % rows, place // columns // rows
+    y = 2 * (row[:, None] - 2) + channel[None, :] // 6
+    x = 2 * (column[:, None] - 2) + channel[None, :] // 3 % 2
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (channel < 12)[None, :] & (place < count)[:, None]
+    colour = channel % 3
+    plane = 2 - colour if to_rgb else colour
+    source = ((image.to(tl.int64)[:, None] * 3 + plane[None, :]) * height + y) * width + x
+    values = tl.load(images_at + source, mask=inside, other=0).to(tl.float32)
+    deviation = tl.load(settings_at + 3 + colour)[None, :] + tl.zeros([squares, 16], tl.float32)
+    values = tl.div_rn(values - tl.load(settings_at + colour)[None, :], deviation)
+    values = tl.where(inside, values, 0.0).to(out_at.dtype.element_ty)
+    tl.store(out_at + place.to(tl.int64)[:, None] * 16 + channel[None, :], values, mask=(place < count)[:, None])
+
+
+def prepare_squares(images: Tensor, settings: Tensor, sizes: InputSizes, to_rgb: bool, dtype: torch.dtype) -> Tensor:
+    """``gather_squares`` of what :func:`prepare_images` makes of these arguments without jitter, in one pass."""
+    rows, columns = sizes.padded_height // 2 + 3, sizes.padded_width // 2 + 3
+    out = torch.empty((len(images), rows, columns, 16), dtype=dtype, device=images.device)
+    count = len(images) * rows * columns
+    with torch.cuda.device_of(images):
+        _prepare_squares[(triton.cdiv(count, _SQUARES),)](
+            images, settings, out, sizes.height, sizes.width, rows, columns, count, to_rgb=to_rgb, squares=_SQUARES
+        )
+    return out.permute(0, 3, 1, 2)
+
+
+@triton.jit
 def _multiply_matrices(left_at, right_at, out_at, count, block: tl.constexpr):
     place = tl.program_id(0) * block + tl.arange(0, block)
     inside = place < count

@@ -148,6 +148,21 @@ def test_image_input(jittered, to_rgb, monkeypatch):
 
 
 @runs
+@pytest.mark.parametrize('to_rgb', [True, False])
+def test_images_as_squares(to_rgb, monkeypatch):
+    """To the bit what two passes give, padded images among them."""
+    from models.encoder.kernels import gather_squares
+
+    layer = ImageInput([123.675, 116.28, 103.53], [58.395, 57.12, 57.375], to_rgb, 32, color_aug=True).to(DEVICE)
+    images = torch.randint(0, 256, (3, 3, 20, 40), dtype=torch.uint8).to(DEVICE)
+    assert layer.as_squares(images) is None  # in training
+    layer.eval()
+    monkeypatch.setattr('models.encoder.image_input.has_triton', lambda *_: True)
+    assert layer.as_squares(images.float()) is None
+    assert torch.equal(layer.as_squares(images), gather_squares(layer._prepare_fused(images, None)))
+
+
+@runs
 @pytest.mark.parametrize('channels, height, width', [(64, 8, 12), (20, 7, 9), (64, 1, 5)])
 def test_pooling(channels, height, width):
     from models.encoder.kernels import max_pool
