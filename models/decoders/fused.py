@@ -8,7 +8,7 @@ bfloat16, whose steps are eight times as wide, they stay float32.
 import contextlib
 import functools
 from types import ModuleType
-from typing import Callable, Dict, Generic, Optional, Sequence, Tuple, TypeVar
+from typing import Callable, Dict, Generic, Iterable, Optional, Tuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class MadeOnce(Generic[T]):
         weights: gives those that it is made of.
     """
 
-    def __init__(self, weights: Callable[[], Sequence[Tensor]]):
+    def __init__(self, weights: Callable[[], Iterable[Tensor]]):
         self._weights = weights
         self.clear()
 

@@ -200,36 +200,42 @@ def embed_positions(
 
 @triton.jit
 def _place(
-    corners_at, first_at, offsets_at, out_at, size, count, per_query, block: tl.constexpr
+    corners_at, first_at, asked_at, points_at, levels_at, size, count, offsets, width, block: tl.constexpr
 ):  # fmt: skip
     place = tl.program_id(0) * block + tl.arange(0, block)
     inside = place < count
-    query, axis = place // per_query, place % 3
+    query, number = place // width, place % width
+    value = tl.load(asked_at + place, mask=inside, other=0.0).to(tl.float32)
+    is_offset = number < offsets
+    axis = tl.where(is_offset, number % 3, 0)
     corner = tl.load(corners_at + query * 3 + axis, mask=inside, other=0.0)
-    offset = tl.load(offsets_at + place, mask=inside, other=0.0).to(tl.float32)
     centre = corner + tl.load(first_at + axis) + size / 2
-    tl.store(out_at + place, centre + size * offset, mask=inside)
+    tl.store(points_at + query * offsets + number, centre + size * value, mask=inside & is_offset)
+    tl.store(levels_at + query * (width - offsets) + number - offsets, value, mask=inside & (is_offset == 0))
 
 
-def place_points(corners: Tensor, first: Tensor, offsets: Tensor, size: float) -> Tensor:
-    """Points around the centres of blocks.
+def place_points(corners: Tensor, first: Tensor, asked: Tensor, size: float, offsets: int) -> Tuple[Tensor, Tensor]:
+    """Points around the centres of blocks, and the rest of what queries ask for, in float32.
 
     Args:
         corners: float32 [B, Q, 3] metres from the corner of the grid.
         first: float32 [3], that corner in the ego frame, metres.
-        offsets: [B, Q, G*P*3] in edges of a block.
+        asked: [B, Q, G*P*3 + n], the first in edges of a block.
         size: edge of a block, metres.
+        offsets: G*P*3.
 
     Returns:
-        float32 [B, Q, G*P*3] metres, ego frame.
+        float32 [B, Q, G*P*3] metres, ego frame; float32 [B, Q, n].
     """
-    offsets = offsets.contiguous()
-    out = torch.empty(offsets.shape, dtype=torch.float32, device=offsets.device)
-    with torch.cuda.device_of(offsets):
-        _place[(triton.cdiv(out.numel(), 512),)](
-            corners.contiguous(), first, offsets, out, size, out.numel(), offsets.shape[-1], block=512
+    asked = asked.contiguous()
+    width, kind = asked.shape[-1], dict(dtype=torch.float32, device=asked.device)
+    points = torch.empty(asked.shape[:2] + (offsets,), **kind)
+    levels = torch.empty(asked.shape[:2] + (width - offsets,), **kind)
+    with torch.cuda.device_of(asked):
+        _place[(triton.cdiv(asked.numel(), 512),)](
+            corners.contiguous(), first, asked, points, levels, size, asked.numel(), offsets, width, block=512
         )
-    return out
+    return points, levels
 
 
 # -- choice of the best children
@@ -465,13 +471,18 @@ def _count_pieces(
 
 @triton.jit
 def _draw(
-    logits_at, counts_at, fractions_at, anywhere_at, coords_at, offsets_at, grid_at, first_at, span_at, points_at,
-    queries, voxels, pieces, draws, draws_row, piece: tl.constexpr, many: tl.constexpr, block: tl.constexpr,
+    logits_at, counts_at, fractions_at, anywhere_at, coords_at, asked_at, grid_at, first_at, span_at, points_at,
+    levels_at, queries, voxels, pieces, draws, draws_row, rest,
+    piece: tl.constexpr, many: tl.constexpr, block: tl.constexpr, others: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // queries
     draw = tl.arange(0, block)
     wanted = draw < draws
+    asked_at += row * (3 * draws + rest)
+    other = tl.arange(0, others)
+    levels = tl.load(asked_at + 3 * draws + other, mask=other < rest, other=0.0).to(tl.float32)
+    tl.store(levels_at + row * rest + other, levels, mask=other < rest)
     earlier = tl.arange(0, many)
     counts = tl.load(counts_at + row * pieces + earlier, mask=earlier < pieces, other=0)
     ends, total = tl.cumsum(counts), tl.sum(counts)
@@ -492,7 +503,7 @@ def _draw(
         anywhere = tl.load(anywhere_at + (row * draws_row + draw) * 3 + axis, mask=wanted, other=0.0)
         anywhere *= tl.load(grid_at + axis)
         point = tl.where(total == 0, anywhere, chosen.to(tl.float32))
-        point += tl.load(offsets_at + place, mask=wanted, other=0.0).to(tl.float32)
+        point += tl.load(asked_at + draw * 3 + axis, mask=wanted, other=0.0).to(tl.float32)
         point = point / tl.load(grid_at + axis) * tl.load(span_at + axis) + tl.load(first_at + axis)
         tl.store(points_at + place, point, mask=wanted)
 
@@ -506,19 +517,19 @@ class Volume(NamedTuple):
 
 
 def draw_points(
-    mask_logits: Tensor, fractions: Tensor, anywhere: Tensor, voxels: Tensor, offsets: Tensor, volume: Volume
-) -> Tensor:
-    """Points of each query at voxels of its mask, as ``MaskGuidedSampling`` takes them.
+    mask_logits: Tensor, fractions: Tensor, anywhere: Tensor, voxels: Tensor, asked: Tensor, volume: Volume
+) -> Tuple[Tensor, Tensor]:
+    """Points of each query at voxels of its mask for ``MaskGuidedSampling``, and the rest of what is asked for.
 
     Args:
         mask_logits: [B, Q, K]; positive is inside.
         fractions: float32 [B, Q, count] in [0, 1): u takes the floor(u * n)-th of a query's n voxels.
         anywhere: float32 [B, Q, count, 3] in [0, 1), places in the volume for a query without any voxel.
         voxels: int64 [B, K, 3], full-resolution voxel indices.
-        offsets: [B, Q, count * 3], voxels.
+        asked: [B, Q, count * 3 + n], the first offsets in voxels.
 
     Returns:
-        float32 [B, Q, count, 3] metres, ego frame.
+        float32 [B, Q, count, 3] metres, ego frame; float32 [B, Q, n].
     """
     batch, queries, count = mask_logits.shape
     draws, pieces = fractions.shape[-1], triton.cdiv(count, _PIECE)
@@ -529,6 +540,8 @@ def draw_points(
     logits, device = mask_logits.contiguous(), mask_logits.device
     counts = torch.empty(batch * queries, pieces, dtype=torch.int32, device=device)
     points = torch.empty(batch, queries, draws, 3, dtype=torch.float32, device=device)
+    rest = asked.shape[-1] - 3 * draws
+    levels = torch.empty(batch, queries, rest, dtype=torch.float32, device=device)
     with torch.cuda.device_of(logits):
         _count_pieces[(triton.cdiv(pieces, _PIECES), batch * queries)](
             logits, counts, count, pieces, piece=_PIECE, each=_PIECES
@@ -539,19 +552,22 @@ def draw_points(
             fractions.contiguous(),
             anywhere.contiguous(),
             voxels.contiguous(),
-            offsets.contiguous(),
+            asked.contiguous(),
             *volume,
             points,
+            levels,
             queries,
             count,
             pieces,
             draws,
             draws_row,
+            rest,
             piece=_PIECE,
             many=triton.next_power_of_2(pieces),
             block=max(2, triton.next_power_of_2(draws)),
+            others=max(2, triton.next_power_of_2(rest)),
         )
-    return points
+    return points, levels
 
 
 # -- merging

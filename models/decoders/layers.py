@@ -7,7 +7,7 @@ points serve all frames.
 
 import functools
 from dataclasses import dataclass
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -228,14 +228,16 @@ class _Sampling(BaseModule):
         super().__init__()
         self.sizes = sizes
         self.scale_weights = nn.Linear(sizes.embed_dims, sizes.num_groups * sizes.num_points * sizes.num_levels)
+        self.asking: MadeOnce[Tuple[Tensor, Tensor]] = MadeOnce(self.parameters)
 
     def sample(
         self, query: Tensor, points: Tensor, features: ImageFeatures, level_logits: Optional[Tensor] = None
     ) -> Tensor:
-        """query [B, Q, C], points [B, Q, G, P, 3] metres, level_logits as :meth:`weigh_levels` gives them, if known ->
+        """query [B, Q, C], points [B, Q, G, P, 3] metres, level_logits [B, Q, G*P*L], if they are known ->
         [B, Q, G, T*P, C/G]."""
         if level_logits is None:
-            level_logits = self.weigh_levels(query)
+            level_logits = self.scale_weights(query)
+        level_logits = level_logits.view(points.shape[:4] + (-1,))
         return sample_multi_view(
             features.maps,
             points,
@@ -248,9 +250,18 @@ class _Sampling(BaseModule):
             gradient_sum=features.gradient_sum,
         )
 
-    def weigh_levels(self, query: Tensor) -> Tensor:
-        """query [B, Q, C] -> [B, Q, G, P, L], logits."""
-        return self.scale_weights(query).view(query.shape[:2] + (self.sizes.num_groups, self.sizes.num_points, -1))
+    def ask(self, query: Tensor) -> Tensor:
+        """query [B, Q, C] -> offsets and level logits [B, Q, G*P*3 + G*P*L] by one product; no gradients."""
+        weight, bias = self.asking.get(query, self._join_layers)
+        return F.linear(query, weight, bias)
+
+    def _join_layers(self) -> Tuple[Tensor, Tensor]:
+        layers = self.offset_layer(), self.scale_weights
+        return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+
+    def offset_layer(self) -> nn.Linear:
+        """From queries to offsets of their points."""
+        raise NotImplementedError
 
     def group(self, values: Tensor) -> Tensor:
         """[B, Q, G*P*3] or [B, Q, G*P, 3] -> [B, Q, G, P, 3]."""
@@ -263,6 +274,9 @@ class BlockSampling(_Sampling):
     def __init__(self, sizes: DecoderSizes):
         super().__init__(sizes)
         self.sampling_offset = nn.Linear(sizes.embed_dims, sizes.num_groups * sizes.num_points * 3)
+
+    def offset_layer(self) -> nn.Linear:
+        return self.sampling_offset
 
     def init_weights(self):
         nn.init.zeros_(self.sampling_offset.weight)
@@ -290,6 +304,9 @@ class MaskGuidedSampling(_Sampling):
         self.register_buffer('grid_shape', torch.tensor(task.grid_shape).float(), persistent=False)
         self.register_buffer('range_min', torch.tensor(task.point_cloud_range[:3]), persistent=False)
         self.register_buffer('range_span', span, persistent=False)
+
+    def offset_layer(self) -> nn.Linear:
+        return self.offset
 
     def init_weights(self):
         nn.init.zeros_(self.offset.weight)

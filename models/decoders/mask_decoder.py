@@ -35,15 +35,13 @@ class MaskPrediction:
 class Attended(NamedTuple):
     """Queries that have attended to each other, and what they decide before they look at masks and images.
 
-    query         [B, Q, C]
-    offsets       [B, Q, G*P*3], voxels
-    level_logits  [B, Q, G, P, L], or None: not made yet
-    matrices      as ``AdaptiveMixing.generate`` gives them, or None
+    query     [B, Q, C]
+    asked     [B, Q, G*P*3 + G*P*L], as ``MaskGuidedSampling.ask`` gives it, offsets in voxels
+    matrices  as ``AdaptiveMixing.generate`` gives them, or None
     """
 
     query: Tensor
-    offsets: Tensor
-    level_logits: Optional[Tensor] = None
+    asked: Tensor
     matrices: Optional[Tensor] = None
 
 
@@ -106,24 +104,22 @@ class MaskDecoderLayer(BaseModule):
         """The part of :meth:`forward` that looks at neither masks nor images."""
         dtype = type_of_queries(query)
         query = kernels.add_and_norm(query, self.norm1, dtype, added=self.self_attn.attend(query, position))
-        return Attended(query, self.sampling.offset(query))
+        return Attended(query, self.sampling.ask(query))
 
     def prepare(self, attended: 'Attended') -> 'Attended':
         """With all that queries alone decide."""
-        query = attended.query
-        levels = self.sampling.weigh_levels(query).float()
-        return attended._replace(level_logits=levels, matrices=self.mixing.generate(query))
+        return attended._replace(matrices=self.mixing.generate(attended.query))
 
     def look(
         self, kernels, attended: 'Attended', mask_logits: Tensor, voxels: Tensor, draws, features: ImageFeatures
     ) -> Tensor:
         """The rest of :meth:`forward`."""
-        query, offsets, level_logits, matrices = attended
+        query, asked, matrices = attended
         dtype, sampling = type_of_queries(query), self.sampling
         wanted = (*query.shape[:2], sampling.sizes.num_groups * sampling.sizes.num_points, query.device)
         drawn = draws.fractions(*wanted), draws.positions(*wanted)
         volume = sampling.grid_shape, sampling.range_min, sampling.range_span
-        points = kernels.draw_points(mask_logits, *drawn, voxels, offsets, kernels.Volume(*volume))
+        points, level_logits = kernels.draw_points(mask_logits, *drawn, voxels, asked, kernels.Volume(*volume))
         sampled = sampling.sample(query, sampling.group(points), features, level_logits)
         query = kernels.add_and_norm(query, self.norm2, dtype, added=self.mixing.mix(sampled, query, matrices))
         return kernels.add_and_norm(query, self.norm3, dtype, added=run_ffn(self.ffn, query))
@@ -219,8 +215,9 @@ class MaskDecoder(BaseModule):
 
     def version(self) -> Tuple:
         """Another value whenever a weight has changed that something was made of, which is forgotten then."""
-        return self._begun.version()
+        return self._begun.version(), self.decoder_layer.sampling.asking.version()
 
     def forget_weights(self):
         """Drop what was made from the weights as they were."""
         self._begun.clear()
+        self.decoder_layer.sampling.asking.clear()

@@ -54,13 +54,13 @@ class Placed(NamedTuple):
 
     query         [B, Q, C]
     points        float32 [B, Q, G, P, 3] metres, ego frame
-    level_logits  [B, Q, G, P, L], or None: not made yet
+    level_logits  float32 [B, Q, G*P*L]
     matrices      as ``AdaptiveMixing.generate`` gives them, or None
     """
 
     query: Tensor
     points: Tensor
-    level_logits: Optional[Tensor] = None
+    level_logits: Tensor
     matrices: Optional[Tensor] = None
 
 
@@ -126,16 +126,16 @@ class SparseVoxelDecoderLayer(BaseModule):
         query = kernels.add_and_norm(second_linear(hidden), second_norm, dtype, positive=True, after=query)
         if self.self_attn is not None:
             query = kernels.add_and_norm(query, self.norm1, dtype, added=self.self_attn.attend(query, corners))
-        offsets = self.sampling.sampling_offset(query)
-        points = kernels.place_points(corners, self.range_min, offsets, self.interval * self.voxel_size)
-        return Placed(query, self.sampling.group(points))
+        size, offsets = self.interval * self.voxel_size, self.sampling.sampling_offset.out_features
+        asked = self.sampling.ask(query)
+        points, level_logits = kernels.place_points(corners, self.range_min, asked, size, offsets)
+        return Placed(query, self.sampling.group(points), level_logits)
 
     def prepare(self, placed: 'Placed') -> 'Placed':
-        """With all that queries alone decide; matrices, which are large, for one sample in half precision alone."""
+        """With matrices, which are large: for one sample in half precision alone."""
         query = placed.query
         keeps = len(query) == 1 and type_of_products(query) != torch.float32
-        levels = self.sampling.weigh_levels(query).float()
-        return placed._replace(level_logits=levels, matrices=self.mixing.generate(query) if keeps else None)
+        return placed._replace(matrices=self.mixing.generate(query)) if keeps else placed
 
     def look(self, kernels, placed: 'Placed', features: ImageFeatures) -> Tensor:
         """The rest of :meth:`forward`."""
@@ -238,15 +238,16 @@ class SparseVoxelDecoder(BaseModule):
 
     def version(self) -> Tuple:
         """Another value whenever a weight has changed that something was made of, which is forgotten then."""
-        attentions = [layer.self_attn for layer in self.decoder_layers if layer.self_attn is not None]
-        return (self._placed.version(), *(attention.halves.version() for attention in attentions))
+        return tuple(made.version() for made in self._made())
 
     def forget_weights(self):
         """Drop what was made from the weights as they were."""
-        self._placed.clear()
-        for layer in self.decoder_layers:
-            if layer.self_attn is not None:
-                layer.self_attn.halves.clear()
+        for made in self._made():
+            made.clear()
+
+    def _made(self) -> List[MadeOnce]:
+        attentions = [layer.self_attn.halves for layer in self.decoder_layers if layer.self_attn is not None]
+        return [self._placed, *attentions, *(layer.sampling.asking for layer in self.decoder_layers)]
 
     def _split_and_keep(self, i: int, query: Tensor, coords: Tensor) -> VoxelStage:
         """Children of the blocks of stage i, scored, the best k kept in candidate order."""

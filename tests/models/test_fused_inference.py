@@ -97,7 +97,9 @@ def test_positions_and_points():
     torch.testing.assert_close(hidden, norm(linear(coords.float() / grid)).relu(), rtol=1e-4, atol=1e-4)  # TF32 of GPUs
     torch.testing.assert_close(corners, coords.float() * 0.4)
     offsets = random(2, 9, 24)
-    points = kernels.place_points(corners, first, offsets, 1.6)
+    logits = random(2, 9, 20)
+    points, levels = kernels.place_points(corners, first, torch.cat([offsets, logits], -1), 1.6, 24)
+    assert torch.equal(levels, logits)
     expected = (corners + first + 0.8).unsqueeze(2) + 1.6 * offsets.view(2, 9, 8, 3)
     torch.testing.assert_close(points.view(expected.shape), expected, rtol=1e-5, atol=1e-5)  # products and sums in one
 
@@ -155,7 +157,9 @@ def test_drawn_points(count, draws):
     fractions, anywhere = draws.fractions(2, 5, 6, DEVICE), draws.positions(2, 5, 6, DEVICE)
     voxels, offsets = torch.randint(0, 16, (2, count, 3)).to(DEVICE), random(2, 5, 18)
     grid, first, span = random(3).abs() + 8, random(3), random(3).abs() + 8
-    points = kernels.draw_points(logits, fractions, anywhere, voxels, offsets, kernels.Volume(grid, first, span))
+    asked, volume = torch.cat([offsets, random(2, 5, 24)], -1), kernels.Volume(grid, first, span)
+    points, levels = kernels.draw_points(logits, fractions, anywhere, voxels, asked, volume)
+    assert torch.equal(levels, asked[..., 18:])
     index, empty = select_valid(logits > 0, fractions)
     drawn = voxels.gather(1, index.flatten(1).unsqueeze(-1).expand(-1, -1, 3)).view(2, 5, 6, 3).float()
     drawn = torch.where(empty[:, :, None, None], anywhere * grid, drawn)
