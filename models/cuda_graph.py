@@ -18,8 +18,6 @@ from torch import Tensor
 
 from models.torch_compat import autocast_dtype
 
-LOOKS_LATER = True
-BRANCHES = True
 _WARM_UP_RUNS = 3  # lets libraries pick algorithms and allocate workspaces before the capture
 
 MaybeTensors = Sequence[Optional[Tensor]]
@@ -65,38 +63,6 @@ def _recording(graph: torch.cuda.CUDAGraph, **options):
 @functools.lru_cache(maxsize=None)
 def _stream_on(device: torch.device) -> torch.cuda.Stream:
     """The same for all captures: cuBLAS keeps a workspace, some 32 MiB, for every stream that it was used on."""
-    return torch.cuda.Stream(device)
-
-
-class Branch:
-    """Work that a graph may do beside what comes after it, up to :meth:`join`; outside a capture it is done in turn.
-
-    What is made inside may be used after ``join`` alone, and what it uses may be dropped after it alone.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device, self._context = device, None
-        self._splits = BRANCHES and device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
-
-    def __enter__(self):
-        if self._splits:
-            stream = _second_stream_on(self._device)
-            stream.wait_stream(torch.cuda.current_stream(self._device))
-            self._context = torch.cuda.stream(stream)
-            self._context.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        if self._splits:
-            self._context.__exit__(*error)
-
-    def join(self):
-        if self._splits:
-            torch.cuda.current_stream(self._device).wait_stream(_second_stream_on(self._device))
-
-
-@functools.lru_cache(maxsize=None)
-def _second_stream_on(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
@@ -147,7 +113,7 @@ class GraphedFunction:
             return list(self.function(*fixed, *inputs, *in_place))
         addresses = tuple(tensor.data_ptr() for tensor in in_place)
         key = (autocast_dtype('cuda'), fixed, _describe(inputs), _describe(in_place), addresses)
-        looks_later = LOOKS_LATER and self.last_state is not None and self.last_state() == self._captured_in
+        looks_later = self.last_state is not None and self.last_state() == self._captured_in
         if looks_later and key in self._graphs:
             results = self._graphs[key][0].replay(inputs)
             if self.state() == self._captured_in:

@@ -26,7 +26,6 @@ from models.encoder import ImageFeatures
 from models.losses import VoxelLosses
 
 _WHERE = 'model.pts_bbox_head'
-PINS = True
 MERGE_STUFF = ('published', 'labelled')
 _MIN_SEMANTIC_SCORE = 0.01
 _MASK_THRESHOLD = 0.5
@@ -66,7 +65,7 @@ class MergedPrediction(NamedTuple):
             pano_sem=self.pano_sem,
         )
         given = {name: value.unsqueeze(0) for name, value in arrays.items() if value is not None}
-        if not PINS or not self.voxels.is_cuda:
+        if not self.voxels.is_cuda:
             return {name: value.cpu().numpy() for name, value in given.items()}
         # all are on their way before the first is waited for
         copies = {name: value.to('cpu', non_blocking=True) for name, value in given.items()}

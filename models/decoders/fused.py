@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from models.csrc import has_triton
 from models.torch_compat import autocast_dtype
 
-PREPARES = True
 _MANY = 512  # rows from which on it pays to take the weights apart
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 

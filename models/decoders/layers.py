@@ -17,20 +17,15 @@ from torch import Tensor, nn
 
 from lib.errors import ConfigError
 from lib.task import Task
-from models.csrc import has_triton
 from models.csrc.adaptive_mixing import adaptive_mix, mix_in_pieces
 from models.csrc.distance_attention import distance_attention, distance_attention_in_training, trains_fused
 from models.csrc.msmv_sampling import sample_multi_view
 from models.decoders.draws import select_valid
-from models.decoders.fused import PREPARES, MadeOnce, kernels_for, wide_linear
+from models.decoders.fused import MadeOnce, kernels_for, wide_linear
 from models.encoder import ImageFeatures
 from models.torch_compat import autocast_dtype, recompute
 
 _WHERE = 'model.pts_bbox_head.transformer'
-# Of generated matrices, at inference in half precision: what is read soon after it was written comes from the cache
-# of the GPU (50 MiB on an H100) if it is no more than about half of that.
-HELD_BYTES = 32 * 2**20
-_ROWS = 128  # of a tile of a matrix product
 
 
 @dataclass(frozen=True)
@@ -109,14 +104,6 @@ class AdaptiveMixing(BaseModule):
         mixed = self._mix_in_pieces(sampled, flat) if in_pieces else self._mix(sampled, flat)
         return mixed.view(query.shape)
 
-    def _rows_held(self, query: Tensor) -> int:
-        """Queries whose matrices are made at a time."""
-        dtype = autocast_dtype(query.device.type) or query.dtype
-        if dtype == torch.float32 or torch.is_grad_enabled() or not has_triton(query.device):
-            return len(query)
-        pieces = -(-2 * len(query) * self.parameter_generator.out_features // HELD_BYTES)
-        return -(-len(query) // (_ROWS * pieces)) * _ROWS
-
     def _mix_in_pieces(self, sampled: Tensor, query: Tensor) -> Tensor:
         layers = self.parameter_generator, self.out_proj
         mixed = mix_in_pieces(sampled, query, *layers, self.out_points, self.chunk)
@@ -127,9 +114,6 @@ class AdaptiveMixing(BaseModule):
 
     def _mix(self, sampled: Tensor, query: Tensor) -> Tensor:
         """sampled [n, G, p_in, C/G], query [n, C] -> [n, C]."""
-        rows = self._rows_held(query)
-        if rows < len(query):
-            return self._mix_held(sampled, query, rows)
         return self._mix_with(wide_linear(self.parameter_generator, query), sampled)
 
     def generate(self, query: Tensor) -> Tensor:
@@ -138,14 +122,6 @@ class AdaptiveMixing(BaseModule):
 
     def _mix_with(self, generated: Tensor, sampled: Tensor) -> Tensor:
         mixed = adaptive_mix(sampled.to(generated.dtype), generated, self.out_points)
-        return self.out_proj(mixed.flatten(1))
-
-    def _mix_held(self, sampled: Tensor, query: Tensor, rows: int) -> Tensor:
-        """As :meth:`_mix`, the matrices of so many queries at a time in the same memory; in half precision."""
-        dtype = autocast_dtype(query.device.type) or query.dtype
-        mixed = sampled.new_empty((len(query), self.num_groups, self.out_points, self.width), dtype=dtype)
-        for part, own, out in zip(sampled.to(dtype).split(rows), query.split(rows), mixed.split(rows)):
-            adaptive_mix(part, self.parameter_generator(own), self.out_points, out)  # the matrices are free after it
         return self.out_proj(mixed.flatten(1))
 
 
@@ -191,7 +167,7 @@ class DistanceAttention(BaseModule):
         in_half = autocast_dtype(query.device.type) == torch.float16 and not self.training
         if in_half and kernels_for(query) is not None and trains_fused(width, query.device):
             halves = self.halves.get(query, lambda: [weight.half() for weight in self._weights()])
-            return attend(query, positions, halves if PREPARES else None)
+            return attend(query, positions, halves)
         with torch.autocast(query.device.type, enabled=False):
             if again and not trains_fused(width, query.device):
                 return recompute(attend, query.float(), positions)

@@ -11,7 +11,6 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
-from models.decoders import fused
 from models.decoders.fused import MadeOnce, kernels_for, run_ffn, type_of_queries
 from models.decoders.layers import AdaptiveMixing, DecoderSizes, MaskGuidedSampling
 from models.decoders.sparse_voxel_decoder import VoxelStage
@@ -187,7 +186,7 @@ class MaskDecoder(BaseModule):
         position = self.query_pos.weight.unsqueeze(0).expand(batch, -1, -1)
         voxels = stage.corners
         layer = self.decoder_layer
-        kernels = None if self.training or not layer.sampling.guided or not fused.PREPARES else kernels_for(query)
+        kernels = None if self.training or not layer.sampling.guided else kernels_for(query)
         projected, attended = (None, None) if kernels is None else self._begin(kernels, query, position)
         predictions = [layer.predict(query, stage.features, projected)]
         for _ in range(self.num_layers):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lib.errors import ConfigError
 from lib.task import Task
-from models.decoders import fused
 from models.decoders.draws import running_count
 from models.decoders.fused import MadeOnce, kernels_for, linear_relu, run_ffn, type_of_products, type_of_queries
 from models.decoders.layers import AdaptiveMixing, BlockSampling, DecoderSizes, DistanceAttention
@@ -232,8 +231,6 @@ class SparseVoxelDecoder(BaseModule):
     def _place_first(self, kernels, query: Tensor, coords: Tensor) -> Placed:
         """What the first layer does before it looks at an image, which is the same for all: made once and kept."""
         first = self.decoder_layers[0]
-        if not fused.PREPARES:
-            return self._placed.get(query, lambda: first.place(kernels, query, coords))
         return self._placed.get(query, lambda: first.prepare(first.place(kernels, query, coords)))
 
     def version(self) -> Tuple:

@@ -19,8 +19,6 @@ from models.encoder.fused import FusedResNet, can_fuse_backbone, can_fuse_neck, 
 from models.encoder.image_input import ImageInput
 from models.torch_compat import autocast_dtype
 
-GRAPHS_ALL_FRAMES = True
-
 
 class ImageFeatures(NamedTuple):
     """What a decoder can look at.
@@ -95,7 +93,7 @@ class ImageEncoder:
             img_metas: with the ``frame_keys`` (T*N image names) of one sample at test time, the maps of frames seen
                 before are found again and those of new ones kept. Otherwise every image is encoded. With ``given``
                 (positions 0..T-1, ascending) ``img`` holds the images of these frames only; the rest was seen before.
-            graphed: at test time, replay the encoder of one frame as a CUDA graph.
+            graphed: at test time, replay the encoder of one frame, or of all where all are encoded, as a CUDA graph.
 
         Raises:
             DataError: these are not the images of so many frames and cameras, or of a frame that is not given nothing
@@ -122,15 +120,15 @@ class ImageEncoder:
         Args:
             given: which of its frames the images are of; None: of all.
         """
-        frames = dict(zip(range(len(keys)) if given is None else given, img[0].split(self.num_cameras)))
+        places = {t: i * self.num_cameras for i, t in enumerate(range(len(keys)) if given is None else given)}
         if self._writes is None or not graphed:  # a graph repeats what was captured, whatever hooks there are by now
             self._writes = self._can_write(img)
         writes = self._writes
 
         def frame(t: int) -> Tensor:
-            if t not in frames:
+            if t not in places:
                 raise DataError(f'features of the frame of {keys[t][0][0]} are not held any more; load whole samples')
-            return frames[t][None]
+            return img[:, places[t] : places[t] + self.num_cameras]
 
         with self._storing(img):
             return self.cache.fetch(
@@ -146,7 +144,7 @@ class ImageEncoder:
         with self._storing(img):
             maps = self.cache.overwrite(
                 lambda: [level.view((len(slots), -1) + level.shape[2:]) for level in self._encode(img)],
-                lambda maps: self._can_write(img) and self._write(frames, maps, slots, GRAPHS_ALL_FRAMES),
+                lambda maps: self._can_write(img) and self._write(frames, maps, slots, graphed=True),
             )
         return StoredFrames(maps, slots)
 

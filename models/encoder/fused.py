@@ -16,10 +16,9 @@ float32 also under autocast. Here one pass adds the bias and every value of the 
 The weights stay where they are, in mmdet's modules; this only computes with them.
 """
 
-import contextlib
 import itertools
 import operator
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,6 @@ from mmdet.models.necks.fpn import FPN
 from torch import Tensor, nn
 
 from models.csrc import has_triton
-from models.cuda_graph import Branch
 from models.torch_compat import NON_REENTRANT, autocast_dtype, recompute
 
 # Earlier releases reach cuDNN through another interface, which was not tried.
@@ -38,9 +36,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The largest maps, after the stem and in the first stage, hold 16 / 3 times the values of the images, and
 # cuDNN's fused calls count in 32 bits.
 _MOST_VALUES = 2**31 * 3 // 16
-# Channels inside the bottlenecks whose end is one kernel of Triton's at inference; of their 3x3 convolutions that are
-# part of it; and of the next block's first convolutions that are.
-MOST_FINISHED, MOST_CONVOLVED, MOST_CHAINED = 128, 64, 128
 
 
 class _Geometry(NamedTuple):
@@ -148,6 +143,10 @@ class FusedResNet:
         """As :meth:`version`, but for what has changed since that was last called."""
         return self._changes
 
+    def takes_squares(self, size: Sequence[int]) -> bool:
+        """Whether the first convolution runs over ``squares_of`` images of this (height, width)."""
+        return _is_usual_stem(self.backbone.conv1) and not any(n % 2 for n in size)
+
     def serves(self, images: Tensor) -> bool:
         """Whether these images can be encoded here: NVIDIA GPU with cuDNN, all statistics fixed, modules as they
         were (none replaced, no hooks), and no wish for deterministic algorithms, which cuDNN's fused calls do
@@ -178,10 +177,6 @@ class FusedResNet:
             for table, name, part, kind in self._parts
         )
 
-    def takes_squares(self, size: Sequence[int]) -> bool:
-        """Whether the first convolution runs over ``squares_of`` images of this (height, width)."""
-        return _is_usual_stem(self.backbone.conv1) and not any(n % 2 for n in size)
-
     def __call__(self, images: Tensor, in_squares: bool = False) -> Tuple[Tensor, ...]:
         """images [n, 3, H, W], channels last -> the stages of ``out_indices``, as the backbone gives them.
 
@@ -193,13 +188,13 @@ class FusedResNet:
         dtype = autocast_dtype(images.device.type) or images.dtype
         self._fold_learning(dtype)
         x = _pool(net.maxpool, self._run_stem(images.to(dtype), in_squares))
-        layers = [getattr(net, name) for name in net.res_layers]
-        if _can_finish_blocks(x):
-            stages = _run_finishing([self._parts_of(stage, dtype) for stage in layers], x)
-        else:
-            stages = list(itertools.accumulate(layers, lambda given, stage: self._run(stage, given), initial=x))[1:]
+        stages = []
+        for i, name in enumerate(net.res_layers):
+            x = self._run(getattr(net, name), x)
+            if i in net.out_indices:
+                stages.append(x)
         self._folded.clear()
-        return tuple(stage for i, stage in enumerate(stages) if i in net.out_indices)
+        return tuple(stages)
 
     def _run_stem(self, images: Tensor, in_squares: bool = False) -> Tensor:
         """The first convolution, its norm and ReLU; of 7x7 with stride 2 as one of 4x4 over squares of four pixels."""
@@ -216,27 +211,29 @@ class FusedResNet:
                     self._squared[images.dtype] = squared_weight(weight)
             weight = self._squared[images.dtype]
         squares = images if in_squares else squares_of(images)
+        if not _learns(conv, self.backbone.norm1) and not images.requires_grad and has_triton(images.device):
+            from models.encoder.kernels import can_convolve_squares, convolve_squares
+
+            if can_convolve_squares(squares, weight):
+                return convolve_squares(squares, weight, bias)
         return _ConvolveReLU.apply(squares, weight, bias, _Geometry((1, 1), (0, 0), (1, 1), 1))
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         """A stage; with checkpointing nothing inside it is kept, which costs no more time than to keep its blocks'
         results, and their memory is needed again only when that of the decoders is free."""
-        plans, weights = self._parts_of(stage, x.dtype)
-        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [x, *weights])
-        return _Stage.apply(plans, bool(stage[0].with_cp), x, *weights) if learns else _run_stage(plans, x, weights)
-
-    def _parts_of(self, stage: nn.Module, dtype: torch.dtype) -> Tuple[List[_BlockPlan], List[Tensor]]:
-        """Plans of a stage's blocks; weight and bias of each convolution in turn."""
         weights: List[Tensor] = []
         plans = []
         for block in stage:
             pairs = _pairs_of(block)
-            layers = [self._fold(conv, norm, dtype) for conv, norm in pairs]
+            layers = [self._fold(conv, norm, x.dtype) for conv, norm in pairs]
             if len(pairs) > _depth(block) and not torch.is_grad_enabled():
                 layers = self._with_sum_of_biases(pairs, layers)
             weights += [value for layer in layers for value in layer]
             plans.append(_BlockPlan([_geometry(conv) for conv, _ in pairs], _depth(block)))
-        return plans, weights
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [x, *weights])
+        if learns:
+            return _Stage.apply(plans, bool(stage[0].with_cp), x, *weights)
+        return _run_stage(plans, x, weights, infers=True)
 
     def _with_sum_of_biases(self, pairs: Sequence[Tuple], layers: List[Tuple]) -> List[Tuple]:
         """Layers of a block with a projection whose last convolution adds the bias of both."""
@@ -376,7 +373,7 @@ def _layers_of(plan: _BlockPlan, weights: Sequence[Tensor]) -> List[_Layer]:
 
 
 def _run_stage(
-    plans: Sequence[_BlockPlan], x: Tensor, weights: Sequence[Tensor], kept: Optional[List] = None
+    plans: Sequence[_BlockPlan], x: Tensor, weights: Sequence[Tensor], kept: Optional[List] = None, infers: bool = False
 ) -> Tensor:
     """Blocks one after the other.
 
@@ -384,10 +381,15 @@ def _run_stage(
         x: [n, C, H, W].
         weights: weight and bias of each convolution in turn.
         kept: for the backward pass: results of each block's convolutions, a list a block, are put here.
+        infers: there will be no backward pass, so that a block's end may round in another way.
     """
     for plan, own in zip(plans, _split(plans, weights)):
         results: Optional[List[Tensor]] = None if kept is None else []
-        x = _run_block(_layers_of(plan, own), plan.depth, x, results)
+        layers = _layers_of(plan, own)
+        if infers and _can_finish(layers, plan.depth, x):
+            x = _finish_block(layers, x)
+            continue
+        x = _run_block(layers, plan.depth, x, results)
         if kept is not None:
             kept.append(results)
     return x
@@ -399,82 +401,19 @@ def _split(plans: Sequence[_BlockPlan], values: Sequence) -> List[Sequence]:
     return [values[start:end] for start, end in zip([0, *ends], ends)]
 
 
-def _can_finish_blocks(x: Tensor) -> bool:
-    """Without gradients, in half precision, with Triton."""
+def _can_finish(layers: Sequence[_Layer], depth: int, x: Tensor) -> bool:
+    """Whether the end of a block, a bottleneck in half precision, is one kernel of Triton's."""
     halves = x.dtype in (torch.float16, torch.bfloat16) and x.is_contiguous(memory_format=torch.channels_last)
-    return bool(MOST_FINISHED) and halves and not torch.is_grad_enabled() and has_triton(x.device)
-
-
-def _run_finishing(parts: Sequence[Tuple[Sequence[_BlockPlan], Sequence[Tensor]]], x: Tensor) -> List[Tensor]:
-    """Results of all stages, the ends of blocks being one kernel with the beginning of the next where that has room.
-
-    Args:
-        parts: of each stage, as ``_run_stage`` takes them.
-        x: [n, C, H, W], channels last.
-    """
-    blocks = [
-        (_layers_of(plan, own), plan.depth, i)
-        for i, (plans, weights) in enumerate(parts)
-        for plan, own in zip(plans, _split(plans, weights))
-    ]
-    results: Dict[int, Tensor] = {}
-    reduced: Optional[Tensor] = None  # what the block's first convolution gives, if the block before it did that
-    for i, (layers, depth, stage) in enumerate(blocks):
-        following = blocks[i + 1][0][0] if i + 1 < len(blocks) else None
-        if _can_finish(layers, depth):
-            x, reduced = _finish(layers, x, reduced, following)
-        elif reduced is not None:
-            branch = Branch(x.device)
-            with branch:
-                shortcut, bias = _shortcut(layers, depth, x)
-            inner = _run_inner(layers[1 : depth - 1], reduced, None)
-            branch.join()
-            last, reduced = layers[depth - 1], None
-            x = _convolve_relu(inner, last.weight, bias, last.geometry, shortcut)
-        else:
-            x = _run_block(layers, depth, x, None)
-        results[stage] = x
-    return list(results.values())
-
-
-def _can_finish(layers: Sequence[_Layer], depth: int) -> bool:
+    if depth != 3 or not halves or not has_triton(x.device) or not _is_pointwise(layers[2], (1, 1)):
+        return False
     from models.encoder.kernels import can_finish  # needs Triton
 
-    if depth != 3 or not _is_pointwise(layers[2], (1, 1)) or layers[2].weight.shape[1] > MOST_FINISHED:
-        return False
     wide, inner = layers[2].weight.shape[:2]
-    source = 0
-    if len(layers) > depth:
-        source, stride = layers[3].weight.shape[1], layers[3].geometry.stride
-        if stride[0] != stride[1] or not _is_pointwise(layers[3], stride):
-            return False
-    return can_finish(inner, wide, source, 0)
-
-
-def _finish(
-    layers: Sequence[_Layer], x: Tensor, reduced: Optional[Tensor], following: Optional[_Layer]
-) -> Tuple[Tensor, Optional[Tensor]]:
-    """A block that :func:`_can_finish` holds for, and, if there is room for it, the first convolution of the next."""
-    from models.encoder.kernels import Pointwise, can_finish, finish_block  # needs Triton
-
-    inner = _run_inner(layers[:1], x, None) if reduced is None else reduced
-    first, middle, last = layers[:3]
-    usual = tuple(middle.weight.shape[2:]) == (3, 3) and middle.geometry == _Geometry((1, 1), (1, 1), (1, 1), 1)
-    convolves = usual and len(middle.weight) <= MOST_CONVOLVED
-    if not convolves:
-        inner = _run_inner(layers[1:2], inner, None)
-    project, bias = None, last.bias
-    if len(layers) > 3:
-        project = Pointwise(layers[3].weight, None, layers[3].geometry.stride[0])
-        bias = bias if layers[3].bias is None else bias + layers[3].bias
-    chained = None
-    if following is not None and _is_pointwise(following, (1, 1)):
-        wide, depth = last.weight.shape[:2]
-        if can_finish(depth, wide, 0, len(following.weight)) and len(following.weight) <= MOST_CHAINED:
-            chained = Pointwise(following.weight, following.bias)
-    return finish_block(
-        inner, (middle.weight, middle.bias) if convolves else None, Pointwise(last.weight, bias), x, project, chained
-    )
+    if len(layers) == depth:
+        return can_finish(inner, wide, 0)
+    stride = layers[3].geometry.stride
+    square = stride[0] == stride[1] <= 2 and _is_pointwise(layers[3], stride)
+    return square and can_finish(inner, wide, layers[3].weight.shape[1])
 
 
 def _is_pointwise(layer: _Layer, stride: Sequence[int]) -> bool:
@@ -482,24 +421,28 @@ def _is_pointwise(layer: _Layer, stride: Sequence[int]) -> bool:
     return tuple(layer.weight.shape[2:]) == (1, 1) and tuple(own) == tuple(stride) and not any(padding) and groups == 1
 
 
-def _shortcut(layers: Sequence[_Layer], depth: int, x: Tensor) -> Tuple[Tensor, Tensor]:
-    """What is added to a block's last convolution: x or its projection, and a bias, which is also the projection's."""
-    bias = layers[depth - 1].bias
-    if len(layers) == depth:
-        return x, bias
-    projection = layers[depth]
-    if projection.bias is not None:
-        bias = bias + projection.bias
-    return F.conv2d(x, projection.weight, None, *projection.geometry), bias
+def _finish_block(layers: Sequence[_Layer], x: Tensor) -> Tensor:
+    """A block that :func:`_can_finish` holds for."""
+    from models.encoder.kernels import finish_block  # needs Triton
+
+    projection = layers[3].weight if len(layers) > 3 else None
+    return finish_block(_run_inner(layers[:2], x, None), layers[2].weight, _bias_of_sum(layers, 3), x, projection)
+
+
+def _bias_of_sum(layers: Sequence[_Layer], depth: int) -> Tensor:
+    """That of a block's last convolution and of its projection, if there is one."""
+    bias, *others = [layer.bias for layer in layers[depth - 1 :]]
+    return bias + others[0] if others and others[0] is not None else bias
 
 
 def _run_block(layers: Sequence[_Layer], depth: int, x: Tensor, kept: Optional[List[Tensor]]) -> Tensor:
     """A block, whose projection of the shortcut, if there is one, comes last; each result is put into ``kept``."""
-    last, branch = layers[depth - 1], Branch(x.device)
-    with branch:
-        shortcut, bias = _shortcut(layers, depth, x)
+    last = layers[depth - 1]
+    shortcut, bias = x, _bias_of_sum(layers, depth)  # the last convolution adds it
+    if len(layers) > depth:
+        projection = layers[depth]
+        shortcut = F.conv2d(x, projection.weight, None, *projection.geometry)
     x = _run_inner(layers[: depth - 1], x, kept)
-    branch.join()
     x = _convolve_relu(x, last.weight, bias, last.geometry, shortcut)
     if kept is not None:
         kept.append(x)
@@ -713,29 +656,28 @@ def run_neck(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:
         stages: of the backbone, [n, C_l, H_l, W_l], channels last.
     """
     levels = []
-    for module, level in zip(reversed(neck.fpn_convs), list(_merge(neck, list(stages)))):
+    for module, level in zip(reversed(neck.fpn_convs), _merge(neck, list(stages))):
         conv = module.conv
         convolved = F.conv2d(level, conv.weight, None, *_geometry(conv))
         levels.append(_AddToLevel.apply(convolved, None, conv.bias.to(convolved.dtype)))
     return levels[::-1]
 
 
-def _merge(neck: FPN, stages: List[Tensor]) -> Iterator[Tensor]:
+def _merge(neck: FPN, stages: List[Tensor]) -> List[Tensor]:
     """What the FPN's last convolutions take, from the coarsest level down; takes the stages out of their list."""
-    coarse: Optional[Tensor] = None
+    merged: List[Tensor] = []
     del stages[neck.start_level + len(neck.lateral_convs) :]
     for module in reversed(neck.lateral_convs):
-        stage, conv = stages.pop(), module.conv
+        stage, conv, coarse = stages.pop(), module.conv, merged[-1] if merged else None
         if _can_merge_fused(stage, coarse):
             from models.encoder.kernels import merge_level  # needs Triton
 
             weight = conv.weight.to(stage.dtype).flatten(1).contiguous()
-            coarse = merge_level(stage, weight, conv.bias, coarse)
-        else:
-            level = F.conv2d(stage, conv.weight)
-            coarse = _AddToLevel.apply(level, coarse, conv.bias.to(level.dtype))
-        del stage
-        yield coarse
+            merged.append(merge_level(stage, weight, conv.bias, coarse))
+            continue
+        level = F.conv2d(stage, conv.weight)
+        merged.append(_AddToLevel.apply(level, coarse, conv.bias.to(level.dtype)))
+    return merged
 
 
 def _can_merge_fused(stage: Tensor, coarse: Optional[Tensor]) -> bool:
@@ -759,16 +701,10 @@ def run_neck_into(neck: FPN, stages: List[Tensor], stored: Sequence[Tensor], slo
     """
     from models.encoder.kernels import store_level  # needs Triton
 
-    levels, branches = [], []
     for module, level, own in zip(reversed(neck.fpn_convs), _merge(neck, stages), reversed(stored)):
-        conv, is_last = module.conv, own is stored[0]
-        branches.append(contextlib.nullcontext() if is_last else Branch(level.device))
-        with branches[-1]:
-            result = F.conv2d(level, conv.weight, None, *_geometry(conv)).contiguous(memory_format=torch.channels_last)
-            store_level(result, conv.bias.to(result.dtype), own, slots)
-        levels.append(level)  # until the branches have joined
-    for branch in branches[:-1]:
-        branch.join()
+        conv = module.conv
+        result = F.conv2d(level, conv.weight, None, *_geometry(conv)).contiguous(memory_format=torch.channels_last)
+        store_level(result, conv.bias.to(result.dtype), own, slots)
 
 
 def run_neck_again(neck: FPN, stages: Sequence[Tensor]) -> List[Tensor]:

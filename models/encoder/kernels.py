@@ -16,9 +16,8 @@ summed up for the coarser one. PyTorch's operators, for which these are not cont
 Max pooling 3x3 with stride 2 that keeps no places: PyTorch's also writes, for every result, where it came from, in
 eight bytes, whether or not a gradient will be wanted.
 
-The end of a bottleneck of the ResNet at inference is one kernel: its 3x3 convolution where that is narrow, its last
-one, the shortcut or the shortcut's projection, the ReLU, and the first convolution of the block after it. So the widest
-maps are written once and read once, and of the projection nothing is written.
+The end of a bottleneck of the ResNet at inference is one kernel where it is narrow: its last convolution, the shortcut
+or the shortcut's projection, and the ReLU. cuDNN takes half as long again for it.
 
 The FPN at inference: a level's 1x1 convolution, its bias and the level above are one kernel; the bias of its result
 is added on the way to where the maps of frames are stored.
@@ -35,11 +34,10 @@ _BLOCK = 1024  # pixels of the input
 _ROWS, _COLUMNS, _STEPS = 32, 64, 16  # of the backward pass
 _PIXELS = 32  # of pooling
 _SQUARES = 64
-# of the end of a bottleneck: pixels, and channels of the widest map at a time
-FINISHED = dict(rows=128, columns=64, num_warps=8, num_stages=2)
+_COLUMNS_OF_SQUARES = 64  # of the first convolution, per program
+_FINISHED = dict(rows=128, columns=64, num_warps=8, num_stages=2)  # pixels, and channels of the result at a time
 _STORED = 4096  # values per program
 _FEW = 132  # programs that leave some of a GPU idle
-MERGED = dict(rows=64, columns=256, inner=64, num_warps=4, num_stages=2)
 _LEVEL_PIXELS, _LEVEL_CHANNELS = 16, 256  # of levels of the FPN
 
 
@@ -221,6 +219,87 @@ def gather_squares(images: Tensor) -> Tensor:
 
 
 @triton.jit
+def _store_row(total, bias, out_at, place, channel, seen, channels):
+    values = tl.maximum(total + bias[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    out = out_at + place.to(tl.int64)[:, None] * channels + channel[None, :]
+    tl.store(out, values.to(out_at.dtype.element_ty), mask=seen[:, None])
+
+
+@triton.jit
+def _convolve_squares(
+    squares_at, weight_at, bias_at, out_at, height, width, channels: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    column = tl.program_id(0) * block + tl.arange(0, block)
+    first, image = tl.program_id(1) * 4, tl.program_id(2)
+    tap, channel = tl.arange(0, 64), tl.arange(0, channels)  # four squares of 16 channels side by side
+    weight = weight_at + channel[None, :] * 256 + tap[:, None]
+    w0, w1, w2, w3 = tl.load(weight), tl.load(weight + 64), tl.load(weight + 128), tl.load(weight + 192)
+    line = (width + 3) * 16
+    start = squares_at + (image * (height + 3) + first).to(tl.int64) * line + column[:, None] * 16 + tap[None, :]
+    seen, left = column < width, height + 3 - first  # lines there are
+    known = seen[:, None]
+    values = tl.load(start, mask=known, other=0.0)
+    sum0 = tl.dot(values, w0)
+    values = tl.load(start + line, mask=known, other=0.0)
+    sum0 += tl.dot(values, w1)
+    sum1 = tl.dot(values, w0)
+    values = tl.load(start + 2 * line, mask=known, other=0.0)
+    sum0 += tl.dot(values, w2)
+    sum1 += tl.dot(values, w1)
+    sum2 = tl.dot(values, w0)
+    values = tl.load(start + 3 * line, mask=known, other=0.0)
+    sum0 += tl.dot(values, w3)
+    sum1 += tl.dot(values, w2)
+    sum2 += tl.dot(values, w1)
+    sum3 = tl.dot(values, w0)
+    values = tl.load(start + 4 * line, mask=known & (left > 4), other=0.0)
+    sum1 += tl.dot(values, w3)
+    sum2 += tl.dot(values, w2)
+    sum3 += tl.dot(values, w1)
+    values = tl.load(start + 5 * line, mask=known & (left > 5), other=0.0)
+    sum2 += tl.dot(values, w3)
+    sum3 += tl.dot(values, w2)
+    values = tl.load(start + 6 * line, mask=known & (left > 6), other=0.0)
+    sum3 += tl.dot(values, w3)
+    bias = tl.load(bias_at + channel).to(tl.float32)
+    place = (image * height + first) * width + column
+    _store_row(sum0, bias, out_at, place, channel, seen, channels)
+    _store_row(sum1, bias, out_at, place + width, channel, seen & (left > 4), channels)
+    _store_row(sum2, bias, out_at, place + 2 * width, channel, seen & (left > 5), channels)
+    _store_row(sum3, bias, out_at, place + 3 * width, channel, seen & (left > 6), channels)
+
+
+def can_convolve_squares(squares: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`convolve_squares` serves: in half precision, on GPUs whose tensor cores read shared memory."""
+    halves = squares.dtype in (torch.float16, torch.bfloat16) and len(weight) in (16, 32, 64)
+    return halves and torch.cuda.get_device_capability(squares.device)[0] == 9
+
+
+def convolve_squares(squares: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The stem's convolution over ``squares_of`` images, and ReLU; without gradients.
+
+    Four lines of results read seven of squares, so that most of what is read comes once.
+
+    Args:
+        squares: float16 or bfloat16 [n, 16, H + 3, W + 3], channels last.
+        weight: ``squared_weight`` [C, 16, 4, 4], channels last, of the same type; C is 16, 32 or 64.
+        bias: [C].
+
+    Returns:
+        [n, C, H, W], channels last.
+    """
+    count, _, height, width = squares.shape
+    height, width, channels = height - 3, width - 3, len(weight)
+    out = torch.empty((count, height, width, channels), dtype=squares.dtype, device=squares.device)
+    grid = triton.cdiv(width, _COLUMNS_OF_SQUARES), triton.cdiv(height, 4), count
+    with torch.cuda.device_of(squares):
+        _convolve_squares[grid](
+            squares, weight, bias, out, height, width, channels=channels, block=_COLUMNS_OF_SQUARES, num_warps=4
+        )
+    return out.permute(0, 3, 1, 2)
+
+
+@triton.jit
 def _relu_backward(
     grad_at,
     other_at,
@@ -311,35 +390,20 @@ def max_pool(x: Tensor) -> Tensor:
 
 @triton.jit
 def _finish_block(
-    x_at, middle_at, middle_bias_at, expand_at, bias_at, source_at, project_at, wide_at, reduce_at, shift_at, out_at,
-    pixels, height, width, source_height, source_width,
-    depth: tl.constexpr, wide: tl.constexpr, source_depth: tl.constexpr, stride: tl.constexpr, channels: tl.constexpr,
-    convolves: tl.constexpr, projects: tl.constexpr, reduces: tl.constexpr,
+    x_at, expand_at, bias_at, source_at, project_at, out_at, pixels, height, width, source_height, source_width,
+    depth: tl.constexpr, wide: tl.constexpr, source_depth: tl.constexpr, stride: tl.constexpr, projects: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr, inner: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0) * rows + tl.arange(0, rows)
     known, pixel = (number < pixels)[:, None], number.to(tl.int64)[:, None]
-    feature, channel = tl.arange(0, depth), tl.arange(0, channels)
+    feature = tl.arange(0, depth)
+    x = tl.load(x_at + pixel * depth + feature[None, :], mask=known, other=0.0)
     row, column = number // width % height, number % width
-    if convolves:
-        total = tl.zeros([rows, depth], tl.float32)
-        for tap in range(9):
-            y, x = row + (tap // 3 - 1), column + (tap % 3 - 1)
-            seen = known & ((y >= 0) & (y < height) & (x >= 0) & (x < width))[:, None]
-            near = pixel + ((tap // 3 - 1) * width + (tap % 3 - 1))
-            values = tl.load(x_at + near * depth + feature[None, :], mask=seen, other=0.0)
-            weight = tl.load(middle_at + (feature[None, :] * 9 + tap) * depth + feature[:, None])
-            total += tl.dot(values, weight)
-        total += tl.load(middle_bias_at + feature).to(tl.float32)[None, :]
-        given = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x_at.dtype.element_ty)
-    else:
-        given = tl.load(x_at + pixel * depth + feature[None, :], mask=known, other=0.0)
     source = number // width // height * (source_height * source_width)
     source = (source + row * (stride * source_width) + column * stride).to(tl.int64)[:, None]
-    sums = tl.zeros([rows, channels], tl.float32)
     for first in range(0, wide, columns):
         at = first + tl.arange(0, columns)
-        values = tl.dot(given, tl.load(expand_at + at[None, :] * depth + feature[:, None]))
+        values = tl.dot(x, tl.load(expand_at + at[None, :] * depth + feature[:, None]))
         if projects:
             for start in tl.static_range(0, source_depth, inner):
                 place = start + tl.arange(0, inner)
@@ -348,86 +412,52 @@ def _finish_block(
         else:
             values += tl.load(source_at + pixel * wide + at[None, :], mask=known, other=0.0).to(tl.float32)
         values += tl.load(bias_at + at).to(tl.float32)[None, :]
-        result = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x_at.dtype.element_ty)
-        tl.store(wide_at + pixel * wide + at[None, :], result, mask=known)
-        if reduces:
-            sums += tl.dot(result, tl.load(reduce_at + channel[None, :] * wide + at[:, None]))
-    if reduces:
-        sums += tl.load(shift_at + channel).to(tl.float32)[None, :]
-        sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(out_at + pixel * channels + channel[None, :], sums.to(x_at.dtype.element_ty), mask=known)
+        values = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(out_at + pixel * wide + at[None, :], values.to(x.dtype), mask=known)
 
 
-class Pointwise(NamedTuple):
-    """A 1x1 convolution: weight [C', C, 1, 1], bias [C'] or None, and how many pixels it moves by."""
-
-    weight: Tensor
-    bias: Optional[Tensor]
-    stride: int = 1
+def can_finish(depth: int, wide: int, source_depth: int) -> bool:
+    """Whether :func:`finish_block` has room for these numbers of channels; the last is 0 without a projection."""
+    powers = all(n == 0 or n >= 16 and n & (n - 1) == 0 for n in (depth, source_depth))
+    return powers and max(depth, source_depth) <= _FINISHED['columns'] and wide % _FINISHED['columns'] == 0
 
 
-def can_finish(depth: int, wide: int, source_depth: int, channels: int) -> bool:
-    """Whether :func:`finish_block` has room for these numbers of channels; 0 for what there is not."""
-    powers = all(n == 0 or n >= 16 and n & (n - 1) == 0 for n in (depth, source_depth, channels))
-    return powers and max(depth, channels) <= 128 and source_depth <= 256 and wide % FINISHED['columns'] == 0
-
-
-def finish_block(
-    x: Tensor,
-    middle: Optional[Tuple[Tensor, Tensor]],
-    expand: Pointwise,
-    source: Tensor,
-    project: Optional[Pointwise],
-    reduce: Optional[Pointwise],
-) -> Tuple[Tensor, Optional[Tensor]]:
-    """The end of a bottleneck, y = ReLU(expand(x) + source) or ReLU(expand(x) + project(source)), and ReLU(reduce(y)).
+def finish_block(x: Tensor, expand: Tensor, bias: Tensor, source: Tensor, project: Optional[Tensor]) -> Tensor:
+    """The end of a bottleneck: ReLU(expand(x) + bias + source), or with project(source) in the place of source.
 
     Args:
         x: [n, C, H, W], float16 or bfloat16, channels last, as all maps are here.
-        middle: weight [C, C, 3, 3] and bias [C] of a convolution to begin with, with its ReLU: x is what it takes.
-        expand: C -> C'.
-        source: [n, C', H, W], or what is projected, [n, C'', stride * H, stride * W].
-        project: C'' -> C'; its bias is that of ``expand``, too, and not looked at.
-        reduce: C' -> the channels of the second result.
+        expand, bias: [C', C, 1, 1] and [C'].
+        source: [n, C', H, W], or what is projected, [n, C'', s * H, s * W] for a stride s.
+        project: [C', C'', 1, 1].
+
+    Returns:
+        [n, C', H, W], channels last.
     """
     count, depth, height, width = x.shape
-    pixels, wide = count * height * width, len(expand.weight)
-    result = torch.empty((count, height, width, wide), dtype=x.dtype, device=x.device)
-    channels = 16 if reduce is None else len(reduce.weight)
-    reduced = None
-    if reduce is not None:
-        reduced = torch.empty((count, height, width, channels), dtype=x.dtype, device=x.device)
-    source_depth = source.shape[1]
+    pixels, wide, source_depth = count * height * width, len(expand), source.shape[1]
+    out = torch.empty((count, height, width, wide), dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _finish_block[(triton.cdiv(pixels, FINISHED['rows']),)](
+        _finish_block[(triton.cdiv(pixels, _FINISHED['rows']),)](
             x,
-            x if middle is None else middle[0].permute(0, 2, 3, 1).contiguous(),
-            x if middle is None else middle[1],
-            expand.weight.flatten(1).contiguous(),
-            expand.bias,
+            expand.flatten(1).contiguous(),
+            bias,
             source,
-            x if project is None else project.weight.flatten(1).contiguous(),
-            result,
-            x if reduce is None else reduce.weight.flatten(1).contiguous(),
-            x if reduce is None else reduce.bias,
-            x if reduced is None else reduced,
+            x if project is None else project.flatten(1).contiguous(),
+            out,
             pixels,
             height,
             width,
-            source.shape[2],
-            source.shape[3],
+            *source.shape[2:],
             depth=depth,
             wide=wide,
             source_depth=source_depth,
-            stride=1 if project is None else project.stride,
-            channels=channels,
-            convolves=middle is not None,
+            stride=-(-source.shape[3] // width),
             projects=project is not None,
-            reduces=reduce is not None,
             inner=min(64, source_depth),
-            **FINISHED,
+            **_FINISHED,
         )
-    return result.permute(0, 3, 1, 2), None if reduced is None else reduced.permute(0, 3, 1, 2)
+    return out.permute(0, 3, 1, 2)
 
 
 @triton.jit
@@ -473,9 +503,9 @@ def merge_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Optional[Te
     count, depth, height, width = stage.shape
     channels, pixels = len(weight), count * height * width
     out = torch.empty((count, height, width, channels), dtype=stage.dtype, device=stage.device)
-    sizes = dict(MERGED, columns=min(MERGED['columns'], max(16, triton.next_power_of_2(channels))))
+    sizes = dict(rows=64, columns=min(256, max(16, triton.next_power_of_2(channels))), inner=64, num_warps=4)
     if triton.cdiv(pixels, sizes['rows']) < _FEW:
-        sizes.update(rows=64, columns=min(64, sizes['columns']), num_warps=4)
+        sizes.update(columns=min(64, sizes['columns']))
     grid = triton.cdiv(pixels, sizes['rows']), triton.cdiv(channels, sizes['columns'])
     with torch.cuda.device_of(stage):
         _merge_level[grid](
@@ -490,6 +520,7 @@ def merge_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Optional[Te
             depth,
             channels,
             adds=coarse is not None,
+            num_stages=2,
             **sizes,
         )
     return out.permute(0, 3, 1, 2)

@@ -66,22 +66,6 @@ def test_what_is_looked_at_while_the_gpu_works_counts():
 
 
 @needs_cuda
-def test_branches_of_a_graph_meet():
-    def function(x):
-        branch = cuda_graph.Branch(x.device)
-        with branch:
-            beside = x * 2
-        y = x + 1
-        branch.join()
-        return [beside * y]
-
-    graphed = GraphedFunction(function)
-    for _ in range(3):
-        x = torch.randn(5, device='cuda')
-        assert torch.equal(graphed(x)[0], function(x)[0])
-
-
-@needs_cuda
 def test_plain_values_and_absent_tensors_are_part_of_the_key():
     def scale(factor, x, shift):
         return [factor * x if shift is None else factor * x + shift, None]

@@ -223,21 +223,6 @@ def test_levels_are_merged(height, width, depth, channels):
     torch.testing.assert_close(merge_level(stage, weight, bias, coarse).double(), expected, **tolerance)
 
 
-@runs
-def test_matrices_of_some_queries_at_a_time(monkeypatch):
-    mixing = layers.AdaptiveMixing(64, 4, 8, num_groups=2).to(DEVICE)
-    nn.init.normal_(mixing.parameter_generator.weight, std=0.1)
-    half = mixing.half()
-    sampled, query = random(2, 150, 2, 4, 32, dtype=torch.float16), random(2, 150, 64, dtype=torch.float16)
-    monkeypatch.setattr(layers, 'has_triton', lambda device: True)
-    monkeypatch.setattr('models.csrc.adaptive_mixing.has_triton', lambda device: True)
-    made, expected = [], half.mix(sampled, query)
-    half.parameter_generator.register_forward_hook(lambda module, given, result: made.append(len(result)))
-    monkeypatch.setattr(layers, 'HELD_BYTES', 2 * 120 * half.parameter_generator.out_features)
-    assert half.mix(sampled, query).shape == query.shape and made == [128, 128, 44]
-    torch.testing.assert_close(half.mix(sampled, query), expected, rtol=2e-3, atol=2e-3)  # products of other sizes
-
-
 CHANNELS_LAST = dict(memory_format=torch.channels_last)
 
 
@@ -253,55 +238,52 @@ def convolve_relu(x, weight, bias, geometry, added=None):
 
 
 @runs
-@pytest.mark.parametrize('convolves', [True, False])
-@pytest.mark.parametrize('stride', [0, 1, 2], ids=['shortcut', 'projection', 'strides'])
-@pytest.mark.parametrize('reduces', [True, False])
-def test_ends_of_blocks(convolves, stride, reduces):
-    from models.encoder.kernels import Pointwise, finish_block
+@pytest.mark.parametrize('height, width', [(5, 70), (8, 3), (6, 64), (3, 8)])
+def test_the_first_convolution(height, width):
+    from models.encoder.kernels import convolve_squares
 
-    height, width = 9, 17  # more than one program
-    middle, expand, project = random_layer(16, 16, 3), random_layer(64, 16), random_layer(64, 128, 1, stride or 1)
-    reduce, x = random_layer(32, 64), random(2, 16, height, width, dtype=torch.float16).contiguous(**CHANNELS_LAST)
-    source = random(2, 128, height * stride, width * stride) if stride else random(2, 64, height, width)
-    source = source.half().contiguous(**CHANNELS_LAST)
-    ours = finish_block(
-        x,
-        (middle.weight, middle.bias) if convolves else None,
-        Pointwise(expand.weight, expand.bias),
-        source,
-        Pointwise(project.weight, None, stride) if stride else None,
-        Pointwise(reduce.weight, reduce.bias) if reduces else None,
-    )
-    inner = convolve_relu(x, *middle) if convolves else x
-    added = F.conv2d(source.float(), project.weight.float(), None, *project.geometry) if stride else source.float()
-    wide = convolve_relu(inner, *expand, added)
-    assert (ours[1] is not None) == reduces
-    for mine, other in zip(ours, (wide, convolve_relu(wide, *reduce))[: 1 + reduces]):
-        assert mine.is_contiguous(**CHANNELS_LAST)
-        torch.testing.assert_close(mine, other, rtol=5e-3, atol=5e-3)  # up to three roundings to float16
+    layer, squares = random_layer(64, 16, 4), random(2, 16, height + 3, width + 3, dtype=torch.float16)
+    squares = squares.contiguous(**CHANNELS_LAST)
+    ours = convolve_squares(squares, layer.weight, layer.bias)
+    assert ours.is_contiguous(**CHANNELS_LAST)
+    expected = convolve_relu(squares, layer.weight, layer.bias, ((1, 1), (0, 0), (1, 1), 1))
+    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-3)  # one rounding to float16
 
 
 @runs
-def test_stages_of_blocks_that_end_in_one_kernel(monkeypatch):
-    """Bottlenecks of 16 and 32 channels, projections with and without strides, and a stage that is too wide for it."""
-    monkeypatch.setattr(encoder_fused, '_convolve_relu', convolve_relu)
-    stages, depth = [], 32
-    for inner, stride in ((16, 1), (32, 2), (256, 2)):
+@pytest.mark.parametrize('stride', [0, 1, 2], ids=['shortcut', 'projection', 'strides'])
+def test_ends_of_blocks(stride):
+    from models.encoder.kernels import finish_block
+
+    height, width = 9, 17  # more than one program
+    expand, project = random_layer(128, 16), random_layer(128, 32, 1, stride or 1)
+    x = random(2, 16, height, width, dtype=torch.float16).contiguous(**CHANNELS_LAST)
+    source = random(2, 32, height * stride, width * stride) if stride else random(2, 128, height, width)
+    source = source.half().contiguous(**CHANNELS_LAST)
+    ours = finish_block(x, expand.weight, expand.bias, source, project.weight if stride else None)
+    added = F.conv2d(source.float(), project.weight.float(), None, *project.geometry) if stride else source.float()
+    assert ours.is_contiguous(**CHANNELS_LAST)
+    torch.testing.assert_close(ours, convolve_relu(x, *expand, added), rtol=2e-3, atol=2e-3)  # one rounding to float16
+
+
+@runs
+def test_stages_whose_blocks_end_in_one_kernel(monkeypatch):
+    """Bottlenecks with projections with and without strides, an odd size, and a stage that is too wide for it."""
+    monkeypatch.setattr(encoder_fused, 'has_triton', lambda device: True)
+    x, depth = random(1, 32, 9, 12, dtype=torch.float16).contiguous(**CHANNELS_LAST), 32
+    for inner, stride, calls in ((16, 1, 4), (32, 2, 4), (128, 2, 6)):
         blocks = [[random_layer(inner, depth), random_layer(inner, inner, 3, stride), random_layer(4 * inner, inner)]]
         blocks[0].append(random_layer(4 * inner, depth, 1, stride))
         depth = 4 * inner
         blocks.append([random_layer(inner, depth), random_layer(inner, inner, 3), random_layer(depth, inner)])
         plans = [encoder_fused._BlockPlan([layer.geometry for layer in block], 3) for block in blocks]
-        stages.append((plans, [value for block in blocks for layer in block for value in layer[:2]]))
-    x = random(1, 32, 8, 12, dtype=torch.float16).contiguous(**CHANNELS_LAST)
-    calls, theirs = [], x
-    ours = encoder_fused._run_finishing(stages, x)
-    monkeypatch.setattr(encoder_fused, '_convolve_relu', lambda *args: calls.append(args) or convolve_relu(*args))
-    encoder_fused._run_finishing(stages, x)
-    assert len(calls) == 1 + (1 + 0) + (3 + 3)  # the first; where the 3x3 moves by two; the last stage
-    for (plans, weights), mine in zip(stages, ours):
-        theirs = encoder_fused._run_stage(plans, theirs, weights)
-        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)  # roundings to float16 of all convolutions
+        weights = [value for block in blocks for layer in block for value in layer[:2]]
+        called = []
+        monkeypatch.setattr(encoder_fused, '_convolve_relu', lambda *args: called.append(args) or convolve_relu(*args))
+        ours = encoder_fused._run_stage(plans, x, weights, infers=True)
+        assert len(called) == calls
+        x = encoder_fused._run_stage(plans, x, weights)
+        torch.testing.assert_close(ours, x, rtol=2e-2, atol=2e-2)  # roundings to float16 of all convolutions
 
 
 @runs

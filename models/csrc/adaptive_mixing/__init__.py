@@ -20,7 +20,7 @@ KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORM_EPS = 1e-5
 
 
-def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int, out: Optional[Tensor] = None) -> Tensor:
+def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
     """Filter the samples of every query and group with the matrices made for them.
 
     x·M -> LayerNorm over the whole [p_in, W] slab -> ReLU -> S·x -> LayerNorm over [p_out, W] -> ReLU
@@ -30,7 +30,6 @@ def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int, out: Optio
         sampled: x, [n, G, p_in, W], n any number of dimensions.
         generated: [n, G*(W*W + p_out*p_in)], per group M [W, W] then S [p_out, p_in]; dtype as ``sampled``.
         out_points: p_out.
-        out: what the result is written to, contiguous; without gradients.
 
     Returns:
         [n, G, p_out, W] in the same dtype.
@@ -44,17 +43,16 @@ def adaptive_mix(sampled: Tensor, generated: Tensor, out_points: int, out: Optio
     _check(sampled, generated, out_points)
     kernels = _kernels_for(sampled, generated, out_points)
     if (kernels is None or _is_for_tensor_cores(sampled.dtype)) and _runs_fused(sampled, out_points):
-        return _mix_fused(sampled, generated, out_points, out)
+        return _mix_fused(sampled, generated, out_points)
     if kernels is None:
-        result = adaptive_mix_reference(sampled, generated, out_points)
-        return result if out is None else out.copy_(result)
+        return adaptive_mix_reference(sampled, generated, out_points)
     in_points, width = sampled.shape[-2:]
     result = kernels.adaptive_mix(
         sampled.reshape(-1, in_points, width).contiguous(),
         generated.reshape(-1, width * width + out_points * in_points).contiguous(),
         out_points,
-    ).view(sampled.shape[:-2] + (out_points, width))
-    return result if out is None else out.copy_(result)
+    )
+    return result.view(sampled.shape[:-2] + (out_points, width))
 
 
 def mix_in_pieces(
@@ -134,16 +132,16 @@ def _fits(sampled: Tensor, out_points: int, kind: torch.dtype) -> bool:
     return width in (16, 32, 64) and 0 < in_points <= most[0] and 0 < out_points <= most[1]
 
 
-def _mix_fused(sampled: Tensor, generated: Tensor, out_points: int, out: Optional[Tensor]) -> Tensor:
-    from models.csrc.adaptive_mixing.fused import FusedMixing, mix_fused  # needs Triton
+def _mix_fused(sampled: Tensor, generated: Tensor, out_points: int) -> Tensor:
+    from models.csrc.adaptive_mixing.fused import FusedMixing  # needs Triton
 
     in_points, width = sampled.shape[-2:]
-    x = sampled.reshape(-1, in_points, width).contiguous()
-    matrices = generated.reshape(-1, width * width + out_points * in_points).contiguous()
-    if out is not None:
-        mix_fused(x, matrices, out_points, NORM_EPS, out)
-        return out
-    mixed = FusedMixing.apply(x, matrices, out_points, NORM_EPS)
+    mixed = FusedMixing.apply(
+        sampled.reshape(-1, in_points, width).contiguous(),
+        generated.reshape(-1, width * width + out_points * in_points).contiguous(),
+        out_points,
+        NORM_EPS,
+    )
     return mixed.view(sampled.shape[:-2] + (out_points, width))
 
 

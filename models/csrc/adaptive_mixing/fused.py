@@ -115,10 +115,8 @@ def _sizes(x: Tensor, out_points: int) -> dict:
     )
 
 
-def mix_fused(x: Tensor, generated: Tensor, out_points: int, eps: float, out: Optional[Tensor] = None) -> Tensor:
-    """As ``FusedMixing`` without gradients; ``out``: contiguous, written to."""
-    if out is None:
-        out = x.new_empty(x.shape[0], out_points, x.shape[2])
+def _mix(x: Tensor, generated: Tensor, out_points: int, eps: float) -> Tensor:
+    out = x.new_empty(x.shape[0], out_points, x.shape[2])
     with torch.cuda.device_of(x):
         _forward[(x.shape[0],)](x, generated, out, eps, **_sizes(x, out_points))
     return out
@@ -139,7 +137,7 @@ class FusedMixing(Function):
     def forward(ctx, x: Tensor, generated: Tensor, out_points: int, eps: float) -> Tensor:
         ctx.save_for_backward(x, generated)
         ctx.eps = eps
-        return mix_fused(x, generated, out_points, eps)
+        return _mix(x, generated, out_points, eps)
 
     @staticmethod
     @once_differentiable
@@ -202,4 +200,4 @@ def _make_and_mix(
     """x [n * G, p_in, W], what is generated for it [n * G, ...], and what is mixed [n, G * p_out * W]."""
     x = sampled.flatten(0, 1)
     generated = F.linear(query, make, shift).view(len(x), -1)
-    return x, generated, mix_fused(x, generated, out_points, eps).view(len(query), -1)
+    return x, generated, _mix(x, generated, out_points, eps).view(len(query), -1)
