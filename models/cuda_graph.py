@@ -16,7 +16,7 @@ import torch
 from mmcv.runner import BaseModule
 from torch import Tensor
 
-from models.torch_compat import autocast_dtype
+from models.csrc import autocast_dtype
 
 _WARM_UP_RUNS = 3  # lets libraries pick algorithms and allocate workspaces before the capture
 

@@ -2,10 +2,13 @@
 
 The compiled kernels are loaded on first use; without them the references run. Kernels in Triton, which comes with
 PyTorch for NVIDIA GPUs and compiles on first use, serve training and what inference does between its products.
+
+At the end what PyTorch's releases call by different names.
 """
 
 import functools
 import importlib.util
+import inspect
 import os
 import shutil
 import sysconfig
@@ -15,6 +18,7 @@ from types import ModuleType
 from typing import List, Optional
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lib.extension import Extension
 
@@ -84,3 +88,22 @@ def describe_operators(device: torch.device, graphs: bool) -> str:
         return 'PyTorch operators'
     operators = ', '.join(compiled_operators(device)) or 'none (make build-ops)'
     return f'compiled operators: {operators}; CUDA graphs {"on" if graphs else "off"}'
+
+
+# -- PyTorch's releases
+
+
+NON_REENTRANT = 'use_reentrant' in inspect.signature(checkpoint).parameters  # PyTorch 1.11 and later
+
+
+def autocast_dtype(device_type: str) -> Optional[torch.dtype]:
+    """The type that autocast computes in on this kind of device ('cpu' or 'cuda'), or None if it is off."""
+    if hasattr(torch, 'get_autocast_dtype'):  # PyTorch 2.4 and later
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if device_type == 'cuda':
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+
+
+# ``recompute(function, *args)``: its intermediates are made again in the backward pass; random draws repeat there
+recompute = functools.partial(checkpoint, use_reentrant=False) if NON_REENTRANT else checkpoint

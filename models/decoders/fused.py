@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import FFN
 from torch import Tensor, nn
 
-from models.csrc import has_triton
-from models.torch_compat import autocast_dtype
+from models.csrc import autocast_dtype, has_triton
 
 _MANY = 512  # rows from which on it pays to take the weights apart
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from lib.errors import ConfigError
 from lib.task import Task
+from models.csrc import autocast_dtype, recompute
 from models.csrc.adaptive_mixing import adaptive_mix, mix_in_pieces
 from models.csrc.distance_attention import distance_attention, distance_attention_in_training, trains_fused
 from models.csrc.msmv_sampling import sample_multi_view
 from models.decoders.draws import select_valid
 from models.decoders.fused import MadeOnce, kernels_for, wide_linear
 from models.encoder import ImageFeatures
-from models.torch_compat import autocast_dtype, recompute
 
 _WHERE = 'model.pts_bbox_head.transformer'
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lib.errors import DataError
-from models.csrc import has_triton
+from models.csrc import autocast_dtype, has_triton
 from models.csrc.msmv_sampling import GradientSum, select_frames
 from models.cuda_graph import GraphedFunction
 from models.encoder.feature_cache import FeatureCache, StoredFrames
 from models.encoder.fused import FusedResNet, can_fuse_backbone, can_fuse_neck, run_neck, run_neck_again, run_neck_into
 from models.encoder.image_input import ImageInput
-from models.torch_compat import autocast_dtype
 
 
 class ImageFeatures(NamedTuple):

@@ -27,8 +27,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.models.necks.fpn import FPN
 from torch import Tensor, nn
 
-from models.csrc import has_triton
-from models.torch_compat import NON_REENTRANT, autocast_dtype, recompute
+from models.csrc import NON_REENTRANT, autocast_dtype, has_triton, recompute
 
 # Earlier releases reach cuDNN through another interface, which was not tried.
 _IS_RECENT = tuple(int(n) for n in torch.__version__.split('.')[:2]) >= (2, 2)

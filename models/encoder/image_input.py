@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from lib.dist import batch_rand
 from lib.errors import ConfigError
 from lib.registry import check_keys
-from models.csrc import has_triton
-from models.torch_compat import autocast_dtype
+from models.csrc import autocast_dtype, has_triton
 
 _BRIGHTNESS = 32.0
 _FACTORS = (0.5, 1.5)

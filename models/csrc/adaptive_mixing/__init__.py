@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.csrc import find_kernels, has_triton
-from models.torch_compat import autocast_dtype
+from models.csrc import autocast_dtype, find_kernels, has_triton
 
 # What the kernel is compiled for. Other sizes and types take the reference.
 KERNEL_WIDTH, KERNEL_MAX_IN, KERNEL_MAX_OUT = 64, 32, 128
