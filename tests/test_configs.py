@@ -95,7 +95,7 @@ def test_recipes_of_the_releases(name):
 
 @pytest.mark.parametrize('plain', ['r50_nuimg_704x256_8f_v1.1.py', 'toybench/v1.1.py'])
 def test_plus_differs_in_training_alone(plain):
-    """The same model with the same weights, read from the same files; another loss, and averaged weights."""
+    """The same model with the same weights, read from the same files; other losses, samples and averaged weights."""
     plus = plain.replace('8f_v1.1', '8f_plus').replace('/v1.1', '/v1.1_plus')
     configs = [load_config(os.path.join(ROOT, 'configs', name), REDUCED) for name in (plain, plus)]
     models = [build_model(cfg.model, Task.from_config(cfg.task)) for cfg in configs]
@@ -104,9 +104,11 @@ def test_plus_differs_in_training_alone(plain):
     terms = [set(model.pts_bbox_head.voxel_losses.terms) for model in models]
     assert terms[1] - terms[0] == {'loss_ray'} and not terms[0] - terms[1]
     assert [cfg.train.get('ema_decay') for cfg in configs] == [None, 0.999]
+    steps = [[step['type'] for step in cfg.data.train.pipeline] for cfg in configs]
+    assert steps[0] == steps[1] + ['BEVAug'] and not configs[1].data.train.pipeline[2]['rand_flip']
     plain_cfg, plus_cfg = [cfg._cfg_dict.to_dict() for cfg in configs]
     for cfg in (plain_cfg, plus_cfg):
-        del cfg['model']['pts_bbox_head']['loss_cfgs'], cfg['train']
+        del cfg['model']['pts_bbox_head']['loss_cfgs'], cfg['train'], cfg['data']['train']['pipeline']
         cfg.pop('published', None)
     assert plain_cfg == plus_cfg
 
