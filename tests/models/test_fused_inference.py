@@ -237,6 +237,14 @@ def convolve_relu(x, weight, bias, geometry, added=None):
     return F.relu(y if added is None else y + added).to(x.dtype).contiguous(**CHANNELS_LAST)
 
 
+@pytest.mark.skipif(not hasattr(F, 'scaled_dot_product_attention'), reason='from PyTorch 2.0')
+def test_attention_of_the_mask_queries():
+    attention = mask_decoder.QueryAttention(64).eval().to(DEVICE)
+    nn.init.normal_(attention.self_attn.in_proj_bias)
+    query, position = random(2, 9, 64), random(2, 9, 64)
+    torch.testing.assert_close(attention.attend_fused(query, position), attention.attend(query, position))
+
+
 @runs
 @pytest.mark.parametrize('height, width', [(5, 70), (8, 3), (6, 64), (3, 8)])
 def test_the_first_convolution(height, width):
