@@ -223,6 +223,22 @@ def test_levels_are_merged(height, width, depth, channels):
     torch.testing.assert_close(merge_level(stage, weight, bias, coarse).double(), expected, **tolerance)
 
 
+@runs
+def test_the_largest_level_is_merged(monkeypatch):
+    from models.encoder import kernels
+
+    monkeypatch.setattr(kernels, '_FEW', 5)  # programs, for 13 pieces
+    layout = dict(memory_format=torch.channels_last)
+    stage = random(2, 256, 20, 20, dtype=torch.float16).contiguous(**layout)
+    coarse = random(2, 256, 10, 10, dtype=torch.float16).contiguous(**layout)
+    weight, bias = random(256, 256, dtype=torch.float16) / 16, random(256)
+    ours = kernels.merge_wide_level(stage, weight, bias, coarse)
+    expected = torch.einsum('nkhw,ck->nchw', stage.double(), weight.double()) + bias.view(-1, 1, 1)
+    expected += F.interpolate(coarse.double(), scale_factor=2, mode='nearest')
+    assert ours.is_contiguous(**layout)
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-3, atol=2e-3)  # rounded to float16
+
+
 CHANNELS_LAST = dict(memory_format=torch.channels_last)
 
 
