@@ -37,7 +37,7 @@ _SQUARES = 64
 _COLUMNS_OF_SQUARES = 64  # of the first convolution, per program
 _FINISHED = dict(rows=128, columns=64, num_warps=8, num_stages=2)  # pixels, and channels of the result at a time
 _STORED = 4096  # values per program
-_WIDE = dict(rows=64, columns=128)  # of the largest level of the FPN
+_WIDE = dict(rows=64, columns=128, num_warps=4, num_stages=1)  # of the largest level of the FPN
 _FEW = 132  # programs that leave some of a GPU idle
 _LEVEL_PIXELS, _LEVEL_CHANNELS = 16, 256  # of levels of the FPN
 
@@ -533,7 +533,7 @@ def merge_wide_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Tensor
     programs = min(_FEW, triton.cdiv(pixels, _WIDE['rows']))
     with torch.cuda.device_of(stage):
         _merge_wide_level[(programs, channels // _WIDE['columns'])](
-            stage, weight, bias, coarse, out, pixels, height, width, channels, programs, num_warps=4, **_WIDE
+            stage, weight, bias, coarse, out, pixels, height, width, channels, programs, **_WIDE
         )
     return out.permute(0, 3, 1, 2)
 
