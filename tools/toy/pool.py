@@ -322,8 +322,8 @@ def _start_worker(stop, devices, turn):
 
 
 def _keep_memory() -> None:
-    """Keep freed memory for the next array instead of giving it back: on virtual machines many processes that get
-    the same pages again and again wait for each other."""
+    """Keep freed memory for the next array instead of giving it back: a keyframe would get 9,000 pages anew, which on
+    a virtual machine take some microseconds each."""
     if sys.platform != 'linux':
         return
     library = ctypes.CDLL(None)
