@@ -9,13 +9,13 @@ In training a ``GraphedPass`` does so with a forward pass and its backward pass.
 import contextlib
 import functools
 import inspect
-import warnings
 from typing import Callable, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import torch
 from mmcv.runner import BaseModule
 from torch import Tensor
 
+from lib.errors import ConfigError, reason
 from models.csrc import autocast_dtype
 
 _WARM_UP_RUNS = 3  # lets libraries pick algorithms and allocate workspaces before the capture
@@ -275,7 +275,7 @@ class GraphedPass:
     """A function of CUDA tensors and its backward pass, captured for the shapes of the first call.
 
     Its results are overwritten by the next call, so the backward pass of the call before must have come. With other
-    shapes, and where it cannot be captured (one warning says so), the function is called as it is.
+    shapes, and on devices without graphs, the function is called as it is.
 
     Args:
         function: takes tensors (or None) and gives tensors; no synchronisation with the host, shapes that depend on
@@ -294,7 +294,6 @@ class GraphedPass:
         keeps: Callable[[], object] = tuple,
     ):
         self.function, self.weights, self.buffers, self.keeps = function, weights, buffers, keeps
-        self.fails = False
         self.clear()
 
     def clear(self):
@@ -307,8 +306,12 @@ class GraphedPass:
         return dict(self.__dict__, _captured=None, _key=None, _kept=None)
 
     def __call__(self, *inputs: Optional[Tensor]) -> List[Optional[Tensor]]:
-        """``function(*inputs)``, with gradients; the first is a tensor."""
-        if self.fails or not can_capture(inputs[0].device):
+        """``function(*inputs)``, with gradients; the first is a tensor.
+
+        Raises:
+            ConfigError: the function cannot be captured. After that PyTorch draws no random numbers on the device.
+        """
+        if not can_capture(inputs[0].device):
             return list(self.function(*inputs))
         weights = list(self.weights())
         learning = tuple((t.data_ptr(), t.requires_grad) for t in weights)
@@ -326,12 +329,9 @@ class GraphedPass:
             with _autocast_without_cache(inputs[0].device.type):
                 self._captured = _CapturedPass(self.function, inputs, weights, _Recorded)
         except RuntimeError as error:
-            self.fails = True
-            warnings.warn(
-                f'training goes on without CUDA graphs, which could not be captured: {str(error).splitlines()[0]}',
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            raise ConfigError(
+                f'train.cuda_graph: a training step cannot be captured ({reason(error)}); set train.cuda_graph=False'
+            ) from error
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)

@@ -191,6 +191,8 @@ class Launch:
             model.graphs_training = True
             if self.processes.device.type != 'cuda':
                 self.log.say('train.cuda_graph has no effect on the CPU')
+            elif self.processes.world_size > 1:
+                self.log.say('train.cuda_graph has no effect with several processes')
             elif getattr(model, 'auxiliary_losses', ()):
                 self.log.say('train.cuda_graph has no effect with model.auxiliary_losses')
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6

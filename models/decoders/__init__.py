@@ -10,6 +10,7 @@ from mmcv.runner import BaseModule
 from mmdet.models.utils.builder import TRANSFORMER
 from torch import Tensor, nn
 
+from lib.dist import world_size
 from lib.task import Task
 from models.cuda_graph import GraphedPass, can_capture
 from models.decoders.draws import GivenDraws, RandomDraws, build_draws
@@ -139,8 +140,9 @@ class GraphedTraining:
         self.replayed = GraphedPass(self._run, self._learning, self._buffers, keeps=encoder.constants)
 
     def suits(self, img: Tensor) -> bool:
-        """Whether a pass over these images can be replayed: gradients are wanted, and the device can capture."""
-        return torch.is_grad_enabled() and can_capture(img.device)
+        """Whether a pass over these images can be replayed: gradients are wanted, the device can capture, and this is
+        the only process: beside the exchange of gradients a capture was found to fail."""
+        return torch.is_grad_enabled() and can_capture(img.device) and world_size() == 1
 
     def __call__(self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> TransformerOutput:
         """What the losses read. Numbers are drawn first, in the order of a pass step by step.

@@ -10,6 +10,7 @@ from small_model import small_batch, small_model, small_task
 
 import models.cuda_graph as cuda_graph
 from lib.dist import counting_shares, shared_draws
+from lib.errors import ConfigError
 from lib.run.loading import to_device
 from models.cuda_graph import GraphedFunction, GraphedPass
 from tools.synthetic import synthetic_batch, synthetic_meta
@@ -213,18 +214,15 @@ def test_a_late_backward_pass_is_refused(without_a_gpu):
         first.backward()
 
 
-def test_what_cannot_be_captured_runs_as_it_is_with_one_warning(without_a_gpu, monkeypatch):
+def test_what_cannot_be_captured_ends_in_one_sentence(without_a_gpu, monkeypatch):
     def refuse(run, pool):
         raise RuntimeError('operation not permitted\nmore of it')
 
     refuse.pool, refuse.apart = DoneAgain.pool, DoneAgain.apart
     monkeypatch.setattr(cuda_graph, '_Recorded', refuse)
-    mean = torch.zeros(1)
-    graphed = GraphedPass(lambda x: [x * mean.add_(1)], buffers=lambda: [mean])
-    x = torch.ones(1, requires_grad=True)
-    with pytest.warns(RuntimeWarning, match='without CUDA graphs.*not permitted$'):
-        assert graphed(x)[0].item() == 1  # warming up did not count
-    assert graphed(x)[0].item() == 2
+    graphed = GraphedPass(lambda x: [2 * x])
+    with pytest.raises(ConfigError, match='not permitted more of it.*set train.cuda_graph=False'):
+        graphed(torch.ones(1, requires_grad=True))
 
 
 def losses_and_gradients(model, batch, seed, amp=None, count=False):
@@ -271,6 +269,14 @@ def test_losses_and_gradients_with_and_without_graphs(device, scoring, amp, requ
         for name in grads:
             size = float(grads[name].norm())
             assert float((grads[name] - again[name]).norm()) <= 10 * tolerance * size + 1e-6, name
+
+
+def test_several_processes_train_without_graphs(without_a_gpu, monkeypatch):
+    model = small_model().train()
+    model.graphs_training = True
+    monkeypatch.setattr('models.decoders.world_size', lambda: 2)
+    losses_and_gradients(model, small_batch(model.task, 1), 0)
+    assert model._graphed.replayed._captured is None
 
 
 def test_evaluation_and_copies_know_nothing_of_graphs(without_a_gpu):
