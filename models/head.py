@@ -213,7 +213,8 @@ class SparseOccHead(BaseModule):
             raise ConfigError(f"{where}: key 'loss_mask2former' is missing")
         self.loss_mask2former = build_part(terms.pop('loss_mask2former'), LOSSES, f'{where}.loss_mask2former', task)
         self.voxel_losses = VoxelLosses(task, self.transformer.voxel_decoder.scoring, terms, where)
-        self._graphed = GraphedFunction(self._predict_tensors, max_graphs=2, state=self.transformer.version)
+        versions = self.transformer.version, self.transformer.last_version
+        self._graphed = GraphedFunction(self._predict_tensors, 2, *versions)
         self._graphed_terms, self._term_names = GraphedPass(self._run_terms), []
 
     def forward(self, features: ImageFeatures) -> TransformerOutput:

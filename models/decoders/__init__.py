@@ -113,6 +113,10 @@ class SparseOccTransformer(BaseModule):
         """Another value whenever a weight has changed that something was made of, which is forgotten then."""
         return self.voxel_decoder.version(), self.decoder.version()
 
+    def last_version(self) -> Tuple:
+        """What :meth:`version` told last, without looking; another value when something was dropped since."""
+        return self.voxel_decoder.last_version(), self.decoder.last_version()
+
     def forget_weights(self):
         """Drop what was made from the weights as they were."""
         self.voxel_decoder.forget_weights()

@@ -73,6 +73,10 @@ class MadeOnce(Generic[T]):
             self._kept_of = version
         return version
 
+    def last_version(self) -> Tuple:
+        """What :meth:`version` told last, without looking; another value when all was dropped since."""
+        return self._kept_of
+
     def get(self, query: Tensor, make: Callable[[], T]) -> T:
         """What ``make`` gives for so many queries on this device, in this precision."""
         self.version()

@@ -230,9 +230,16 @@ class MaskDecoder(BaseModule):
 
     def version(self) -> Tuple:
         """Another value whenever a weight has changed that something was made of, which is forgotten then."""
-        return self._begun.version(), self.decoder_layer.sampling.asking.version()
+        return tuple(made.version() for made in self._made())
+
+    def last_version(self) -> Tuple:
+        """What :meth:`version` told last, without looking; another value when something was dropped since."""
+        return tuple(made.last_version() for made in self._made())
 
     def forget_weights(self):
         """Drop what was made from the weights as they were."""
-        self._begun.clear()
-        self.decoder_layer.sampling.asking.clear()
+        for made in self._made():
+            made.clear()
+
+    def _made(self) -> List[MadeOnce]:
+        return [self._begun, self.decoder_layer.sampling.asking]

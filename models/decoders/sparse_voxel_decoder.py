@@ -237,6 +237,10 @@ class SparseVoxelDecoder(BaseModule):
         """Another value whenever a weight has changed that something was made of, which is forgotten then."""
         return tuple(made.version() for made in self._made())
 
+    def last_version(self) -> Tuple:
+        """What :meth:`version` told last, without looking; another value when something was dropped since."""
+        return tuple(made.last_version() for made in self._made())
+
     def forget_weights(self):
         """Drop what was made from the weights as they were."""
         for made in self._made():

@@ -37,7 +37,6 @@ _SQUARES = 64
 _COLUMNS_OF_SQUARES = 64  # of the first convolution, per program
 _FINISHED = dict(rows=128, columns=64, num_warps=8, num_stages=2)  # pixels, and channels of the result at a time
 _STORED = 4096  # values per program
-_WIDE = dict(rows=64, columns=128, num_warps=4, num_stages=1)  # of the largest level of the FPN
 _FEW = 132  # programs that leave some of a GPU idle
 _LEVEL_PIXELS, _LEVEL_CHANNELS = 16, 256  # of levels of the FPN
 
@@ -489,55 +488,6 @@ def _merge_level(
     tl.store(out_at + places, total.to(out_at.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _merge_wide_level(
-    stage_at, weight_at, bias_at, coarse_at, out_at, pixels, height, width, channels, programs,
-    rows: tl.constexpr, columns: tl.constexpr,
-):  # fmt: skip
-    channel = tl.program_id(1) * columns + tl.arange(0, columns)
-    feature = tl.arange(0, 64)
-    weight = weight_at + channel[None, :] * 256 + feature[:, None]
-    w0, w1, w2, w3 = tl.load(weight), tl.load(weight + 64), tl.load(weight + 128), tl.load(weight + 192)
-    bias = tl.load(bias_at + channel).to(tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(pixels, rows), programs):
-        pixel = tile * rows + tl.arange(0, rows)
-        known = (pixel < pixels)[:, None]
-        stage = stage_at + pixel.to(tl.int64)[:, None] * 256 + feature[None, :]
-        image, row, column = pixel // width // height, pixel // width % height, pixel % width
-        nearest = (image * (height // 2) + row // 2) * (width // 2) + column // 2
-        coarse = coarse_at + nearest.to(tl.int64)[:, None] * channels + channel[None, :]
-        added = tl.load(coarse, mask=known, other=0.0)
-        total = tl.dot(tl.load(stage, mask=known, other=0.0), w0)
-        total += tl.dot(tl.load(stage + 64, mask=known, other=0.0), w1)
-        total += tl.dot(tl.load(stage + 128, mask=known, other=0.0), w2)
-        total += tl.dot(tl.load(stage + 192, mask=known, other=0.0), w3)
-        total += bias[None, :] + added.to(tl.float32)
-        out = out_at + pixel.to(tl.int64)[:, None] * channels + channel[None, :]
-        tl.store(out, total.to(out_at.dtype.element_ty), mask=known)
-
-
-def can_merge_wide_level(stage: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`merge_wide_level` serves: on GPUs like the H100, whose multiprocessors hold the weights."""
-    fits = stage.is_cuda and stage.shape[1] == 256 and len(weight) % _WIDE['columns'] == 0
-    return fits and torch.cuda.get_device_capability(stage.device)[0] == 9
-
-
-def merge_wide_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Tensor) -> Tensor:
-    """:func:`merge_level` of 256 channels, by programs that keep their part of the weights and go over the pixels.
-
-    Read for every few pixels, as there, the weights take longer than the pixels of a large level.
-    """
-    count, _, height, width = stage.shape
-    channels, pixels = len(weight), count * height * width
-    out = torch.empty((count, height, width, channels), dtype=stage.dtype, device=stage.device)
-    programs = min(_FEW, triton.cdiv(pixels, _WIDE['rows']))
-    with torch.cuda.device_of(stage):
-        _merge_wide_level[(programs, channels // _WIDE['columns'])](
-            stage, weight, bias, coarse, out, pixels, height, width, channels, programs, **_WIDE
-        )
-    return out.permute(0, 3, 1, 2)
-
-
 def merge_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Optional[Tensor]) -> Tensor:
     """1x1 convolution of a stage, plus bias, plus the level above enlarged by its nearest values.
 
@@ -550,8 +500,6 @@ def merge_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Optional[Te
     Returns:
         [n, C, H, W], channels last.
     """
-    if coarse is not None and can_merge_wide_level(stage, weight):
-        return merge_wide_level(stage, weight, bias, coarse)
     count, depth, height, width = stage.shape
     channels, pixels = len(weight), count * height * width
     out = torch.empty((count, height, width, channels), dtype=stage.dtype, device=stage.device)

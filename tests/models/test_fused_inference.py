@@ -223,22 +223,6 @@ def test_levels_are_merged(height, width, depth, channels):
     torch.testing.assert_close(merge_level(stage, weight, bias, coarse).double(), expected, **tolerance)
 
 
-@runs
-def test_the_largest_level_is_merged(monkeypatch):
-    from models.encoder import kernels
-
-    monkeypatch.setattr(kernels, '_FEW', 5)  # programs, for 13 pieces
-    layout = dict(memory_format=torch.channels_last)
-    stage = random(2, 256, 20, 20, dtype=torch.float16).contiguous(**layout)
-    coarse = random(2, 256, 10, 10, dtype=torch.float16).contiguous(**layout)
-    weight, bias = random(256, 256, dtype=torch.float16) / 16, random(256)
-    ours = kernels.merge_wide_level(stage, weight, bias, coarse)
-    expected = torch.einsum('nkhw,ck->nchw', stage.double(), weight.double()) + bias.view(-1, 1, 1)
-    expected += F.interpolate(coarse.double(), scale_factor=2, mode='nearest')
-    assert ours.is_contiguous(**layout)
-    torch.testing.assert_close(ours.double(), expected, rtol=2e-3, atol=2e-3)  # rounded to float16
-
-
 CHANNELS_LAST = dict(memory_format=torch.channels_last)
 
 
@@ -393,12 +377,15 @@ def test_what_is_the_same_for_all_images_is_made_of_the_weights_there_are(predic
     transformer = predict.model.pts_bbox_head.transformer
     decoder, of_masks = transformer.voxel_decoder, transformer.decoder
     predict(True)
+    version = transformer.version()
+    assert transformer.last_version() == version
     made = decoder._placed, of_masks._begun
     kept = [next(iter(each.kept.values()))[0] for each in made]
     predict(True)
     assert all(next(iter(each.kept.values()))[0] is one for each, one in zip(made, kept))
     decoder.decoder_layers[0].norm1.weight.mul_(-0.5)
     of_masks.query_feat.weight.mul_(-0.5)
+    assert transformer.last_version() == version != transformer.version()
     ours, theirs = predict(True), predict(False)
     for mine, other in zip(ours.output.stages, theirs.output.stages):
         assert_as_rounded(mine.features, other.features)
@@ -408,6 +395,7 @@ def test_what_is_the_same_for_all_images_is_made_of_the_weights_there_are(predic
     assert not twin.voxel_decoder._placed.kept and not twin.decoder._begun.kept
     predict.model.pts_bbox_head.forget_weights()
     assert not any(each.kept for each in made)
+    assert transformer.last_version() != transformer.version()
 
 
 @runs
