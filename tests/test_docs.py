@@ -54,6 +54,7 @@ RUN_BY = {
     'tools/infer.py': 'tests/tools/test_visualize_infer.py',
     'tools/export.py': 'tests/models/test_export.py',
     'tools/benchmark.py': 'tests/tools/test_benchmark.py',
+    'tools/benchmark_growth.py': 'tests/tools/test_benchmark.py',
     'tools/benchmark_table.py': 'tests/tools/test_benchmark.py',
     'tools/bench_evaluation.py': 'tests/tools/test_bench_evaluation.py',
     'tools/watch_folder.py': 'tests/tools/test_api.py',

@@ -93,7 +93,7 @@ def draw(rows: Sequence[Row], title: str, out: str) -> None:
     for panel, label in zip(axes[:, 0], figures.values()):
         panel.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
         panel.set_ylabel(label, fontsize=9)
-    _draw_legend(figure, pyplot.Line2D)
+    _draw_legend(figure, pyplot.Line2D, lost=any('ended' in row for row in rows))
     figure.suptitle(title, fontsize=10)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     save_figure(figure, out)
@@ -114,10 +114,10 @@ def _draw_proportion(panel, base: Optional[Row], rows: Sequence[Row], axis: str,
         panel.plot(ends, [base[key], base[key] * ends[1] / ends[0]], color=colour, ls=':', lw=1)
 
 
-def _draw_legend(figure, line) -> None:
+def _draw_legend(figure, line, lost: bool) -> None:
     handles = [line([], [], color=f'C{i}', marker='o', ms=3) for i in range(len(_CURVES))]
-    handles += [line([], [], color='grey', ls=':'), line([], [], color='grey', marker='x', ls='')]
-    names = [*_CURVES.values(), 'in proportion', 'does not fit']
+    handles += [line([], [], color='grey', ls=':'), *([line([], [], color='grey', marker='x', ls='')] if lost else [])]
+    names = [*_CURVES.values(), 'in proportion', *(['does not fit'] if lost else [])]
     figure.legend(handles, names, loc='lower center', ncol=len(names), frameon=False, fontsize=9)
 
 
