@@ -377,7 +377,7 @@ def measure(args, processes, cfg, record, name, model=None):
     try:
         for part in args.what:
             getattr(bench, part)()
-    except RuntimeError as error:
+    except (RuntimeError, ConfigError) as error:  # the latter where graphs cannot be captured
         if not (args.changes or args.table or args.grow):
             raise
         no_room = 'out of memory' in str(error)

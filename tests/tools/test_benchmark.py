@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lib.errors import DataError, UserError
+from lib.errors import ConfigError, DataError, UserError
 from lib.run import timing_script
 from lib.run.processes import Processes
 from tools import benchmark, benchmark_growth, benchmark_table
@@ -114,7 +114,7 @@ def growth(tmp_path, monkeypatch):
     def time_or_fail(*arguments):
         calls.append(len(json.loads(path.read_text())['rows']) if calls else 0)
         if len(calls) == 2:
-            raise RuntimeError('CUDA out of memory')
+            raise ConfigError('train.cuda_graph: a training step cannot be captured (CUDA out of memory)')
         return time_steps(*arguments)
 
     monkeypatch.setattr(timing_script, 'time_steps', time_or_fail)
