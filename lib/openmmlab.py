@@ -187,6 +187,28 @@ class _WaitingPackage(types.ModuleType):
                 self.__spec__.loader.exec_module(self)
 
 
+class _ImportedMeanwhile:
+    """Finder and loader of a module that is there already: the import of it asked its package, which waited, where to
+    look, and the package's file has imported it. It is not run a second time."""
+
+    def __init__(self, module: types.ModuleType):
+        self._module, self._spec = module, module.__spec__
+
+    @classmethod
+    def find_spec(cls, name: str, path=None, target=None):
+        """As Python's finders; ``target`` is given where a module is reloaded, which is to run it again."""
+        package, module = sys.modules.get(name.rpartition('.')[0]), sys.modules.get(name)
+        if target is not None or module is None or not isinstance(package, _WaitingPackage):
+            return None
+        return importlib.machinery.ModuleSpec(name, cls(module))
+
+    def create_module(self, spec) -> types.ModuleType:
+        return self._module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__spec__ = self._spec
+
+
 def import_mmdet() -> None:
     """``prepare_openmmlab``, and import of mmdet what is needed here; its packages wait.
 
@@ -206,6 +228,7 @@ def import_mmdet() -> None:
     for package in packages:
         if not package._is_filled:
             del package.__path__
+    sys.meta_path.insert(0, _ImportedMeanwhile)
     _look_again(importlib.import_module('mmcv.utils').Registry)
 
 

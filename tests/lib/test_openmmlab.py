@@ -105,6 +105,9 @@ def test_waiting_packages_register_the_same_names_and_hold_the_same():
         'from mmdet.core.bbox.builder import BBOX_ASSIGNERS; assert BBOX_ASSIGNERS.get("HungarianAssigner")',
         'from mmdet.models.dense_heads import paa_head; assert paa_head.skm.GaussianMixture',
         'import mmdet3d.models',
+        'import mmdet.models.backbones.swin as swin; assert MODELS.get("SwinTransformer") is swin.SwinTransformer',
+        'import mmdet.models.necks.pafpn; assert mmdet.models.necks.pafpn.__spec__.origin.endswith("fpn.py")',
+        'import mmdet.models.dense_heads as heads; assert MODELS.get("RetinaHead") is heads.RetinaHead',
     ],
 )
 def test_what_waits_is_there_when_it_is_asked_for(use):
