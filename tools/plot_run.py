@@ -169,6 +169,10 @@ def _draw_panel(axis, runs, panel, count) -> None:
     axis.grid(alpha=0.3)
     if panel in ('loss', 'mask', 'grad_norm'):  # they begin far above where they go
         axis.set_yscale('log')
+        low, high = axis.get_ylim()
+        axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if high < 100 * low else (1,))
+        axis.yaxis.set_major_formatter('{x:g}')
+        axis.tick_params(axis='y', which='minor', labelleft=False)
 
 
 def main():
