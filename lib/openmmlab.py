@@ -8,6 +8,7 @@ Call :func:`prepare_openmmlab` before the first ``import mmdet`` / ``mmdet3d``:
 
 import contextlib
 import importlib
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
@@ -187,7 +188,7 @@ class _WaitingPackage(types.ModuleType):
                 self.__spec__.loader.exec_module(self)
 
 
-class _ImportedMeanwhile:
+class _ImportedMeanwhile(importlib.abc.Loader):
     """Finder and loader of a module that is there already: the import of it asked its package, which waited, where to
     look, and the package's file has imported it. It is not run a second time."""
 

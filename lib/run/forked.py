@@ -14,7 +14,7 @@ import pickle
 import sys
 import traceback
 from multiprocessing.connection import Connection
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def can_fork() -> bool:
 
 
 class WorkerLost(Exception):
-    """A worker was killed; the message says how it ended."""
+    """A worker was killed, or has no memory to share; the message says how it ended, or why."""
 
 
 class Made(NamedTuple):
@@ -70,7 +70,7 @@ class Workers:
         """The values in order. A worker makes two ahead; it waits where neither has been released.
 
         Raises:
-            WorkerLost: one of them was killed.
+            WorkerLost: one of them was killed, or memory cannot be shared with it.
         """
         for number in range(self._count):
             yield self._workers[number % len(self._workers)].receive()
@@ -110,9 +110,14 @@ class _Worker:
         except (EOFError, OSError) as error:
             self.process.join()
             raise WorkerLost(f'status {self.process.exitcode} of process {self.process.pid}') from error
-        parts: Sequence[Any] = self._slots[self._received % _SLOTS].parts(sizes, self._on_gpu)
+        try:
+            parts: Sequence[Any] = self._slots[self._received % _SLOTS].parts(sizes, self._on_gpu)
+        except OSError as error:
+            raise WorkerLost(str(error)) from error
         value = pickle.loads(content, buffers=parts if self._on_gpu else list(map(bytearray, parts)))
         self._received += 1
+        if isinstance(value, OSError):
+            raise WorkerLost(str(value))
         if isinstance(value, _Failed):
             raise RuntimeError(f'in a data-loading worker:\n{value.text}')
         return Made(value, self._release)
@@ -136,20 +141,27 @@ def _work(make, numbers: range, prepare, slots: List['_Slot'], pipe: Connection,
     prepare(numbers.start)
     with contextlib.suppress(EOFError, OSError):
         for turn, number in enumerate(numbers):
-            packed = _pack(_make(make, number))
+            packed = _make(make, number)
             if turn >= _SLOTS:
                 pipe.recv_bytes()  # the slot was released
-            sizes = slots[turn % _SLOTS].write(packed.buffers)
-            pipe.send_bytes(pickle.dumps((sizes, packed.content)))
+            pipe.send_bytes(pickle.dumps(_write(slots[turn % _SLOTS], packed)))
         while True:
             pipe.recv_bytes()  # until the parent is gone
 
 
-def _make(make, number: int):
+def _make(make, number: int) -> '_Packed':
     try:
-        return make(number)
+        return _pack(make(number))
     except Exception:
-        return _Failed(traceback.format_exc())
+        return _pack(_Failed(traceback.format_exc()))
+
+
+def _write(slot: '_Slot', packed: '_Packed') -> Tuple[List[int], bytes]:
+    """The bytes of each buffer in the slot, and what holds them together; an OSError where memory is not to be had."""
+    try:
+        return slot.write(packed.buffers), packed.content
+    except OSError as error:
+        return [], _pack(error).content
 
 
 _AS_ARRAYS = (torch.uint8, torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64)

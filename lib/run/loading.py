@@ -191,7 +191,7 @@ def _next_on(device: torch.device, stream, batches: Iterator[Made]) -> Optional[
         try:
             made = next(batches, None)
         except WorkerLost as error:
-            raise DataError(_LOST.format(error)) from error
+            raise DataError(_explain(error, True) or _LOST.format(error)) from error
         if made is None:
             return None
         if isinstance(made.value, Failure):

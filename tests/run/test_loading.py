@@ -148,6 +148,27 @@ def test_a_forked_worker_that_is_killed_or_mistaken_is_told(tmp_path):
         list(_drive([0, 1], 1, collate=lambda samples: _bug(1)))
     with pytest.raises(OSError, match='a mistake in the code'):
         list(_drive([0, 1], 0, collate=lambda samples: _bug(1)))
+    with pytest.raises(RuntimeError, match='(?s)in a data-loading worker.*pickle'):
+        list(_drive([0, 1], 1, collate=lambda samples: dict(img=lambda: None)))
+
+
+def _open_no_more_files(samples=()):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return dict(img=torch.zeros(2))
+
+
+@pytest.mark.parametrize('where', ['worker', 'parent'])
+def test_memory_that_cannot_be_shared_for_want_of_files_is_one_sentence(where, tmp_path):
+    def read():
+        if where == 'worker':
+            return list(_drive([0, 1], 1, collate=_open_no_more_files))
+        batches = _drive(_Sized(count=20), 2)
+        next(batches)
+        _open_no_more_files()
+        return list(batches)
+
+    assert _in_a_fork(lambda: run_main(read), tmp_path / 'stderr') == 2
+    assert (tmp_path / 'stderr').read_text().startswith('error: too many open files in the data-loading workers; lower')
 
 
 def _children():
