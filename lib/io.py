@@ -183,17 +183,20 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
 
     A crash, a full disk or an exception in the block leaves ``path`` as it was. The temporary name keeps
     the suffix, because np.savez and others add one that is missing. Missing folders are made.
+    What is no file, as /dev/null or a pipe, is yielded itself: root would put a file in its place for everybody.
 
     Raises:
         UserError: the file cannot be written (disk full, no permission, ...).
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.stem}.{os.getpid()}.tmp{path.suffix}')
+    is_device = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+    temporary = path if is_device else path.with_name(f'.{path.stem}.{os.getpid()}.tmp{path.suffix}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
+        if not is_device:
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
@@ -202,8 +205,9 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
             'file of that name is untouched)'
         ) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if not is_device:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def check_outputs(*paths: Optional[PathLike]) -> None:

@@ -141,6 +141,16 @@ def test_a_folder_in_the_way_is_one_sentence(tmp_path):
         io.write_json(tmp_path / 'file' / 'a.json', {})
 
 
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    """As /dev/null, which root could replace by a file."""
+    path = tmp_path / 'pipe.json'
+    os.mkfifo(str(path))
+    reading = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)
+    io.write_json(path, [1])
+    assert json.loads(os.read(reading, 100)) == [1] and path.is_fifo()
+    os.close(reading)
+
+
 def test_json_takes_numpy_values(tmp_path):
     io.write_json(tmp_path / 'a.json', dict(a=np.float64(1.5), b=np.arange(2), c=np.bool_(True)))
     assert io.read_json(tmp_path / 'a.json') == dict(a=1.5, b=[0, 1], c=True)
