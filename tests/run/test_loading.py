@@ -1,5 +1,6 @@
 """Loading batches: errors of workers in one sentence, a worker that is killed, many open files."""
 
+import gc
 import os
 import resource
 import select
@@ -177,12 +178,13 @@ def _children():
 
 @pytest.mark.skipif(not can_fork(), reason='needs forked workers')
 def test_forked_workers_end_with_the_reading_and_leave_no_files_open():
+    gc.collect()  # what tests before left open
     before, files = _children(), len(os.listdir('/proc/self/fd'))
     batches = _drive(_Items(count=50), 2)
     next(batches)
     assert len(_children() - before) == 2
     batches.close()
-    assert _children() == before and len(os.listdir('/proc/self/fd')) == files
+    assert _children() == before and len(os.listdir('/proc/self/fd')) <= files
 
 
 def test_forked_workers_end_when_the_parent_is_killed(tmp_path):
