@@ -14,6 +14,7 @@ from lib.dist import world_size
 from lib.task import Task
 from models.cuda_graph import GraphedPass, can_capture
 from models.decoders.draws import GivenDraws, RandomDraws, build_draws
+from models.decoders.fused import MadeOnce
 from models.decoders.layers import DecoderSizes
 from models.decoders.mask_decoder import MaskDecoder, MaskPrediction
 from models.decoders.sparse_voxel_decoder import SparseVoxelDecoder, VoxelStage
@@ -111,16 +112,19 @@ class SparseOccTransformer(BaseModule):
 
     def version(self) -> Tuple:
         """Another value whenever a weight has changed that something was made of, which is forgotten then."""
-        return self.voxel_decoder.version(), self.decoder.version()
+        return tuple(made.version() for made in self._made_once())
 
     def last_version(self) -> Tuple:
         """What :meth:`version` told last, without looking; another value when something was dropped since."""
-        return self.voxel_decoder.last_version(), self.decoder.last_version()
+        return tuple(made.last_version() for made in self._made_once())
 
     def forget_weights(self):
         """Drop what was made from the weights as they were."""
-        self.voxel_decoder.forget_weights()
-        self.decoder.forget_weights()
+        for made in self._made_once():
+            made.clear()
+
+    def _made_once(self) -> List[MadeOnce]:
+        return self.voxel_decoder.made_once() + self.decoder.made_once()
 
     def forward(self, features: ImageFeatures, draws=None) -> TransformerOutput:
         """Voxels and masks of every sample of the batch; draws: in place of its own strategy of drawing."""

@@ -228,18 +228,6 @@ class MaskDecoder(BaseModule):
         others = layer.mask_proj, layer.classifier, self.query_feat, self.query_pos
         return [weight for part in (*of_layer, *others) for weight in part.parameters()]
 
-    def version(self) -> Tuple:
-        """Another value whenever a weight has changed that something was made of, which is forgotten then."""
-        return tuple(made.version() for made in self._made())
-
-    def last_version(self) -> Tuple:
-        """What :meth:`version` told last, without looking; another value when something was dropped since."""
-        return tuple(made.last_version() for made in self._made())
-
-    def forget_weights(self):
-        """Drop what was made from the weights as they were."""
-        for made in self._made():
-            made.clear()
-
-    def _made(self) -> List[MadeOnce]:
+    def made_once(self) -> List[MadeOnce]:
+        """All that inference makes of weights alone."""
         return [self._begun, self.decoder_layer.sampling.asking]

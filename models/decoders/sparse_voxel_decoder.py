@@ -6,7 +6,7 @@ Block coordinates are the full-resolution voxel indices of a block's lower corne
 
 import math
 from dataclasses import dataclass, replace
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence
 
 import torch
 from mmcv.cnn.bricks.transformer import FFN
@@ -233,20 +233,8 @@ class SparseVoxelDecoder(BaseModule):
         first = self.decoder_layers[0]
         return self._placed.get(query, lambda: first.prepare(first.place(kernels, query, coords)))
 
-    def version(self) -> Tuple:
-        """Another value whenever a weight has changed that something was made of, which is forgotten then."""
-        return tuple(made.version() for made in self._made())
-
-    def last_version(self) -> Tuple:
-        """What :meth:`version` told last, without looking; another value when something was dropped since."""
-        return tuple(made.last_version() for made in self._made())
-
-    def forget_weights(self):
-        """Drop what was made from the weights as they were."""
-        for made in self._made():
-            made.clear()
-
-    def _made(self) -> List[MadeOnce]:
+    def made_once(self) -> List[MadeOnce]:
+        """All that inference makes of weights alone."""
         attentions = [layer.self_attn.halves for layer in self.decoder_layers if layer.self_attn is not None]
         return [self._placed, *attentions, *(layer.sampling.asking for layer in self.decoder_layers)]
 
