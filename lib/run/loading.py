@@ -161,7 +161,10 @@ def _fork(dataset, indices: Sequence[int], collate: Callable, workers: int, devi
     """Processes that make the batches of one sample; to be closed."""
     _allow_many_open_files()
     guarded, collate = _Guarded(dataset), _Collate(collate)
-    make = lambda place: collate([guarded[indices[place]]])  # noqa: E731
+
+    def make(place: int):
+        return collate([guarded[indices[place]]])
+
     return _translated(True, lambda: Workers(make, len(indices), workers, _prepare_worker, device))
 
 
