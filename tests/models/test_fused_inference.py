@@ -407,15 +407,22 @@ def test_predictions_of_the_model(predict):
         assert_as_rounded(mine.seg_logits, other.seg_logits)
         if mine.occ_logits is not None:
             assert_as_rounded(mine.occ_logits, other.occ_logits)
-    # a mask logit that rounds to the other side of 0 changes which voxels its query looks at, and so all later logits
-    first, *later = zip(ours.output.layers, theirs.output.layers)
-    assert_as_rounded(first[0].mask_logits, first[1].mask_logits)
-    for mine, other in [first, *later]:
-        off = (mine.class_logits - other.class_logits).abs().amax(-1) > 1e-2
-        assert off.float().mean() < (0.2 if DEVICE.type == 'cuda' else 0.01)
-    for mine, other in zip(ours.merged, theirs.merged):
+    # a mask logit that rounds to the other side of 0 changes at which voxels its query looks, and so all that the
+    # sample's queries find later: from there on only samples whose masks are the same are the same
+    same = torch.ones(len(ours.merged), dtype=torch.bool, device=DEVICE)
+    for layer, (mine, other) in enumerate(zip(ours.output.layers, theirs.output.layers)):
+        if not layer:
+            assert_as_rounded(mine.mask_logits, other.mask_logits)
+        assert (mine.class_logits - other.class_logits)[same].abs().max() < 1e-2
+        turned = (mine.mask_logits > 0) != (other.mask_logits > 0)
+        assert turned[same].float().mean() < 1e-3
+        same &= ~turned.flatten(1).any(1)
+        if not same.any():
+            break
+    assert same.all() or DEVICE.type == 'cuda'  # TF32 in convolutions and products turns a few
+    for alike, mine, other in zip(same, ours.merged, theirs.merged):
         assert torch.equal(mine.voxels, other.voxels)
-        assert (mine.semantics == other.semantics).float().mean() > (0.9 if DEVICE.type == 'cuda' else 0.99)
+        assert not alike or (mine.semantics == other.semantics).float().mean() > 0.99
 
 
 def test_modules_run_without_triton_and_with_gradients(monkeypatch):

@@ -110,5 +110,8 @@ class Workshop:
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
+    """Runs on the CPU, on a machine with a GPU too: what they print and the order in which they add up are tested."""
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')  # for the processes that it starts
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
     monkeypatch.chdir(tmp_path)
     return Workshop(tmp_path)
