@@ -30,7 +30,7 @@ from ..errors import DataError, UserError
 from ..io import check_outputs, read_json, write_json
 from ..label_formats import LABEL_FORMATS, NPZ
 from ..task import Task
-from .evaluator import METRICS, THRESHOLDS, Evaluator
+from . import METRICS, THRESHOLDS, Evaluator
 from .result import MASKS, EvalResult
 
 _PACKAGES = ('numba', 'tqdm')

@@ -15,8 +15,8 @@ from mmcv import Config
 from torch import nn
 
 from lib import checkpoint as ckpt
+from lib.checkpoint import other_task
 from lib.checkpoint.files import RESTRICTED_PICKLE, read_checkpoint
-from lib.checkpoint.fitting import other_task
 from lib.errors import CheckpointError, UserError
 from lib.run.folder import config_lines
 from lib.task import Task

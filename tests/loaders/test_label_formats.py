@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'models'))
 
 from small_model import small_config  # noqa: E402
 
-from lib.checkpoint.fitting import other_task
+from lib.checkpoint import other_task
 from lib.classes import LIDARSEG, OCC3D
 from lib.config import load_config
 from lib.errors import ConfigError, DataError

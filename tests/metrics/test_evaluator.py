@@ -366,7 +366,7 @@ def test_samples_wait_for_each_other_on_a_gpu(task, tmp_path, monkeypatch):
     monkeypatch.setattr(raycast, '_check_tensors', lambda *tensors: None)
     monkeypatch.setattr(raycast.EXTENSION, 'find', lambda device: extension)
     monkeypatch.setattr(cuda, '_to_device', to_device)
-    monkeypatch.setattr('lib.metrics.evaluator._CUDA_BATCH', 3)
+    monkeypatch.setattr('lib.metrics._CUDA_BATCH', 3)
     waiting = Evaluator(task, ALL, keep_samples=True, breakdown=True)
     waiting.device, on_cuda = 'cuda', waiting._counter.on_cuda
     monkeypatch.setattr(waiting._counter, 'on_cuda', lambda samples, device: on_cuda(samples, 'cpu'))
