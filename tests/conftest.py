@@ -40,7 +40,7 @@ def real_dir():
 
 @pytest.fixture(scope='session')
 def toy_root(tmp_path_factory):
-    """Data root of a tiny toy nuScenes: 3 scenes x 3 keyframes with sweeps at 320x180, fully prepared."""
+    """Data root of a tiny toy nuScenes: 3 scenes x 3 keyframes with sweeps at 160x90, fully prepared."""
     root = tmp_path_factory.mktemp('toy') / 'nuscenes'
     run = lambda *args: subprocess.run([sys.executable, *args], cwd=str(ROOT), check=True)  # noqa: E731
     run(
@@ -52,7 +52,7 @@ def toy_root(tmp_path_factory):
         '--keyframes',
         '3',
         '--image-size',
-        '320x180',
+        '160x90',
         '--seed',
         '7',
     )

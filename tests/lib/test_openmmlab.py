@@ -1,5 +1,6 @@
 """OpenMMLab on current Python: the stand-in for compiled ops, aliases, version check, quiet imports."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -92,32 +93,59 @@ def test_waiting_packages_register_the_same_names_and_hold_the_same():
     assert found == right and 'SwinTransformer' in found and 'RetinaHead' in found
 
 
-@pytest.mark.parametrize(
-    'use',
-    [
-        'assert MODELS.get("SwinTransformer").__name__ == "SwinTransformer" and "mmdet.models.detectors" not in there',
-        'assert MODELS.get("mmdet.RetinaHead").__name__ == "RetinaHead"',
-        'assert "DropBlock" in PLUGIN_LAYERS',
-        'assert PIPELINES.get("Mosaic") and DATASETS.get("CocoDataset")',
-        'from mmdet.core import bbox_overlaps; assert bbox_overlaps.__module__.startswith("mmdet.core")',
-        'from mmdet.models import FPN, build_detector; from mmdet.models.necks import *; assert SSDNeck and FPN',
-        'import mmdet; assert mmdet.datasets.pipelines.LoadImageFromFile; assert not hasattr(mmdet.models, "Nothing")',
-        'from mmdet.core.bbox.builder import BBOX_ASSIGNERS; assert BBOX_ASSIGNERS.get("HungarianAssigner")',
-        'from mmdet.models.dense_heads import paa_head; assert paa_head.skm.GaussianMixture',
-        'import mmdet3d.models',
-        'import mmdet.models.backbones.swin as swin; assert MODELS.get("SwinTransformer") is swin.SwinTransformer',
-        'import mmdet.models.necks.pafpn; assert mmdet.models.necks.pafpn.__spec__.origin.endswith("fpn.py")',
-        'import mmdet.models.dense_heads as heads; assert MODELS.get("RetinaHead") is heads.RetinaHead',
-    ],
-)
-def test_what_waits_is_there_when_it_is_asked_for(use):
-    run_here(f"""
-    import sys
-    there = sys.modules
+USES = [
+    'assert MODELS.get("SwinTransformer").__name__ == "SwinTransformer" and "mmdet.models.detectors" not in there',
+    'assert MODELS.get("mmdet.RetinaHead").__name__ == "RetinaHead"',
+    'assert "DropBlock" in PLUGIN_LAYERS',
+    'assert PIPELINES.get("Mosaic") and DATASETS.get("CocoDataset")',
+    'from mmdet.core import bbox_overlaps; assert bbox_overlaps.__module__.startswith("mmdet.core")',
+    'from mmdet.models import FPN, build_detector; from mmdet.models.necks import *; assert SSDNeck and FPN',
+    'import mmdet; assert mmdet.datasets.pipelines.LoadImageFromFile; assert not hasattr(mmdet.models, "Nothing")',
+    'from mmdet.core.bbox.builder import BBOX_ASSIGNERS; assert BBOX_ASSIGNERS.get("HungarianAssigner")',
+    'from mmdet.models.dense_heads import paa_head; assert paa_head.skm.GaussianMixture',
+    'import mmdet3d.models',
+    'import mmdet.models.backbones.swin as swin; assert MODELS.get("SwinTransformer") is swin.SwinTransformer',
+    'import mmdet.models.necks.pafpn; assert mmdet.models.necks.pafpn.__spec__.origin.endswith("fpn.py")',
+    'import mmdet.models.dense_heads as heads; assert MODELS.get("RetinaHead") is heads.RetinaHead',
+]
+
+
+@pytest.fixture(scope='module')
+def what_went_wrong():
+    """What each of ``USES`` said, run in a copy of its own of a process that has imported ``loaders`` and ``models``.
+
+    Large packages that mmdet imports, but nothing of mmdet, are there before, so that no copy imports them again.
+    """
+    return json.loads(
+        run_here(f"""
+    import contextlib, importlib, json, os, sys, tempfile, traceback
     import loaders, models
+    there = sys.modules
     {REGISTERED}
-    {use}
+    for name in ('torchvision', 'sklearn.mixture', 'matplotlib.pyplot', 'scipy.optimize', 'pandas', 'pycocotools'):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    said = {{}}
+    for use in {USES!r}:
+        with tempfile.TemporaryFile('w+') as file:
+            if os.fork() == 0:
+                try:
+                    exec(use)
+                except BaseException:
+                    traceback.print_exc(file=file)
+                    file.flush()
+                os._exit(0)
+            status = os.wait()[1]
+            file.seek(0)
+            said[use] = file.read() or status
+    print(json.dumps(said))
     """)
+    )
+
+
+@pytest.mark.parametrize('use', USES)
+def test_what_waits_is_there_when_it_is_asked_for(what_went_wrong, use):
+    assert what_went_wrong[use] == 0
 
 
 def test_compiled_ops_are_used_where_they_can_be_imported(tmp_path):
