@@ -341,29 +341,34 @@ def test_frames_are_written_where_they_are_stored(graphed, monkeypatch):
         torch.testing.assert_close(mine.flatten(0, 1), other[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(params=['semantic', 'occupancy'])
-def predict(request, monkeypatch):
-    """Function from whether Triton's kernels run to a raw prediction of one batch; its ``model`` predicts."""
+@pytest.fixture
+def predictor(monkeypatch):
+    """Function from a model and a batch to one from whether Triton's kernels run to a raw prediction."""
     from models.decoders import kernels
 
+    def make(model, batch):
+        asked = []
+
+        def run(with_kernels):
+            def find(values):
+                asked.append(with_kernels)
+                return kernels if with_kernels else None
+
+            for module in (layers, mask_decoder, sparse_voxel_decoder, head):
+                monkeypatch.setattr(module, 'kernels_for', find)
+            result = model.predict_raw(batch['img'], batch['lidar2img'], batch['ego2lidar'])
+            assert asked[-1] == with_kernels
+            return result
+
+        return run
+
+    return make
+
+
+def model_and_batch(size, *args, **changes):
     task = small_task()
-    model = small_model(task, request.param).eval().to(DEVICE)
-    batch = to_device(small_batch(task, size=2, with_labels=False), DEVICE)
-    asked = []
-
-    def run(with_kernels):
-        def find(values):
-            asked.append(with_kernels)
-            return kernels if with_kernels else None
-
-        for module in (layers, mask_decoder, sparse_voxel_decoder, head):
-            monkeypatch.setattr(module, 'kernels_for', find)
-        result = model.predict_raw(batch['img'], batch['lidar2img'], batch['ego2lidar'])
-        assert asked[-1] == with_kernels
-        return result
-
-    run.model = model
-    return run
+    model = small_model(task, *args, **changes).eval().to(DEVICE)
+    return model, to_device(small_batch(task, size=size, with_labels=False), DEVICE)
 
 
 def assert_as_rounded(mine, other):
@@ -373,8 +378,9 @@ def assert_as_rounded(mine, other):
 
 
 @runs
-def test_what_is_the_same_for_all_images_is_made_of_the_weights_there_are(predict):
-    transformer = predict.model.pts_bbox_head.transformer
+def test_what_is_the_same_for_all_images_is_made_of_the_weights_there_are(predictor):
+    model, batch = model_and_batch(size=1, num_layers=1)
+    predict, transformer = predictor(model, batch), model.pts_bbox_head.transformer
     decoder, of_masks = transformer.voxel_decoder, transformer.decoder
     predict(True)
     version = transformer.version()
@@ -393,13 +399,15 @@ def test_what_is_the_same_for_all_images_is_made_of_the_weights_there_are(predic
     assert_as_rounded(ours.output.layers[0].class_logits, theirs.output.layers[0].class_logits)
     twin = copy.deepcopy(transformer)
     assert not twin.voxel_decoder._placed.kept and not twin.decoder._begun.kept
-    predict.model.pts_bbox_head.forget_weights()
+    model.pts_bbox_head.forget_weights()
     assert not any(each.kept for each in made)
     assert transformer.last_version() != transformer.version()
 
 
 @runs
-def test_predictions_of_the_model(predict):
+@pytest.mark.parametrize('scoring', ['semantic', 'occupancy'])
+def test_predictions_of_the_model(predictor, scoring):
+    predict = predictor(*model_and_batch(2, scoring))
     ours, theirs = predict(True), predict(False)
     for mine, other in zip(ours.output.stages, theirs.output.stages):
         assert torch.equal(mine.coords, other.coords)

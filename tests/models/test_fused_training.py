@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from triton_runs import DEVICE, HAS_TRITON, run_interpreted, runs, without_a_gpu
+from triton_runs import DEVICE, HAS_TRITON, IS_INTERPRETED, run_interpreted, runs, without_a_gpu
 
 from models.csrc.adaptive_mixing import adaptive_mix_reference
 from models.csrc.distance_attention import plane_distance
@@ -110,20 +110,20 @@ def test_attention(batch, count, heads, width, shared, dropout, precision, toler
     assert all(distance(a.grad, b.grad) < tolerance for a, b in zip(ours, exact))
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason='needs Triton')
+@pytest.mark.skipif(not HAS_TRITON or IS_INTERPRETED, reason='needs Triton, to be imported, but no kernel of it')
 @pytest.mark.parametrize('dropout', [0.1, 0.5])
 def test_dropout_has_its_rate_in_rows_and_columns(dropout):
-    """Rows and columns of 4000 draws each: five standard deviations; neighbours are not alike."""
+    """Rows and columns of 2000 draws each: five standard deviations; neighbours are not alike."""
     from models.csrc.distance_attention.fused import keeps_weight
 
-    keys = torch.randint(-(2**31), 2**31, (4000,), dtype=torch.int64, generator=torch.Generator().manual_seed(1))
-    dropped = ~keeps_weight(keys.to(torch.int32), 4000, dropout)
+    keys = torch.randint(-(2**31), 2**31, (2000,), dtype=torch.int64, generator=torch.Generator().manual_seed(1))
+    dropped = ~keeps_weight(keys.to(torch.int32), 2000, dropout)
     deviation = (dropout * (1 - dropout)) ** 0.5
-    assert abs(dropped.double().mean() - dropout) < 5 * deviation / 4000
+    assert abs(dropped.double().mean() - dropout) < 5 * deviation / 2000
     for shares in (dropped.double().mean(0), dropped.double().mean(1)):
-        assert (shares - dropout).abs().max() < 5 * deviation / 4000**0.5
+        assert (shares - dropout).abs().max() < 5 * deviation / 2000**0.5
     both = (dropped[:, 1:] & dropped[:, :-1]).double().mean()
-    assert abs(both - dropout**2) < 5 * dropout / 4000
+    assert abs(both - dropout**2) < 5 * dropout / 2000
 
 
 @runs
