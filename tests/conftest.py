@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: where golden files and real samples are, and a tiny toy data set."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -40,22 +41,27 @@ def real_dir():
 
 @pytest.fixture(scope='session')
 def toy_root(tmp_path_factory):
-    """Data root of a tiny toy nuScenes: 3 scenes x 3 keyframes with sweeps at 160x90, fully prepared."""
-    root = tmp_path_factory.mktemp('toy') / 'nuscenes'
-    run = lambda *args: subprocess.run([sys.executable, *args], cwd=str(ROOT), check=True)  # noqa: E731
-    run(
-        'tools/make_toy_nuscenes.py',
-        '--out',
-        str(root),
-        '--scenes',
-        '3',
-        '--keyframes',
-        '3',
-        '--image-size',
-        '160x90',
-        '--seed',
-        '7',
-    )
-    run('gen_sweep_info.py', '--data-root', str(root), '--version', 'v1.0-mini')
-    run('gen_instance_info.py', '--data-root', str(root), '--version', 'v1.0-mini')
-    return root
+    """Data root of a tiny toy nuScenes: 3 scenes x 3 keyframes with sweeps at 160x90, fully prepared. Not written to.
+
+    The processes of pytest-xdist share one, which the first that asks for it makes.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder) / 'toy'
+    folder.mkdir(exist_ok=True)
+    with open(folder / 'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / 'is_made').exists():
+            _make_toy(folder / 'nuscenes')
+            (folder / 'is_made').touch()
+    return folder / 'nuscenes'
+
+
+def _make_toy(root):
+    world = ('--out', root, '--scenes', 3, '--keyframes', 3, '--image-size', '160x90', '--seed', 7)
+    prepared = ('--data-root', root, '--version', 'v1.0-mini')
+    for command in (
+        ('tools/make_toy_nuscenes.py', *world),
+        ('gen_sweep_info.py', *prepared),
+        ('gen_instance_info.py', *prepared),
+    ):
+        subprocess.run([sys.executable, *map(str, command)], cwd=str(ROOT), check=True)

@@ -123,6 +123,7 @@ def test_it_is_learnt(points):
     config['pts_bbox_head']['loss_cfgs']['loss_mask2former']['num_points'] = points
     torch.manual_seed(0)
     model, batch, sums = build_model(config, TASK), small_batch(TASK, 2), []
+    model.img_backbone.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.pts_bbox_head.parameters(), lr=2e-3)
     for step in range(12):
         with shared_draws(step, 0, 2, 2, 'cpu'), half_precision(step == 11):

@@ -1,7 +1,6 @@
 """tools/evaluate.py: finding predictions, scoring them, and its sentences about what is missing."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -70,26 +69,16 @@ def test_true_labels_score_one(predictions, workers, capsys):
     assert '3 predictions' in lines[0] and 'scored 3 samples' in capsys.readouterr().err
 
 
-def test_script_on_toy_data(toy_root, tmp_path):
+def test_script_on_toy_data(toy_root, tmp_path, monkeypatch, capsys):
     """The labels of the toy data as predictions, through the command line."""
     for labels in sorted((toy_root / 'occ3d').rglob('labels.npz')):
         with np.load(str(labels)) as file:
             save_prediction(tmp_path / (labels.parent.name + '.npz'), sparse(file['semantics'], 17))
-    command = [
-        sys.executable,
-        'tools/evaluate.py',
-        '--config',
-        'configs/toy/semantic.py',
-        '--predictions',
-        str(tmp_path),
-        '--out',
-        str(tmp_path / 'scores.json'),
-        '--override',
-        'data.val.data_root=' + str(toy_root),
-    ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 'RayIoU@1' in done.stdout
+    command = f'evaluate.py --config configs/toy/semantic.py --predictions {tmp_path}'
+    command += f' --out {tmp_path / "scores.json"} --override data.val.data_root={toy_root}'
+    monkeypatch.setattr(sys, 'argv', command.split())
+    evaluate_main()
+    assert 'RayIoU@1' in capsys.readouterr().out
     scores = json.loads((tmp_path / 'scores.json').read_text())
     assert scores['RayIoU'] == 1.0 and scores['num_samples'] == 3
 

@@ -185,12 +185,9 @@ def test_shipped_studies_fit_their_configs(path):
         assert load_config(str(ROOT / row.config), [*row.override, *row.val_override])
 
 
-def test_two_variants_trained_and_scored(toy_root, tmp_path, monkeypatch):
-    path = write_study(
-        tmp_path,
-        dict(name='base'),
-        dict(name='uniform', override=['model.pts_bbox_head.transformer.mask_guided=False']),
-    )
+def test_a_variant_is_trained_and_two_are_scored(toy_root, tmp_path, monkeypatch):
+    uniform = ['model.pts_bbox_head.transformer.mask_guided=False']
+    path = write_study(tmp_path, dict(name='base'), dict(name='uniform', weights_of='base', override=uniform))
     out = tmp_path / 'out'
     given = ['--study', path, '--out', str(out), '--device', 'cpu', '--iters', '2', '--data', str(toy_root)]
     monkeypatch.chdir(ROOT)

@@ -1,30 +1,35 @@
 """Scripts of the toy benchmark: the guess that never looks, and upper bounds, on the tiny toy data set."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tools import baseline, upper_bounds
 from tools.toy.label_table import count, table
-from tools.upper_bounds import fullest_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(toy_root, script, *args):
+@pytest.fixture
+def run(toy_root, monkeypatch, capsys):
+    """Run a script on two samples with more arguments, the last of which is the file that it writes."""
     override = [f'data.{split}.data_root={toy_root}' for split in ('train', 'val')]
-    config = ['--config', 'configs/toybench/small.py', '--max-samples', '2']
-    words = [sys.executable, script, *config, *args, '--override', *override]
-    said = subprocess.run(words, cwd=str(ROOT), check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert f'wrote {args[-1]}' in said
+    config = ['--config', str(ROOT / 'configs/toybench/small.py'), '--max-samples', '2']
+
+    def run_script(script, *args):
+        monkeypatch.setattr(sys, 'argv', ['script', *config, *map(str, args), '--override', *override])
+        script.main()
+        assert f'wrote {args[-1]}' in capsys.readouterr().out
+
+    return run_script
 
 
-def test_baseline_and_upper_bounds(toy_root, tmp_path):
-    run(toy_root, 'tools/baseline.py', '--json', str(tmp_path / 'guess.json'))
-    run(toy_root, 'tools/upper_bounds.py', '--json', str(tmp_path / 'bounds.json'))
+def test_baseline_and_upper_bounds(run, tmp_path):
+    run(baseline, '--json', tmp_path / 'guess.json')
+    run(upper_bounds, '--json', tmp_path / 'bounds.json')
     guess, bounds = (json.loads((tmp_path / f'{name}.json').read_text()) for name in ('guess', 'bounds'))
     assert 0 < guess['RayIoU'] < bounds['seen by cameras']['RayIoU'] < 1
     assert bounds['seen by cameras']['mIoU'] == pytest.approx(1)
@@ -36,7 +41,7 @@ def test_baseline_and_upper_bounds(toy_root, tmp_path):
 def test_fullest_blocks_hold_the_most():
     occupied = np.zeros((4, 4, 4), bool)
     occupied[:2, :2, :2], occupied[3, 3, 3], occupied[0, 3, 0] = True, True, True
-    kept = fullest_blocks(occupied, 2, 2)
+    kept = upper_bounds.fullest_blocks(occupied, 2, 2)
     assert kept.sum() == 16 and kept[:2, :2, :2].all() and kept[occupied].sum() == 9
 
 

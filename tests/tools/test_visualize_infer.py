@@ -116,7 +116,7 @@ def test_infer_on_own_images(toy_root, weights, tmp_path, monkeypatch):
     """Two cameras under other names."""
     image = next(p for p in (toy_root / 'samples' / 'CAM_FRONT').iterdir())
     camera = dict(
-        intrinsic=[[250.0, 0, 160], [0, 250.0, 90], [0, 0, 1]],
+        intrinsic=[[125.0, 0, 80], [0, 125.0, 45], [0, 0, 1]],
         camera2ego=dict(rotation=[0.5, -0.5, 0.5, -0.5], translation=[1.7, 0.0, 1.5]),
     )
     own = dict(
