@@ -298,7 +298,9 @@ def test_unreadable_sample_stops_after_saving(workshop):
     assert any(name.startswith('iter_') for name in workshop.files())
 
 
-def test_killed_worker_is_explained(workshop):
+def test_killed_worker_is_explained(workshop, monkeypatch):
+    wait = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(wait, '__defaults__', (0.1,))  # seconds until PyTorch looks whether its workers are there
     with pytest.raises(RunStopped, match='data-loading worker was killed.*workers_per_gpu'):
         workshop.train("data.train.trouble={4: 'killed'}", 'data.workers_per_gpu=1')
 
