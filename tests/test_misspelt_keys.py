@@ -24,6 +24,12 @@ NAMES = ('configs/toy/semantic.py', 'configs/r50_nuimg_704x256_8f_v1.1.py')
 FREE = ('published', 'optimizer.paramwise_cfg.custom_keys', 'model.pts_bbox_head.loss_cfgs')  # names are the user's
 
 
+@pytest.fixture(autouse=True)
+def no_random_weights(monkeypatch):
+    """Models are built and thrown away; drawing weights of layers is half of the work."""
+    monkeypatch.setattr(torch.nn.init, 'kaiming_uniform_', lambda tensor, *_, **__: tensor)
+
+
 def read(path):
     """A config with a label set of its own, whose keys count too."""
     cfg = load_config(os.path.join(ROOT, path), SMALL)

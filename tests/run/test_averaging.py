@@ -97,25 +97,21 @@ def test_switched_on_and_off_on_the_way(workshop):
     assert all(torch.equal(last['state_dict'][name], value) for name, value in plain['state_dict'].items())
 
 
-def test_two_processes_average_as_one(workshop):
-    options = (EMA, 'model.dropout=0', 'model.normed=False')  # what is left is linear in the samples
-    status, text = workshop.launch(['train', *workshop.arguments(*options), '--device', 'cpu'], processes=2)
+def test_two_processes_average_as_one_and_score_the_model_that_they_save(workshop):
+    """Running statistics differ from process to process until they are shared."""
+    linear = (EMA, 'model.dropout=0', 'model.normed=False')  # what is left is linear in the samples
+    normed = {decay: (f'train.ema_decay={decay}', 'model.batch_norm=True') for decay in ('0.0', '0.8')}
+    runs = dict(normed, linear=linear).items()
+    trainings = [['train', *workshop.arguments(*options, work_dir=name), '--device', 'cpu'] for name, options in runs]
+    status, text = workshop.launch(*trainings, processes=2)
     assert status == 0, text
-    workshop.train(*options, work_dir='alone')
-    one, two = (workshop.load('latest.pth', run)['state_dict'] for run in ('alone', 'run'))
+    workshop.train(*linear, work_dir='alone')
+    one, two = (workshop.load('latest.pth', run)['state_dict'] for run in ('alone', 'linear'))
     for name, value in one.items():  # float32 sums in another order, carried along by AdamW for nine steps
         torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-4)
-    assert workshop.records(kind='eval')[9]['RayIoU'] >= 0
-
-
-@pytest.mark.parametrize('decay', ['0.0', '0.8'])
-def test_all_processes_score_the_model_that_is_saved(workshop, decay):
-    """Running statistics differ from process to process until they are shared."""
-    arguments = workshop.arguments(f'train.ema_decay={decay}', 'model.batch_norm=True')
-    path = str(workshop.folder / 'run' / 'latest.pth')
-    val = ['val', '--config', str(workshop.config), '--weights', path, '--override', 'model.batch_norm=True']
-    status, text = workshop.launch(['train', *arguments, '--device', 'cpu'], processes=2)
-    assert status == 0, text
-    assert workshop.validate([*val[1:], '--out', str(workshop.folder / 'alone.json')]) == 0
-    alone = json.loads((workshop.folder / 'alone.json').read_text())
-    assert workshop.records(kind='eval')[9]['RayIoU'] == alone['RayIoU']
+    assert workshop.records('linear', 'eval')[9]['RayIoU'] >= 0
+    for name in normed:
+        weights = ['--weights', str(workshop.folder / name / 'latest.pth'), '--override', 'model.batch_norm=True']
+        out = workshop.folder / f'{name}.json'
+        assert workshop.validate(['--config', str(workshop.config), *weights, '--out', str(out)]) == 0
+        assert workshop.records(name, 'eval')[9]['RayIoU'] == json.loads(out.read_text())['RayIoU']
