@@ -18,6 +18,7 @@ LOSSES = dict(
     ),
 )
 CLASSES = ('car', 'pedestrian', 'road', 'wall', 'free')
+WIDTH = 64 if torch.cuda.is_available() else 16  # of the backbone; a GPU's kernels are tried with that of ResNets
 
 SMALL = dict(
     label_set=dict(name='small', class_names=CLASSES, things=CLASSES[:2]),
@@ -60,6 +61,7 @@ def small_config(scoring: str = 'semantic', **transformer) -> Dict:
         img_backbone=dict(
             type='ResNet',
             depth=18,
+            base_channels=WIDTH,
             num_stages=4,
             out_indices=(0, 1, 2, 3),
             frozen_stages=-1,
@@ -67,7 +69,7 @@ def small_config(scoring: str = 'semantic', **transformer) -> Dict:
             norm_eval=True,
             style='pytorch',
         ),
-        img_neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=32, num_outs=4),
+        img_neck=dict(type='FPN', in_channels=[WIDTH << stage for stage in range(4)], out_channels=32, num_outs=4),
         pts_bbox_head=dict(
             type='SparseOccHead', embed_dims=32, transformer=dict(decoders, **transformer), loss_cfgs=losses
         ),
