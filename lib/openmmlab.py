@@ -7,13 +7,12 @@ Call :func:`prepare_openmmlab` before the first ``import mmdet`` / ``mmdet3d``:
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
-import io
-import logging
 import pkgutil
 import sys
 import threading
@@ -29,6 +28,8 @@ MMCV_EXT = 'mmcv._ext'  # the module of mmcv's compiled ops
 # NumPy's removed names, and what they meant; mmdet, mmdet3d and nuscenes-devkit still use them.
 _SCALARS = {'bool': bool, 'int': int, 'float': float, 'object': object, 'long': int}
 _RENAMED = {'int0': 'intp', 'in1d': 'isin'}
+
+_BUILDERS_MODULE, _BUILDERS = 'torch.utils.cpp_extension', ('BuildExtension', 'CppExtension', 'CUDAExtension')
 
 _prepared = False
 
@@ -66,14 +67,13 @@ def has_compiled_ops() -> bool:
 
 def _import_mmcv():
     _import_required('torch')  # first: the compiled ops are linked against its libraries
-    with _without_note_on_missing_gpu():
-        importlib.import_module('torch.utils.cpp_extension')  # mmcv imports it
-    if 'yapf' in sys.modules:
-        _import_required('mmcv')
-    else:
-        with _empty('yapf.yapflib.yapf_api'):
-            sys.modules['yapf.yapflib.yapf_api'].FormatCode = _format_code
+    with _builders_on_use():
+        if 'yapf' in sys.modules:
             _import_required('mmcv')
+        else:
+            with _empty('yapf.yapflib.yapf_api'):
+                sys.modules['yapf.yapflib.yapf_api'].FormatCode = _format_code
+                _import_required('mmcv')
     importlib.import_module('mmcv.utils.config').FormatCode = _format_code
 
 
@@ -85,16 +85,29 @@ def _import_required(name):
 
 
 @contextlib.contextmanager
-def _without_note_on_missing_gpu():
-    """Importing PyTorch's extension builder remarks on a CUDA toolkit without a GPU; not here."""
-    logger = logging.getLogger('torch.utils.cpp_extension')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _builders_on_use():
+    """mmcv's modules have PyTorch's builders of extensions, which bring setuptools: imported when one is asked for."""
+    if _BUILDERS_MODULE in sys.modules:
+        yield
+        return
+    stand_in = sys.modules[_BUILDERS_MODULE] = types.ModuleType(_BUILDERS_MODULE)
+    vars(stand_in).update(dict.fromkeys(_BUILDERS))
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield  # older PyTorch prints the remark, some to one and some to the other
+        yield
     finally:
-        logger.setLevel(level)
+        del sys.modules[_BUILDERS_MODULE]
+        of_mmcv = [(name, module) for name, module in sys.modules.items() if name.partition('.')[0] == 'mmcv']
+        for name, module in of_mmcv:
+            if all(builder in getattr(module, '__dict__', ()) for builder in _BUILDERS):
+                for builder in _BUILDERS:
+                    delattr(module, builder)
+                vars(module)['__getattr__'] = functools.partial(_import_builder, name)
+
+
+def _import_builder(module: str, name: str):
+    if name in _BUILDERS:
+        return getattr(importlib.import_module(_BUILDERS_MODULE), name)
+    raise AttributeError(f'module {module!r} has no attribute {name!r}')
 
 
 def _use_compiled_ops_or_stand_in():

@@ -59,7 +59,8 @@ def test_packages_that_nothing_uses_are_imported_when_something_of_them_is_asked
         import sys, torch
         already = set(sys.modules)  # PyTorch 1.10 imports pandas
         import loaders, models
-        unused = {'torchvision', 'sklearn', 'pandas', 'torch._dynamo', 'matplotlib', 'yapf', 'scipy.optimize'} - already
+        unused = {'torchvision', 'sklearn', 'pandas', 'torch._dynamo', 'matplotlib', 'yapf', 'scipy.optimize'}
+        unused = (unused | {'torch.utils.cpp_extension', 'setuptools'}) - already
         assert not unused & set(sys.modules), unused & set(sys.modules)
         from mmcv.runner import checkpoint
         assert 'resnet50' in checkpoint.get_torchvision_models()
@@ -67,6 +68,9 @@ def test_packages_that_nothing_uses_are_imported_when_something_of_them_is_asked
         assert torchvision.models.resnet50 and checkpoint.torchvision.__version__ == torchvision.__version__
         from mmcv import Config
         assert Config(dict(a=1)).pretty_text == 'a = 1\\n' and 'yapf' in sys.modules
+        import mmcv, mmcv.utils
+        assert not hasattr(mmcv.utils, 'NoBuilder')
+        assert mmcv.utils.CUDAExtension is mmcv.CUDAExtension is torch.utils.cpp_extension.CUDAExtension
     """)
 
 
