@@ -25,11 +25,11 @@ REDUCED = [
     'task.voxel_size=0.8',
     'task.point_cloud_range=[-32, -32, -1, 32, 32, 5.4]',
     'model.img_backbone.depth=18',
-    'model.img_backbone.base_channels=64',
-    'model.img_neck.in_channels=[64, 128, 256, 512]',
+    'model.img_backbone.base_channels=16',
+    'model.img_neck.in_channels=[16, 32, 64, 128]',
     'model.img_backbone.with_cp=False',
-    'model.pts_bbox_head.transformer.topk_training=[100, 300, 900]',
-    'model.pts_bbox_head.transformer.topk_testing=[80, 200, 600]',
+    'model.pts_bbox_head.transformer.topk_training=[50, 100, 300]',
+    'model.pts_bbox_head.transformer.topk_testing=[40, 80, 200]',
     'model.pts_bbox_head.transformer.num_queries=12',
 ]
 
