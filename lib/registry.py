@@ -6,7 +6,7 @@ import numbers
 import typing
 from collections.abc import Mapping as AnyMapping
 from collections.abc import Sequence as AnySequence
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Literal, Mapping, Optional, Tuple, Union
 
 from .errors import ConfigError, reason
 
@@ -183,7 +183,14 @@ def check_value(value: Any, hint: Any, where: str) -> None:
         where: how the user knows it, e.g. ``optimizer.lr``.
     """
     if not _fits(value, hint):
-        raise ConfigError(f'{where} must be {_said(hint)}, got {value!r}')
+        near = did_you_mean(value, _choices(hint)) if isinstance(value, str) else ''
+        raise ConfigError(f'{where} must be {_said(hint)}, got {value!r}{near}')
+
+
+def check_fields(holder: Any, where: str) -> None:
+    """Raise ConfigError unless every field of a dataclass is what its annotation says; see :func:`check_value`."""
+    for name, hint in typing.get_type_hints(type(holder)).items():
+        check_value(getattr(holder, name), hint, f'{where}.{name}')
 
 
 def check_whole(value: Any, least: int, where: str) -> None:
@@ -200,6 +207,8 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, inner = getattr(hint, '__origin__', None), getattr(hint, '__args__', None) or ()
     if origin is Union:
         return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in inner)
     if hint in (int, float):
         kind: Any = numbers.Integral if hint is int else numbers.Real
         return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < _LARGEST
@@ -217,11 +226,19 @@ def _is_list(value) -> bool:
     return isinstance(value, (list, tuple))
 
 
+def _choices(hint) -> Tuple:
+    """The values that an annotation lists."""
+    origin, inner = getattr(hint, '__origin__', None), getattr(hint, '__args__', None) or ()
+    return inner if origin is Literal else sum(map(_choices, inner), ()) if origin is Union else ()
+
+
 def _said(hint) -> str:
     """An annotation in words."""
     origin, inner = getattr(hint, '__origin__', None), getattr(hint, '__args__', None) or ()
     if origin is Union:
         return ' or '.join(_said(one) for one in inner)
+    if origin is Literal:
+        return ' or '.join(map(repr, inner))
     if hint in _PLAIN:
         return _PLAIN[hint]
     if inspect.isclass(origin) and issubclass(origin, AnyMapping):

@@ -1,17 +1,10 @@
 """Settings of a run: the config's ``train`` and ``evaluation`` sections with their defaults, checked."""
 
 from dataclasses import dataclass, fields
-from typing import Mapping, Optional, Tuple, Union
+from typing import Literal, Mapping, Optional, Tuple, Union
 
 from .errors import ConfigError
-from .registry import check_keys, check_value, check_whole, section
-
-SCORES = ('RayIoU', 'RayPQ', 'mIoU')  # that a best checkpoint may be chosen by
-
-
-def _choice(where, value, choices):
-    if value not in choices:
-        raise ConfigError(f'{where} must be one of {", ".join(map(repr, choices))}, got {value!r}')
+from .registry import check_fields, check_keys, check_whole, section
 
 
 @dataclass(frozen=True)
@@ -45,8 +38,8 @@ class TrainSettings:
         picture_interval: optimizer steps between two pictures of two validation samples; 0 draws none.
     """
 
-    amp: Optional[str] = None
-    tf32: str = 'default'
+    amp: Optional[Literal['fp16', 'bf16']] = None
+    tf32: Literal['default', 'off', 'on'] = 'default'
     ema_decay: float = 0.0
     class_balance: float = 0.0
     cudnn_benchmark: bool = False
@@ -56,24 +49,19 @@ class TrainSettings:
     checkpoint_interval: int = 1
     checkpoint_interval_iters: int = 0
     max_keep_ckpts: int = 1
-    on_save_error: str = 'continue'
-    on_data_error: str = 'stop'
+    on_save_error: Literal['continue', 'stop'] = 'continue'
+    on_data_error: Literal['stop', 'skip'] = 'stop'
     max_skipped: int = 10
-    accumulate: Union[str, int] = 'auto'
+    accumulate: Union[Literal['auto'], int] = 'auto'
     max_samples_per_gpu: int = 0
     find_unused_parameters: bool = False
     tensorboard: bool = True
     picture_interval: int = 0
 
     def __post_init__(self):
-        _choice('train.amp', self.amp, (None, 'fp16', 'bf16'))
-        _choice('train.tf32', self.tf32, ('default', 'off', 'on'))
-        _choice('train.on_save_error', self.on_save_error, ('continue', 'stop'))
-        _choice('train.on_data_error', self.on_data_error, ('stop', 'skip'))
-        check_value(self.ema_decay, float, 'train.ema_decay')
+        check_fields(self, 'train')
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f'train.ema_decay must be at least 0 and less than 1, got {self.ema_decay!r}')
-        check_value(self.class_balance, float, 'train.class_balance')
         if not 0 <= self.class_balance <= 1:
             raise ConfigError(f'train.class_balance must be in 0..1, got {self.class_balance!r}')
         for name, low in (
@@ -86,8 +74,6 @@ class TrainSettings:
             ('picture_interval', 0),
         ):
             check_whole(getattr(self, name), low, f'train.{name}')
-        for name in ('cudnn_benchmark', 'cuda_graph', 'deterministic', 'find_unused_parameters', 'tensorboard'):
-            check_value(getattr(self, name), bool, f'train.{name}')
         for name in ('cudnn_benchmark', 'cuda_graph'):
             if self.deterministic and getattr(self, name):
                 raise ConfigError(f'train.deterministic and train.{name} exclude each other; set one of them')
@@ -113,18 +99,16 @@ class EvaluationSettings:
 
     interval: int = 0
     interval_iters: int = 0
-    save_best: Optional[str] = 'auto'
+    save_best: Optional[Literal['auto', 'RayIoU', 'RayPQ', 'mIoU']] = 'auto'
     metrics: Optional[Tuple[str, ...]] = None
 
     def __post_init__(self):
+        check_fields(self, 'evaluation')
         check_whole(self.interval, -1, 'evaluation.interval')
         check_whole(self.interval_iters, 0, 'evaluation.interval_iters')
         if self.interval < 0 < self.interval_iters:
             raise ConfigError('evaluation.interval=-1 never evaluates; remove it or evaluation.interval_iters')
-        _choice('evaluation.save_best', self.save_best, (None, 'auto', *SCORES))
         if self.metrics is not None:
-            if not isinstance(self.metrics, (list, tuple)) or not all(isinstance(name, str) for name in self.metrics):
-                raise ConfigError(f'evaluation.metrics must be a list of names, got {self.metrics!r}')
             object.__setattr__(self, 'metrics', tuple(self.metrics))
 
     @property
@@ -132,7 +116,7 @@ class EvaluationSettings:
         """Score that the best checkpoint is chosen by, or None."""
         if self.save_best != 'auto':
             return self.save_best
-        return SCORES[0] if self.interval > 0 or self.interval_iters else None
+        return 'RayIoU' if self.interval > 0 or self.interval_iters else None
 
     def is_due(self, iteration: int, epochs: Optional[int] = None) -> bool:
         """Whether to evaluate after an iteration, which ended so many epochs (None: it is inside one)."""

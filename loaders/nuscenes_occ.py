@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Literal, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from lib.infos import CameraUse, box_array, load_infos, split_scenes, volume_fro
 from lib.io import expand_path, find_under
 from lib.labels import OPTIONAL, LabelFolder, read_labels
 from lib.metrics.origins import scene_ray_origins
-from lib.registry import build_checked
+from lib.registry import build_checked, check_whole
 from lib.settings import TrainSettings
 from lib.task import Task
 
@@ -83,16 +83,17 @@ class NuSceneOcc(torch.utils.data.Dataset):
         load_interval: int = 1,
         max_samples: Optional[int] = None,
         seed: int = 0,
-        on_error: str = 'stop',
+        on_error: Literal['stop', 'skip'] = 'stop',
         max_skipped: int = TrainSettings.max_skipped,
         allow_any_pickle: bool = False,
         allow_missing_cameras: bool = False,
     ):
-        _check_error_handling(on_error, test_mode)
-        if load_interval < 1 or (max_samples is not None and max_samples < 1):
+        if test_mode and on_error == 'skip':
             raise ConfigError(
-                f'load_interval and max_samples must be at least 1, got {load_interval!r} and {max_samples!r}'
+                "on_error='skip' replaces samples, which would falsify an evaluation; use 'stop' with test_mode=True"
             )
+        check_whole(load_interval, 1, 'load_interval')
+        check_whole(1 if max_samples is None else max_samples, 1, 'max_samples')
         self.task = task
         self.data_root = Path(expand_path(data_root))
         self.ann_file = find_under(data_root, ann_file)
@@ -102,11 +103,10 @@ class NuSceneOcc(torch.utils.data.Dataset):
         self.infos, self.version = load_infos(self.ann_file, allow_any_pickle, use)
         self.positions: List[int] = list(range(0, len(self.infos), load_interval))[:max_samples]
         self._history = History(self.infos, task.cameras)
-        self._labels = (
-            None
-            if occ_gt_root is None
-            else LabelFolder(find_under(data_root, occ_gt_root), self.data_root, self.version, task.label_files)
-        )
+        self._labels: Optional[LabelFolder] = None
+        if occ_gt_root is not None:
+            root = find_under(data_root, occ_gt_root)
+            self._labels = LabelFolder(root, self.data_root, self.version, task.label_files)
         self._pipeline = build_pipeline(pipeline, task)
         self._skips = SkipCounter(max_skipped) if on_error == 'skip' else None
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # seen by persistent workers too
@@ -259,15 +259,6 @@ class NuSceneOcc(torch.utils.data.Dataset):
                 f'the pipeline needs {error.args[0]!r}, which no step of it makes; begin with '
                 'LoadMultiViewImageFromMultiSweeps'
             ) from error
-
-
-def _check_error_handling(on_error: str, test_mode: bool) -> None:
-    if on_error not in ('stop', 'skip'):
-        raise ConfigError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
-    if test_mode and on_error == 'skip':
-        raise ConfigError(
-            "on_error='skip' replaces samples, which would falsify an evaluation; use 'stop' with test_mode=True"
-        )
 
 
 class SkipCounter:

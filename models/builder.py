@@ -6,7 +6,7 @@ Whether parts fit together is told in one sentence when the detector is built, n
 import inspect
 import logging
 import os
-from typing import List, Mapping, NamedTuple, Optional, Sequence
+from typing import List, Literal, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from mmcv.cnn.bricks.registry import ACTIVATION_LAYERS, CONV_LAYERS, NORM_LAYERS
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from lib.checkpoint import WeightsKind
 from lib.errors import ConfigError, reason
-from lib.registry import build_checked, check_component, check_keys, look_up
+from lib.registry import build_checked, check_component, check_keys, check_value, look_up
 from lib.task import Task
 
 # Another detector's names for the parts: mmdet calls the pyramid 'neck'. Its weights fit where the widths agree.
 PRETRAINED_NAMES = ((r'^neck\.', 'img_neck.'),)
 
-_HISTORY = ('full', 'cached')
 _HEAD_SETTINGS = ('draws', 'merge_stuff', 'overlap_threshold', 'score_threshold')
 
 _LAYERS = dict(norm_cfg=NORM_LAYERS, act_cfg=ACTIVATION_LAYERS, conv_cfg=CONV_LAYERS, init_cfg=INITIALIZERS)
@@ -108,8 +107,7 @@ class InferenceSettings(NamedTuple):
         cfg = dict(test_cfg or {})
         check_keys(cfg, ('history', 'cuda_graph', *_HEAD_SETTINGS), 'model.test_cfg')
         history = cfg.get('history', 'full')
-        if history not in _HISTORY:
-            raise ConfigError(f'model.test_cfg.history must be one of {list(_HISTORY)}, got {history!r}')
+        check_value(history, Literal['full', 'cached'], 'model.test_cfg.history')
         head = {key: cfg[key] for key in _HEAD_SETTINGS if key in cfg}
         return InferenceSettings(history, bool(cfg.get('cuda_graph', False)), head)
 

@@ -8,13 +8,13 @@ import inspect
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, fields
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..registry import check_keys, check_value, did_you_mean, section, type_hints
+from ..registry import check_fields, check_keys, check_value, did_you_mean, section
 
 _HAS_FUSED = tuple(int(n) for n in torch.__version__.split('.')[:2]) >= (2, 2)  # in earlier ones it is young
 _OPTIMIZERS = {name: getattr(torch.optim, name) for name in ('AdamW', 'Adam', 'SGD')}
@@ -135,10 +135,6 @@ def clip_norm(optimizer_config) -> float:
 # -- learning rate
 
 
-_POLICIES = ('CosineAnnealing', 'step', 'fixed')
-_WARMUPS = (None, 'linear', 'constant', 'exp')
-
-
 @dataclass(frozen=True)
 class Schedule:
     """mmcv's ``lr_config``, as far as it is used here.
@@ -155,9 +151,9 @@ class Schedule:
         steps_per_epoch: optimizer steps per epoch.
     """
 
-    policy: str = 'fixed'
+    policy: Literal['CosineAnnealing', 'step', 'fixed'] = 'fixed'
     by_epoch: bool = True
-    warmup: Optional[str] = None
+    warmup: Optional[Literal['linear', 'constant', 'exp']] = None
     warmup_iters: int = 0
     warmup_ratio: float = 0.1
     min_lr_ratio: float = 0.0
@@ -168,13 +164,7 @@ class Schedule:
     steps_per_epoch: int = 1
 
     def __post_init__(self):
-        if self.policy not in _POLICIES:
-            raise ConfigError(
-                f'lr_config.policy must be one of {", ".join(_POLICIES)}, got {self.policy!r}'
-                f'{did_you_mean(self.policy, _POLICIES)}'
-            )
-        if self.warmup not in _WARMUPS:
-            raise ConfigError(f'lr_config.warmup must be one of {_WARMUPS}, got {self.warmup!r}')
+        check_fields(self, 'lr_config')
         if self.warmup and (self.warmup_iters < 1 or not 0 < self.warmup_ratio <= 1):
             raise ConfigError(
                 'lr_config: warm-up needs warmup_iters of at least 1 and warmup_ratio in '
@@ -186,9 +176,6 @@ class Schedule:
         cfg = section(cfg, 'lr_config')
         own = ('epochs', 'iterations', 'steps_per_epoch')
         check_keys(cfg, [f.name for f in fields(cls) if f.name not in own], 'lr_config')
-        hints = type_hints(cls)
-        for key, value in cfg.items():
-            check_value(value, hints[key], f'lr_config.{key}')
         return cls(epochs=epochs, iterations=iterations, steps_per_epoch=steps_per_epoch, **cfg)
 
     def factor(self, iteration: int) -> float:

@@ -404,9 +404,9 @@ def test_evaluation_never_skips(source):
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(on_error='ignore'), "on_error must be 'stop' or 'skip'"),
-        (dict(load_interval=0), 'load_interval and max_samples must be at least 1'),
-        (dict(max_samples=0), 'load_interval and max_samples must be at least 1'),
+        (dict(on_error='ignore'), "on_error' must be 'stop' or 'skip', got 'ignore'"),
+        (dict(load_interval=0), 'load_interval must be an integer of at least 1, got 0'),
+        (dict(max_samples=0), 'max_samples must be an integer of at least 1, got 0'),
         (dict(type='NuScenesOcc'), "unknown type 'NuScenesOcc'; did you mean 'NuSceneOcc'"),
         (dict(pipelin=[]), 'pipelin'),
         (dict(pipeline=[dict(type='LoadOccGtFromFile')]), "'LoadOccGtFromFile'; did you mean 'LoadOccGTFromFile'"),

@@ -372,7 +372,7 @@ def test_bfloat16_is_refused_on_the_cpu_by_old_pytorch(workshop, monkeypatch):
         (("optimizer.paramwise_cfg.custom_keys={'nowhere': dict()}",), (), ConfigError, 'custom_keys'),
         (("optimizer.paramwise_cfg.custom_keys={'nowhere': {'lr_mult': 1}}",), (), ConfigError, "'nowhere'"),
         (('lr_config=3',), (), ConfigError, 'lr_config must be a dict'),
-        (('lr_config.policy=poly',), (), ConfigError, 'lr_config.policy'),
+        (('lr_config.policy=Step',), (), ConfigError, "lr_config.policy must be.*'Step'; did you mean 'step'"),
         (('lr_config.warmup_iter=3',), (), ConfigError, "did you mean 'warmup_iters'"),
         (('optimizer_config.grad_clip.max_norm=0',), (), ConfigError, 'max_norm'),
         (('task.voxel_size=0',), (), ConfigError, 'voxel_size'),
