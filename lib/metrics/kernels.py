@@ -164,14 +164,7 @@ def count_segments(keys, rays, is_thing, members, counts):
     predicted_rays = np.zeros(len(predicted_first), dtype=np.int64)
     common = np.zeros((thresholds, len(pair_first)), dtype=np.int64)
     for part in range(len(counts)):
-        true_rays[:], predicted_rays[:], common[:] = 0, 0, 0
-        for group in range(len(keys)):
-            if members[part, fields[4, group]]:
-                true_rays[true[group]] += rays[group]
-                predicted_rays[predicted[group]] += rays[group]
-                # Below k of the ascending thresholds means below the last k of them.
-                for threshold in range(thresholds - fields[5, group], thresholds):
-                    common[threshold, pair[group]] += rays[group]
+        _sum_rays(members[part], fields, rays, (true, predicted, pair), true_rays, predicted_rays, common)
         for threshold in range(thresholds):
             missed, false_alarms = true_rays >= MIN_SEGMENT_RAYS, predicted_rays >= MIN_SEGMENT_RAYS
             for number in range(len(pair_first)):
@@ -182,6 +175,20 @@ def count_segments(keys, rays, is_thing, members, counts):
                     missed[true[group]] = false_alarms[predicted[group]] = False
             _add_where(missed, true_class[true_first], counts[part, threshold], MISSED)
             _add_where(false_alarms, predicted_class[predicted_first], counts[part, threshold], FALSE_ALARMS)
+
+
+@jit
+def _sum_rays(in_part, fields, rays, numbers, true_rays, predicted_rays, common):
+    """Rays of the true segments, of the predicted ones and, by threshold, of the pairs that ``numbers`` gives groups."""
+    true, predicted, pair = numbers
+    true_rays[:], predicted_rays[:], common[:] = 0, 0, 0
+    for group in range(len(rays)):
+        if in_part[fields[4, group]]:
+            true_rays[true[group]] += rays[group]
+            predicted_rays[predicted[group]] += rays[group]
+            # Below k of the ascending thresholds means below the last k of them.
+            for threshold in range(len(common) - fields[5, group], len(common)):
+                common[threshold, pair[group]] += rays[group]
 
 
 @jit
