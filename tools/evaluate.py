@@ -59,7 +59,7 @@ def samples_of(dataset, predictions, only_predicted=False, say=print):
 
 def main():
     args = parse_args()
-    from lib.cli import config_of_predictions
+    from tools.components import config_of_predictions
 
     cfg, split = config_of_predictions(args.predictions, args.config, args.override, args.split)
     from lib.metrics.command import say, score_and_report

@@ -126,13 +126,13 @@ def choose(dataset, sets, samples) -> List[int]:
 
 def main():
     args = parse_args()
-    from lib.cli import config_of_predictions
     from lib.errors import UserError
     from lib.io import atomic_write, check_outputs
     from lib.metrics import Evaluator
     from lib.metrics.formats import open_predictions
     from lib.run import read_task
     from loaders import build_dataset
+    from tools.components import config_of_predictions
 
     if len(args.predictions) > 2 or len(set(args.predictions)) < len(args.predictions):
         raise UserError('--predictions takes one folder, or two different ones to put side by side')

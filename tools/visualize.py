@@ -113,11 +113,11 @@ def choose_samples(args, dataset, predictions):
 
 def open_data(args):
     """(task, data set, predictions or None) that the arguments name."""
-    from lib.cli import config_of_predictions
     from lib.errors import UserError
     from lib.metrics.formats import open_predictions
     from lib.task import Task
     from loaders import build_dataset
+    from tools.components import config_of_predictions
 
     if not args.config and not args.predictions:
         raise UserError('give --predictions DIR, --config, or --labels FILE')
