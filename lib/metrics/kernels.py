@@ -179,7 +179,7 @@ def count_segments(keys, rays, is_thing, members, counts):
 
 @jit
 def _sum_rays(in_part, fields, rays, numbers, true_rays, predicted_rays, common):
-    """Rays of the true segments, of the predicted ones and, by threshold, of the pairs that ``numbers`` gives groups."""
+    """Rays of true segments, of predicted ones and, by threshold, of pairs; ``numbers`` are those of each group."""
     true, predicted, pair = numbers
     true_rays[:], predicted_rays[:], common[:] = 0, 0, 0
     for group in range(len(rays)):
