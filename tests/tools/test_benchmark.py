@@ -24,6 +24,8 @@ SMALL = [
     'task.image_size=[64, 96]',
     'task.voxel_size=0.8',
     'task.point_cloud_range=[-16, -16, -1, 16, 16, 5.4]',
+    'model.img_backbone.base_channels=16',
+    'model.img_neck.in_channels=[16, 32, 64, 128]',
     'model.pts_bbox_head.transformer.topk_training=[50, 100, 200]',
     'model.pts_bbox_head.transformer.topk_testing=[50, 100, 200]',
 ]
