@@ -59,17 +59,25 @@ class EncodedImages:
             ConfigError: the device is none, or nvJPEG or Triton is missing.
             DataError: a file cannot be decoded.
         """
-        batch, count, *plane = self.shape
-        out = torch.zeros((batch * count, *plane), dtype=torch.uint8, device=device)
-        places = [place for place, length in enumerate(self.lengths) if length]
-        files = self.contents.split(self.lengths)
+        return self.all_to([self], device)[0]
+
+    @classmethod
+    def all_to(cls, many: Sequence['EncodedImages'], device: torch.device) -> List[Tensor]:
+        """:meth:`to` of several whose images have one size; it takes less time to decode them together."""
+        files = [file for one in many for file in one.contents.split(one.lengths)]
+        transforms = [transform for one in many for transform in one.transforms]
+        places = [place for place, file in enumerate(files) if len(file)]
         images = dict(zip(places, decode_jpegs([files[place] for place in places], device)))
         groups: Dict[Any, List[int]] = {}
         for place in places:
-            groups.setdefault((tuple(images[place].shape), self.transforms[place]), []).append(place)
+            groups.setdefault((tuple(images[place].shape), transforms[place]), []).append(place)
+        pixels = [torch.zeros(many[0].shape[2:], dtype=torch.uint8, device=device)] * len(files)
         for (_, transform), members in groups.items():
-            out[members] = transform_on_gpu(torch.stack([images[place] for place in members]), transform)
-        return out.view(self.shape)
+            transformed = transform_on_gpu(torch.stack([images[place] for place in members]), transform)
+            for place, image in zip(members, transformed.unbind()):
+                pixels[place] = image
+        each = torch.stack(pixels).split([len(one.lengths) for one in many])
+        return [pixels.view(one.shape) for pixels, one in zip(each, many)]
 
     @classmethod
     def of_sample(cls, images: Sequence[Any]) -> 'EncodedImages':

@@ -9,7 +9,7 @@ In training a ``GraphedPass`` does so with a forward pass and its backward pass.
 import contextlib
 import functools
 import inspect
-from typing import Callable, Dict, Hashable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import torch
 from mmcv.runner import BaseModule
@@ -343,6 +343,28 @@ def can_capture(device: torch.device) -> bool:
     is_recent = tuple(int(n) for n in torch.__version__.split('.')[:2]) >= (2, 1)
     repeats = torch.are_deterministic_algorithms_enabled()
     return device.type == 'cuda' and torch.version.hip is None and is_recent and not repeats
+
+
+def later(action: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """``action`` to be called later, which on a GPU then waits for the work begun so far, and not for what was begun
+    in between. It reads tensors of now, which it holds, and leaves nothing behind on the GPU."""
+    if device.type != 'cuda':
+        return action
+    begun = torch.cuda.current_stream(device).record_event()
+
+    def act():
+        stream = _stream_for_results(device)
+        stream.wait_event(begun)
+        with torch.cuda.stream(stream):
+            return action()
+
+    return act
+
+
+@functools.lru_cache(maxsize=None)
+def _stream_for_results(device: torch.device) -> torch.cuda.Stream:
+    """The same for all; what little is done there goes before other work."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class MadeOfWeights(BaseModule):

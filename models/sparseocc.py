@@ -3,7 +3,7 @@
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n; X, Y, Z the grid.
 """
 
-from typing import Dict, List, Mapping, Optional, Sequence, Union
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from lib.targets import OccupancyTargets
 from lib.task import Task
 from models import builder
 from models.csrc import describe_operators
-from models.cuda_graph import MadeOfWeights
+from models.cuda_graph import MadeOfWeights, later
 from models.decoders import GraphedTraining
 from models.encoder import ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
-from models.head import RawPrediction
+from models.head import MergedPrediction, RawPrediction
 from models.losses import BEGINNING, TrainingPass, build_auxiliary_losses, check_targets
 
 _HEAD = 'model.pts_bbox_head'
@@ -141,8 +141,22 @@ class SparseOcc(MadeOfWeights):
         self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
     ) -> List[Dict[str, np.ndarray]]:
         """Predictions per sample; arguments and result as in :meth:`forward`."""
+        return self._to_numpy(self._merged(img, lidar2img, ego2lidar, img_metas))
+
+    def begin_prediction(
+        self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
+    ) -> Callable[[], List[Dict[str, np.ndarray]]]:
+        """As :meth:`predict`, which what is given back does when it is called. On a GPU the work has begun by then, and
+        the next prediction can begin before this one is asked for, so that the GPU need not wait in between."""
+        with torch.no_grad():
+            merged = self._merged(img, lidar2img, ego2lidar, img_metas)
+        return later(lambda: self._to_numpy(merged), img.device)
+
+    def _merged(self, img, lidar2img, ego2lidar, img_metas) -> List[MergedPrediction]:
         features = self._features(img, lidar2img, ego2lidar, img_metas)
-        merged = self.pts_bbox_head.predict(features, graphed=self.cuda_graph and not self.training)
+        return self.pts_bbox_head.predict(features, graphed=self.cuda_graph and not self.training)
+
+    def _to_numpy(self, merged: Sequence[MergedPrediction]) -> List[Dict[str, np.ndarray]]:
         index_type = torch.uint8 if max(self.task.grid_shape) <= 256 else torch.int16
         return [sample.to_numpy(index_type) for sample in merged]
 

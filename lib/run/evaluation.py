@@ -11,7 +11,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -54,9 +54,43 @@ def load_for_inference(build_model: Callable, cfg, task: Task, args, device: tor
 
 def predict(model: nn.Module, batch: Dict, device: torch.device, amp: Optional[str]) -> List[Dict]:
     """Predictions of a batch's samples, as NumPy arrays (see ``lib.prediction``); labels are not looked at."""
-    inputs = to_device({name: batch[name] for name in INPUTS}, device)
     with torch.no_grad(), autocast(amp, device):
-        return model(return_loss=False, **inputs)
+        return model(return_loss=False, **_inputs(batch, device))
+
+
+def begin(model: nn.Module, batch: Dict, device: torch.device, amp: Optional[str]) -> Callable[[], List[Dict]]:
+    """:func:`predict`, which what is given back does when it is called; a model with ``begin_prediction`` has begun by
+    then."""
+    if not hasattr(model, 'begin_prediction'):
+        return lambda: predict(model, batch, device, amp)
+    with autocast(amp, device):
+        return model.begin_prediction(**_inputs(batch, device))
+
+
+def finish_in_order(begun: Iterable[Callable[[], Any]], device: torch.device) -> Iterator[Any]:
+    """What each gives when it is called: on a GPU when the next one has begun, so that the GPU need not wait."""
+    if device.type != 'cuda':
+        yield from (finish() for finish in begun)
+        return
+    begun = iter(begun)
+    last = next(begun, None)
+    while last is not None:
+        try:
+            coming = next(begun, None)
+        finally:  # what is ready is given before an error of the next one
+            yield last()
+        last = coming
+
+
+def predict_in_order(
+    model: nn.Module, batches: Iterable[Dict], device: torch.device, amp: Optional[str]
+) -> Iterator[List[Dict]]:
+    """Predictions of batch after batch, see :func:`finish_in_order`."""
+    return finish_in_order((begin(model, batch, device, amp) for batch in batches), device)
+
+
+def _inputs(batch: Dict, device: torch.device) -> Dict:
+    return to_device({name: batch[name] for name in INPUTS}, device)
 
 
 @dataclass
@@ -139,9 +173,8 @@ class Evaluation:
         progress = _Progress(len(indices), self.say)
         waiting: Deque[Future] = deque()
         with ThreadPoolExecutor(max_workers=1) as scorer:
-            for index, batch in zip(indices, batches):
-                prediction = predict(model, batch, device, self.amp)[0]
-                waiting.append(scorer.submit(self._score, index, prediction))
+            for index, predictions in zip(indices, predict_in_order(model, batches, device, self.amp)):
+                waiting.append(scorer.submit(self._score, index, predictions[0]))
                 while len(waiting) > _WAITING:
                     waiting.popleft().result()
                 progress.step()

@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import errno
+import itertools
 import multiprocessing
 import resource
 import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -31,6 +32,7 @@ _LOST = (
 _WANTED_OPEN_FILES = 65536
 _ENOUGH_OPEN_FILES = 4096
 _NO_EPOCH = -1
+_TOGETHER = 4  # batches
 
 
 class Failure(NamedTuple):
@@ -152,9 +154,10 @@ def read_in_order(
     if keeps_frames and hasattr(dataset, 'following'):
         dataset, indices = _Drive(dataset, indices), range(len(indices))
     if workers and can_fork():
-        return _move_ahead(lambda: _fork(dataset, indices, collate, workers, device), device)
+        most = min(workers, _TOGETHER)  # each worker has memory for one at least
+        return _move_ahead(lambda: _fork(dataset, indices, collate, workers, device), device, most)
     loader = make_loader(dataset, [[index] for index in indices], collate, workers, device)
-    return _move_ahead(lambda: _unforked(read_batches(loader)), device)
+    return _move_ahead(lambda: _unforked(read_batches(loader)), device, _TOGETHER)
 
 
 def _fork(dataset, indices: Sequence[int], collate: Callable, workers: int, device: torch.device) -> Workers:
@@ -174,38 +177,80 @@ def _unforked(batches) -> Iterator[Made]:
             yield Made(batch, lambda: None)
 
 
-def _move_ahead(start: Callable, device: torch.device) -> Iterator[Dict]:
-    """Batches on the device, each moved by another thread, on a GPU on another stream, before it is asked for."""
+class _Moved(NamedTuple):
+    """Batches on the device, none after the last one, and the error that keeps it from giving the next one."""
+
+    batches: List[Dict]
+    error: Optional[Exception] = None
+
+
+def _move_ahead(start: Callable, device: torch.device, most: int) -> Iterator[Dict]:
+    """Batches on the device, each moved by another thread, on a GPU on another stream, before it is asked for.
+
+    Args:
+        start: gives an iterable of ``Made``, to be closed.
+        most: batches that can be held at once, to be moved together where that is quicker.
+    """
     stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
     with contextlib.closing(start()) as source, ThreadPoolExecutor(max_workers=1) as mover:
         batches = iter(source)
-        coming = mover.submit(_next_on, device, stream, batches)
+        coming = mover.submit(_next_on, device, stream, batches, 1)
         while True:
-            batch = coming.result()
-            if batch is None:
+            moved = coming.result()
+            if moved.batches and moved.error is None:
+                coming = mover.submit(_next_on, device, stream, batches, most)
+            for batch in moved.batches:
+                yield _used_here(batch, device) if stream else batch
+            if moved.error is not None:
+                raise moved.error
+            if not moved.batches:
                 return
-            coming = mover.submit(_next_on, device, stream, batches)
-            yield _used_here(batch, device) if stream else batch
 
 
-def _next_on(device: torch.device, stream, batches: Iterator[Made]) -> Optional[Dict]:
-    """The next batch, when it is on the device; None at the end."""
+def _next_on(device: torch.device, stream, batches: Iterator[Made], most: int) -> _Moved:
+    """The next batch, or up to so many that are moved together, when they are on the device."""
     with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-        try:
-            made = next(batches, None)
-        except WorkerLost as error:
-            raise DataError(_explain(error, True) or _LOST.format(error)) from error
-        if made is None:
-            return None
-        if isinstance(made.value, Failure):
-            raise DataError(made.value.message)
-        batch = to_device(made.value, device)
+        made, error = _read(batches, most)
+        moved = _to_device_together([one.value for one in made], device)
     if stream:
         stream.synchronize()
-        stays = [key for key, value in made.value.items() if batch[key] is value]
-        batch.update({key: copy.deepcopy(batch[key]) for key in stays})  # it may hold arrays that are released
-    made.release()
-    return batch
+    for one, batch in zip(made, moved):
+        if stream:
+            stays = [key for key, value in one.value.items() if batch[key] is value]
+            batch.update({key: copy.deepcopy(batch[key]) for key in stays})  # it may hold arrays that are released
+        one.release()
+    return _Moved(moved, error)
+
+
+def _read(batches: Iterator[Made], most: int) -> Tuple[List[Made], Optional[Exception]]:
+    """The next batch, or up to so many that are moved together, and the error that comes in the place of another."""
+    made: List[Made] = []
+    try:
+        for one in itertools.islice(batches, most):
+            if isinstance(one.value, Failure):
+                return made, DataError(one.value.message)
+            made.append(one)
+            if not any(hasattr(value, 'all_to') for value in one.value.values()):
+                break
+    except WorkerLost as error:
+        lost = DataError(_explain(error, True) or _LOST.format(error))
+        lost.__cause__ = error
+        return made, lost
+    except Exception as error:
+        return made, error
+    return made, None
+
+
+def _to_device_together(batches: Sequence[Dict], device: torch.device) -> List[Dict]:
+    """:func:`to_device` of each; values with ``all_to`` are moved together."""
+    moved = [to_device({k: v for k, v in batch.items() if not hasattr(v, 'all_to')}, device) for batch in batches]
+    left = [(batch, key) for batch, done in zip(batches, moved) for key in batch.keys() - done.keys()]
+    for key in {key for _, key in left}:
+        values = {place: batch[key] for place, batch in enumerate(batches) if hasattr(batch[key], 'all_to')}
+        first = next(iter(values.values()))
+        for place, value in zip(values, first.all_to(list(values.values()), device)):
+            moved[place][key] = value
+    return moved
 
 
 def _used_here(batch: Dict, device: torch.device) -> Dict:

@@ -9,7 +9,7 @@ import torch
 from ..config import load_config
 from ..io import check_outputs, write_json
 from . import Components, open_dataset, read_task
-from .evaluation import load_for_inference, predict
+from .evaluation import load_for_inference, predict, predict_in_order
 from .loading import count_workers, read_in_order, to_device
 from .log import device_name, peak_memory_mib
 from .numerics import describe_precision
@@ -117,13 +117,14 @@ class Clock:
         return self._time('with loading', history, None, lambda i: self._run(self._load(i)))
 
     def time_throughput(self, history: str) -> Dict:
-        """From one prediction on the CPU to the next, with loading in other processes; frames per second are means."""
+        """From one prediction on the CPU to the next, with loading in other processes; a GPU begins with the next one
+        before this one is waited for. Frames per second are means."""
         self._start(history)
         order = [i % self.count for i in range(self.warmup + self.samples)]
         keeps_frames = getattr(self.model, 'keeps_frames', False)
         ends = [time.perf_counter()]
-        for batch in read_in_order(self.dataset, order, self.collate, self.workers, self.device, keeps_frames):
-            self._run(batch)
+        batches = read_in_order(self.dataset, order, self.collate, self.workers, self.device, keeps_frames)
+        for _ in predict_in_order(self.model, batches, self.device, self.amp):
             ends.append(time.perf_counter())
         ends = ends[self.warmup :]
         seconds = [end - before for before, end in zip(ends, ends[1:])]

@@ -71,6 +71,21 @@ def test_files_travel_and_become_the_same_batch(files, on_the_cpu):
     assert not made[0, 2].any() and not made[1, 0].any()
 
 
+def test_batches_that_are_decoded_together_stay_what_they_are(files, on_the_cpu, monkeypatch):
+    black, calls, decode = np.zeros((64, 176, 3), np.uint8), [], gpu_images.decode_jpegs
+    monkeypatch.setattr(gpu_images, 'decode_jpegs', lambda *given: calls.append(given) or decode(*given))
+    many = [
+        EncodedImages.of_sample(_transformed(files, 'nvjpeg')),
+        EncodedImages.of_sample([black, *_transformed(files[2:], 'nvjpeg')]),
+        EncodedImages.of_sample(_transformed(files[1:2], 'nvjpeg')),
+    ]
+    together = EncodedImages.all_to(many, torch.device('cpu'))
+    assert len(calls) == 1
+    for one, made in zip(many, together):
+        assert torch.equal(made, one.to(torch.device('cpu')))
+    assert torch.equal(together[0][0], _expected(files)) and not together[1][0, 0].any()
+
+
 def test_a_batch_is_decoded_when_it_is_moved(files, on_the_cpu):
     sample = dict(img=EncodedImages.of_sample(_transformed(files, 'nvjpeg')), img_metas={})
     matrices = dict(lidar2img=torch.eye(4)[None], ego2lidar=torch.eye(4)[None])

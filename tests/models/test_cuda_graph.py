@@ -11,6 +11,7 @@ from small_model import small_batch, small_model, small_task
 import models.cuda_graph as cuda_graph
 from lib.dist import counting_shares, shared_draws
 from lib.errors import ConfigError
+from lib.run.evaluation import predict, predict_in_order
 from lib.run.loading import to_device
 from models.cuda_graph import GraphedFunction, GraphedPass
 from tools.synthetic import synthetic_batch, synthetic_meta
@@ -108,6 +109,26 @@ def test_predictions_are_equal_with_and_without_graphs(device, precision, panopt
         assert plain.keys() == replayed.keys()
         for name in plain:
             np.testing.assert_array_equal(plain[name], replayed[name])
+
+
+@pytest.mark.parametrize('history', ['cached', 'full'])
+@pytest.mark.parametrize('graphed', [False, True])
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_cuda)])
+def test_a_prediction_is_the_same_where_the_next_one_has_begun(device, graphed, history):
+    task = small_task()
+    model = small_model(task).to(device).eval()
+    model.cuda_graph, model.history = graphed, history
+    data = [synthetic_batch(task, first_index=index) for index in range(4)] * 3  # what was kept comes again, too
+    batches = [dict(to_device(batch, device), img_metas=[synthetic_meta(task, i)]) for i, batch in enumerate(data)]
+    expected = [predict(model, batch, torch.device(device), None)[0] for batch in batches]
+    assert any((one['sem_pred'] != expected[0]['sem_pred']).any() for one in expected[1:])
+    model.reset_history()
+    found = [predictions[0] for predictions in predict_in_order(model, iter(batches), torch.device(device), None)]
+    assert len(found) == len(expected)
+    for one, right in zip(found, expected):
+        assert one.keys() == right.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], right[name])
 
 
 # -- training: forward and backward pass

@@ -105,6 +105,35 @@ def test_an_error_while_moving_is_told_when_its_batch_is_due():
         next(batches)
 
 
+class _Together:
+    """What is moved together with others of its kind; notes with which."""
+
+    groups = []
+
+    def __init__(self, index):
+        self.index = index
+
+    @classmethod
+    def all_to(cls, many, device):
+        cls.groups.append([one.index for one in many])
+        return [torch.tensor(one.index) for one in many]
+
+
+def test_batches_that_can_are_moved_together(monkeypatch):
+    """Not the first, which is waited for, nor more than there is memory for."""
+    samples = [dict(img=torch.tensor(i) if i == 7 else _Together(i), number=torch.tensor(i)) for i in range(10)]
+    for workers, expected in ((0, [[0], [1, 2, 3, 4], [5, 6], [8, 9]]), (2, [[0], [1, 2], [3, 4], [5, 6], [8, 9]])):
+        monkeypatch.setattr(_Together, 'groups', [])
+        batches = list(_drive(samples, workers))
+        assert [int(batch['img']) for batch in batches] == [int(batch['number']) for batch in batches] == [*range(10)]
+        assert _Together.groups == expected
+    monkeypatch.setattr(_Together, 'groups', [])
+    batches = _drive([*samples[:3], loading.Failure('truncated')], 0)
+    assert [int(next(batches)['img']) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(DataError, match='truncated'):
+        next(batches)
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_what_was_read_before_an_error_arrives(workers):
     found = []

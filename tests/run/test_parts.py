@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib.errors import CheckpointError, ConfigError, UserError
+from lib.errors import CheckpointError, ConfigError, DataError, UserError
+from lib.run.evaluation import finish_in_order
 from lib.run.folder import (
     CheckpointKeeper,
     _with_own_switches,
@@ -50,6 +51,32 @@ def test_countdown_forgets_the_first_step_and_pauses():
     now[0] += 2.0
     countdown.step()
     assert countdown.seconds_left() == pytest.approx(6 * 2.0)
+
+
+@pytest.mark.parametrize('device, order', [('cpu', 'b0 f0 b1 f1 b2 f2'), ('cuda', 'b0 b1 f0 b2 f1 f2')])
+def test_a_gpu_begins_with_the_next_before_one_is_waited_for(device, order):
+    done = []
+
+    def begin(number):
+        done.append(f'b{number}')
+        return lambda: done.append(f'f{number}') or number
+
+    assert list(finish_in_order(map(begin, range(3)), torch.device(device))) == [0, 1, 2]
+    assert ' '.join(done) == order
+    assert list(finish_in_order(iter(()), torch.device(device))) == []
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_what_has_begun_before_an_error_arrives(device):
+    def begun():
+        yield lambda: 0
+        yield lambda: 1
+        raise DataError('the third cannot be read')
+
+    results = finish_in_order(begun(), torch.device(device))
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(DataError, match='the third'):
+        next(results)
 
 
 @pytest.mark.parametrize('seconds, text', [(0, '0:00:00'), (59.6, '0:01:00'), (3661, '1:01:01'), (90000, '1d 1:00:00')])

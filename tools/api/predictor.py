@@ -17,7 +17,7 @@ import tempfile
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -25,7 +25,7 @@ from lib.config import load_config
 from lib.errors import DataError
 from lib.io import save_pickle
 from lib.run import read_task
-from lib.run.evaluation import load_for_inference, predict
+from lib.run.evaluation import begin, finish_in_order, load_for_inference, predict
 from lib.run.loading import read_in_order
 from lib.run.numerics import convert_weights
 from lib.run.processes import pick_device
@@ -143,7 +143,7 @@ class SparseOccPredictor:
             keeps_frames = len(samples) == 1 and cache is not None and self._model_for(len(cameras)).keeps_frames
         held = [names for names, _ in cache.held] if keeps_frames else None
         batch = collate([make_sample(moments, cameras, held) for moments in samples])
-        arrays = self._run(batch, len(cameras), cache)
+        arrays = self._run(batch, len(cameras), cache, predict)
         task = replace(self.task, cameras=cameras)
         source = dict(self._source, override=[*self._source['override'], f'task.cameras={list(cameras)!r}'])
         names = names or [f'{round(moments[0].seconds * 1e6):d}' for moments in samples]
@@ -171,8 +171,8 @@ class SparseOccPredictor:
         keeps_frames = self._models[self.task.num_cameras].keeps_frames
         cache = FeatureCache(capacity=self.task.num_frames)  # no other thread's frames replace those of the data set
         batches = read_in_order(dataset, range(len(dataset)), collate, workers, self.device, keeps_frames)
-        for index, batch in enumerate(batches):
-            (arrays,) = self._run(batch, dataset.task.num_cameras, cache)
+        begun = (self._run(batch, dataset.task.num_cameras, cache, begin) for batch in batches)
+        for index, (arrays,) in enumerate(finish_in_order(begun, self.device)):
             seconds = dataset.info(index)['timestamp'] / 1e6
             yield index, Occupancy(arrays, dataset.task, dataset.sample_token(index), seconds, self._source)
 
@@ -197,13 +197,14 @@ class SparseOccPredictor:
         read = {id(frame): self.read(frame, cameras) for frame in [now, *chosen]}
         return [read[id(frame)] for frame in [now, *chosen]]
 
-    def _run(self, batch: Dict, num_cameras: int, cache: Any = None) -> List[Dict]:
+    def _run(self, batch: Dict, num_cameras: int, cache: Any, action: Callable):
+        """``action`` with the model for so many cameras, whose features are kept in ``cache`` meanwhile."""
         with self._lock:
             model = self._model_for(num_cameras)
             own = model.encoder.cache
             model.encoder.cache = own if cache is None else cache
             try:
-                return predict(model, batch, self.device, self.amp)
+                return action(model, batch, self.device, self.amp)
             finally:
                 model.encoder.cache = own
 
