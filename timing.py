@@ -7,7 +7,8 @@
 Batch 1, samples in the data set's order. History "cached" keeps the features of earlier frames between
 samples, as a car driving along would, and reads the images of new ones only; "full" reads and encodes all frames of
 every sample. "With loading" starts the clock before the sample's files are opened, in this process. "Throughput" loads
-samples in other processes while the model works, as val.py does, and gives the time from one result to the next.
+samples in other processes while the model works and, on a GPU, begins with the next before it waits for a result, as
+val.py does; it gives the time from one result to the next.
 Results are on the CPU when the clock stops.
 """
 
