@@ -115,6 +115,8 @@ def test_common_changes_of_the_docs(change):
         pytest.skip(NO_SYNC_BN)
     kept = ('task.cameras', 'task.num_frames', 'task.voxel_size', 'task.point_cloud_range')
     reduced = [text for text in SMALL if not (text.startswith(kept) and text.split('=')[0].split('.')[1] in lines)]
+    if 'img_backbone' not in lines and 'img_neck' not in lines:
+        reduced += [f'{BACKBONE}.base_channels=16', f'{NECK}.in_channels=[64, 128, 256, 512]']
     cfg = load_changed(BASE, change, reduced)
     task = Task.from_config(cfg.task)
     losses = build_model(cfg.model, task)(**synthetic_batch(task, batch_size=1, with_labels=True), return_loss=True)
