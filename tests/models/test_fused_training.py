@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from triton_runs import DEVICE, HAS_TRITON, IS_INTERPRETED, run_interpreted, runs, without_a_gpu
+from triton_runs import DEVICE, run_interpreted, runs, without_a_gpu
 
 from models.csrc.adaptive_mixing import adaptive_mix_reference
 from models.csrc.distance_attention import plane_distance
@@ -81,6 +81,20 @@ def test_mixing_in_pieces(count, dtype, monkeypatch):
     assert all(distance(a, b) < of_gradient for a, b in zip(*results))
 
 
+def keeps_weight(keys, count, dropout):
+    """Which weights the kernels keep: bool [..., count] for int32 keys [...], one of each query."""
+    x = keys.long().bitwise_and(0xFFFFFFFF).unsqueeze(-1)
+    x = x ^ (torch.arange(count, device=keys.device) * 0x9E3779B9 & 0xFFFFFFFF)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = multiply(x ^ (x >> shift), factor)
+    return (x ^ (x >> 16)) >> 8 >= int(dropout * 2**24)
+
+
+def multiply(x, factor):
+    """Modulo 2**32, of int64, in halves that do not overflow."""
+    return (x * (factor & 0xFFFF) + ((x * (factor >> 16) & 0xFFFF) << 16)) & 0xFFFFFFFF
+
+
 @runs
 @pytest.mark.parametrize('precision, tolerance', [('tf32x3', 1e-5), ('tf32', 5e-3)])
 @pytest.mark.parametrize(
@@ -88,7 +102,7 @@ def test_mixing_in_pieces(count, dtype, monkeypatch):
     [(2, 130, 2, 32, False, 0.0), (2, 64, 2, 16, True, 0.1), (1, 45, 4, 16, False, 0.3)],
 )
 def test_attention(batch, count, heads, width, shared, dropout, precision, tolerance):
-    from models.csrc.distance_attention.fused import FusedAttention, keeps_weight
+    from models.csrc.distance_attention.fused import FusedAttention
 
     torch.manual_seed(count)
     parts, reach = random(batch, count, 3, heads, width), torch.rand(batch, count, heads, device=DEVICE) * 0.2
@@ -110,12 +124,9 @@ def test_attention(batch, count, heads, width, shared, dropout, precision, toler
     assert all(distance(a.grad, b.grad) < tolerance for a, b in zip(ours, exact))
 
 
-@pytest.mark.skipif(not HAS_TRITON or IS_INTERPRETED, reason='needs Triton, to be imported, but no kernel of it')
 @pytest.mark.parametrize('dropout', [0.1, 0.5])
 def test_dropout_has_its_rate_in_rows_and_columns(dropout):
     """Rows and columns of 2000 draws each: five standard deviations; neighbours are not alike."""
-    from models.csrc.distance_attention.fused import keeps_weight
-
     keys = torch.randint(-(2**31), 2**31, (2000,), dtype=torch.int64, generator=torch.Generator().manual_seed(1))
     dropped = ~keeps_weight(keys.to(torch.int32), 2000, dropout)
     deviation = (dropout * (1 - dropout)) ** 0.5

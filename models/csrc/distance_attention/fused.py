@@ -8,7 +8,7 @@ made by atomic additions, so results repeat to the bit. Sums are in float32; pro
 inference also of float16.
 
 A weight is dropped where a hash of the query's random number and the key's index is below a threshold, so that all
-passes drop the same ones and nothing is stored for it; ``keeps_weight`` is the same in PyTorch.
+passes drop the same ones and nothing is stored for it.
 """
 
 import torch
@@ -23,7 +23,7 @@ _BLOCK = 64
 
 @triton.jit
 def _keeps(key, column, threshold):
-    """Of a query's uint32 and a key's index, broadcast against each other; see ``keeps_weight``."""
+    """Whether the weight of a key is kept, by the query's uint32 and the key's index, broadcast against each other."""
     x = key ^ (column.to(tl.uint32) * 0x9E3779B9)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -236,17 +236,3 @@ def _grid(parts: Tensor):
 def _threshold(dropout: float) -> int:
     """Of the upper 24 bits of a hash."""
     return int(dropout * 2**24)
-
-
-def keeps_weight(keys: Tensor, count: int, dropout: float) -> Tensor:
-    """Which weights are kept: bool [..., count] for int32 keys [...], one of each query."""
-    x = keys.long().bitwise_and(0xFFFFFFFF).unsqueeze(-1)
-    x = x ^ (torch.arange(count, device=keys.device) * 0x9E3779B9 & 0xFFFFFFFF)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = _multiply(x ^ (x >> shift), factor)
-    return (x ^ (x >> 16)) >> 8 >= _threshold(dropout)
-
-
-def _multiply(x: Tensor, factor: int) -> Tensor:
-    """Modulo 2**32, of int64, in halves that do not overflow."""
-    return (x * (factor & 0xFFFF) + ((x * (factor >> 16) & 0xFFFF) << 16)) & 0xFFFFFFFF
