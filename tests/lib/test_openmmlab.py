@@ -120,8 +120,7 @@ def what_went_wrong():
 
     Large packages that mmdet imports, but nothing of mmdet, are there before, so that no copy imports them again.
     """
-    return json.loads(
-        run_here(f"""
+    printed = run_here(f"""
     import contextlib, importlib, json, os, sys, tempfile, traceback
     import loaders, models
     there = sys.modules
@@ -144,7 +143,7 @@ def what_went_wrong():
             said[use] = file.read() or status
     print(json.dumps(said))
     """)
-    )
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize('use', USES)
