@@ -20,8 +20,8 @@ class TrainSettings:
             each sample once.
         cudnn_benchmark: let cuDNN time its algorithms; faster, and not repeatable to the bit.
         cuda_graph: replay forward and backward pass up to the losses as CUDA graphs, which small batches gain by; they
-            hold the memory of a step all the time. Without an effect on the CPU, with several processes, or with
-            ``model.auxiliary_losses``.
+            hold the memory of a step all the time. Without an effect on the CPU, with ``model.auxiliary_losses``, and
+            with norms that exchange statistics between processes.
         deterministic: repeat to the bit on the same machine and number of GPUs, slower (see
             ``set_deterministic``); without it a GPU adds some gradients up in no fixed order.
         log_interval: optimizer steps between two log lines.

@@ -9,11 +9,11 @@ In training a ``GraphedPass`` does so with a forward pass and its backward pass.
 import contextlib
 import functools
 import inspect
-from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Hashable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmcv.runner import BaseModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.errors import ConfigError, reason
 from models.csrc import autocast_dtype
@@ -177,43 +177,156 @@ class _Recorded:
             torch.cuda.empty_cache()
 
 
+class Stage(NamedTuple):
+    """A part of a pass, whose gradients arrive as soon as it has been gone back through.
+
+    function  takes what the stage before gave, or inputs, and gives tensors (or None); no synchronisation with the
+              host, shapes that depend on those given alone, random numbers from PyTorch's default generator only
+    parts     modules that it computes with, whose parameters learn and whose buffers it may change, which warming up
+              must not. Both may change in place, but their storage may not
+    """
+
+    function: Callable[..., MaybeTensors]
+    parts: Sequence[nn.Module] = ()
+
+    def learning(self) -> List[Tuple[Dict[str, nn.Parameter], str, nn.Parameter]]:
+        """Parameters that learn, with the table and the name that each stands under."""
+        tables = [module._parameters for part in self.parts for module in part.modules()]
+        return [(table, name, p) for table in tables for name, p in table.items() if p is not None and p.requires_grad]
+
+
+class _StandIns:
+    """Others for the parameters that learn, in their memory.
+
+    DDP keeps the nodes at which gradients of its parameters arrive. These belong to the stream on which it was made,
+    which a capture must not wait for. The stand-ins' nodes are made anew in every pass.
+    """
+
+    def __init__(self, stage: Stage):
+        self._places = stage.learning()
+        self.tensors = [nn.Parameter(parameter.detach()) for _, _, parameter in self._places]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, modules compute with them."""
+        try:
+            for (table, name, _), own in zip(self._places, self.tensors):
+                table[name] = own
+            yield
+        finally:
+            for table, name, parameter in self._places:
+                table[name] = parameter
+
+
+class _CapturedStage:
+    """One stage while it is recorded, and the graph of its backward pass.
+
+    Attributes:
+        weights: stand-ins for its parameters.
+        begins: what it is given.
+        end: where its backward pass begins if another stage follows; None: it has none.
+        passed_back: gradients that the next stage found of what this one gave, if it has a backward pass.
+        backward: its recorded backward pass.
+    """
+
+    def __init__(self, stage: Stage):
+        self._function, self.weights = stage.function, _StandIns(stage)
+        self.begins: List[Optional[Tensor]] = []
+        self.end: Optional[Tensor] = None
+        self.passed_back: List[Optional[Tensor]] = []
+        self.backward: Optional[_Recorded] = None
+
+    def run(self, given: MaybeTensors) -> List[Optional[Tensor]]:
+        self.begins = list(given)
+        with self.weights.in_place():
+            return list(self._function(*given))
+
+    def cut(self, results: MaybeTensors) -> List[Optional[Tensor]]:
+        """What the next stage is given, through which no gradient flows by itself."""
+        wanted = [t for t in results if t is not None and t.requires_grad]
+        self.end = _End.apply(self.passed_back, *wanted) if wanted else None
+        return [t if t is None or not t.requires_grad else t.detach().requires_grad_() for t in results]
+
+    def run_back(self, outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> List[Optional[Tensor]]:
+        """Gradients of what it was given, where these have any, and of its weights."""
+        wanted = [t for t in self.begins if t is not None and t.requires_grad] + self.weights.tensors
+        with self.weights.in_place():  # some of the forward pass may be done again
+            return list(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+
+
+class _End(torch.autograd.Function):
+    """Ends a stage in a number without meaning, and keeps none of its tensors; backward hands on their gradients."""
+
+    @staticmethod
+    def forward(ctx, grads: List[Optional[Tensor]], *tensors: Tensor):
+        ctx.grads = grads
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _):
+        grads = tuple(ctx.grads)
+        ctx.grads.clear()
+        return (None, *grads)
+
+
 class _CapturedPass:
     """Forward and backward pass of one call's shapes, with the tensors that they read and write.
 
     Args:
-        function: the work, given the inputs.
-        inputs: copied into memory of its own.
-        weights: what else has gradients.
+        stages: the work.
+        inputs: of the first; copied into memory of its own.
         record: ``_Recorded``, or what takes its place in tests.
     """
 
-    def __init__(self, function: Callable[..., MaybeTensors], inputs: MaybeTensors, weights: Sequence[Tensor], record):
-        self._function, self.replays = function, 0
+    def __init__(self, stages: Sequence[Stage], inputs: MaybeTensors, record):
+        self.stages, self.replays = [_CapturedStage(stage) for stage in stages], 0
         self.inputs = [None if t is None else _copy_of(t) for t in inputs]
-        given = [*self.inputs, *weights]
-        self._wanted = [i for i, t in enumerate(given) if t is not None and t.requires_grad]
-        self._given, self._live = given, []
+        self._results: List[Optional[Tensor]] = []
+        self.latest: List[Optional[Tensor]] = []  # results of a replay on their way to autograd
         pool, device = record.pool(), self.inputs[0].device
         with record.apart(device):
             for _ in range(_WARM_UP_RUNS):
                 self._grad_outputs = _zeros_for(self._run())
-                self._run_back()
-        self._live = []
+                for i in self._backwards():
+                    self._run_back(i)
+        self._results = []
         self._forward = record(self._run, pool)
-        self._grad_outputs = _zeros_for(self._live)
-        self._backward = record(self._run_back, pool)
-        self._live = []
+        self._grad_outputs = _zeros_for(self._results)
+        for i in self._backwards():
+            self.stages[i].backward = record(functools.partial(self._run_back, i), pool)
+        self._results = []
+        for stage in self.stages:
+            stage.begins, stage.end = [], None
         self._forward.results = [None if t is None else t.detach() for t in self._forward.results]
 
     def _run(self) -> List[Optional[Tensor]]:
-        self._live = list(self._function(*self.inputs))
-        return self._live
+        tensors = self.inputs
+        for stage in self.stages[:-1]:
+            tensors = stage.cut(stage.run(tensors))
+        self._results = self.stages[-1].run(tensors)
+        return self._results
 
-    def _run_back(self) -> List[Optional[Tensor]]:
-        outputs = [t for t in self._live if t is not None and t.requires_grad]
-        grads = [t for t in self._grad_outputs if t is not None]
-        wanted = [self._given[i] for i in self._wanted]
-        return list(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+    def _backwards(self) -> List[int]:
+        """Stages that gradients flow through, the last one first."""
+        last = len(self.stages) - 1
+        return [i for i in reversed(range(last + 1)) if i == last or self.stages[i].end is not None]
+
+    def _run_back(self, i: int) -> List[Optional[Tensor]]:
+        """Gradients of a stage's weights and, of the first, of the inputs that have any before them."""
+        stage = self.stages[i]
+        if i == len(self.stages) - 1:
+            outputs = [t for t in self._results if t is not None and t.requires_grad]
+            grads = [t for t in self._grad_outputs if t is not None]
+        else:
+            outputs, grads = [stage.end], [torch.zeros_like(stage.end)]
+        found = stage.run_back(outputs, grads)
+        if i:
+            count = len(found) - len(stage.weights.tensors)
+            self.stages[i - 1].passed_back[:] = found[:count]
+            stage.begins = []  # nobody needs them any more
+            return found[count:]
+        return found
 
     def replay(self, inputs: MaybeTensors) -> List[Optional[Tensor]]:
         for own, tensor in zip(self.inputs, inputs):
@@ -227,20 +340,30 @@ class _CapturedPass:
         """Those of the results that no gradient comes from."""
         return [t for t, own in zip(results, self._grad_outputs) if t is not None and own is None]
 
-    def replay_back(self, grads: MaybeTensors) -> List[Optional[Tensor]]:
-        """Gradients of inputs and weights; those of the weights in memory that the next replay leaves alone."""
-        for own, grad in zip(self._grad_outputs, grads):
-            if own is not None:
-                own.zero_() if grad is None else own.copy_(grad)
-        self._backward.replay()
-        found: List[Optional[Tensor]] = [None] * len(self._given)
-        for i, grad in zip(self._wanted, self._backward.results):
-            found[i] = grad
-        of_weights = [i for i, grad in enumerate(found) if grad is not None and i >= len(self.inputs)]
-        copies = torch._foreach_mul([found[i] for i in of_weights], 1.0) if of_weights else []
-        for i, copy in zip(of_weights, copies):
-            found[i] = copy
-        return found
+    def replay_back(self, i: int, grads: MaybeTensors) -> List[Optional[Tensor]]:
+        """Gradients of a stage's weights, before them of the first those of all inputs.
+
+        Weights' gradients are in memory that the next replay leaves alone.
+
+        Args:
+            grads: of the results, for the last stage.
+        """
+        stage = self.stages[i]
+        if i == len(self.stages) - 1:
+            for own, grad in zip(self._grad_outputs, grads):
+                if own is not None:
+                    own.zero_() if grad is None else own.copy_(grad)
+        inputs: List[Optional[Tensor]] = [None] * (0 if i else len(self.inputs))
+        if stage.backward is None:
+            return inputs + [None] * len(stage.weights.tensors)
+        stage.backward.replay()
+        found = list(stage.backward.results)
+        for k, own in enumerate(self.inputs if i == 0 else ()):
+            if own is not None and own.requires_grad:
+                inputs[k] = found.pop(0)
+        given = [grad for grad in found if grad is not None]
+        copies = iter(torch._foreach_mul(given, 1.0) if given else ())
+        return inputs + [None if grad is None else next(copies) for grad in found]
 
 
 def _zeros_for(results: MaybeTensors) -> List[Optional[Tensor]]:
@@ -253,47 +376,44 @@ def _copy_of(tensor: Tensor) -> Tensor:
 
 
 class _Replay(torch.autograd.Function):
-    """A captured pass as autograd sees it."""
+    """A stage of a captured pass as autograd sees it; all but the last give a number without meaning to the next."""
 
     @staticmethod
-    def forward(ctx, captured: _CapturedPass, *tensors: Optional[Tensor]):
-        results = captured.replay(tensors[: len(captured.inputs)])
-        ctx.captured, ctx.number = captured, captured.replays
+    def forward(ctx, captured: _CapturedPass, i: int, before: Optional[Tensor], *tensors: Optional[Tensor]):
+        """tensors: inputs for the first stage, and the weights of stage i."""
+        if i == 0:
+            captured.latest = captured.replay(tensors[: len(captured.inputs)])
+        ctx.captured, ctx.i, ctx.number = captured, i, captured.replays
         ctx.set_materialize_grads(False)
+        if i < len(captured.stages) - 1:
+            return captured.inputs[0].new_zeros((), dtype=torch.float32)
+        results, captured.latest = captured.latest, []
         ctx.mark_non_differentiable(*captured.without_gradient(results))
         return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Optional[Tensor]):
-        if ctx.number != ctx.captured.replays:
+        captured = ctx.captured
+        if ctx.number != captured.replays:
             raise RuntimeError('a forward pass was replayed before the backward pass of the one before it')
-        return (None, *ctx.captured.replay_back(grads))
+        of_before = captured.inputs[0].new_zeros((), dtype=torch.float32) if ctx.i else None
+        return (None, None, of_before, *captured.replay_back(ctx.i, grads))
 
 
 class GraphedPass:
-    """A function of CUDA tensors and its backward pass, captured for the shapes of the first call.
+    """Stages that work on CUDA tensors, and their backward passes, captured for the shapes of the first call.
 
-    Its results are overwritten by the next call, so the backward pass of the call before must have come. With other
-    shapes, and on devices without graphs, the function is called as it is.
+    The results are overwritten by the next call, so the backward pass of the call before must have come. With other
+    shapes, and on devices without graphs, the stages are called as they are.
 
     Args:
-        function: takes tensors (or None) and gives tensors; no synchronisation with the host, shapes that depend on
-            the inputs' shapes alone, random numbers from PyTorch's default generator only.
-        weights: gives what else has gradients. They may change in place, but their storage may not: call
-            :meth:`clear` after ``module.to(...)``.
-        buffers: gives tensors that the function changes, which warming up must not.
-        keeps: gives whatever else the function reads, to be kept as long as the graphs.
+        stages: one after the other. Call :meth:`clear` when their modules were moved or converted.
+        keeps: gives whatever else they read, to be kept as long as the graphs.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., MaybeTensors],
-        weights: Callable[[], Sequence[Tensor]] = tuple,
-        buffers: Callable[[], Sequence[Tensor]] = tuple,
-        keeps: Callable[[], object] = tuple,
-    ):
-        self.function, self.weights, self.buffers, self.keeps = function, weights, buffers, keeps
+    def __init__(self, *stages: Stage, keeps: Callable[[], object] = tuple):
+        self.stages, self.keeps = stages, keeps
         self.clear()
 
     def clear(self):
@@ -306,28 +426,37 @@ class GraphedPass:
         return dict(self.__dict__, _captured=None, _key=None, _kept=None)
 
     def __call__(self, *inputs: Optional[Tensor]) -> List[Optional[Tensor]]:
-        """``function(*inputs)``, with gradients; the first is a tensor.
+        """What the last stage gives, with gradients; the first input is a tensor.
 
         Raises:
-            ConfigError: the function cannot be captured. After that PyTorch draws no random numbers on the device.
+            ConfigError: it cannot be captured. After that PyTorch draws no random numbers on the device.
         """
         if not can_capture(inputs[0].device):
-            return list(self.function(*inputs))
-        weights = list(self.weights())
-        learning = tuple((t.data_ptr(), t.requires_grad) for t in weights)
+            return self._run(inputs)
+        weights = [[parameter for _, _, parameter in stage.learning()] for stage in self.stages]
+        learning = tuple(t.data_ptr() for of_stage in weights for t in of_stage)
         wanted = tuple(t is not None and t.requires_grad for t in inputs)
         key = (autocast_dtype(inputs[0].device.type), _describe(inputs), wanted, learning)
         if self._captured is None:
-            self._capture(key, inputs, weights)
+            self._capture(key, inputs)
         if self._captured is None or key != self._key:
-            return list(self.function(*inputs))
-        return list(_Replay.apply(self._captured, *inputs, *weights))
+            return self._run(inputs)
+        given: Any = None
+        for i, of_stage in enumerate(weights):
+            given = _Replay.apply(self._captured, i, given, *(() if i else inputs), *of_stage)
+        return list(given)
 
-    def _capture(self, key: Hashable, inputs: MaybeTensors, weights: Sequence[Tensor]) -> None:
-        before = [(buffer, buffer.clone()) for buffer in self.buffers()]
+    def _run(self, tensors: MaybeTensors) -> List[Optional[Tensor]]:
+        for stage in self.stages:
+            tensors = stage.function(*tensors)
+        return list(tensors)
+
+    def _capture(self, key: Hashable, inputs: MaybeTensors) -> None:
+        parts = [part for stage in self.stages for part in stage.parts]
+        before = [(buffer, buffer.clone()) for part in parts for buffer in part.buffers()]
         try:
             with _autocast_without_cache(inputs[0].device.type):
-                self._captured = _CapturedPass(self.function, inputs, weights, _Recorded)
+                self._captured = _CapturedPass(self.stages, inputs, _Recorded)
         except RuntimeError as error:
             raise ConfigError(
                 f'train.cuda_graph: a training step cannot be captured ({reason(error)}); set train.cuda_graph=False'

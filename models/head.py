@@ -14,12 +14,11 @@ from mmdet.models.builder import HEADS, LOSSES
 from mmdet.models.utils.builder import TRANSFORMER
 from torch import Tensor
 
-from lib.dist import shares_are_counted
 from lib.errors import ConfigError
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.builder import build_part, hand_down
-from models.cuda_graph import GraphedFunction, GraphedPass
+from models.cuda_graph import GraphedFunction
 from models.decoders import TransformerOutput, VoxelStage
 from models.decoders.fused import kernels_for
 from models.encoder import ImageFeatures
@@ -215,41 +214,33 @@ class SparseOccHead(BaseModule):
         self.voxel_losses = VoxelLosses(task, self.transformer.voxel_decoder.scoring, terms, where)
         versions = self.transformer.version, self.transformer.last_version
         self._graphed = GraphedFunction(self._predict_tensors, 2, *versions)
-        self._graphed_terms, self._term_names = GraphedPass(self._run_terms), []
 
     def forward(self, features: ImageFeatures) -> TransformerOutput:
         """Predictions of every stage and layer."""
         return self.transformer(features)
 
-    def loss(self, output: TransformerOutput, targets: OccupancyTargets, graphed: bool = False) -> Dict[str, Tensor]:
+    def loss(
+        self, output: TransformerOutput, targets: OccupancyTargets, known: Optional[Mapping[str, Tensor]] = None
+    ) -> Dict[str, Tensor]:
         """Every loss term by name; names end in the stage or layer number.
 
         Args:
-            graphed: replay the terms on voxels as CUDA graphs, where they are the releases' own and nobody counts.
+            known: what :meth:`terms_on_voxels` gave of the terms that graphs can hold, if it was asked.
         """
+        losses = self.terms_on_voxels(output.stages, targets, of_graphs=None if known is None else False)
         with torch.autocast(targets.voxel_semantics.device.type, enabled=False):
-            if graphed and self.voxel_losses.can_be_graphed() and not shares_are_counted():
-                tensors = output.for_losses()[: 3 * len(output.stages)]
-                values = self._graphed_terms(targets.voxel_semantics, targets.mask_camera, *tensors)
-                losses = dict(zip(self._term_names, values))
-            else:
-                losses = self._terms_of(output.stages, targets)
-            losses.update(self.loss_mask2former(output.layers, output.stages[-1], targets))
-            return losses
+            return dict(known or {}, **losses, **self.loss_mask2former(output.layers, output.stages[-1], targets))
 
-    def _terms_of(self, stages: Sequence[VoxelStage], targets: OccupancyTargets) -> Dict[str, Tensor]:
-        return {
-            f'{name}_{i}': value
-            for i, stage in enumerate(stages)
-            for name, value in self.voxel_losses(stage, targets, i).items()
-        }
-
-    def _run_terms(self, semantics: Tensor, mask: Optional[Tensor], *of_stages: Optional[Tensor]) -> List[Tensor]:
-        """The terms on voxels by tensors alone, for graphs; their names are noted."""
-        stages = TransformerOutput.of_tensors(of_stages, self.transformer.voxel_decoder.scales).stages
-        losses = self._terms_of(stages, OccupancyTargets(voxel_semantics=semantics, mask_camera=mask))
-        self._term_names = list(losses)
-        return list(losses.values())
+    def terms_on_voxels(
+        self, stages: Sequence[VoxelStage], targets: OccupancyTargets, of_graphs: Optional[bool] = None
+    ) -> Dict[str, Tensor]:
+        """The terms of all stages by name; of_graphs: see ``VoxelLosses``."""
+        with torch.autocast(targets.voxel_semantics.device.type, enabled=False):
+            return {
+                f'{name}_{i}': value
+                for i, stage in enumerate(stages)
+                for name, value in self.voxel_losses(stage, targets, i, of_graphs).items()
+            }
 
     def predict_raw(self, features: ImageFeatures) -> RawPrediction:
         """Intermediate results and labels."""
@@ -279,7 +270,6 @@ class SparseOccHead(BaseModule):
         """Drop the graphs, which hold the weights that there were, and what else was made from them."""
         self._graphed.clear()
         self.transformer.forget_weights()
-        self._graphed_terms.clear()
 
     def merge(self, output: TransformerOutput) -> List[MergedPrediction]:
         """Labels of each sample from the last layer's prediction."""

@@ -3,23 +3,25 @@
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n; X, Y, Z the grid.
 """
 
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from mmdet.models.builder import BACKBONES, DETECTORS, HEADS, NECKS
-from torch import Tensor
+from torch import Tensor, nn
 
+from lib.dist import counting_shares, world_size
 from lib.errors import ConfigError
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from models import builder
 from models.csrc import describe_operators
-from models.cuda_graph import MadeOfWeights, later
-from models.decoders import GraphedTraining
+from models.cuda_graph import GraphedPass, MadeOfWeights, Stage, can_capture, later
+from models.decoders import TransformerOutput
+from models.decoders.draws import GivenDraws
 from models.encoder import ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
-from models.head import MergedPrediction, RawPrediction
+from models.head import MergedPrediction, RawPrediction, SparseOccHead
 from models.losses import BEGINNING, TrainingPass, build_auxiliary_losses, check_targets
 
 _HEAD = 'model.pts_bbox_head'
@@ -82,8 +84,7 @@ class SparseOcc(MadeOfWeights):
         parts = self.image_input, self.img_backbone, self.img_neck
         self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse=fuse_backbone)
         self._neck_cfg = dict(img_neck)
-        transformer = self.pts_bbox_head.transformer
-        self._graphed = GraphedTraining(self.encoder, transformer, self.img_backbone, self.img_neck, transformer)
+        self._graphed = GraphedTraining(self.encoder, self.pts_bbox_head, self.img_backbone, self.img_neck)
 
     def check_parts(self):
         """Raise ConfigError unless backbone, neck and head fit together; leaves the former in evaluation mode."""
@@ -128,7 +129,8 @@ class SparseOcc(MadeOfWeights):
         """Every loss term by name; arguments as in :meth:`forward`."""
         targets = check_targets(targets, self.task, self.use_mask_camera)
         if self.graphs_training and self.training and not self.auxiliary_losses and self._graphed.suits(img):
-            return self.pts_bbox_head.loss(self._graphed(img, lidar2img, ego2lidar), targets, graphed=True)
+            output, known = self._graphed(img, lidar2img, ego2lidar, targets)
+            return self.pts_bbox_head.loss(output, targets, known)
         features = self.encoder(img, lidar2img, ego2lidar)
         output = self.pts_bbox_head(features)
         losses = self.pts_bbox_head.loss(output, targets)
@@ -198,3 +200,73 @@ class SparseOcc(MadeOfWeights):
         self._graphed.clear()
         self.encoder.forget_weights()
         self.pts_bbox_head.forget_weights()
+
+
+class GraphedTraining:
+    """Forward and backward pass of a detector from the images to the losses on voxels, and to what the other losses
+    read, as CUDA graphs. Gradients of the head arrive before the encoder is gone back through.
+
+    Args:
+        encoder: images to features.
+        head: features to predictions, and losses of these.
+        encoder_parts: the modules of the encoder that learn.
+    """
+
+    def __init__(self, encoder: ImageEncoder, head: SparseOccHead, *encoder_parts: nn.Module):
+        self._encoder, self._head = encoder, head
+        self._image_size = (0, 0)
+        self._names: List[str] = []  # of the losses
+        stages = Stage(self._encode, encoder_parts), Stage(self._decode, (head,))
+        self.replayed = GraphedPass(*stages, keeps=encoder.constants)
+        parts = [module for part in (*encoder_parts, head) for module in part.modules()]
+        self._exchanges = any(isinstance(module, nn.SyncBatchNorm) for module in parts)
+
+    def suits(self, img: Tensor) -> bool:
+        """Whether a pass over these images can be replayed: gradients are wanted, the device can capture, and no norm
+        exchanges statistics with other processes."""
+        return torch.is_grad_enabled() and can_capture(img.device) and not (self._exchanges and world_size() > 1)
+
+    def __call__(
+        self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, targets: OccupancyTargets
+    ) -> Tuple[TransformerOutput, Dict[str, Tensor]]:
+        """What other losses read, and losses by name. Numbers are drawn first, in the order of a pass step by step.
+
+        Args:
+            img: uint8 [B, T*N, 3, H, W] BGR.
+            lidar2img, ego2lidar: [B, T*N, 4, 4].
+            targets: of the batch, checked.
+        """
+        transformer = self._head.transformer
+        images = self._encoder.prepare(img)
+        numbers = transformer.draw_ahead(img.shape[0], img.device)
+        labels = targets.voxel_semantics, targets.mask_camera
+        results = self.replayed(images, lidar2img, ego2lidar, *labels, *numbers)
+        losses, tensors = results[: len(self._names)], results[len(self._names) :]
+        output = TransformerOutput.of_tensors(tensors, transformer.voxel_decoder.scales)
+        return output, dict(zip(self._names, losses))
+
+    def clear(self) -> None:
+        """Drop the graphs and their memory."""
+        self.replayed.clear()
+
+    def _encode(
+        self, images: Tensor, lidar2img: Tensor, ego2lidar: Tensor, *others: Optional[Tensor]
+    ) -> List[Optional[Tensor]]:
+        """What :meth:`_decode` takes."""
+        features = self._encoder.features_of(images, lidar2img, ego2lidar)
+        self._image_size = features.image_size
+        return [features.ego2img, *others, *features.maps]
+
+    def _decode(
+        self, ego2img: Tensor, semantics: Tensor, mask: Optional[Tensor], *tensors: Tensor
+    ) -> List[Optional[Tensor]]:
+        """Losses, then what other losses read; tensors: numbers drawn, then the maps."""
+        count = len(tensors) - self._head.transformer.sizes.num_levels
+        numbers, maps = tensors[:count], tensors[count:]
+        features = self._encoder.with_gradient_sum(ImageFeatures(maps, ego2img, self._image_size))
+        output = self._head.transformer(features, GivenDraws(numbers))
+        targets = OccupancyTargets(voxel_semantics=semantics, mask_camera=mask)
+        with counting_shares(False):  # a graph counts for nobody
+            losses = self._head.terms_on_voxels(output.stages, targets, of_graphs=True)
+        self._names = list(losses)
+        return [*losses.values(), *output.for_losses()]

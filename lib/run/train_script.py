@@ -70,10 +70,14 @@ def run_training(args, components: Callable[[], Components]) -> int:
     return 0
 
 
+def shares_norms(model: torch.nn.Module, processes: Processes) -> bool:
+    """Whether batch norms exchange their statistics with other processes."""
+    return processes.world_size > 1 and any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+
+
 def check_norms(model: torch.nn.Module, processes: Processes) -> None:
     """Raise ConfigError where batch norms over all processes have no GPUs to run on."""
-    shared = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
-    if shared and processes.world_size > 1 and processes.device.type == 'cpu':
+    if shares_norms(model, processes) and processes.device.type == 'cpu':
         raise ConfigError(
             "norms of type 'SyncBN' work between GPUs alone; set norm_cfg.type='BN', or train in one process or on GPUs"
         )
@@ -191,8 +195,8 @@ class Launch:
             model.graphs_training = True
             if self.processes.device.type != 'cuda':
                 self.log.say('train.cuda_graph has no effect on the CPU')
-            elif self.processes.world_size > 1:
-                self.log.say('train.cuda_graph has no effect with several processes')
+            elif shares_norms(model, self.processes):
+                self.log.say("train.cuda_graph has no effect with norms of type 'SyncBN' in several processes")
             elif getattr(model, 'auxiliary_losses', ()):
                 self.log.say('train.cuda_graph has no effect with model.auxiliary_losses')
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6

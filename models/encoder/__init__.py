@@ -107,7 +107,7 @@ class ImageEncoder:
             )
         stays = graphed and img.is_cuda and len(img) == 1 and self._is_testing()
         if keys is None and not stays:
-            return _with_gradient_sum(self._locate(self.encode(img), img, lidar2img, ego2lidar))
+            return self.with_gradient_sum(self._locate(self.encode(img), img, lidar2img, ego2lidar))
         maps, slots = self._fill(img) if keys is None else self._fetch(img, keys, given, graphed)
         # when the encoder is at work, so that the GPU does not wait for it
         features = self._locate([level.flatten(0, 1).unsqueeze(0) for level in maps], img, lidar2img, ego2lidar)
@@ -198,10 +198,19 @@ class ImageEncoder:
         return self.image_input(img.flatten(0, 1), samples=img.shape[0])
 
     def features_of(self, images: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
-        """Features, in training, of images that are prepared; matrices as ``SparseOcc.forward`` takes them."""
+        """Features, in training, of images that are prepared; matrices as ``SparseOcc.forward`` takes them.
+
+        For :meth:`with_gradient_sum`.
+        """
         ego2img = _multiply(lidar2img, ego2lidar)
-        maps = self._maps_of(images, lidar2img.shape[0])
-        return _with_gradient_sum(ImageFeatures(maps, ego2img, tuple(images.shape[-2:])))
+        return ImageFeatures(self._maps_of(images, lidar2img.shape[0]), ego2img, tuple(images.shape[-2:]))
+
+    def with_gradient_sum(self, features: ImageFeatures) -> ImageFeatures:
+        """The same, with a sum of gradients where they have any."""
+        if not features.maps[0].requires_grad:
+            return features
+        gradient_sum = GradientSum(features.maps, at_the_end=self._saves_memory)
+        return features._replace(maps=gradient_sum.features, gradient_sum=gradient_sum)
 
     def constants(self) -> object:
         """What the encoder computes with beside its weights, for a graph that goes on reading it."""
@@ -224,7 +233,7 @@ class ImageEncoder:
         fuses = self.fuse and images.is_cuda and can_fuse_neck(self.neck)
         del images
         if fuses:
-            saves = torch.is_grad_enabled() and getattr(self.backbone, 'with_cp', False)
+            saves = torch.is_grad_enabled() and self._saves_memory
             maps = run_neck_again(self.neck, stages) if saves else run_neck(self.neck, stages)
         else:
             maps = self.neck(stages)
@@ -251,6 +260,11 @@ class ImageEncoder:
                 f'a batch of shape {tuple(img.shape)} does not hold the {count} images per sample '
                 f'({num_frames} frames x {self.num_cameras} cameras) of the task'
             )
+
+    @property
+    def _saves_memory(self) -> bool:
+        """In training, at the cost of some time: the config checkpoints the backbone."""
+        return bool(getattr(self.backbone, 'with_cp', False))
 
     def _is_testing(self) -> bool:
         return not (self.image_input.training or torch.is_grad_enabled())
@@ -289,13 +303,6 @@ def _multiply(left: Tensor, right: Tensor) -> Tensor:
 def _setting(img: Tensor) -> Hashable:
     """What, beside the images, the maps depend on."""
     return str(img.device), autocast_dtype(img.device.type), tuple(img.shape[-2:])
-
-
-def _with_gradient_sum(features: ImageFeatures) -> ImageFeatures:
-    if not features.maps[0].requires_grad:
-        return features
-    gradient_sum = GradientSum(features.maps)
-    return features._replace(maps=gradient_sum.features, gradient_sum=gradient_sum)
 
 
 @functools.lru_cache(maxsize=64)

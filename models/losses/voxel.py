@@ -103,25 +103,36 @@ class VoxelLosses(BaseModule):
                     f'{scoring!r}; remove it (in a config that builds on another: {name}=None does so)'
                 )
 
-    def forward(self, stage: VoxelStage, targets: OccupancyTargets, number: int = 0) -> Dict[str, Tensor]:
-        """Each term by its name without the stage's number, which counts from 0."""
+    def forward(
+        self, stage: VoxelStage, targets: OccupancyTargets, number: int = 0, of_graphs: Optional[bool] = None
+    ) -> Dict[str, Tensor]:
+        """Each term by its name without the stage's number, which counts from 0.
+
+        Args:
+            of_graphs: ask only the terms that a CUDA graph can hold, or only the others; None: all.
+        """
+        asked = {
+            name: term
+            for name, term in self.terms.items()
+            if stage.scale in getattr(term, 'scales', [stage.scale]) and of_graphs in (None, _fits_graphs(term))
+        }
+        if not (asked or shares_are_counted()):
+            return {}
         counts = count_labels(targets, stage.coords, stage.scale, self.num_classes)
         if shares_are_counted():
             count_share(f'recall_{number}', counts[..., :-1].sum(), self._occupied(targets))
         labels = StageLabels(counts, targets)
-        asked = {
-            name: term for name, term in self.terms.items() if stage.scale in getattr(term, 'scales', [stage.scale])
-        }
         return {name: term(stage, labels) for name, term in asked.items()}
-
-    def can_be_graphed(self) -> bool:
-        """Whether all terms are of this module, which read counts alone, draw nothing and wait for nothing."""
-        return all(type(term).__module__ == __name__ for term in self.terms.values())
 
     def _occupied(self, targets: OccupancyTargets) -> Tensor:
         """Number of occupied voxels that count."""
         occupied = targets.voxel_semantics < self.num_classes - 1
         return (occupied if targets.mask_camera is None else occupied & targets.mask_camera).sum()
+
+
+def _fits_graphs(term: torch.nn.Module) -> bool:
+    """Whether a term reads counts alone, draws nothing and waits for nothing, as all of this module do."""
+    return type(term).__module__ == __name__
 
 
 def _all_terms(loss_cfgs: Mapping, scoring: str, where: str) -> Dict[str, Mapping]:

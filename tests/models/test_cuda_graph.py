@@ -6,14 +6,16 @@ import copy
 import numpy as np
 import pytest
 import torch
-from small_model import small_batch, small_model, small_task
+import torch.distributed as distributed
+from small_model import small_batch, small_config, small_model, small_task
 
 import models.cuda_graph as cuda_graph
 from lib.dist import counting_shares, shared_draws
 from lib.errors import ConfigError
 from lib.run.evaluation import predict, predict_in_order
 from lib.run.loading import to_device
-from models.cuda_graph import GraphedFunction, GraphedPass
+from models import build_model
+from models.cuda_graph import GraphedFunction, GraphedPass, Stage
 from tools.synthetic import synthetic_batch, synthetic_meta
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
@@ -162,7 +164,7 @@ class DoneAgain:
 @pytest.fixture
 def without_a_gpu(monkeypatch):
     monkeypatch.setattr(cuda_graph, '_Recorded', DoneAgain)
-    for module in ('models.cuda_graph', 'models.decoders'):
+    for module in ('models.cuda_graph', 'models.sparseocc'):
         monkeypatch.setattr(f'{module}.can_capture', lambda device: True)
 
 
@@ -185,7 +187,7 @@ def test_gradients_pass_through_a_captured_pass(device, request):
         assert nothing is None
         return [layer(x), None, (2 * x).detach(), x.long()]
 
-    graphed, results = GraphedPass(function, lambda: list(layer.parameters())), []
+    graphed, results = GraphedPass(Stage(function, [layer])), []
     for compute in (graphed, function):
         torch.manual_seed(1)
         layer.load_state_dict({'weight': torch.ones(2, 3), 'bias': torch.zeros(2)})
@@ -210,16 +212,41 @@ def test_gradients_pass_through_a_captured_pass(device, request):
 def test_gradients_of_several_passes_add_up(device, request):
     """What a pass gave is not overwritten by the next one's backward pass."""
     imitate_graphs(device, request)
-    weight = torch.ones(2, device=device, requires_grad=True)
-    graphed = GraphedPass(lambda x: [(weight * x).sum()], lambda: [weight])
+    layer = torch.nn.Linear(2, 1, bias=False).to(device)
+    graphed = GraphedPass(Stage(lambda x: [layer(x).sum()], [layer]))
     for value in (1.0, 2.0, 4.0):
         graphed(torch.full((2,), value, device=device))[0].backward()
-    assert weight.grad.tolist() == [7.0, 7.0]
+    assert layer.weight.grad.tolist() == [[7.0, 7.0]]
+
+
+@on_cpu_or_gpu
+@pytest.mark.parametrize('learns', [True, False])
+def test_stages_give_gradients_one_after_the_other(device, learns, request):
+    """Of a later stage's weights before those of an earlier one's, also where nothing flows back that far."""
+    imitate_graphs(device, request)
+    first, second = [torch.nn.Linear(3, 3).to(device) for _ in range(2)]
+    first.requires_grad_(learns)
+    stages = [Stage(lambda x, y: [first(x), y, None], [first]), Stage(lambda x, y, _: [second(x) + y, x], [second])]
+    weights, arrived, results = [second.weight, first.weight][: 1 + learns], [], []
+    for weight in weights:
+        weight.register_hook(lambda grad, weight=weight: arrived.append(weight))
+    for compute in (GraphedPass(*stages), lambda x, y: stages[1].function(*stages[0].function(x, y))):
+        for value in (1.0, 2.0):
+            arrived.clear()
+            x, y = [torch.full((2, 3), value * factor, device=device) for factor in (1, 2)]
+            out, middle = compute(x, y)
+            assert middle.requires_grad == learns
+            grads = torch.autograd.grad((out**2).sum() + middle.sum() * value, weights)
+            assert all(a is b for a, b in zip(arrived, weights)) and len(arrived) == len(weights)
+            results.append([out.detach().clone(), *(grad.clone() for grad in grads)])
+    for ours, theirs in zip(results[:2], results[2:]):
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_other_shapes_run_as_they_are(without_a_gpu):
     calls = []
-    graphed = GraphedPass(lambda x: calls.append(len(x)) or [x.sum()])
+    graphed = GraphedPass(Stage(lambda x: calls.append(len(x)) or [x.sum()]))
     for count in (3, 3, 2, 3):
         assert graphed(torch.ones(count, requires_grad=True))[0].item() == count
     assert calls[-3:] == [3, 2, 3] and graphed._captured.replays == 3
@@ -228,7 +255,7 @@ def test_other_shapes_run_as_they_are(without_a_gpu):
 
 
 def test_a_late_backward_pass_is_refused(without_a_gpu):
-    graphed = GraphedPass(lambda x: [x * 2])
+    graphed = GraphedPass(Stage(lambda x: [x * 2]))
     first = graphed(torch.ones(1, requires_grad=True))[0]
     graphed(torch.ones(1, requires_grad=True))
     with pytest.raises(RuntimeError, match='was replayed before'):
@@ -241,7 +268,7 @@ def test_what_cannot_be_captured_ends_in_one_sentence(without_a_gpu, monkeypatch
 
     refuse.pool, refuse.apart = DoneAgain.pool, DoneAgain.apart
     monkeypatch.setattr(cuda_graph, '_Recorded', refuse)
-    graphed = GraphedPass(lambda x: [2 * x])
+    graphed = GraphedPass(Stage(lambda x: [2 * x]))
     with pytest.raises(ConfigError, match='not permitted more of it.*set train.cuda_graph=False'):
         graphed(torch.ones(1, requires_grad=True))
 
@@ -259,19 +286,37 @@ def losses_and_gradients(model, batch, seed, amp=None, count=False):
     return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, counted
 
 
+def rays(config):
+    """A term that no graph can hold beside those that one can."""
+    config['pts_bbox_head']['loss_cfgs']['loss_ray'] = dict(type='RayConsistencyLoss', num_rays=64)
+    return config
+
+
+def learning_norms(config):
+    """Statistics that a step changes, and nothing computed twice."""
+    config['img_backbone'].update(norm_eval=False, with_cp=False)
+    return config
+
+
 @on_cpu_or_gpu
-@pytest.mark.parametrize('scoring, amp', [('semantic', None), ('occupancy', torch.bfloat16)], ids=str)
-def test_losses_and_gradients_with_and_without_graphs(device, scoring, amp, request):
+@pytest.mark.parametrize(
+    'scoring, amp, change',
+    [('semantic', None, rays), ('occupancy', torch.bfloat16, dict), ('semantic', torch.bfloat16, learning_norms)],
+    ids=['rays', 'bf16', 'norms'],
+)
+def test_losses_and_gradients_with_and_without_graphs(device, scoring, amp, change, request):
     """Steps with weights that change in between, colour jitter and dropout on: the same draws, the same losses.
 
     On a GPU gradients of the maps are added up in no fixed order: 1e-3, and 5e-2 in bfloat16. Weights change by the
     first run's gradients in both, lest what is rounded otherwise in one step lets a mask look elsewhere in the next.
     """
     imitate_graphs(device, request)
-    model = small_model(scoring=scoring, dropout=0.1, mixing_chunk=0).to(device).train()
+    torch.manual_seed(0)
+    config = change(small_config(scoring, dropout=0.1, mixing_chunk=0))
+    model = build_model(config, small_task()).to(device).train()
     model.image_input.color_aug = True
     batches = [to_device(small_batch(model.task, 2, first_index=i), device) for i in (0, 2)]
-    start, results = {name: value.clone() for name, value in model.state_dict().items()}, []
+    start, results, buffers = {name: value.clone() for name, value in model.state_dict().items()}, [], []
     for model.graphs_training in (False, True):
         model.load_state_dict(start)
         found = []
@@ -281,7 +326,8 @@ def test_losses_and_gradients_with_and_without_graphs(device, scoring, amp, requ
             with torch.no_grad():
                 for name, gradient in results[0][step][1].items():
                     model.get_parameter(name).sub_(gradient, alpha=1e-4)
-    assert model._graphed.replayed._captured.replays == 3 and model.pts_bbox_head._graphed_terms._captured.replays == 2
+        buffers.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+    assert model._graphed.replayed._captured.replays == 3
     tolerance = 1e-5 if device == 'cpu' else 1e-3 if amp is None else 5e-2
     for (losses, grads, counted), (replayed, again, counted_again) in zip(*results):
         assert losses.keys() == replayed.keys() and grads.keys() == again.keys()
@@ -290,14 +336,47 @@ def test_losses_and_gradients_with_and_without_graphs(device, scoring, amp, requ
         for name in grads:
             size = float(grads[name].norm())
             assert float((grads[name] - again[name]).norm()) <= 10 * tolerance * size + 1e-6, name
+    for name, buffer in buffers[0].items():
+        torch.testing.assert_close(buffers[1][name], buffer, rtol=tolerance, atol=tolerance)
+    learns = change is learning_norms
+    assert all(int(value) == 3 * learns for name, value in buffers[0].items() if name.endswith('batches_tracked'))
 
 
-def test_several_processes_train_without_graphs(without_a_gpu, monkeypatch):
-    model = small_model().train()
-    model.graphs_training = True
-    monkeypatch.setattr('models.decoders.world_size', lambda: 2)
-    losses_and_gradients(model, small_batch(model.task, 1), 0)
-    assert model._graphed.replayed._captured is None
+@pytest.fixture
+def alone():
+    """A group of this process alone, which DDP exchanges gradients in."""
+    backend = 'nccl' if torch.cuda.is_available() else 'gloo'
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@on_cpu_or_gpu
+def test_gradients_are_exchanged_beside_graphs(device, request, alone):
+    """DDP meets every gradient once in every step, with graphs as without: the same gradients, in DDP's buckets."""
+    imitate_graphs(device, request)
+    model, met = small_model(mixing_chunk=0).to(device).train(), []
+    batch, results = to_device(small_batch(model.task, 2), device), []
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    wrapped.register_comm_hook(met, count_and_pass_on)
+    for model.graphs_training in (False, True):
+        for step in range(2):
+            met.clear()
+            results.append(losses_and_gradients(wrapped, batch, step)[:2])
+            learning = [p for p in model.parameters() if p.requires_grad]
+            assert sum(met) == sum(p.numel() for p in learning)
+    assert model._graphed.replayed._captured.replays == 2
+    for (losses, grads), (replayed, again) in zip(results[:2], results[2:]):
+        assert replayed == pytest.approx(losses, rel=1e-4) and grads.keys() == again.keys()
+        for name, grad in grads.items():
+            assert float((grad - again[name]).norm()) <= 1e-3 * float(grad.norm()) + 1e-6, name
+
+
+def count_and_pass_on(met, bucket):
+    met.append(bucket.buffer().numel())
+    done = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def test_evaluation_and_copies_know_nothing_of_graphs(without_a_gpu):
@@ -306,6 +385,7 @@ def test_evaluation_and_copies_know_nothing_of_graphs(without_a_gpu):
     losses_and_gradients(model, small_batch(model.task, 1), 0)
     assert model._graphed.replayed._captured is not None
     twin = copy.deepcopy(model)
-    assert twin._graphed.replayed._captured is None and twin._graphed.replayed.function.__self__ is twin._graphed
+    assert twin._graphed.replayed._captured is None
+    assert all(stage.function.__self__ is twin._graphed for stage in twin._graphed.replayed.stages)
     model.eval()
-    assert model._graphed.replayed._captured is None and model.pts_bbox_head._graphed_terms._captured is None
+    assert model._graphed.replayed._captured is None

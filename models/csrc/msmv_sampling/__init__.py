@@ -7,8 +7,9 @@ Positions, matrices and level weights are float32 whatever the features are (so 
 not move a sample), or float64 if any floating argument is. Sums over corners and levels are in that type too.
 """
 
+import functools
 from types import ModuleType
-from typing import List, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def sample_multi_view(
             tuple(image_size),
             num_cameras,
             published_weight_order,
-            gradient_sum if gradient_sum is not None and gradient_sum.holds(maps) else None,
+            gradient_sum.sums if gradient_sum is not None and gradient_sum.holds(maps) else None,
             *_channels_last(maps),
         )
     return result.to(features[0].dtype)
@@ -110,24 +111,59 @@ class GradientSum:
 
     Args:
         features: L tensors [B, T*N, H_l, W_l, C].
+        at_the_end: the sums, twice as large as maps in half precision, are made when all calls have been gone through,
+            and what else these needed is free; every call goes over its points twice.
 
     Attributes:
         features: the same, to be sampled.
+        sums: what their gradients are added to.
     """
 
-    def __init__(self, features: Sequence[Tensor]):
-        self._sums: List[Tensor] = []
-        self.features = list(_CollectGradients.apply(self._sums, *features))
+    def __init__(self, features: Sequence[Tensor], at_the_end: bool = False):
+        self.sums = FeatureSums(features, at_the_end)
+        self.features = list(_CollectGradients.apply(self.sums, *features))
 
     def holds(self, maps: Sequence[Tensor]) -> bool:
         """Whether these are its features, in a layout that the kernels take without a copy."""
         return all(a is b and a.stride(4) == 1 for a, b in zip(maps, self.features))
 
+
+class FeatureSums:
+    """Sums of gradients; knows how large the features are, but not them, which a graph of calls would keep alive."""
+
+    def __init__(self, features: Sequence[Tensor], at_the_end: bool):
+        self._like = [feature.new_empty(feature.shape[-1:]).expand(feature.shape) for feature in features]
+        self._at_the_end = at_the_end
+        self._sums: List[Tensor] = []
+        self._later: List[Callable[[List[Tensor]], object]] = []
+
     def open(self) -> List[Tensor]:
-        """What to add to: L tensors, float32 (float64 for such features), contiguous."""
-        if not self._sums:
-            self._sums.extend(_zeros_for(self.features))
+        """What to add to: L tensors, float32 (float64 for such features), contiguous; none where that comes later."""
+        if not self._sums and not self._at_the_end:
+            self._sums = _zeros_for(self._like)
         return self._sums
+
+    def put_off(self, kernels: ModuleType, grad_output: Tensor, given: Sequence[Tensor], settings: Tuple) -> None:
+        """Note what to add, if that comes later.
+
+        Args:
+            given: points, matrices and level logits of a call.
+            settings: of the kernels.
+        """
+        if self._at_the_end:
+            add = functools.partial(
+                kernels.sample_multi_view_backward, grad_output, self._like, *given, *settings, False
+            )
+            self._later.append(add)
+
+    def take(self) -> Iterator[Tensor]:
+        """The sums, in the features' type, one by one, after which they are empty."""
+        if self._later:
+            self._sums = _zeros_for(self._like)
+        while self._later:
+            self._later.pop()(self._sums)
+        while self._sums:
+            yield self._sums.pop(0).to(self._like[0].dtype)
 
 
 class _CollectGradients(Function):
@@ -137,17 +173,17 @@ class _CollectGradients(Function):
     """
 
     @staticmethod
-    def forward(ctx, sums: List[Tensor], *features: Tensor):
-        ctx.sums, ctx.dtype = sums, features[0].dtype
+    def forward(ctx, sums: FeatureSums, *features: Tensor):
+        ctx.sums = sums
         ctx.set_materialize_grads(False)
         return tuple(feature.view_as(feature) for feature in features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Optional[Tensor]):
-        if not ctx.sums:
+        totals = list(ctx.sums.take())
+        if not totals:
             return (None,) + grads
-        totals = [ctx.sums.pop(0).to(ctx.dtype) for _ in grads]
         return (None,) + tuple(total if grad is None else total + grad for total, grad in zip(totals, grads))
 
 
@@ -176,10 +212,10 @@ class SampleMultiView(Function):
         image_size: Tuple[int, int],
         num_cameras: int,
         published_weight_order: bool,
-        gradient_sum: Optional[GradientSum],
+        sums: Optional[FeatureSums],
         *features: Tensor,
     ) -> Tensor:
-        ctx.kernels, ctx.gradient_sum = kernels, gradient_sum
+        ctx.kernels, ctx.sums = kernels, sums
         ctx.settings = (float(image_size[0]), float(image_size[1]), num_cameras, published_weight_order)
         ctx.save_for_backward(points, ego2img, level_logits, *features)
         return kernels.sample_multi_view_forward(
@@ -192,13 +228,17 @@ class SampleMultiView(Function):
         points, ego2img, level_logits, *features = ctx.saved_tensors
         wants = ctx.needs_input_grad
         sums: List[Tensor] = []
-        if any(wants[9:]):
-            sums = _zeros_for(features) if ctx.gradient_sum is None else ctx.gradient_sum.open()
+        grad_output = grad_output.contiguous()
+        if any(wants[9:]) and ctx.sums is None:
+            sums = _zeros_for(features)
+        elif any(wants[9:]):
+            sums = ctx.sums.open()
+            ctx.sums.put_off(ctx.kernels, grad_output, (points, ego2img, level_logits), ctx.settings)
         grads = ctx.kernels.sample_multi_view_backward(
-            grad_output.contiguous(), features, points, ego2img, level_logits, *ctx.settings, wants[1] or wants[3], sums
+            grad_output, features, points, ego2img, level_logits, *ctx.settings, wants[1] or wants[3], sums
         )
         of_features = (None,) * len(features)
-        if sums and ctx.gradient_sum is None:
+        if sums and ctx.sums is None:
             of_features = tuple(total.to(feature.dtype) for total, feature in zip(sums, features))
         return (None, grads[0], None, grads[1], None, None, None, None, None) + of_features
 

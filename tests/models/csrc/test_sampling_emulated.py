@@ -49,7 +49,7 @@ def fused(kernels, inputs, published=True, frame_index=IN_ORDER, gradient_sum=No
         inputs.image_size,
         inputs.num_cameras,
         published,
-        gradient_sum,
+        gradient_sum and gradient_sum.sums,
         *inputs.features,
     )
 
@@ -165,10 +165,10 @@ def test_strided_maps(library):
     assert torch.equal(result, fused(EmulatedSampling(library), inputs))
 
 
-def gradients_of_two_samplings(kernels, inputs, summed, others):
+def gradients_of_two_samplings(kernels, inputs, summed, others, at_the_end=False):
     """Of the features, from two samplings at different points and, with ``others``, from something else as well."""
     leaves = [feature.clone().requires_grad_() for feature in inputs.features]
-    gradient_sum = GradientSum([leaf * 1 for leaf in leaves]) if summed else None
+    gradient_sum = GradientSum([leaf * 1 for leaf in leaves], at_the_end) if summed else None
     maps = gradient_sum.features if summed else [leaf * 1 for leaf in leaves]
     results = [
         fused(kernels, inputs._replace(features=maps, points=inputs.points + shift), gradient_sum=gradient_sum)
@@ -180,10 +180,11 @@ def gradients_of_two_samplings(kernels, inputs, summed, others):
 
 
 @pytest.mark.parametrize('others', [0.0, 1.0])
-def test_gradients_of_several_samplings_are_summed_in_place(library, others):
+@pytest.mark.parametrize('at_the_end', [False, True])
+def test_gradients_of_several_samplings_are_summed_in_place(library, others, at_the_end):
     kernels, inputs = EmulatedSampling(library), make_inputs(Case(seed=12))
     expected = gradients_of_two_samplings(kernels, inputs, summed=False, others=others)
-    for ours, theirs in zip(gradients_of_two_samplings(kernels, inputs, True, others), expected):
+    for ours, theirs in zip(gradients_of_two_samplings(kernels, inputs, True, others, at_the_end), expected):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)  # double; the order of additions
 
 
@@ -198,10 +199,11 @@ def test_sums_of_half_precision_are_more_precise_than_their_parts(library):
     assert errors[0] < errors[1] and ours[0].dtype == torch.bfloat16
 
 
-def test_a_second_backward_pass_starts_from_zero(library):
+@pytest.mark.parametrize('at_the_end', [False, True])
+def test_a_second_backward_pass_starts_from_zero(library, at_the_end):
     kernels, inputs = EmulatedSampling(library), make_inputs(Case(seed=13))
     leaf = inputs.features[0].clone().requires_grad_()
-    gradient_sum = GradientSum([leaf * 1, *inputs.features[1:]])
+    gradient_sum = GradientSum([leaf * 1, *inputs.features[1:]], at_the_end)
     result = fused(kernels, inputs._replace(features=gradient_sum.features), gradient_sum=gradient_sum).sum()
     first, second = [torch.autograd.grad(result, leaf, retain_graph=True)[0] for _ in range(2)]
     assert torch.equal(first, second)
