@@ -8,6 +8,7 @@ In training a ``GraphedPass`` does so with a forward pass and its backward pass.
 
 import contextlib
 import functools
+import gc
 import inspect
 from typing import Any, Callable, Dict, Hashable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -283,6 +284,7 @@ class _CapturedPass:
         self.stages, self.replays = [_CapturedStage(stage) for stage in stages], 0
         self.inputs = [None if t is None else _copy_of(t) for t in inputs]
         self._results: List[Optional[Tensor]] = []
+        self._grad_outputs: List[Optional[Tensor]] = []
         self.latest: List[Optional[Tensor]] = []  # results of a replay on their way to autograd
         pool, device = record.pool(), self.inputs[0].device
         with record.apart(device):
@@ -290,15 +292,22 @@ class _CapturedPass:
                 self._grad_outputs = _zeros_for(self._run())
                 for i in self._backwards():
                     self._run_back(i)
-        self._results = []
+            self._grad_outputs = []
+            self._forget()
         self._forward = record(self._run, pool)
         self._grad_outputs = _zeros_for(self._results)
         for i in self._backwards():
             self.stages[i].backward = record(functools.partial(self._run_back, i), pool)
+        self._forget()
+        self._forward.results = [None if t is None else t.detach() for t in self._forward.results]
+
+    def _forget(self) -> None:
+        """Let go of what autograd recorded, its nodes and its tensors, also of what only the collector finds: the first
+        use of PyTorch's checkpointing leaves its inputs, gigabytes, to it."""
         self._results = []
         for stage in self.stages:
             stage.begins, stage.end = [], None
-        self._forward.results = [None if t is None else t.detach() for t in self._forward.results]
+        gc.collect()
 
     def _run(self) -> List[Optional[Tensor]]:
         tensors = self.inputs

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -242,6 +244,31 @@ def test_stages_give_gradients_one_after_the_other(device, learns, request):
     for ours, theirs in zip(results[:2], results[2:]):
         for a, b in zip(ours, theirs):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_of_warming_up_is_left_when_a_graph_is_recorded(without_a_gpu, monkeypatch):
+    """Neither tensors, also those that only the collector finds, nor the nodes at which gradients arrived."""
+    layer, left, known = torch.nn.Linear(2, 2), [], []
+
+    class Watched(DoneAgain):
+        def __init__(self, run, pool):
+            left.append(sum(reference() is not None for reference in known))
+            super().__init__(run, pool)
+
+    def function(x):
+        middle = layer(x)
+        loop = [middle]
+        loop.append(loop)
+        known.append(weakref.ref(middle))
+        return [middle.relu()]
+
+    monkeypatch.setattr(cuda_graph, '_Recorded', Watched)
+    gc.disable()
+    try:
+        GraphedPass(Stage(function, [layer]))(torch.ones(1, 2))
+    finally:
+        gc.enable()
+    assert left[0] == 0 and len(left) == 2 and len(known) > 3
 
 
 def test_other_shapes_run_as_they_are(without_a_gpu):
