@@ -7,9 +7,8 @@ Positions, matrices and level weights are float32 whatever the features are (so 
 not move a sample), or float64 if any floating argument is. Sums over corners and levels are in that type too.
 """
 
-import functools
 from types import ModuleType
-from typing import Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -111,8 +110,9 @@ class GradientSum:
 
     Args:
         features: L tensors [B, T*N, H_l, W_l, C].
-        at_the_end: the sums, twice as large as maps in half precision, are made when all calls have been gone through,
-            and what else these needed is free; every call goes over its points twice.
+        at_the_end: the sums are made when all calls have been gone through, and what else these needed is free; of
+            features in half precision, than which they are twice as large, sample by sample. Every call goes over its
+            points twice.
 
     Attributes:
         features: the same, to be sampled.
@@ -132,10 +132,10 @@ class FeatureSums:
     """Sums of gradients; knows how large the features are, but not them, which a graph of calls would keep alive."""
 
     def __init__(self, features: Sequence[Tensor], at_the_end: bool):
-        self._like = [feature.new_empty(feature.shape[-1:]).expand(feature.shape) for feature in features]
+        self._like = _shapes_of(features)
         self._at_the_end = at_the_end
         self._sums: List[Tensor] = []
-        self._later: List[Callable[[List[Tensor]], object]] = []
+        self._later: List[_PutOff] = []
 
     def open(self) -> List[Tensor]:
         """What to add to: L tensors, float32 (float64 for such features), contiguous; none where that comes later."""
@@ -151,19 +151,56 @@ class FeatureSums:
             settings: of the kernels.
         """
         if self._at_the_end:
-            add = functools.partial(
-                kernels.sample_multi_view_backward, grad_output, self._like, *given, *settings, False
-            )
-            self._later.append(add)
+            self._later.append(_PutOff(kernels, [grad_output, *given], settings))
 
-    def take(self) -> Iterator[Tensor]:
-        """The sums, in the features' type, one by one, after which they are empty."""
+    def take(self) -> List[Tensor]:
+        """The sums, in the features' type, after which they are empty."""
         if self._later:
-            self._sums = _zeros_for(self._like)
-        while self._later:
-            self._later.pop()(self._sums)
+            return self._add_up()
+        totals = []
         while self._sums:
-            yield self._sums.pop(0).to(self._like[0].dtype)
+            totals.append(self._sums.pop(0).to(self._like[0].dtype))
+        return totals
+
+    def _add_up(self) -> List[Tensor]:
+        """What was put off. In half precision sample by sample, so that the sums of one are held in float32."""
+        later, self._later = self._later, []
+        if _real_type(self._like[:1]) == self._like[0].dtype:
+            totals = _zeros_for(self._like)
+            for call in later:
+                call.add_to(totals, self._like)
+            return totals
+        totals = [like.new_empty(like.shape) for like in self._like]
+        of_one = _shapes_of([like[:1] for like in self._like])
+        sums = _zeros_for(of_one)
+        for b in range(len(totals[0])):
+            for call in later:
+                call.of_sample(b).add_to(sums, of_one)
+            for total, own in zip(totals, sums):
+                total[b].copy_(own[0])
+                own.zero_()
+        return totals
+
+
+class _PutOff(NamedTuple):
+    """A backward pass that is to add to sums: kernels; gradient of the result, points, matrices and level logits of
+    samples; settings of the kernels."""
+
+    kernels: ModuleType
+    tensors: Sequence[Tensor]
+    settings: Tuple
+
+    def of_sample(self, b: int) -> '_PutOff':
+        return self._replace(tensors=[tensor[b : b + 1] for tensor in self.tensors])
+
+    def add_to(self, sums: Sequence[Tensor], like: Sequence[Tensor]) -> None:
+        grad_output, *given = self.tensors
+        self.kernels.sample_multi_view_backward(grad_output, like, *given, *self.settings, False, sums)
+
+
+def _shapes_of(features: Sequence[Tensor]) -> List[Tensor]:
+    """Tensors of these sizes and types that take no memory."""
+    return [feature.new_empty(feature.shape[-1:]).expand(feature.shape) for feature in features]
 
 
 class _CollectGradients(Function):
@@ -181,7 +218,7 @@ class _CollectGradients(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Optional[Tensor]):
-        totals = list(ctx.sums.take())
+        totals = ctx.sums.take()
         if not totals:
             return (None,) + grads
         return (None,) + tuple(total if grad is None else total + grad for total, grad in zip(totals, grads))

@@ -197,6 +197,8 @@ def test_sums_of_half_precision_are_more_precise_than_their_parts(library):
     ours, theirs = [gradients_of_two_samplings(kernels, narrow, summed, 0.0) for summed in (True, False)]
     errors = [sum((a.float() - b).norm() for a, b in zip(grads, exact)) for grads in (ours, theirs)]
     assert errors[0] < errors[1] and ours[0].dtype == torch.bfloat16
+    later = gradients_of_two_samplings(kernels, narrow, True, 0.0, at_the_end=True)  # sample by sample
+    assert len(narrow.points) > 1 and all(torch.equal(a, b) for a, b in zip(later, ours))
 
 
 @pytest.mark.parametrize('at_the_end', [False, True])
