@@ -242,7 +242,11 @@ class ImageEncoder:
     def _stages_of(self, images: Tensor) -> List[Tensor]:
         """Of the backbone, from prepared images [n, 3, H', W']."""
         fused = self._fused_backbone
-        return list(fused(images) if fused is not None and fused.serves(images) else self.backbone(images))
+        if fused is not None and fused.serves(images):
+            return list(fused(images))
+        if fused is not None and torch.is_grad_enabled() and fused.serves_learning(images):
+            return list(fused.learn(images))
+        return list(self.backbone(images))
 
     def _stages_of_given(self, images: Tensor) -> List[Tensor]:
         """Of the backbone, at test time, from images uint8 [n, 3, H, W] BGR."""

@@ -161,6 +161,35 @@ class FusedResNet:
             and self.is_as_built()
         )
 
+    def serves_learning(self, images: Tensor) -> bool:
+        """Whether :meth:`learn` can encode these images: Triton, statistics of all norms being learned and nothing
+        computed twice, modules as they were."""
+        return (
+            images.dtype in _DTYPES
+            and has_triton(images.device)
+            and all(norm.training and norm.momentum is not None for norm in self._norms)
+            and not any(module.training and getattr(module, 'with_cp', False) for module in self.backbone.modules())
+            and self._has_own_modules()
+        )
+
+    def learn(self, images: Tensor) -> Tuple[Tensor, ...]:
+        """What the backbone gives of images [n, 3, H, W], channels last, while its norms learn; statistics are
+        brought up to date."""
+        net = self.backbone
+        if not images.requires_grad and self.takes_squares(images.shape[2:]):
+            x = F.conv2d(squares_of(images), squared_weight(net.conv1.weight))
+        else:
+            x = net.conv1(images)
+        x = net.maxpool(_norm_relu(net.norm1, x))
+        stages = []
+        for i, name in enumerate(net.res_layers):
+            for block in getattr(net, name):
+                x = _run_learning_block(block, x)
+            if i in net.out_indices:
+                stages.append(x)
+        torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
+        return tuple(stages)
+
     def pieces_of(self, images: Tensor) -> List[Tensor]:
         """Images [n, 3, H, W] in as few pieces of about one size as can be encoded here; whole where none can."""
         most = max(1, (_MOST_VALUES - 1) // images[0].numel())
@@ -169,7 +198,11 @@ class FusedResNet:
 
     def is_as_built(self) -> bool:
         """All norms use fixed statistics, no module was replaced, and none has hooks."""
-        return not any(norm.training for norm in self._norms) and all(
+        return not any(norm.training for norm in self._norms) and self._has_own_modules()
+
+    def _has_own_modules(self) -> bool:
+        """No module was replaced, and none has hooks."""
+        return all(
             table.get(name) is part
             and type(part) is kind
             and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks)
@@ -446,6 +479,23 @@ def _run_block(layers: Sequence[_Layer], depth: int, x: Tensor, kept: Optional[L
     if kept is not None:
         kept.append(x)
     return x
+
+
+def _norm_relu(norm: nn.BatchNorm2d, x: Tensor, added: Optional[Tensor] = None, rectifies: bool = True) -> Tensor:
+    from models.encoder.batch_norm import norm_relu  # needs Triton
+
+    return norm_relu(norm, x, added, rectifies)
+
+
+def _run_learning_block(block: nn.Module, x: Tensor) -> Tensor:
+    """A residual block whose norms learn their statistics."""
+    (*inner, last), projection = _pairs_of(block)[: _depth(block)], _pairs_of(block)[_depth(block) :]
+    shortcut, y = x, x
+    for conv, norm in projection:
+        shortcut = _norm_relu(norm, conv(x), rectifies=False)
+    for conv, norm in inner:
+        y = _norm_relu(norm, conv(y))
+    return _norm_relu(last[1], last[0](y), shortcut)
 
 
 def _run_inner(layers: Sequence[_Layer], x: Tensor, kept: Optional[List[Tensor]]) -> Tensor:
