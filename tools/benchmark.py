@@ -217,6 +217,7 @@ class Bench:
         """Forward, backward and AdamW step, in the precision of --amp and --tf32, or else of the config's ``train``."""
         from lib.run.numerics import make_scaler, set_tf32
         from lib.run.optimizer import can_fuse
+        from lib.run.step import exchanging_gradients
 
         torch = self.torch
         if self.is_converted:
@@ -225,8 +226,7 @@ class Bench:
         model = self.model.train()
         model.graphs_training = self.graphs_training
         if self.processes.world_size > 1:
-            ids = [self.device.index] if self.device.type == 'cuda' else None
-            model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            model = exchanging_gradients(model)
         scaler = make_scaler(self.training_amp)
         for size in self.args.batch_sizes:
             fused = dict(fused=True) if can_fuse(torch.optim.AdamW, model) else {}

@@ -10,6 +10,7 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import save_checkpoint
 from ..dist import Counted, all_reduce_sum, counting_shares, share_of_batch, shared_draws
@@ -54,6 +55,31 @@ class StepResult(NamedTuple):
     grad_norm: float
     shares: Dict[str, float]
     seconds: Dict[str, float]
+
+
+def exchanging_gradients(model: nn.Module, find_unused_parameters: bool = False) -> nn.Module:
+    """A model in training mode, in DDP; it is given batches on its device.
+
+    Before every step DDP sends the first process's buffers to all others. Those that no step changes stay out of it:
+    tables, which are no part of checkpoints or boolean (gloo of PyTorch 1.10 cannot send these), and statistics of
+    norms that do not learn them.
+    """
+    fixed = [
+        f'{name}.{own}' if name else own
+        for name, module in model.named_modules()
+        for own, buffer in module._buffers.items()
+        if own in module._non_persistent_buffers_set
+        or isinstance(module, _BatchNorm)
+        and not module.training
+        or buffer is not None
+        and buffer.dtype == torch.bool
+    ]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, fixed)
+    return nn.parallel.DistributedDataParallel(
+        model,
+        find_unused_parameters=find_unused_parameters,
+        gradient_as_bucket_view=True,  # no second copy of the gradients
+    )
 
 
 class Stepper:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional
 
-import torch
 from torch import nn
 
 from ..dataset import Dataset
@@ -22,7 +21,7 @@ from .numerics import make_scaler
 from .optimizer import Schedule, WeightAverage, highest_learning_rate, set_learning_rate
 from .pictures import ValidationPictures
 from .processes import Interrupted, Processes, RunStopped, StopRequest
-from .step import NonFinite, Stepper, report_non_finite
+from .step import NonFinite, Stepper, exchanging_gradients, report_non_finite
 
 _LINE = (
     'epoch {epoch} iteration {iteration}/{of}  loss {loss:.4f}  lr {lr:.3g}  grad {grad_norm:.3g}  {time:.3f} s '
@@ -119,15 +118,11 @@ class Trainer:
             Interrupted: SIGTERM or SIGINT, after saving.
         """
         job = self.job
+        model = job.model.train()
+        if job.processes.world_size > 1:
+            model = exchanging_gradients(model, job.settings.find_unused_parameters)
         self._stepper = Stepper(
-            self._wrapped(),
-            job.optimizer,
-            self.scaler,
-            job.plan,
-            job.processes,
-            job.seed,
-            job.settings.amp,
-            job.max_norm,
+            model, job.optimizer, self.scaler, job.plan, job.processes, job.seed, job.settings.amp, job.max_norm
         )
         self._batches = RankBatches(job.order, job.plan, job.processes.rank)
         self._loader = make_loader(
@@ -150,20 +145,6 @@ class Trainer:
                 self._evaluate_if_due()
             self._evaluate_if_due()
         job.log.say(f'training is complete after {self.iteration} iterations; everything is in {self.folder}')
-
-    def _wrapped(self):
-        """The model, in DDP where there are several processes. Batches are on the device already."""
-        model = self.job.model
-        if self.job.processes.world_size == 1:
-            return model
-        # Boolean tables are the same everywhere, and gloo of PyTorch 1.10 cannot send them.
-        tables = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool]
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
-        return nn.parallel.DistributedDataParallel(
-            model,
-            find_unused_parameters=self.job.settings.find_unused_parameters,
-            gradient_as_bucket_view=True,  # no second copy of the gradients
-        )
 
     def _train_epoch(self, epoch: int) -> None:
         """From where the run is to the end of the epoch (or of the run)."""

@@ -16,6 +16,7 @@ from lib.dist import counting_shares, shared_draws
 from lib.errors import ConfigError
 from lib.run.evaluation import predict, predict_in_order
 from lib.run.loading import to_device
+from lib.run.step import exchanging_gradients
 from models import build_model
 from models.cuda_graph import GraphedFunction, GraphedPass, Stage
 from tools.synthetic import synthetic_batch, synthetic_meta
@@ -384,7 +385,7 @@ def test_gradients_are_exchanged_beside_graphs(device, request, alone):
     imitate_graphs(device, request)
     model, met = small_model(mixing_chunk=0).to(device).train(), []
     batch, results = to_device(small_batch(model.task, 2), device), []
-    wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    wrapped = exchanging_gradients(model)
     wrapped.register_comm_hook(met, count_and_pass_on)
     for model.graphs_training in (False, True):
         for step in range(2):
@@ -397,6 +398,18 @@ def test_gradients_are_exchanged_beside_graphs(device, request, alone):
         assert replayed == pytest.approx(losses, rel=1e-4) and grads.keys() == again.keys()
         for name, grad in grads.items():
             assert float((grad - again[name]).norm()) <= 1e-3 * float(grad.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize('learns', [True, False])
+def test_buffers_that_no_step_changes_are_not_exchanged(learns, alone):
+    config = learning_norms(small_config()) if learns else small_config()
+    model = build_model(config, small_task()).to('cuda' if torch.cuda.is_available() else 'cpu').train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    exchanging_gradients(model)
+    kept_back = set(model._ddp_params_and_buffers_to_ignore)
+    model(**to_device(small_batch(model.task, 2), next(model.parameters()).device))
+    changed = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    assert kept_back == before.keys() - changed and bool(changed) == learns
 
 
 def count_and_pass_on(met, bucket):
