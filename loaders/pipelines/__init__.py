@@ -19,8 +19,7 @@ from lib.registry import build_checked, look_up
 from lib.targets import stack_targets
 from lib.task import Task
 
-from ..decode import HeldImage
-from ..gpu_images import EncodedImage, EncodedImages
+from ..decode import EncodedImage, EncodedImages, HeldImage
 from .augmentation import BEVAug, RandomTransformImage
 from .loading import LoadMultiViewImageFromMultiSweeps, LoadOccGTFromFile
 

@@ -36,7 +36,7 @@ class LoadMultiViewImageFromMultiSweeps:
     Args:
         task: frames and cameras.
         decoder: ``cv2``, ``pillow`` or ``turbojpeg``; the pixels are the same. ``nvjpeg`` decodes and resizes on a GPU,
-            in inference only; see ``loaders.gpu_images`` for what that changes.
+            in inference only; see ``loaders.decode`` for what that changes.
         fast_decode: decode JPEGs at half size where that still covers the network's images. Halves the time;
             real images differ by 0.6 grey levels on average and by 15 at most (tools/bench_loading.py).
         threads: threads that decode one sample's images; 1 decodes in the worker itself.

@@ -8,9 +8,8 @@ import torch
 from lib.errors import ConfigError, DataError
 from lib.run.loading import to_device
 from lib.task import Task
-from loaders import gpu_images
-from loaders.decode import check_decoder, read_image
-from loaders.gpu_images import EncodedImages
+from loaders import decode as decoding
+from loaders.decode import EncodedImages, check_decoder, read_image
 from loaders.pipelines import LoadMultiViewImageFromMultiSweeps, RandomTransformImage, collate
 from loaders.pipelines.augmentation import ImageTransform
 
@@ -44,8 +43,8 @@ def on_the_cpu(monkeypatch):
         bgr = [np.ascontiguousarray(image.numpy().transpose(1, 2, 0)[..., ::-1]) for image in images]
         return torch.stack([torch.from_numpy(transform.apply(image).transpose(2, 0, 1).copy()) for image in bgr])
 
-    monkeypatch.setattr(gpu_images, 'decode_jpegs', decode)
-    monkeypatch.setattr(gpu_images, 'transform_on_gpu', transform)
+    monkeypatch.setattr(decoding, 'decode_jpegs', decode)
+    monkeypatch.setattr(decoding, 'transform_on_gpu', transform)
 
 
 def _transformed(paths, decoder):
@@ -72,8 +71,8 @@ def test_files_travel_and_become_the_same_batch(files, on_the_cpu):
 
 
 def test_batches_that_are_decoded_together_stay_what_they_are(files, on_the_cpu, monkeypatch):
-    black, calls, decode = np.zeros((64, 176, 3), np.uint8), [], gpu_images.decode_jpegs
-    monkeypatch.setattr(gpu_images, 'decode_jpegs', lambda *given: calls.append(given) or decode(*given))
+    black, calls, decode = np.zeros((64, 176, 3), np.uint8), [], decoding.decode_jpegs
+    monkeypatch.setattr(decoding, 'decode_jpegs', lambda *given: calls.append(given) or decode(*given))
     many = [
         EncodedImages.of_sample(_transformed(files, 'nvjpeg')),
         EncodedImages.of_sample([black, *_transformed(files[2:], 'nvjpeg')]),
@@ -122,7 +121,7 @@ def test_a_torchvision_without_nvjpeg_and_a_damaged_file_are_told_apart(monkeypa
 
     monkeypatch.setattr('torchvision.io.decode_jpeg', fail)
     with pytest.raises(kind, match=message):
-        gpu_images.decode_jpegs([torch.zeros(4, dtype=torch.uint8)], torch.device('cuda'))
+        decoding.decode_jpegs([torch.zeros(4, dtype=torch.uint8)], torch.device('cuda'))
 
 
 def test_training_refuses(monkeypatch):
@@ -138,7 +137,7 @@ def test_resizing_on_the_gpu_is_exact(left, top, mirror):
     transform = ImageTransform(0.44, (99, 176), left, top, (64, 160), mirror)
     images = np.random.default_rng(0).integers(0, 256, (3, 225, 400, 3), dtype=np.uint8)
     rgb = torch.from_numpy(np.ascontiguousarray(images[..., ::-1].transpose(0, 3, 1, 2))).cuda()
-    made = gpu_images.transform_on_gpu(rgb, transform).cpu()
+    made = decoding.transform_on_gpu(rgb, transform).cpu()
     expected = np.stack([transform.apply(image).transpose(2, 0, 1) for image in images])
     assert torch.equal(made, torch.from_numpy(expected))
 
