@@ -167,7 +167,7 @@ class DoneAgain:
 @pytest.fixture
 def without_a_gpu(monkeypatch):
     monkeypatch.setattr(cuda_graph, '_Recorded', DoneAgain)
-    for module in ('models.cuda_graph', 'models.sparseocc'):
+    for module in ('models.cuda_graph', 'models.graphed_training'):
         monkeypatch.setattr(f'{module}.can_capture', lambda device: True)
 
 
