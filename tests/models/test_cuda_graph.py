@@ -373,7 +373,7 @@ def test_losses_and_gradients_with_and_without_graphs(device, scoring, amp, chan
 @pytest.fixture
 def alone():
     """A group of this process alone, which DDP exchanges gradients in."""
-    backend = 'nccl' if torch.cuda.is_available() else 'gloo'
+    backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
