@@ -62,6 +62,22 @@ def test_norm_residual_and_relu(adds, rectifies, dtype):
 
 
 @runs
+@pytest.mark.parametrize('place', [(0, 0, 0), (1, 3, 2)])
+def test_one_pixel_far_off(place):
+    """A hundred deviations, wherever it lies; sums around it would lose 1e-4 of float32."""
+    from models.encoder.batch_norm import norm_relu
+
+    torch.manual_seed(2)
+    x, norm = random(8, 20, 44, 32), torch.nn.BatchNorm2d(20, momentum=1.0).to(DEVICE)
+    image, row, column = place
+    x[image, :, row, column] = 100
+    norm_relu(norm, x)
+    var, mean = torch.var_mean(x.double(), (0, 2, 3))
+    torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.running_var.double(), var, rtol=1e-5, atol=0)
+
+
+@runs
 def test_what_is_not_a_number_stays_so():
     from models.encoder.batch_norm import norm_relu
 
