@@ -26,7 +26,7 @@ def parse_args(argv=None):
     add(
         '--cuda-graph',
         action='store_true',
-        help='on a GPU: replay encoder and head as CUDA graphs (model.test_cfg.cuda_graph); the same results',
+        help='on a GPU: replay encoder and head as a CUDA graph (model.test_cfg.cuda_graph); the same results',
     )
     add('--out', metavar='JSON', help='write the figures to this file as well')
     return parser.parse_args(argv)

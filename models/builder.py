@@ -91,8 +91,8 @@ class InferenceSettings(NamedTuple):
 
     history     'cached' keeps the features of earlier frames between calls with batch 1, 'full' encodes all frames of
                 every sample
-    cuda_graph  replay the encoder of one frame and the head as CUDA graphs at batch 1: the same numbers sooner, for
-                more memory; off by default
+    cuda_graph  replay the encoder of new frames and the head as one CUDA graph at batch 1: the same numbers sooner,
+                for more memory; off by default
     head        draws ('even' or 'random'), merge_stuff ('published' or 'labelled'), overlap_threshold and
                 score_threshold, where they are given
     """

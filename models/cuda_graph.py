@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import weakref
 from typing import Any, Callable, Dict, Hashable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -30,9 +31,10 @@ class _Captured:
     Args:
         run: the work, given the inputs.
         inputs: copied into memory of the graph's own.
+        memory: where results and what is between lie.
     """
 
-    def __init__(self, run: Callable[..., MaybeTensors], inputs: MaybeTensors):
+    def __init__(self, run: Callable[..., MaybeTensors], inputs: MaybeTensors, memory: 'GraphMemory'):
         with torch.inference_mode(False):  # later calls may write to them outside that mode
             self.inputs = [None if t is None else t.clone(memory_format=torch.preserve_format) for t in inputs]
         device = self.inputs[0].device
@@ -43,15 +45,35 @@ class _Captured:
                 run(*self.inputs)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with _recording(self.graph, stream=stream):
+        with _recording(self.graph, stream=stream, pool=memory.pool()):
             self.outputs = list(run(*self.inputs))
+        memory.graphs.add(self)
 
     def replay(self, inputs: MaybeTensors) -> List[Optional[Tensor]]:
         for static, tensor in zip(self.inputs, inputs):
             if static is not None:
                 static.copy_(tensor)
         self.graph.replay()
-        return [None if tensor is None else tensor.clone() for tensor in self.outputs]
+        return self.outputs
+
+
+def _captures_on(device: torch.device) -> bool:
+    return device.type == 'cuda'
+
+
+class GraphMemory:
+    """Memory that graphs share which are replayed one after the other: each may overwrite what another left but for
+    its results."""
+
+    def __init__(self):
+        self.graphs: weakref.WeakSet = weakref.WeakSet()
+
+    def __reduce__(self):
+        return GraphMemory, ()  # graphs cannot be copied or stored
+
+    def pool(self):
+        """That of a graph that is still there, None for new memory: PyTorch does not take up what all have left."""
+        return next((captured.graph.pool() for captured in self.graphs), None)
 
 
 def _recording(graph: torch.cuda.CUDAGraph, **options):
@@ -79,6 +101,8 @@ class GraphedFunction:
             outside the graph. Graphs are dropped where it gives another value than before.
         last_state: what ``state`` told when it last looked, or since then is sure to be no longer so; looks at nothing.
             With it the GPU is at work while ``state`` looks, and does it again where that tells another.
+        memory: shared with other graphs that are never replayed at the same time; None: its own.
+        clones: False gives the graph's own results, which are those of this call until the next one.
     """
 
     def __init__(
@@ -87,8 +111,11 @@ class GraphedFunction:
         max_graphs: int = 4,
         state: Optional[Callable[[], Hashable]] = None,
         last_state: Optional[Callable[[], Hashable]] = None,
+        memory: Optional[GraphMemory] = None,
+        clones: bool = True,
     ):
         self.function, self.max_graphs, self.state, self.last_state = function, max_graphs, state, last_state
+        self.memory, self.clones = GraphMemory() if memory is None else memory, clones
         self._captured_in: Hashable = None
         self._graphs: Dict[Hashable, Tuple[_Captured, Sequence[Tensor]]] = {}
 
@@ -102,7 +129,8 @@ class GraphedFunction:
     def __call__(
         self, *inputs: Optional[Tensor], fixed: Tuple[Hashable, ...] = (), in_place: Sequence[Tensor] = ()
     ) -> List[Optional[Tensor]]:
-        """``function(*fixed, *inputs, *in_place)``, in fresh tensors. The key of its graph holds all three.
+        """``function(*fixed, *inputs, *in_place)``, in fresh tensors unless told otherwise. The key of its graph holds
+        all three.
 
         Args:
             inputs: copied into the graph's own memory; the first is a tensor, others may be None.
@@ -110,13 +138,13 @@ class GraphedFunction:
             in_place: tensors that stay at one address, read where they are. At another address the function is
                 captured anew.
         """
-        if not inputs[0].is_cuda:
+        if not _captures_on(inputs[0].device):
             return list(self.function(*fixed, *inputs, *in_place))
         addresses = tuple(tensor.data_ptr() for tensor in in_place)
         key = (autocast_dtype('cuda'), fixed, _describe(inputs), _describe(in_place), addresses)
         looks_later = self.last_state is not None and self.last_state() == self._captured_in
         if looks_later and key in self._graphs:
-            results = self._graphs[key][0].replay(inputs)
+            results = self._replay(key, inputs)
             if self.state() == self._captured_in:
                 return results
         state = None if self.state is None else self.state()
@@ -128,7 +156,11 @@ class GraphedFunction:
                 self._graphs.pop(next(iter(self._graphs)))
             # the tensors in place are kept, so that their memory is not given to others
             self._graphs[key] = self._capture(inputs, fixed, in_place), list(in_place)
-        return self._graphs[key][0].replay(inputs)
+        return self._replay(key, inputs)
+
+    def _replay(self, key: Hashable, inputs: MaybeTensors) -> List[Optional[Tensor]]:
+        results = self._graphs[key][0].replay(inputs)
+        return [None if tensor is None else tensor.clone() for tensor in results] if self.clones else results
 
     def _capture(self, inputs: MaybeTensors, fixed: Tuple, in_place: Sequence[Tensor]) -> _Captured:
         """Capture with autocast as outside, but without its weight cache: replays must see new weights."""
@@ -137,7 +169,7 @@ class GraphedFunction:
             return self.function(*fixed, *tensors, *in_place)
 
         with _autocast_without_cache('cuda'):
-            return _Captured(run, inputs)
+            return _Captured(run, inputs, self.memory)
 
 
 def _autocast_without_cache(device_type: str):
@@ -497,28 +529,6 @@ def can_capture(device: torch.device) -> bool:
     is_recent = tuple(int(n) for n in torch.__version__.split('.')[:2]) >= (2, 1)
     repeats = torch.are_deterministic_algorithms_enabled()
     return device.type == 'cuda' and torch.version.hip is None and is_recent and not repeats
-
-
-def later(action: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """``action`` to be called later, which on a GPU then waits for the work begun so far, and not for what was begun
-    in between. It reads tensors of now, which it holds, and leaves nothing behind on the GPU."""
-    if device.type != 'cuda':
-        return action
-    begun = torch.cuda.current_stream(device).record_event()
-
-    def act():
-        stream = _stream_for_results(device)
-        stream.wait_event(begun)
-        with torch.cuda.stream(stream):
-            return action()
-
-    return act
-
-
-@functools.lru_cache(maxsize=None)
-def _stream_for_results(device: torch.device) -> torch.cuda.Stream:
-    """The same for all; what little is done there goes before other work."""
-    return torch.cuda.Stream(device, priority=-1)
 
 
 class MadeOfWeights(BaseModule):

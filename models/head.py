@@ -5,7 +5,7 @@ everything stays on the device, and no shape depends on the values, so that noth
 """
 
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from lib.errors import ConfigError
 from lib.targets import OccupancyTargets
 from lib.task import Task
 from models.builder import build_part, hand_down
-from models.cuda_graph import GraphedFunction
 from models.decoders import TransformerOutput, VoxelStage
 from models.decoders.fused import kernels_for
 from models.encoder import ImageFeatures
@@ -55,7 +54,7 @@ class MergedPrediction(NamedTuple):
     pano_inst: Optional[Tensor] = None
     pano_sem: Optional[Tensor] = None
 
-    def to_numpy(self, index_type: torch.dtype) -> Dict[str, np.ndarray]:
+    def arrays(self, index_type: torch.dtype) -> Dict[str, Tensor]:
         """sem_pred [1, K], occ_loc [1, K, 3] of the given type and, if there are, pano_inst and pano_sem [1, K]."""
         arrays = dict(
             sem_pred=self.semantics,
@@ -63,13 +62,48 @@ class MergedPrediction(NamedTuple):
             pano_inst=self.pano_inst,
             pano_sem=self.pano_sem,
         )
-        given = {name: value.unsqueeze(0) for name, value in arrays.items() if value is not None}
-        if not self.voxels.is_cuda:
-            return {name: value.cpu().numpy() for name, value in given.items()}
-        # all are on their way before the first is waited for
-        copies = {name: value.to('cpu', non_blocking=True) for name, value in given.items()}
-        torch.cuda.current_stream(self.voxels.device).synchronize()
-        return {name: value.numpy().copy() for name, value in copies.items()}  # pinned memory is for the next step
+        return {name: value.unsqueeze(0) for name, value in arrays.items() if value is not None}
+
+
+def begin_reading(arrays: Mapping[str, Tensor]) -> Callable[[], Dict[str, np.ndarray]]:
+    """The arrays on the CPU by name, when it is called; their copies are on their way. See ``join_arrays``."""
+    values = list(arrays.values())
+    finish = begin_splitting(join_arrays(values), values)
+    return lambda: dict(zip(arrays, finish()))
+
+
+def join_arrays(arrays: Sequence[Tensor]) -> List[Tensor]:
+    """All values of each type in one row [n], so that few copies bring them to the CPU."""
+    return [torch.cat([array.flatten() for array in arrays if array.dtype == kind]) for kind in _types_of(arrays)]
+
+
+def begin_splitting(rows: Sequence[Tensor], arrays: Sequence[Tensor]) -> Callable[[], List[np.ndarray]]:
+    """The arrays on the CPU, when it is called; the rows are on their way, and on a GPU may be overwritten in the order
+    of its work.
+
+    Args:
+        rows: what :func:`join_arrays` made of the arrays.
+        arrays: tell types and shapes; their values are not looked at.
+    """
+    on_cpu = [row.to('cpu', non_blocking=True) for row in rows]
+    there = torch.cuda.current_stream(rows[0].device).record_event() if rows[0].is_cuda else None
+
+    def finish() -> List[np.ndarray]:
+        if there is not None:
+            there.synchronize()
+        left = dict(zip(_types_of(arrays), [row.numpy().copy() for row in on_cpu]))  # pinned memory is for later steps
+        results = []
+        for array in arrays:
+            row, count = left[array.dtype], array.numel()
+            results.append(row[:count].reshape(tuple(array.shape)))
+            left[array.dtype] = row[count:]
+        return results
+
+    return finish
+
+
+def _types_of(arrays: Sequence[Tensor]) -> List[torch.dtype]:
+    return list(dict.fromkeys(array.dtype for array in arrays))
 
 
 def merge_semantic(class_logits: Tensor, mask_logits: Tensor, score_threshold: float) -> Tensor:
@@ -181,8 +215,6 @@ class SparseOccHead(BaseModule):
         draws: test-time draws of the transformer's mask-guided sampling, if its config does not have them.
     """
 
-    prediction_type = MergedPrediction  # what ``merge`` gives per sample: a NamedTuple of tensors with ``to_numpy``
-
     def __init__(
         self,
         task: Task,
@@ -212,8 +244,6 @@ class SparseOccHead(BaseModule):
             raise ConfigError(f"{where}: key 'loss_mask2former' is missing")
         self.loss_mask2former = build_part(terms.pop('loss_mask2former'), LOSSES, f'{where}.loss_mask2former', task)
         self.voxel_losses = VoxelLosses(task, self.transformer.voxel_decoder.scoring, terms, where)
-        versions = self.transformer.version, self.transformer.last_version
-        self._graphed = GraphedFunction(self._predict_tensors, 2, *versions)
 
     def forward(self, features: ImageFeatures) -> TransformerOutput:
         """Predictions of every stage and layer."""
@@ -247,28 +277,12 @@ class SparseOccHead(BaseModule):
         output = self(features)
         return RawPrediction(features, output, self.merge(output))
 
-    def predict(self, features: ImageFeatures, graphed: bool = False) -> List[MergedPrediction]:
-        """Labels of each sample.
-
-        Args:
-            graphed: on a GPU, replay the work on one sample as a CUDA graph.
-        """
-        if not graphed or len(features.ego2img) != 1:
-            return self.merge(self(features))
-        inputs, fixed = (features.ego2img, features.frame_index), (features.image_size,)
-        if features.frame_index is None:
-            return [self.prediction_type(*self._graphed(*inputs, *features.maps, fixed=fixed))]
-        # stored maps stay where they are, so the graph reads them there
-        return [self.prediction_type(*self._graphed(*inputs, fixed=fixed, in_place=features.maps))]
-
-    def _predict_tensors(
-        self, image_size: Tuple[int, int], ego2img: Tensor, frame_index: Optional[Tensor], *maps: Tensor
-    ) -> MergedPrediction:
-        return self.merge(self(ImageFeatures(maps, ego2img, image_size, frame_index)))[0]
+    def predict(self, features: ImageFeatures) -> List[MergedPrediction]:
+        """Labels of each sample."""
+        return self.merge(self(features))
 
     def forget_weights(self):
         """Drop the graphs, which hold the weights that there were, and what else was made from them."""
-        self._graphed.clear()
         self.transformer.forget_weights()
 
     def merge(self, output: TransformerOutput) -> List[MergedPrediction]:

@@ -3,7 +3,7 @@
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n; X, Y, Z the grid.
 """
 
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from lib.targets import OccupancyTargets
 from lib.task import Task
 from models import builder
 from models.csrc import describe_operators
-from models.cuda_graph import MadeOfWeights, later
-from models.encoder import ImageEncoder, ImageFeatures
+from models.cuda_graph import GraphedFunction, GraphMemory, MadeOfWeights
+from models.encoder import Arrival, ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
 from models.graphed_training import GraphedTraining
-from models.head import MergedPrediction, RawPrediction
+from models.head import RawPrediction, begin_reading, begin_splitting, join_arrays
 from models.losses import BEGINNING, TrainingPass, build_auxiliary_losses, check_targets
 
 _HEAD = 'model.pts_bbox_head'
@@ -79,8 +79,11 @@ class SparseOcc(MadeOfWeights):
         for name, loss in auxiliary.items():
             self.add_module(name, loss)
         self.auxiliary_losses = tuple(auxiliary.values())
-        parts = self.image_input, self.img_backbone, self.img_neck
-        self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse=fuse_backbone)
+        parts, memory = (self.image_input, self.img_backbone, self.img_neck), GraphMemory()
+        self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse_backbone, memory)
+        versions = self._version, self._last_version
+        self._replayed = GraphedFunction(self._predict_arrays, 4, *versions, memory, clones=False)
+        self._names: List[str] = []  # of the arrays that it gives
         self._neck_cfg = dict(img_neck)
         self._graphed = GraphedTraining(self.encoder, self.pts_bbox_head, self.img_backbone, self.img_neck)
 
@@ -141,7 +144,7 @@ class SparseOcc(MadeOfWeights):
         self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
     ) -> List[Dict[str, np.ndarray]]:
         """Predictions per sample; arguments and result as in :meth:`forward`."""
-        return self._to_numpy(self._merged(img, lidar2img, ego2lidar, img_metas))
+        return self._begin(img, lidar2img, ego2lidar, img_metas)()
 
     def begin_prediction(
         self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
@@ -149,16 +152,56 @@ class SparseOcc(MadeOfWeights):
         """As :meth:`predict`, which what is given back does when it is called. On a GPU the work has begun by then, and
         the next prediction can begin before this one is asked for, so that the GPU need not wait in between."""
         with torch.no_grad():
-            merged = self._merged(img, lidar2img, ego2lidar, img_metas)
-        return later(lambda: self._to_numpy(merged), img.device)
+            return self._begin(img, lidar2img, ego2lidar, img_metas)
 
-    def _merged(self, img, lidar2img, ego2lidar, img_metas) -> List[MergedPrediction]:
-        features = self._features(img, lidar2img, ego2lidar, img_metas)
-        return self.pts_bbox_head.predict(features, graphed=self.cuda_graph and not self.training)
+    def _begin(self, img, lidar2img, ego2lidar, img_metas) -> Callable[[], List[Dict[str, np.ndarray]]]:
+        if self.cuda_graph and self.encoder.can_replay(img):
+            begun = [self._begin_replayed(img, lidar2img, ego2lidar, img_metas)]
+        else:
+            merged = self.pts_bbox_head.predict(self._features(img, lidar2img, ego2lidar, img_metas))
+            begun = [begin_reading(sample.arrays(self._index_type)) for sample in merged]
+        return lambda: [finish() for finish in begun]
 
-    def _to_numpy(self, merged: Sequence[MergedPrediction]) -> List[Dict[str, np.ndarray]]:
-        index_type = torch.uint8 if max(self.task.grid_shape) <= 256 else torch.int16
-        return [sample.to_numpy(index_type) for sample in merged]
+    def _begin_replayed(self, img, lidar2img, ego2lidar, img_metas) -> Callable[[], Dict[str, np.ndarray]]:
+        """The prediction of one sample, the encoder of its new frames and the head being one CUDA graph."""
+        known_by = img_metas if self.history == 'cached' else None
+        # where time is short, not memory
+        self.pts_bbox_head.transformer.voxel_decoder.keeps_matrices = not self.keeps_frames
+        with self.encoder.arriving(img, known_by) as (maps, frames, places, image_size):
+            inputs = places, lidar2img, ego2lidar, frames
+            results = self._replayed(*inputs, fixed=(image_size,), in_place=maps)
+        names = self._names
+        finish = begin_splitting(results[: -len(names)], results[-len(names) :])
+        return lambda: dict(zip(names, finish()))
+
+    def _predict_arrays(
+        self,
+        image_size: Tuple[int, int],
+        places: Tensor,
+        lidar2img: Tensor,
+        ego2lidar: Tensor,
+        frames: Optional[Tensor],
+        *maps: Tensor,
+    ) -> List[Tensor]:
+        """``join_arrays`` of a sample's arrays, then these, by tensors alone, for graphs; their names are noted.
+
+        Args:
+            image_size, places, frames, maps: an ``Arrival``.
+        """
+        features = self.encoder.receive(Arrival(maps, frames, places, image_size), lidar2img, ego2lidar)
+        arrays = self.pts_bbox_head.predict(features)[0].arrays(self._index_type)
+        self._names = list(arrays)
+        return [*join_arrays(list(arrays.values())), *arrays.values()]
+
+    @property
+    def _index_type(self) -> torch.dtype:
+        return torch.uint8 if max(self.task.grid_shape) <= 256 else torch.int16
+
+    def _version(self) -> Tuple:
+        return self.encoder.version(), self.pts_bbox_head.transformer.version()
+
+    def _last_version(self) -> Tuple:
+        return self.encoder.last_version(), self.pts_bbox_head.transformer.last_version()
 
     def predict_raw(
         self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
@@ -173,7 +216,7 @@ class SparseOcc(MadeOfWeights):
     def _features(self, img, lidar2img, ego2lidar, img_metas) -> ImageFeatures:
         """What to predict from, with the history that the config asks for."""
         known_by = img_metas if self.history == 'cached' else None
-        return self.encoder(img, lidar2img, ego2lidar, known_by, graphed=self.cuda_graph)
+        return self.encoder(img, lidar2img, ego2lidar, known_by)
 
     @property
     def keeps_frames(self) -> bool:
@@ -196,5 +239,6 @@ class SparseOcc(MadeOfWeights):
     def forget_weights(self):
         """Drop everything that was made from the weights as they were."""
         self._graphed.clear()
+        self._replayed.clear()
         self.encoder.forget_weights()
         self.pts_bbox_head.forget_weights()

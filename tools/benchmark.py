@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add('--what', nargs='+', default=list(PARTS), choices=PARTS)
     add('--no-cudnn-benchmark', action='store_true', help='let cuDNN guess its algorithms')
-    add('--cuda-graph', action='store_true', help='inference: replay encoder and head as CUDA graphs')
+    add('--cuda-graph', action='store_true', help='inference: replay encoder and head as a CUDA graph')
     add('--batch-sizes', nargs='+', type=whole_number(1), help='training batch sizes per GPU (default: 1)')
     add('--steps', type=whole_number(1), default=30, help='timed steps')
     add('--warmup', type=whole_number(0), default=10, help='steps before timing')

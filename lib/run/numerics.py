@@ -45,6 +45,7 @@ def convert_weights(model: nn.Module, amp: Optional[str]) -> nn.Module:
 
     The results are the same to the bit. Afterwards the model runs under ``autocast(amp, ...)`` alone. Left as they
     are: norms, and whatever is below a module with an attribute ``keeps_float32``, such as attention between blocks.
+    A module with ``convert_for_inference``, such as a backbone whose norms are folded, does it itself, given the type.
 
     Args:
         model: on its device.
@@ -58,6 +59,9 @@ def convert_weights(model: nn.Module, amp: Optional[str]) -> nn.Module:
 
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:
     if getattr(module, 'keeps_float32', False):
+        return
+    if hasattr(module, 'convert_for_inference'):
+        module.convert_for_inference(dtype)
         return
     for child in module.children():
         _convert(child, dtype)

@@ -100,6 +100,7 @@ class SparseOccTransformer(BaseModule):
         )
         self.decoder = MaskDecoder(sizes, num_layers, num_queries, guided=mask_guided)
         self.training_draws, self.testing_draws = RandomDraws(), build_draws(draws)
+        self._made_once: List[MadeOnce] = self.voxel_decoder.made_once() + self.decoder.made_once()
 
     def draw_ahead(self, batch: int, device: torch.device) -> List[Tensor]:
         """All that a pass over so many samples draws in training but for dropout, for ``GivenDraws``."""
@@ -110,19 +111,16 @@ class SparseOccTransformer(BaseModule):
 
     def version(self) -> Tuple:
         """Another value whenever a weight has changed that something was made of, which is forgotten then."""
-        return tuple(made.version() for made in self._made_once())
+        return tuple([made.version() for made in self._made_once])
 
     def last_version(self) -> Tuple:
         """What :meth:`version` told last, without looking; another value when something was dropped since."""
-        return tuple(made.last_version() for made in self._made_once())
+        return tuple([made.last_version() for made in self._made_once])
 
     def forget_weights(self):
         """Drop what was made from the weights as they were."""
-        for made in self._made_once():
+        for made in self._made_once:
             made.clear()
-
-    def _made_once(self) -> List[MadeOnce]:
-        return self.voxel_decoder.made_once() + self.decoder.made_once()
 
     def forward(self, features: ImageFeatures, draws=None) -> TransformerOutput:
         """Voxels and masks of every sample of the batch; draws: in place of its own strategy of drawing."""

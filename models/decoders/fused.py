@@ -8,7 +8,7 @@ bfloat16, whose steps are eight times as wide, they stay float32.
 import contextlib
 import functools
 from types import ModuleType
-from typing import Callable, Dict, Generic, Iterable, Optional, Tuple, TypeVar
+from typing import Callable, Dict, Generic, Hashable, Iterable, Optional, Tuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -77,11 +77,11 @@ class MadeOnce(Generic[T]):
         """What :meth:`version` told last, without looking; another value when all was dropped since."""
         return self._kept_of
 
-    def get(self, query: Tensor, make: Callable[[], T]) -> T:
-        """What ``make`` gives for so many queries on this device, in this precision."""
+    def get(self, query: Tensor, make: Callable[[], T], *options: Hashable) -> T:
+        """What ``make`` gives for so many queries on this device, in this precision, with these options."""
         self.version()
         exact = not torch.backends.cuda.matmul.allow_tf32
-        key = tuple(query.shape), query.device, query.dtype, type_of_products(query), exact
+        key = tuple(query.shape), query.device, query.dtype, type_of_products(query), exact, options
         if key not in self.kept:
             with torch.inference_mode(False), torch.no_grad():
                 self.kept[key] = make()

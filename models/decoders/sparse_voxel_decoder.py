@@ -118,7 +118,7 @@ class SparseVoxelDecoderLayer(BaseModule):
         return self.look(kernels, self.place(kernels, query, coords), features)
 
     def place(self, kernels, query: Tensor, coords: Tensor) -> 'Placed':
-        """The part of :meth:`forward` that looks at no image, but for what :meth:`prepare` adds."""
+        """The part of :meth:`forward` that looks at no image, but for the mixing's matrices."""
         linear, norm, _, second_linear, second_norm, _ = self.position_encoder
         product, dtype = type_of_products(query), type_of_queries(query)
         hidden, corners = kernels.embed_positions(coords, self.grid_shape, linear, norm, self.voxel_size, product)
@@ -130,12 +130,6 @@ class SparseVoxelDecoderLayer(BaseModule):
         points, level_logits = kernels.place_points(corners, self.range_min, asked, size, offsets)
         return Placed(query, self.sampling.group(points), level_logits)
 
-    def prepare(self, placed: 'Placed') -> 'Placed':
-        """With matrices, which are large: for one sample in half precision alone."""
-        query = placed.query
-        keeps = len(query) == 1 and type_of_products(query) != torch.float32
-        return placed._replace(matrices=self.mixing.generate(query)) if keeps else placed
-
     def look(self, kernels, placed: 'Placed', features: ImageFeatures) -> Tensor:
         """The rest of :meth:`forward`."""
         query, points, level_logits, matrices = placed
@@ -144,7 +138,7 @@ class SparseVoxelDecoderLayer(BaseModule):
         return kernels.add_and_norm(query, self.norm3, dtype, added=run_ffn(self.ffn, query))
 
     def weights_of_place(self) -> List[Tensor]:
-        """What :meth:`place` and :meth:`prepare` depend on beside their arguments."""
+        """What :meth:`place` and the matrices depend on beside their arguments."""
         modules = self.position_encoder, self.self_attn, self.norm1, self.sampling, self.mixing.parameter_generator
         return [weight for module in modules if module is not None for weight in module.parameters()]
 
@@ -206,6 +200,9 @@ class SparseVoxelDecoder(BaseModule):
         self.register_buffer('child_steps', torch.tensor(_CHILDREN), persistent=False)
         self._placed: MadeOnce[Placed] = MadeOnce(self.decoder_layers[0].weights_of_place)
 
+    # the first matrices, the same for all images, are made once: sooner, for 82 MB in half precision in release 1.1
+    keeps_matrices = False
+
     @property
     def scales(self) -> List[int]:
         """Edge in voxels of what each stage keeps."""
@@ -231,7 +228,13 @@ class SparseVoxelDecoder(BaseModule):
     def _place_first(self, kernels, query: Tensor, coords: Tensor) -> Placed:
         """What the first layer does before it looks at an image, which is the same for all: made once and kept."""
         first = self.decoder_layers[0]
-        return self._placed.get(query, lambda: first.prepare(first.place(kernels, query, coords)))
+        keeps = self.keeps_matrices and len(query) == 1 and type_of_products(query) != torch.float32
+
+        def make() -> Placed:
+            placed = first.place(kernels, query, coords)
+            return placed._replace(matrices=first.mixing.generate(placed.query)) if keeps else placed
+
+        return self._placed.get(query, make, keeps)
 
     def made_once(self) -> List[MadeOnce]:
         """All that inference makes of weights alone."""

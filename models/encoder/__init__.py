@@ -5,7 +5,7 @@ Shapes: B batch, T frames newest first, N cameras, image index t*N + n, L pyrami
 
 import contextlib
 import functools
-from typing import Hashable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Hashable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lib.errors import DataError
 from models.csrc import autocast_dtype, has_triton
 from models.csrc.msmv_sampling import GradientSum, select_frames
-from models.cuda_graph import GraphedFunction
+from models.cuda_graph import GraphedFunction, GraphMemory
 from models.encoder.feature_cache import FeatureCache, StoredFrames
 from models.encoder.fused import FusedResNet, can_fuse_backbone, can_fuse_neck, run_neck, run_neck_again, run_neck_into
 from models.encoder.image_input import ImageInput
@@ -43,6 +43,21 @@ class ImageFeatures(NamedTuple):
         return self._replace(maps=select_frames(self.maps, self.frame_index, num_cameras), frame_index=None)
 
 
+class Arrival(NamedTuple):
+    """One sample whose last frames are still to be encoded into the stored maps.
+
+    maps        L tensors [S, N, H_l, W_l, C], always the same memory
+    frames      uint8 [F, N, 3, H, W] BGR, or None where nothing is missing
+    places      int64 [F + T], slots 0..S-1 where these go, then those of the sample's frames
+    image_size  (height, width) of the padded image, pixels
+    """
+
+    maps: Sequence[Tensor]
+    frames: Optional[Tensor]
+    places: Tensor
+    image_size: Tuple[int, int]
+
+
 class ImageEncoder:
     """Feature maps of the images of a batch; not a module, so that the parts are registered once, in the detector.
 
@@ -52,6 +67,7 @@ class ImageEncoder:
         num_frames: T.
         num_cameras: N.
         fuse: compute what can be by ``FusedResNet`` and ``run_neck``; False runs the modules as they are.
+        memory: of its graphs.
 
     Attributes:
         cache: feature maps of frames seen before.
@@ -65,26 +81,21 @@ class ImageEncoder:
         num_frames: int,
         num_cameras: int,
         fuse: bool = True,
+        memory: Optional[GraphMemory] = None,
     ):
         self.image_input, self.backbone, self.neck = image_input, backbone, neck
         self.num_frames, self.num_cameras, self.fuse = num_frames, num_cameras, fuse
         self.cache = FeatureCache(capacity=num_frames)
         self._fused_backbone = FusedResNet(backbone) if fuse and can_fuse_backbone(backbone) else None
-        versions = self._backbone_version, self._last_version
-        self._graphed = GraphedFunction(self._encode, 4, *versions)
-        self._graphed_writing = GraphedFunction(self._write_maps, 4, *versions)
+        self._graphed = GraphedFunction(self._encode, 4, self.version, self.last_version, memory)
+        self._graphed_writing = GraphedFunction(self._write_maps, 4, self.version, self.last_version, memory)
         self._writes: Optional[bool] = None  # see _can_write
         for part in (backbone, neck):  # the layout that the sampling reads
             part.to(memory_format=torch.channels_last)
-        backbone.keeps_float32 = True  # folded in float32, see lib.run.numerics.convert_weights
+        backbone.convert_for_inference = self._convert_backbone  # for lib.run.numerics.convert_weights
 
     def __call__(
-        self,
-        img: Tensor,
-        lidar2img: Tensor,
-        ego2lidar: Tensor,
-        img_metas: Optional[Sequence[Mapping]] = None,
-        graphed: bool = False,
+        self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
     ) -> ImageFeatures:
         """Features of every image of a batch; tensors as ``SparseOcc.forward`` takes them.
 
@@ -92,12 +103,114 @@ class ImageEncoder:
             img_metas: with the ``frame_keys`` (T*N image names) of one sample at test time, the maps of frames seen
                 before are found again and those of new ones kept. Otherwise every image is encoded. With ``given``
                 (positions 0..T-1, ascending) ``img`` holds the images of these frames only; the rest was seen before.
-            graphed: at test time, replay the encoder of one frame, or of all where all are encoded, as a CUDA graph.
 
         Raises:
             DataError: these are not the images of so many frames and cameras, or of a frame that is not given nothing
                 is known.
         """
+        keys, given = self._keys_of(img, img_metas)
+        if keys is None:
+            return self.with_gradient_sum(self._locate(self.encode(img), img, lidar2img, ego2lidar))
+        self._writes = self._can_write(img)
+        maps, slots = self._fetch(img, keys, given, self._write_now, False)
+        features = self._locate(_as_sample(maps), img, lidar2img, ego2lidar)
+        return features._replace(frame_index=_index_on(img.device, tuple(slots)))
+
+    def can_replay(self, img: Tensor) -> bool:
+        """Whether :meth:`arriving` serves: one sample, on a GPU, at test time."""
+        return img.is_cuda and len(img) == 1 and self._is_testing()
+
+    @contextlib.contextmanager
+    def arriving(self, img: Tensor, img_metas: Optional[Sequence[Mapping]] = None):
+        """Gives the ``Arrival`` of a sample; inside, :meth:`receive` is to follow, perhaps as part of a CUDA graph.
+
+        The features' bits are those that a call of the encoder gives.
+
+        Args:
+            img, img_metas: as in a call.
+
+        Raises:
+            DataError: as there. All frames are forgotten where anything fails.
+        """
+        succeeds = False
+        try:
+            yield self._arrive(img, img_metas)
+            succeeds = True
+        finally:
+            if not succeeds:
+                self.cache.clear()
+
+    def _arrive(self, img: Tensor, img_metas: Optional[Sequence[Mapping]]) -> Arrival:
+        keys, given = self._keys_of(img, img_metas)
+        if self._writes is None:  # a graph repeats what was captured, whatever hooks there are by now
+            self._writes = self._can_write(img)
+        late: List[Tuple[Tensor, List[int]]] = []  # frames to be encoded, and their slots
+
+        def write(frames: Tensor, maps: Sequence[Tensor], slots: List[int]) -> None:
+            if late:
+                earlier, places = late.pop()
+                self._graphed_writing(earlier, _index_on(img.device, tuple(places)), in_place=maps)
+            late.append((frames, slots))
+
+        maps, own = self._fill(img, write) if keys is None else self._fetch(img, keys, given, write, True)
+        frames, slots = late[0] if late else (None, [])
+        size = self.image_input.padded_size(img.shape[-2:])
+        return Arrival(maps, frames, _index_on(img.device, (*slots, *own)), size)
+
+    def receive(self, arrival: Arrival, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
+        """Features of the sample, after its last frames have been encoded."""
+        maps, frames, places, image_size = arrival
+        late = len(places) - self.num_frames
+        if frames is not None:
+            self._write_maps(frames, places[:late], *maps)
+        return ImageFeatures(_as_sample(maps), _multiply(lidar2img, ego2lidar), image_size, places[late:])
+
+    def _fetch(
+        self, img: Tensor, keys: Sequence[Tuple], given: Optional[Sequence[int]], write: Callable, graphed: bool
+    ):
+        """``StoredFrames`` of one sample, those not seen before being encoded one at a time.
+
+        Args:
+            given: which of its frames the images are of; None: of all.
+            write: is to encode frames [F, N, 3, H, W] into the slots of maps, its arguments, if that is possible.
+        """
+        places = {t: i * self.num_cameras for i, t in enumerate(range(len(keys)) if given is None else given)}
+
+        def frame(t: int) -> Tensor:
+            if t not in places:
+                raise DataError(f'features of the frame of {keys[t][0][0]} are not held any more; load whole samples')
+            return img[:, places[t] : places[t] + self.num_cameras]
+
+        def write_one(t: int, maps: Sequence[Tensor], slot: int) -> bool:
+            if not self._can_write_into_stored():
+                return False
+            write(frame(t), maps, [slot])
+            return True
+
+        with self._storing(img):
+            return self.cache.fetch(
+                keys, lambda t: [level[0] for level in self.encode(frame(t), graphed and not self._writes)], write_one
+            )
+
+    def _fill(self, img: Tensor, write: Callable) -> StoredFrames:
+        """All frames of one sample in memory that stays, where a graph reads them; write: as in :meth:`_fetch`."""
+        frames = img.view((self.num_frames, self.num_cameras) + img.shape[2:])
+        slots = list(range(self.num_frames))
+
+        def write_all(maps: Sequence[Tensor]) -> bool:
+            if not self._can_write_into_stored():
+                return False
+            write(frames, maps, slots)
+            return True
+
+        with self._storing(img):
+            maps = self.cache.overwrite(
+                lambda: [level.view((len(slots), -1) + level.shape[2:]) for level in self._encode(img)], write_all
+            )
+        return StoredFrames(maps, slots)
+
+    def _keys_of(self, img: Tensor, img_metas: Optional[Sequence[Mapping]]):
+        """``_frame_keys``, and positions of the frames that are given, None: of all; after checks."""
         given = img_metas[0].get('given') if img_metas and len(img) == 1 else None
         self._check_images(img, self.num_frames if given is None else len(given))
         keys = self._frame_keys(img, img_metas)
@@ -105,47 +218,7 @@ class ImageEncoder:
             raise DataError(
                 'a sample without all of its frames needs model.test_cfg.history="cached"; load whole samples'
             )
-        stays = graphed and img.is_cuda and len(img) == 1 and self._is_testing()
-        if keys is None and not stays:
-            return self.with_gradient_sum(self._locate(self.encode(img), img, lidar2img, ego2lidar))
-        maps, slots = self._fill(img) if keys is None else self._fetch(img, keys, given, graphed)
-        # when the encoder is at work, so that the GPU does not wait for it
-        features = self._locate([level.flatten(0, 1).unsqueeze(0) for level in maps], img, lidar2img, ego2lidar)
-        return features._replace(frame_index=_index_on(img.device, tuple(slots)))
-
-    def _fetch(self, img: Tensor, keys: Sequence[Tuple], given: Optional[Sequence[int]], graphed: bool):
-        """``StoredFrames`` of one sample, those not seen before being encoded one at a time.
-
-        Args:
-            given: which of its frames the images are of; None: of all.
-        """
-        places = {t: i * self.num_cameras for i, t in enumerate(range(len(keys)) if given is None else given)}
-        if self._writes is None or not graphed:  # a graph repeats what was captured, whatever hooks there are by now
-            self._writes = self._can_write(img)
-        writes = self._writes
-
-        def frame(t: int) -> Tensor:
-            if t not in places:
-                raise DataError(f'features of the frame of {keys[t][0][0]} are not held any more; load whole samples')
-            return img[:, places[t] : places[t] + self.num_cameras]
-
-        with self._storing(img):
-            return self.cache.fetch(
-                keys,
-                lambda t: [level[0] for level in self.encode(frame(t), graphed and not writes)],
-                (lambda t, maps, slot: self._write(frame(t), maps, [slot], graphed)) if writes else None,
-            )
-
-    def _fill(self, img: Tensor) -> StoredFrames:
-        """All frames of one sample, encoded together into memory that stays, where a graph of the head reads them."""
-        frames = img.view((self.num_frames, self.num_cameras) + img.shape[2:])
-        slots = list(range(self.num_frames))
-        with self._storing(img):
-            maps = self.cache.overwrite(
-                lambda: [level.view((len(slots), -1) + level.shape[2:]) for level in self._encode(img)],
-                lambda maps: self._can_write(img) and self._write(frames, maps, slots, graphed=True),
-            )
-        return StoredFrames(maps, slots)
+        return keys, given
 
     @contextlib.contextmanager
     def _storing(self, img: Tensor):
@@ -156,25 +229,19 @@ class ImageEncoder:
         yield
         self.cache.stored_as = setting
 
-    def _write(self, frames: Tensor, maps: Sequence[Tensor], slots: Sequence[int], graphed: bool = False) -> bool:
-        """Encode frames [F, N, 3, H, W] into their slots of the stored maps; False, and nothing done, if these are of
-        other images. For images that :meth:`_can_write` holds for.
-
-        The bits are those of :meth:`encode`, without the copies from its results.
-        """
-        if self.cache.stored_as is None:
-            return False
-        index = _index_on(frames.device, tuple(slots))
-        if graphed:
-            self._graphed_writing(frames, index, in_place=maps)
-        else:
-            self._write_maps(frames, index, *maps)
-        return True
+    def _write_now(self, frames: Tensor, maps: Sequence[Tensor], slots: Sequence[int]) -> None:
+        self._write_maps(frames, _index_on(frames.device, tuple(slots)), *maps)
 
     def _can_write(self, img: Tensor) -> bool:
         return self.fuse and img.is_cuda and can_fuse_neck(self.neck) and has_triton(img.device)
 
+    def _can_write_into_stored(self) -> bool:
+        """Whether :meth:`_write_maps` does, and the stored maps are of such images."""
+        return bool(self._writes) and self.cache.stored_as is not None
+
     def _write_maps(self, frames: Tensor, slots: Tensor, *maps: Tensor) -> Tuple[()]:
+        """Encode frames [F, N, 3, H, W] into their slots, int64 [F], of the stored maps, where :meth:`_can_write`
+        holds. The bits are those of :meth:`encode`, without the copies from its results."""
         run_neck_into(self.neck, self._stages_of_given(frames.flatten(0, 1)), maps, slots)
         return ()
 
@@ -258,6 +325,11 @@ class ImageEncoder:
                 return list(fused(squares, in_squares=True))
         return self._stages_of(self.image_input(images))
 
+    def _convert_backbone(self, dtype: torch.dtype) -> None:
+        """Norms are folded into float32, so that without ``FusedResNet`` nothing is converted."""
+        if self._fused_backbone is not None:
+            self._fused_backbone.fold_in_place(dtype)
+
     def _check_images(self, img: Tensor, num_frames: int):
         count = num_frames * self.num_cameras
         if img.dim() != 5 or img.shape[1] != count:
@@ -274,10 +346,12 @@ class ImageEncoder:
     def _is_testing(self) -> bool:
         return not (self.image_input.training or torch.is_grad_enabled())
 
-    def _backbone_version(self) -> int:
+    def version(self) -> int:
+        """Another number whenever a weight has changed that something was made of, which is forgotten then."""
         return 0 if self._fused_backbone is None else self._fused_backbone.version()
 
-    def _last_version(self) -> int:
+    def last_version(self) -> int:
+        """What :meth:`version` told last, without looking; another number when something was dropped since."""
         return 0 if self._fused_backbone is None else self._fused_backbone.last_version
 
     def _frame_keys(self, img: Tensor, img_metas) -> Optional[List[Tuple[Tuple[str, ...], Hashable]]]:
@@ -294,6 +368,11 @@ class ImageEncoder:
         """Maps, and where their images look."""
         ego2img = _multiply(lidar2img, ego2lidar)
         return ImageFeatures(maps, ego2img, self.image_input.padded_size(img.shape[-2:]))
+
+
+def _as_sample(maps: Sequence[Tensor]) -> List[Tensor]:
+    """Stored maps [S, N, H, W, C] -> [1, S*N, H, W, C], as ``ImageFeatures`` has them."""
+    return [level.flatten(0, 1).unsqueeze(0) for level in maps]
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:

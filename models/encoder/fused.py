@@ -152,13 +152,14 @@ class FusedResNet:
         """Whether these images can be encoded here: NVIDIA GPU with cuDNN, all statistics fixed, modules as they
         were (none replaced, no hooks), and no wish for deterministic algorithms, which cuDNN's fused calls do
         not heed."""
+        return images.dtype in _DTYPES and images.numel() < _MOST_VALUES and self._serves_on(images.device)
+
+    def _serves_on(self, device: torch.device) -> bool:
         return (
-            images.is_cuda
+            device.type == 'cuda'
             and torch.version.hip is None
             and torch.backends.cudnn.enabled
             and _IS_RECENT
-            and images.dtype in _DTYPES
-            and images.numel() < _MOST_VALUES
             and not torch.are_deterministic_algorithms_enabled()
             and self.is_as_built()
         )
@@ -203,6 +204,21 @@ class FusedResNet:
         pieces = list(images.tensor_split(-(-len(images) // most)))
         return pieces if self.serves(pieces[0]) else [images]
 
+    def fold_in_place(self, dtype: torch.dtype) -> None:
+        """Where a GPU is to compute here in ``dtype``: put folded weights in the place of the backbone's, so that they
+        are held once. The norms then only add their biases. For inference alone."""
+        if not self._serves_on(self.backbone.conv1.weight.device):
+            return
+        with torch.no_grad():
+            for conv, norm in self._pairs:
+                weight, bias = fold_norm(conv.weight, norm)
+                conv.weight.data = weight.to(dtype)
+                norm.bias.copy_(bias)
+                norm.weight.fill_(1)
+                norm.running_mean.zero_()
+                norm.running_var.fill_(1 - norm.eps)
+        self.clear()
+
     def is_as_built(self) -> bool:
         """All norms use fixed statistics, no module was replaced, and none has hooks."""
         return not any(norm.training for norm in self._norms) and self._has_own_modules()
@@ -226,7 +242,7 @@ class FusedResNet:
         self.version()
         dtype = autocast_dtype(images.device.type) or images.dtype
         self._fold_learning(dtype)
-        x = _pool(net.maxpool, self._run_stem(images.to(dtype), in_squares))
+        x = self._run_stem(images.to(dtype), in_squares)
         stages = []
         for i, name in enumerate(net.res_layers):
             x = self._run(getattr(net, name), x)
@@ -236,12 +252,13 @@ class FusedResNet:
         return tuple(stages)
 
     def _run_stem(self, images: Tensor, in_squares: bool = False) -> Tensor:
-        """The first convolution, its norm and ReLU; of 7x7 with stride 2 as one of 4x4 over squares of four pixels."""
-        conv = self.backbone.conv1
+        """The first convolution, its norm, ReLU and pooling; of 7x7 with stride 2 as one of 4x4 over squares of four
+        pixels."""
+        conv, pool = self.backbone.conv1, self.backbone.maxpool
         weight, bias = self._fold(conv, self.backbone.norm1, images.dtype)
         geometry = _geometry(conv)
         if not (in_squares or self.takes_squares(images.shape[2:])):
-            return _ConvolveReLU.apply(images, weight, bias, geometry)
+            return _pool(pool, _ConvolveReLU.apply(images, weight, bias, geometry))
         if _learns(conv, self.backbone.norm1):
             weight = squared_weight(weight)
         else:
@@ -250,12 +267,13 @@ class FusedResNet:
                     self._squared[images.dtype] = squared_weight(weight)
             weight = self._squared[images.dtype]
         squares = images if in_squares else squares_of(images)
-        if not _learns(conv, self.backbone.norm1) and not images.requires_grad and has_triton(images.device):
-            from models.encoder.kernels import can_convolve_squares, convolve_squares
+        learns = _learns(conv, self.backbone.norm1) or torch.is_grad_enabled() and images.requires_grad
+        if not learns and _is_usual_pool(pool) and has_triton(images.device):
+            from models.encoder.kernels import can_convolve_and_pool, convolve_and_pool
 
-            if can_convolve_squares(squares, weight):
-                return convolve_squares(squares, weight, bias)
-        return _ConvolveReLU.apply(squares, weight, bias, _Geometry((1, 1), (0, 0), (1, 1), 1))
+            if can_convolve_and_pool(squares, weight):
+                return convolve_and_pool(squares, weight, bias)
+        return _pool(pool, _ConvolveReLU.apply(squares, weight, bias, _Geometry((1, 1), (0, 0), (1, 1), 1)))
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         """A stage; with checkpointing nothing inside it is kept, which costs no more time than to keep its blocks'
@@ -300,7 +318,10 @@ class FusedResNet:
             return self._folded[conv]
         if (conv, dtype) not in self._kept:
             with torch.inference_mode(False), torch.no_grad():  # a later pass may need gradients through them
-                self._kept[conv, dtype] = tuple(value.to(dtype) for value in fold_norm(conv.weight, norm))
+                weight, bias = (value.to(dtype) for value in fold_norm(conv.weight, norm))
+                if conv.weight.dtype == dtype and torch.equal(weight, conv.weight):  # see fold_in_place
+                    weight = conv.weight.detach()
+                self._kept[conv, dtype] = weight, bias
         return self._kept[conv, dtype]
 
 
@@ -665,11 +686,14 @@ def _through_convolution(
     return torch.ops.aten.convolution_backward(grad, x, weight, None, *places, [of_x, of_weight, False])[:2]
 
 
+def _is_usual_pool(pool: nn.MaxPool2d) -> bool:
+    return (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) == (3, 2, 1, 1, False)
+
+
 def _pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
     """The stem's pooling, without places where no gradient will want them."""
-    plain = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) == (3, 2, 1, 1, False)
     wants_gradient = torch.is_grad_enabled() and x.requires_grad
-    if not plain or wants_gradient or not x.is_contiguous(memory_format=torch.channels_last):
+    if not _is_usual_pool(pool) or wants_gradient or not x.is_contiguous(memory_format=torch.channels_last):
         return pool(x)
     if not has_triton(x.device):
         return pool(x)
@@ -731,19 +755,28 @@ def _merge(neck: FPN, stages: List[Tensor]) -> List[Tensor]:
             weight = conv.weight.to(stage.dtype).flatten(1).contiguous()
             merged.append(merge_level(stage, weight, conv.bias, coarse))
             continue
+        if coarse is None and _can_multiply(stage):
+            pixels = stage.permute(0, 2, 3, 1)
+            weight, bias = conv.weight.to(stage.dtype).flatten(1), conv.bias.to(stage.dtype)
+            merged.append(F.linear(pixels, weight, bias).permute(0, 3, 1, 2))
+            continue
         level = F.conv2d(stage, conv.weight)
         merged.append(_AddToLevel.apply(level, coarse, conv.bias.to(level.dtype)))
     return merged
 
 
 def _can_merge_fused(stage: Tensor, coarse: Optional[Tensor]) -> bool:
-    """Without gradients, in half precision, each value of the level above being the nearest of four."""
-    if torch.is_grad_enabled() or stage.dtype not in (torch.float16, torch.bfloat16) or not has_triton(stage.device):
+    """Each value of the level above is the nearest of four, and :func:`_can_multiply` holds."""
+    if coarse is None or not _can_multiply(stage) or not has_triton(stage.device):
         return False
-    doubles = coarse is None or tuple(stage.shape[2:]) == (2 * coarse.shape[2], 2 * coarse.shape[3])
-    return doubles and all(
-        level is None or level.is_contiguous(memory_format=torch.channels_last) for level in (stage, coarse)
-    )
+    doubles = tuple(stage.shape[2:]) == (2 * coarse.shape[2], 2 * coarse.shape[3])
+    return doubles and coarse.is_contiguous(memory_format=torch.channels_last)
+
+
+def _can_multiply(stage: Tensor) -> bool:
+    """Without gradients, in half precision, a 1x1 convolution is a product of matrices."""
+    halves = stage.dtype in (torch.float16, torch.bfloat16) and stage.is_contiguous(memory_format=torch.channels_last)
+    return halves and not torch.is_grad_enabled()
 
 
 def run_neck_into(neck: FPN, stages: List[Tensor], stored: Sequence[Tensor], slots: Tensor) -> None:

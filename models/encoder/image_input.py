@@ -67,8 +67,10 @@ class ImageInput(nn.Module):
         """``squares_of`` what :meth:`forward` gives in evaluation, in one pass; None where no kernel does it."""
         if self.training or images.dtype != torch.uint8 or not has_triton(images.device):
             return None
-        from models.encoder.kernels import InputSizes, prepare_squares  # needs Triton
+        from models.encoder.kernels import InputSizes, can_prepare_squares, prepare_squares  # needs Triton
 
+        if not can_prepare_squares():
+            return None
         sizes = InputSizes(*images.shape[-2:], *self.padded_size(images.shape[-2:]))
         dtype = autocast_dtype(images.device.type) or torch.float32
         return prepare_squares(images.contiguous(), self.settings, sizes, self.to_rgb, dtype)

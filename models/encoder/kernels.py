@@ -8,7 +8,8 @@ Backward pass of bias and ReLU: gradient and result of a convolution are read on
 written, and that is summed over the pixels for the bias. Partial sums are added up in a second step, in a fixed
 order.
 
-The stem's input: squares of 2x2 pixels as pixels of 16 channels, with the convolution's padding around them.
+The stem: squares of 2x2 pixels as pixels of 16 channels, with the convolution's padding around them; at inference the
+convolution over them, ReLU and pooling are one kernel.
 
 FPN: a bias is added, and a coarser level, in one pass each over a level where it lies; and a gradient of a level is
 summed up for the coarser one. PyTorch's operators, for which these are not contiguous, take two to four times as long.
@@ -34,10 +35,13 @@ _BLOCK = 1024  # pixels of the input
 _ROWS, _COLUMNS, _STEPS = 32, 64, 16  # of the backward pass
 _PIXELS = 32  # of pooling
 _SQUARES = 64
-_COLUMNS_OF_SQUARES = 64  # of the first convolution, per program
-_FINISHED = dict(rows=128, columns=64, num_warps=8, num_stages=2)  # pixels, and channels of the result at a time
+_PREPARED = 128  # squares per program
+_POOLED = dict(rows=16, block=32, stages=3, num_warps=4)  # of what the first convolution leaves, per program
+_FINISHED = 64  # channels of a block's result at a time
+_PROJECTED, _PASSED_ON = dict(rows=128, num_warps=8), dict(rows=64, num_warps=4)  # pixels per program
 _STORED = 4096  # values per program
-_FEW = 132  # programs that leave some of a GPU idle
+_FEW = 132  # programs; fewer leave some of an H100 idle
+_LARGE = dict(rows=64, columns=128, stages=3, num_warps=4)  # of the FPN's largest level, per program
 _LEVEL_PIXELS, _LEVEL_CHANNELS = 16, 256  # of levels of the FPN
 
 
@@ -139,23 +143,52 @@ def prepare_images(
 
 
 @triton.jit
+def _normalise(corner, settings_at, seen, width, plane, channel: tl.constexpr, to_rgb: tl.constexpr):
+    """One of twelve channels of squares; float32, zero where nothing is seen."""
+    colour: tl.constexpr = channel % 3
+    source: tl.constexpr = 2 - colour if to_rgb else colour
+    values = tl.load(corner + (source * plane + channel // 6 * width + channel // 3 % 2), mask=seen, other=0)
+    values = values.to(tl.float32)
+    deviation = tl.load(settings_at + 3 + colour) + tl.zeros_like(values)
+    return tl.where(seen, tl.div_rn(values - tl.load(settings_at + colour), deviation), 0.0)
+
+
+@triton.jit
 def _prepare_squares(
     images_at, settings_at, out_at, height, width, rows, columns, count, to_rgb: tl.constexpr, squares: tl.constexpr
 ):  # fmt: skip
     place = tl.program_id(0) * squares + tl.arange(0, squares)
-    channel = tl.arange(0, 16)
-    column, row, image = place % columns, place // columns % rows, place // columns // rows
-    y = 2 * (row[:, None] - 2) + channel[None, :] // 6
-    x = 2 * (column[:, None] - 2) + channel[None, :] // 3 % 2
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (channel < 12)[None, :] & (place < count)[:, None]
-    colour = channel % 3
-    plane = 2 - colour if to_rgb else colour
-    source = ((image.to(tl.int64)[:, None] * 3 + plane[None, :]) * height + y) * width + x
-    values = tl.load(images_at + source, mask=inside, other=0).to(tl.float32)
-    deviation = tl.load(settings_at + 3 + colour)[None, :] + tl.zeros([squares, 16], tl.float32)
-    values = tl.div_rn(values - tl.load(settings_at + colour)[None, :], deviation)
-    values = tl.where(inside, values, 0.0).to(out_at.dtype.element_ty)
-    tl.store(out_at + place.to(tl.int64)[:, None] * 16 + channel[None, :], values, mask=(place < count)[:, None])
+    image, plane = (place // columns // rows).to(tl.int64), height * width
+    y, x = 2 * (place // columns % rows - 2), 2 * (place % columns - 2)
+    corner = images_at + (image * (3 * plane) + y * width + x)
+    upper, lower = (y >= 0) & (y < height) & (place < count), (y >= -1) & (y < height - 1) & (place < count)
+    left, right = (x >= 0) & (x < width), (x >= -1) & (x < width - 1)
+    s00, s01, s10, s11 = upper & left, upper & right, lower & left, lower & right
+    v0 = _normalise(corner, settings_at, s00, width, plane, 0, to_rgb)
+    v1 = _normalise(corner, settings_at, s00, width, plane, 1, to_rgb)
+    v2 = _normalise(corner, settings_at, s00, width, plane, 2, to_rgb)
+    v3 = _normalise(corner, settings_at, s01, width, plane, 3, to_rgb)
+    v4 = _normalise(corner, settings_at, s01, width, plane, 4, to_rgb)
+    v5 = _normalise(corner, settings_at, s01, width, plane, 5, to_rgb)
+    v6 = _normalise(corner, settings_at, s10, width, plane, 6, to_rgb)
+    v7 = _normalise(corner, settings_at, s10, width, plane, 7, to_rgb)
+    v8 = _normalise(corner, settings_at, s10, width, plane, 8, to_rgb)
+    v9 = _normalise(corner, settings_at, s11, width, plane, 9, to_rgb)
+    v10 = _normalise(corner, settings_at, s11, width, plane, 10, to_rgb)
+    v11 = _normalise(corner, settings_at, s11, width, plane, 11, to_rgb)
+    zero = tl.zeros_like(v0)
+    even = tl.join(tl.join(tl.join(v0, v8), tl.join(v4, zero)), tl.join(tl.join(v2, v10), tl.join(v6, zero)))
+    odd = tl.join(tl.join(tl.join(v1, v9), tl.join(v5, zero)), tl.join(tl.join(v3, v11), tl.join(v7, zero)))
+    values = tl.reshape(
+        tl.join(even, odd), [squares, 16]
+    )  # by the channel's bits, of which the highest was joined first
+    out = out_at + place.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out, values.to(out_at.dtype.element_ty), mask=(place < count)[:, None])
+
+
+def can_prepare_squares() -> bool:
+    """Whether Triton has what :func:`prepare_squares` needs, as it does from 3.0 on."""
+    return hasattr(tl, 'join')
 
 
 def prepare_squares(images: Tensor, settings: Tensor, sizes: InputSizes, to_rgb: bool, dtype: torch.dtype) -> Tensor:
@@ -164,8 +197,8 @@ def prepare_squares(images: Tensor, settings: Tensor, sizes: InputSizes, to_rgb:
     out = torch.empty((len(images), rows, columns, 16), dtype=dtype, device=images.device)
     count = len(images) * rows * columns
     with torch.cuda.device_of(images):
-        _prepare_squares[(triton.cdiv(count, _SQUARES),)](
-            images, settings, out, sizes.height, sizes.width, rows, columns, count, to_rgb=to_rgb, squares=_SQUARES
+        _prepare_squares[(triton.cdiv(count, _PREPARED),)](
+            images, settings, out, sizes.height, sizes.width, rows, columns, count, to_rgb=to_rgb, squares=_PREPARED
         )
     return out.permute(0, 3, 1, 2)
 
@@ -219,66 +252,66 @@ def gather_squares(images: Tensor) -> Tensor:
 
 
 @triton.jit
-def _store_row(total, bias, out_at, place, channel, seen, channels):
-    values = tl.maximum(total + bias[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
-    out = out_at + place.to(tl.int64)[:, None] * channels + channel[None, :]
-    tl.store(out, values.to(out_at.dtype.element_ty), mask=seen[:, None])
+def _rectify(total, bias, seen, kind: tl.constexpr):
+    return tl.where(seen, tl.maximum(total + bias[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0).to(kind)
 
 
 @triton.jit
-def _convolve_squares(
-    squares_at, weight_at, bias_at, out_at, height, width, channels: tl.constexpr, block: tl.constexpr
+def _larger(values, others):
+    return tl.maximum(values, others, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _convolve_and_pool(
+    squares_at, weight_at, bias_at, out_at, height, width, out_height, out_width,
+    channels: tl.constexpr, rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * block + tl.arange(0, block)
-    first, image = tl.program_id(1) * 4, tl.program_id(2)
-    tap, channel = tl.arange(0, 64), tl.arange(0, channels)  # four squares of 16 channels side by side
-    weight = weight_at + channel[None, :] * 256 + tap[:, None]
+    kind = out_at.dtype.element_ty
+    image, top = tl.program_id(2), tl.program_id(1) * rows
+    left = tl.program_id(0) * (block - 1) - 1  # the first column is there for the odd one that its neighbour needs
+    place, tap, channel = tl.arange(0, 2 * block), tl.arange(0, 64), tl.arange(0, channels)
+    x = 2 * (left + place % block) + place // block  # even columns, then odd ones
+    weight = weight_at + channel[None, :] * 256 + tap[:, None]  # four squares of 16 channels side by side
     w0, w1, w2, w3 = tl.load(weight), tl.load(weight + 64), tl.load(weight + 128), tl.load(weight + 192)
-    line = (width + 3) * 16
-    start = squares_at + (image * (height + 3) + first).to(tl.int64) * line + column[:, None] * 16 + tap[None, :]
-    seen, left = column < width, height + 3 - first  # lines there are
-    known = seen[:, None]
-    values = tl.load(start, mask=known, other=0.0)
-    sum0 = tl.dot(values, w0)
-    values = tl.load(start + line, mask=known, other=0.0)
-    sum0 += tl.dot(values, w1)
-    sum1 = tl.dot(values, w0)
-    values = tl.load(start + 2 * line, mask=known, other=0.0)
-    sum0 += tl.dot(values, w2)
-    sum1 += tl.dot(values, w1)
-    sum2 = tl.dot(values, w0)
-    values = tl.load(start + 3 * line, mask=known, other=0.0)
-    sum0 += tl.dot(values, w3)
-    sum1 += tl.dot(values, w2)
-    sum2 += tl.dot(values, w1)
-    sum3 = tl.dot(values, w0)
-    values = tl.load(start + 4 * line, mask=known & (left > 4), other=0.0)
-    sum1 += tl.dot(values, w3)
-    sum2 += tl.dot(values, w2)
-    sum3 += tl.dot(values, w1)
-    values = tl.load(start + 5 * line, mask=known & (left > 5), other=0.0)
-    sum2 += tl.dot(values, w3)
-    sum3 += tl.dot(values, w2)
-    values = tl.load(start + 6 * line, mask=known & (left > 6), other=0.0)
-    sum3 += tl.dot(values, w3)
     bias = tl.load(bias_at + channel).to(tl.float32)
-    place = (image * height + first) * width + column
-    _store_row(sum0, bias, out_at, place, channel, seen, channels)
-    _store_row(sum1, bias, out_at, place + width, channel, seen & (left > 4), channels)
-    _store_row(sum2, bias, out_at, place + 2 * width, channel, seen & (left > 5), channels)
-    _store_row(sum3, bias, out_at, place + 3 * width, channel, seen & (left > 6), channels)
+    inside, line = ((x >= 0) & (x < width))[:, None], (width + 3) * 16
+    start = squares_at + (image * (height + 3)).to(tl.int64) * line + x[:, None] * 16 + tap[None, :]
+    zero = tl.zeros([2 * block, channels], tl.float32)
+    sum1, sum2, sum3, before = zero, zero, zero, zero.to(kind)  # results of the next three lines; the last one
+    column = left + tl.arange(0, block)
+    shown = ((tl.arange(0, block) > 0) & (column < out_width))[:, None]
+    previous = tl.maximum(tl.arange(0, block) - 1, 0)[:, None] + tl.zeros([block, channels], tl.int32)
+    for step in tl.range(0, rows + 2, num_stages=stages):
+        first = 2 * (top + step) - 1  # line of squares; four of them end a line of results, the lowest of these lines
+        values = tl.load(start + first * line, mask=inside & (first >= 0) & (first < height + 3), other=0.0)
+        done, sum1 = tl.dot(values, w3, sum1), tl.dot(values, w2, sum2)
+        sum2, sum3 = tl.dot(values, w1, sum3), tl.dot(values, w0)
+        upper = _rectify(done, bias, inside & (first >= 3) & (first < height + 3), kind)
+        values = tl.load(start + (first + 1) * line, mask=inside & (first + 1 < height + 3), other=0.0)
+        done, sum1 = tl.dot(values, w3, sum1), tl.dot(values, w2, sum2)
+        sum2, sum3 = tl.dot(values, w1, sum3), tl.dot(values, w0)
+        lower = _rectify(done, bias, inside & (first >= 2) & (first < height + 2), kind)
+        largest = _larger(_larger(upper, lower), before)
+        before = lower
+        even, odd = tl.split(tl.permute(tl.reshape(largest, [2, block, channels]), (1, 2, 0)))
+        largest = _larger(_larger(even, odd), tl.gather(odd, previous, 0))
+        row = top + step - 2
+        out = out_at + ((image * out_height + row) * out_width + column).to(tl.int64)[:, None] * channels
+        tl.store(out + channel[None, :], largest, mask=shown & (step >= 2) & (row < out_height))
 
 
-def can_convolve_squares(squares: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`convolve_squares` serves: in half precision, on GPUs whose tensor cores read shared memory."""
+def can_convolve_and_pool(squares: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`convolve_and_pool` serves: in half precision, on GPUs whose tensor cores read shared memory."""
     halves = squares.dtype in (torch.float16, torch.bfloat16) and len(weight) in (16, 32, 64)
-    return halves and torch.cuda.get_device_capability(squares.device)[0] == 9
+    is_recent = hasattr(tl, 'gather') and torch.cuda.get_device_capability(squares.device)[0] == 9
+    return halves and is_recent
 
 
-def convolve_squares(squares: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The stem's convolution over ``squares_of`` images, and ReLU; without gradients.
+def convolve_and_pool(squares: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The stem's convolution over ``squares_of`` images, ReLU and max pooling 3x3 with stride 2; without gradients.
 
-    Four lines of results read seven of squares, so that most of what is read comes once.
+    A program goes down some lines of its columns. A line of squares is read once, for the sums of four lines of
+    results, of which only what pooling leaves is written.
 
     Args:
         squares: float16 or bfloat16 [n, 16, H + 3, W + 3], channels last.
@@ -286,15 +319,16 @@ def convolve_squares(squares: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias: [C].
 
     Returns:
-        [n, C, H, W], channels last.
+        [n, C, ceil(H / 2), ceil(W / 2)], channels last.
     """
     count, _, height, width = squares.shape
     height, width, channels = height - 3, width - 3, len(weight)
-    out = torch.empty((count, height, width, channels), dtype=squares.dtype, device=squares.device)
-    grid = triton.cdiv(width, _COLUMNS_OF_SQUARES), triton.cdiv(height, 4), count
+    out_height, out_width = (height + 1) // 2, (width + 1) // 2
+    out = torch.empty((count, out_height, out_width, channels), dtype=squares.dtype, device=squares.device)
+    grid = triton.cdiv(out_width, _POOLED['block'] - 1), triton.cdiv(out_height, _POOLED['rows']), count
     with torch.cuda.device_of(squares):
-        _convolve_squares[grid](
-            squares, weight, bias, out, height, width, channels=channels, block=_COLUMNS_OF_SQUARES, num_warps=4
+        _convolve_and_pool[grid](
+            squares, weight, bias, out, height, width, out_height, out_width, channels=channels, **_POOLED
         )
     return out.permute(0, 3, 1, 2)
 
@@ -401,7 +435,7 @@ def _finish_block(
     row, column = number // width % height, number % width
     source = number // width // height * (source_height * source_width)
     source = (source + row * (stride * source_width) + column * stride).to(tl.int64)[:, None]
-    for first in range(0, wide, columns):
+    for first in tl.range(0, wide, columns, num_stages=2):
         at = first + tl.arange(0, columns)
         values = tl.dot(x, tl.load(expand_at + at[None, :] * depth + feature[:, None]))
         if projects:
@@ -419,7 +453,7 @@ def _finish_block(
 def can_finish(depth: int, wide: int, source_depth: int) -> bool:
     """Whether :func:`finish_block` has room for these numbers of channels; the last is 0 without a projection."""
     powers = all(n == 0 or n >= 16 and n & (n - 1) == 0 for n in (depth, source_depth))
-    return powers and max(depth, source_depth) <= _FINISHED['columns'] and wide % _FINISHED['columns'] == 0
+    return hasattr(tl, 'range') and powers and max(depth, source_depth) <= _FINISHED and wide % _FINISHED == 0
 
 
 def finish_block(x: Tensor, expand: Tensor, bias: Tensor, source: Tensor, project: Optional[Tensor]) -> Tensor:
@@ -437,8 +471,9 @@ def finish_block(x: Tensor, expand: Tensor, bias: Tensor, source: Tensor, projec
     count, depth, height, width = x.shape
     pixels, wide, source_depth = count * height * width, len(expand), source.shape[1]
     out = torch.empty((count, height, width, wide), dtype=x.dtype, device=x.device)
+    sizes = _PASSED_ON if project is None else _PROJECTED
     with torch.cuda.device_of(x):
-        _finish_block[(triton.cdiv(pixels, _FINISHED['rows']),)](
+        _finish_block[(triton.cdiv(pixels, sizes['rows']),)](
             x,
             expand.flatten(1).contiguous(),
             bias,
@@ -455,7 +490,8 @@ def finish_block(x: Tensor, expand: Tensor, bias: Tensor, source: Tensor, projec
             stride=-(-source.shape[3] // width),
             projects=project is not None,
             inner=min(64, source_depth),
-            **_FINISHED,
+            columns=_FINISHED,
+            **sizes,
         )
     return out.permute(0, 3, 1, 2)
 
@@ -463,7 +499,7 @@ def finish_block(x: Tensor, expand: Tensor, bias: Tensor, source: Tensor, projec
 @triton.jit
 def _merge_level(
     stage_at, weight_at, bias_at, coarse_at, out_at, pixels, height, width, depth, channels,
-    adds: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, inner: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, inner: tl.constexpr,
 ):  # fmt: skip
     pixel = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.program_id(1) * columns + tl.arange(0, columns)
@@ -479,49 +515,87 @@ def _merge_level(
         total += tl.dot(left, right)
     total += tl.load(bias_at + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
     inside = known[:, None] & (channel < channels)[None, :]
-    if adds:
-        image, row, column = pixel // width // height, pixel // width % height, pixel % width
-        nearest = (image * (height // 2) + row // 2) * (width // 2) + column // 2
-        places = nearest.to(tl.int64)[:, None] * channels + channel[None, :]
-        total += tl.load(coarse_at + places, mask=inside, other=0.0).to(tl.float32)
+    image, row, column = pixel // width // height, pixel // width % height, pixel % width
+    nearest = (image * (height // 2) + row // 2) * (width // 2) + column // 2
+    places = nearest.to(tl.int64)[:, None] * channels + channel[None, :]
+    total += tl.load(coarse_at + places, mask=inside, other=0.0).to(tl.float32)
     places = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
     tl.store(out_at + places, total.to(out_at.dtype.element_ty), mask=inside)
 
 
-def merge_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Optional[Tensor]) -> Tensor:
+@triton.jit
+def _merge_large_level(
+    stage_at, weight_at, bias_at, coarse_at, out_at, pixels, height, width, channels, programs,
+    depth: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, stages: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(1) * columns + tl.arange(0, columns)
+    feature, pair, own = tl.arange(0, depth), tl.arange(0, rows // 2), tl.arange(0, rows)
+    weight = tl.load(weight_at + channel[None, :] * depth + feature[:, None])
+    bias = tl.load(bias_at + channel).to(tl.float32)
+    picks = (own[:, None] // 2 == pair[None, :]).to(stage_at.dtype.element_ty)  # pixels of a pair share the one above
+    for tile in tl.range(tl.program_id(0), tl.cdiv(pixels, rows), programs, num_stages=stages):
+        pixel, first = tile * rows + own, tile * rows + 2 * pair
+        known = (pixel < pixels)[:, None]
+        values = tl.load(stage_at + pixel.to(tl.int64)[:, None] * depth + feature[None, :], mask=known, other=0.0)
+        image, row, column = first // width // height, first // width % height, first % width
+        nearest = ((image * (height // 2) + row // 2) * (width // 2) + column // 2).to(tl.int64)[:, None]
+        above = coarse_at + nearest * channels + channel[None, :]
+        total = tl.dot(picks, tl.load(above, mask=(first < pixels)[:, None], other=0.0), tl.dot(values, weight))
+        total += bias[None, :]
+        out = out_at + pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+        tl.store(out, total.to(out_at.dtype.element_ty), mask=known)
+
+
+def merge_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Tensor) -> Tensor:
     """1x1 convolution of a stage, plus bias, plus the level above enlarged by its nearest values.
 
     Args:
         stage: float16 or bfloat16 [n, C_in, H, W], channels last.
         weight: [C, C_in], contiguous, of the same type.
         bias: [C].
-        coarse: [n, C, H/2, W/2], channels last; None: there is none above.
+        coarse: [n, C, H/2, W/2], channels last.
 
     Returns:
         [n, C, H, W], channels last.
     """
     count, depth, height, width = stage.shape
     channels, pixels = len(weight), count * height * width
+    hopper = stage.is_cuda and torch.cuda.get_device_capability(stage.device)[0] == 9
+    if hopper and can_merge_large(pixels, depth, channels):
+        return merge_large_level(stage, weight, bias, coarse)
     out = torch.empty((count, height, width, channels), dtype=stage.dtype, device=stage.device)
-    sizes = dict(rows=64, columns=min(256, max(16, triton.next_power_of_2(channels))), inner=64, num_warps=4)
-    if triton.cdiv(pixels, sizes['rows']) < _FEW:
-        sizes.update(columns=min(64, sizes['columns']))
+    columns = max(16, triton.next_power_of_2(channels))
+    if not hopper:
+        sizes = dict(rows=64, columns=min(256, columns), num_warps=4, num_stages=2)
+    elif triton.cdiv(pixels, 128) < _FEW:
+        sizes = dict(rows=64, columns=min(128, columns), num_warps=4, num_stages=4)
+    else:
+        sizes = dict(rows=128, columns=min(256, columns), num_warps=8, num_stages=4)
     grid = triton.cdiv(pixels, sizes['rows']), triton.cdiv(channels, sizes['columns'])
     with torch.cuda.device_of(stage):
-        _merge_level[grid](
-            stage,
-            weight,
-            bias,
-            stage if coarse is None else coarse,
-            out,
-            pixels,
-            height,
-            width,
-            depth,
-            channels,
-            adds=coarse is not None,
-            num_stages=2,
-            **sizes,
+        _merge_level[grid](stage, weight, bias, coarse, out, pixels, height, width, depth, channels, inner=64, **sizes)
+    return out.permute(0, 3, 1, 2)
+
+
+def can_merge_large(pixels: int, depth: int, channels: int) -> bool:
+    """Whether :func:`merge_large_level` serves, on GPUs whose shared memory holds its part of the weights."""
+    many = pixels >= _FEW * _LARGE['rows'] and hasattr(tl, 'range')
+    return many and depth in (16, 32, 64, 128, 256) and channels % _LARGE['columns'] == 0
+
+
+def merge_large_level(stage: Tensor, weight: Tensor, bias: Tensor, coarse: Tensor) -> Tensor:
+    """:func:`merge_level` by programs that keep their part of the weights and go over the pixels.
+
+    Read for every few pixels, as there, the weights take longer than the pixels of a large level.
+    """
+    count, depth, height, width = stage.shape
+    channels, pixels = len(weight), count * height * width
+    out = torch.empty((count, height, width, channels), dtype=stage.dtype, device=stage.device)
+    parts = channels // _LARGE['columns']
+    programs = max(1, _FEW // parts)
+    with torch.cuda.device_of(stage):
+        _merge_large_level[(programs, parts)](
+            stage, weight, bias, coarse, out, pixels, height, width, channels, programs, depth=depth, **_LARGE
         )
     return out.permute(0, 3, 1, 2)
 

@@ -18,7 +18,7 @@ from lib.run.evaluation import predict, predict_in_order
 from lib.run.loading import to_device
 from lib.run.step import exchanging_gradients
 from models import build_model
-from models.cuda_graph import GraphedFunction, GraphedPass, Stage
+from models.cuda_graph import GraphedFunction, GraphedPass, GraphMemory, Stage
 from tools.synthetic import synthetic_batch, synthetic_meta
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
@@ -86,6 +86,41 @@ def test_plain_values_and_absent_tensors_are_part_of_the_key():
     assert len(graphed._graphs) == 4
 
 
+class ReplayedInPlace:
+    """In place of a captured graph, where there is no GPU: the work is done again on tensors of its own."""
+
+    def __init__(self, run, inputs, memory):
+        self.run, self.inputs = run, [None if t is None else t.clone() for t in inputs]
+        self.outputs = list(run(*self.inputs))
+
+    def replay(self, inputs):
+        for own, given in zip(self.inputs, inputs):
+            if own is not None:
+                own.copy_(given)
+        for old, new in zip(self.outputs, self.run(*self.inputs)):
+            old.copy_(new)
+        return self.outputs
+
+
+def imitate_replays(model, monkeypatch):
+    """On the CPU: captures are imitated, and frames written without kernels; gives how many each time."""
+    encoder, written = model.encoder, []
+
+    def write_maps(frames, slots, *maps):
+        written.append(len(frames))
+        for stored, level in zip(maps, encoder._encode(frames.flatten(0, 1).unsqueeze(0))):
+            stored[slots] = level[0].view((len(frames), -1) + level.shape[2:])
+        return ()
+
+    monkeypatch.setattr(cuda_graph, '_Captured', ReplayedInPlace)
+    monkeypatch.setattr(cuda_graph, '_captures_on', lambda device: True)
+    monkeypatch.setattr(encoder, 'can_replay', lambda img: True)
+    monkeypatch.setattr(encoder, '_can_write', lambda img: True)
+    monkeypatch.setattr(encoder, '_write_maps', write_maps)
+    monkeypatch.setattr(encoder._graphed_writing, 'function', write_maps)
+    return written
+
+
 @pytest.mark.parametrize('panoptic, history', [(True, 'cached'), (True, 'full'), (False, 'cached')])
 @pytest.mark.parametrize(
     'device, precision',
@@ -95,21 +130,25 @@ def test_plain_values_and_absent_tensors_are_part_of_the_key():
         pytest.param('cuda', torch.float16, marks=needs_cuda),
     ],
 )
-def test_predictions_are_equal_with_and_without_graphs(device, precision, panoptic, history):
-    """The same kernels in the same order: no tolerance. On the CPU the graphed functions are called as they are."""
-    task = small_task(panoptic=panoptic)
+def test_predictions_are_equal_with_and_without_graphs(device, precision, panoptic, history, monkeypatch):
+    """The same kernels in the same order: no tolerance. The second drive begins with several new frames."""
+    task = small_task(panoptic=panoptic, num_frames=3)
     model = small_model(task).to(device).eval()
     model.history = history
+    written = imitate_replays(model, monkeypatch) if device == 'cpu' else []
     results = {}
     for graphed in (False, True):
         model.cuda_graph = graphed
         model.reset_history()
         results[graphed] = []
-        for index in range(3):
+        for index in (0, 1, 1, 2, 9, 10):
             data = to_device(synthetic_batch(task, first_index=index), device)
             data['img_metas'] = [synthetic_meta(task, index)]
             with torch.autocast(device, dtype=precision) if precision else contextlib.nullcontext():
                 results[graphed].append(model(return_loss=False, **data)[0])
+    if device == 'cpu':
+        assert set(written) == {1 if history == 'cached' else task.num_frames}
+        assert len(model._replayed._graphs) == 2  # with new frames, and without
     for plain, replayed in zip(results[False], results[True]):
         assert plain.keys() == replayed.keys()
         for name in plain:
@@ -134,6 +173,47 @@ def test_a_prediction_is_the_same_where_the_next_one_has_begun(device, graphed, 
         assert one.keys() == right.keys()
         for name in one:
             np.testing.assert_array_equal(one[name], right[name])
+
+
+def test_frames_that_may_not_have_been_written_are_forgotten(monkeypatch):
+    task = small_task(num_frames=3)
+    model = small_model(task).eval()
+    imitate_replays(model, monkeypatch)
+    model.history, model.cuda_graph = 'cached', True
+    predict = model.pts_bbox_head.predict
+
+    def fail(features):
+        raise RuntimeError('out of memory')
+
+    for index, how in ((0, predict), (1, fail), (1, predict)):
+        monkeypatch.setattr(model.pts_bbox_head, 'predict', how)
+        data = dict(
+            synthetic_batch(task, first_index=index, with_labels=False), img_metas=[synthetic_meta(task, index)]
+        )
+        with pytest.raises(RuntimeError, match='out of memory') if how is fail else contextlib.nullcontext():
+            result = model(return_loss=False, **data)[0]
+        assert len(model.encoder.cache) == (0 if how is fail else 3)
+    model.cuda_graph = False
+    model.reset_history()
+    expected = model(return_loss=False, **data)[0]
+    assert all(np.array_equal(result[name], expected[name]) for name in expected)
+
+
+@needs_cuda
+def test_graphs_that_share_memory():
+    """Each is replayed in turn; what one had in between may lie where the other has it."""
+    memory = GraphMemory()
+    results = [
+        GraphedFunction(f, memory=memory, clones=False) for f in (lambda x: [(x * 2).exp() + 1], lambda x: [x - 1])
+    ]
+    for _ in range(3):
+        x = torch.randn(1000, device='cuda')
+        assert torch.equal(results[0](x)[0], (x * 2).exp() + 1) and torch.equal(results[1](x)[0], x - 1)
+    assert len(memory.graphs) == 2 and len({graph.graph.pool() for graph in memory.graphs}) == 1
+    for graphed in results:
+        graphed.clear()
+    assert memory.pool() is None and torch.equal(results[0](x)[0], (x * 2).exp() + 1)
+    assert not copy.deepcopy(memory).graphs
 
 
 # -- training: forward and backward pass

@@ -206,9 +206,14 @@ def test_attention(count, dtype):
 
 
 @runs
-@pytest.mark.parametrize('height, width, depth, channels', [(4, 6, 20, 24), (16, 24, 40, 64), (48, 96, 16, 20)])
-def test_levels_are_merged(height, width, depth, channels):
-    from models.encoder.kernels import merge_level
+@pytest.mark.parametrize(
+    'height, width, depth, channels', [(4, 6, 20, 24), (16, 24, 40, 64), (48, 96, 16, 20), (10, 14, 32, 256)]
+)
+def test_levels_are_merged(height, width, depth, channels, monkeypatch):
+    """The last one by programs, too, that go over the pixels."""
+    from models.encoder.kernels import merge_large_level, merge_level
+
+    monkeypatch.setattr('models.encoder.kernels._FEW', 4)
 
     layout = dict(memory_format=torch.channels_last)
     stage = random(2, depth, height, width, dtype=torch.float16).contiguous(**layout)
@@ -216,11 +221,11 @@ def test_levels_are_merged(height, width, depth, channels):
     weight, bias = random(channels, depth, dtype=torch.float16), random(channels)
     expected = torch.einsum('nkhw,ck->nchw', stage.double(), weight.double()) + bias.view(-1, 1, 1)
     tolerance = dict(rtol=2e-3, atol=2e-3)  # the result is rounded to float16
-    alone = merge_level(stage, weight, bias, None)
-    assert alone.is_contiguous(**layout)
-    torch.testing.assert_close(alone.double(), expected, **tolerance)
     expected += F.interpolate(coarse.double(), scale_factor=2, mode='nearest')
-    torch.testing.assert_close(merge_level(stage, weight, bias, coarse).double(), expected, **tolerance)
+    for merge in (merge_level, merge_large_level) if channels == 256 else (merge_level,):
+        ours = merge(stage, weight, bias, coarse)
+        assert ours.is_contiguous(**layout)
+        torch.testing.assert_close(ours.double(), expected, **tolerance)
 
 
 CHANNELS_LAST = dict(memory_format=torch.channels_last)
@@ -246,16 +251,20 @@ def test_attention_of_the_mask_queries():
 
 
 @runs
-@pytest.mark.parametrize('height, width', [(5, 70), (8, 3), (6, 64), (3, 8)])
-def test_the_first_convolution(height, width):
-    from models.encoder.kernels import convolve_squares
+@pytest.mark.parametrize('height, width', [(5, 260), (18, 3), (33, 64), (2, 8)])
+def test_the_first_convolution_and_its_pooling(height, width):
+    """In more programs than one, down and across; of odd sizes; NaN as in PyTorch."""
+    from models.encoder.kernels import convolve_and_pool
 
     layer, squares = random_layer(64, 16, 4), random(2, 16, height + 3, width + 3, dtype=torch.float16)
     squares = squares.contiguous(**CHANNELS_LAST)
-    ours = convolve_squares(squares, layer.weight, layer.bias)
+    squares[0, 3, height // 2, width // 2] = float('nan')
+    ours = convolve_and_pool(squares, layer.weight, layer.bias)
     assert ours.is_contiguous(**CHANNELS_LAST)
-    expected = convolve_relu(squares, layer.weight, layer.bias, ((1, 1), (0, 0), (1, 1), 1))
-    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-3)  # one rounding to float16
+    convolved = convolve_relu(squares, layer.weight, layer.bias, ((1, 1), (0, 0), (1, 1), 1))
+    expected = F.max_pool2d(convolved.float(), 3, 2, 1).half()
+    assert 0 < ours.isnan().sum() < ours.numel()
+    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-3, equal_nan=True)  # one rounding to float16
 
 
 @runs
@@ -317,7 +326,7 @@ def test_levels_are_stored():
 @runs
 @pytest.mark.parametrize('graphed', [False, True])
 def test_frames_are_written_where_they_are_stored(graphed, monkeypatch):
-    """By the kernels from the second on, and all at once where a graph of the head wants them in one place."""
+    """By the kernels from the second on, and all at once where a graph wants them in one place."""
     task = small_task(num_frames=3)
     model = small_model(task).eval().to(DEVICE)
     encoder, written = model.encoder, []
@@ -329,16 +338,18 @@ def test_frames_are_written_where_they_are_stored(graphed, monkeypatch):
     monkeypatch.setattr(encoder._graphed_writing, 'function', encoder._write_maps)
     drive = [to_device(small_batch(task, with_labels=False, first_index=index), DEVICE) for index in range(3)]
     expected = [encoder.encode(batch['img']) for batch in drive]
-    for batch, maps in zip(drive, expected):
-        given = [batch[name] for name in ('img', 'lidar2img', 'ego2lidar', 'img_metas')]
-        ours = encoder(*given, graphed=graphed).in_order(task.num_cameras).maps
-        for mine, other in zip(ours, maps):
+    metas = [batch['img_metas'] for batch in drive] + ([None] if graphed else [])  # the last without a history
+    for batch, maps, known_by in zip([*drive, drive[1]], [*expected, expected[1]], metas):
+        image, *matrices = [batch[name] for name in ('img', 'lidar2img', 'ego2lidar')]
+        if graphed:
+            with encoder.arriving(image, known_by) as arrival:
+                features = encoder.receive(arrival, *matrices)
+        else:
+            features = encoder(image, *matrices, known_by)
+        for mine, other in zip(features.in_order(task.num_cameras).maps, maps):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)  # other numbers of images at a time
-    assert written and set(written) == {1}
-    filled = encoder._fill(drive[1]['img'])
-    assert written[-1] == 3 and filled.slots == [0, 1, 2] and len(encoder.cache) == 0
-    for mine, other in zip(filled.maps, expected[1]):
-        torch.testing.assert_close(mine.flatten(0, 1), other[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(features.ego2img, matrices[0].float() @ matrices[1].float(), rtol=1e-4, atol=1e-4)
+    assert written == [1, 1] + [3] * graphed and len(encoder.cache) == (0 if graphed else 3)
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def test_the_stem_over_squares_is_the_stem(plain_operations, monkeypatch, height
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         ours = FusedResNet(net)._run_stem(images)
-        theirs = F.relu(net.bn1(net.conv1(images)))
+        theirs = net.maxpool(F.relu(net.bn1(net.conv1(images))))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert kernels.count((4, 4)) == calls
 
@@ -191,6 +191,29 @@ def test_precisions_do_not_push_each_other_out(plain_operations):
         fused(images)
     assert len(fused._kept) == 2 * len(kept)
     assert all(fused._kept[key] is value for key, value in kept.items())
+
+
+def test_weights_folded_in_place_are_held_once(plain_operations, monkeypatch):
+    """To the same bits; the modules by themselves compute the same but for rounding."""
+    net = make_resnet(50)
+    net.eval()
+    twin, images = copy.deepcopy(net), torch.randn(1, 3, 32, 32)
+    fused, before = FusedResNet(net), FusedResNet(twin)
+    fused.fold_in_place(torch.bfloat16)
+    assert net.conv1.weight.dtype == torch.float32  # on the CPU another computes
+    monkeypatch.setattr(fused, '_serves_on', lambda device: True)
+    with torch.no_grad():
+        before(images.bfloat16())
+        for _ in range(2):
+            fused.fold_in_place(torch.bfloat16)
+            ours = fused(images.bfloat16())
+            for conv, norm in fused._pairs:
+                weight, bias = fused._kept[conv, torch.bfloat16]
+                assert weight.data_ptr() == conv.weight.data_ptr() and norm.bias.dtype == torch.float32
+            for mine, other in zip(fused._kept.values(), before._kept.values()):
+                assert torch.equal(mine[0], other[0]) and torch.equal(mine[1], other[1])
+        for mine, other in zip(ours, net.float()(images)):
+            torch.testing.assert_close(mine.float(), other, rtol=0.1, atol=0.1)  # bfloat16 through fifty layers
 
 
 @needs_backward

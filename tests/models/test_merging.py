@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.head import merge_panoptic, merge_semantic
+from models.head import begin_splitting, join_arrays, merge_panoptic, merge_semantic
 
 CLASSES = 5
 THINGS = (0, 1)
@@ -107,3 +107,20 @@ def test_more_than_255_segments():
     mask_logits.fill_diagonal_(8.0)
     panoptic = merge_panoptic(class_logits, mask_logits, IS_THING, 0.3, 0.8, False)
     assert panoptic.instances.tolist() == list(range(1, 301))
+
+
+def test_arrays_leave_in_a_row_for_each_type():
+    """In their order, in memory that is not the rows'."""
+    arrays = [
+        torch.arange(21, dtype=torch.uint8).view(1, 7, 3),
+        torch.arange(-2, 5, dtype=torch.int16)[None],
+        torch.arange(50, 57, dtype=torch.uint8)[None],
+    ]
+    rows = join_arrays(arrays)
+    assert [row.dtype for row in rows] == [torch.uint8, torch.int16]
+    results = begin_splitting(rows, arrays)()
+    for row in rows:
+        row.zero_()
+    for result, array in zip(results, arrays):
+        np.testing.assert_array_equal(result, array.numpy())
+        assert result.dtype == array.numpy().dtype
