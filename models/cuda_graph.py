@@ -256,41 +256,39 @@ class _CapturedStage:
 
     Attributes:
         weights: stand-ins for its parameters.
-        begin: leaves that its backward pass ends at, beside the weights.
+        begins: what it is given.
         end: where its backward pass begins if another stage follows; None: it has none.
+        passed_back: gradients that the next stage found of what this one gave, if it has a backward pass.
         backward: its recorded backward pass.
     """
 
     def __init__(self, stage: Stage):
         self._function, self.weights = stage.function, _StandIns(stage)
-        self.begin: List[Tensor] = []
+        self.begins: List[Optional[Tensor]] = []
         self.end: Optional[Tensor] = None
+        self.passed_back: List[Optional[Tensor]] = []
         self.backward: Optional[_Recorded] = None
 
     def run(self, given: MaybeTensors) -> List[Optional[Tensor]]:
+        self.begins = list(given)
         with self.weights.in_place():
             return list(self._function(*given))
 
-    def cut(self, results: List[Optional[Tensor]], next_stage: '_CapturedStage') -> List[Optional[Tensor]]:
-        """What the next stage is given, from which gradients go no further but to where this one's pass begins."""
-        places = [i for i, t in enumerate(results) if t is not None and t.requires_grad]
-        if places:
-            wanted, grads = [results[i] for i in places], []
-            self.end = _End.apply(grads, *wanted)
-            next_stage.begin = [torch.zeros_like(self.end).requires_grad_()]
-            again = _Begin.apply(grads, *next_stage.begin, *(t.detach() for t in wanted))
-            for i, tensor in zip(places, again):
-                results[i] = tensor
-        return results
+    def cut(self, results: MaybeTensors) -> List[Optional[Tensor]]:
+        """What the next stage is given, through which no gradient flows by itself."""
+        wanted = [t for t in results if t is not None and t.requires_grad]
+        self.end = _End.apply(self.passed_back, *wanted) if wanted else None
+        return [t if t is None or not t.requires_grad else t.detach().requires_grad_() for t in results]
 
     def run_back(self, outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> List[Optional[Tensor]]:
-        """Gradients of the leaves that it begins with, and of its weights."""
+        """Gradients of what it was given, where these have any, and of its weights."""
+        wanted = [t for t in self.begins if t is not None and t.requires_grad] + self.weights.tensors
         with self.weights.in_place():  # some of the forward pass may be done again
-            return list(torch.autograd.grad(outputs, [*self.begin, *self.weights.tensors], grads, allow_unused=True))
+            return list(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
 
 
 class _End(torch.autograd.Function):
-    """Ends a stage in a number without meaning, and keeps none of its tensors; backward goes on with ``grads``."""
+    """Ends a stage in a number without meaning, and keeps none of its tensors; backward hands on their gradients."""
 
     @staticmethod
     def forward(ctx, grads: List[Optional[Tensor]], *tensors: Tensor):
@@ -303,22 +301,6 @@ class _End(torch.autograd.Function):
         grads = tuple(ctx.grads)
         ctx.grads.clear()
         return (None, *grads)
-
-
-class _Begin(torch.autograd.Function):
-    """Begins a stage with a number without meaning, and keeps none of its tensors; backward notes ``grads``."""
-
-    @staticmethod
-    def forward(ctx, grads: List[Optional[Tensor]], number: Tensor, *tensors: Tensor):
-        ctx.grads = grads
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        ctx.grads.extend(grads)
-        return (None,) * (2 + len(grads))
 
 
 class _CapturedPass:
@@ -345,25 +327,24 @@ class _CapturedPass:
             self._grad_outputs = []
             self._forget()
         self._forward = record(self._run, pool)
-        self._forward.results = [None if t is None else t.detach() for t in self._forward.results]
         self._grad_outputs = _zeros_for(self._results)
         for i in self._backwards():
             self.stages[i].backward = record(functools.partial(self._run_back, i), pool)
         self._forget()
+        self._forward.results = [None if t is None else t.detach() for t in self._forward.results]
 
     def _forget(self) -> None:
         """Let go of what autograd recorded, its nodes and its tensors, also of what only the collector finds: the first
         use of PyTorch's checkpointing leaves its inputs, gigabytes, to it."""
         self._results = []
         for stage in self.stages:
-            stage.begin, stage.end = [], None
+            stage.begins, stage.end = [], None
         gc.collect()
 
     def _run(self) -> List[Optional[Tensor]]:
-        self.stages[0].begin = [t for t in self.inputs if t is not None and t.requires_grad]
         tensors = self.inputs
-        for stage, next_stage in zip(self.stages, self.stages[1:]):
-            tensors = stage.cut(stage.run(tensors), next_stage)
+        for stage in self.stages[:-1]:
+            tensors = stage.cut(stage.run(tensors))
         self._results = self.stages[-1].run(tensors)
         return self._results
 
@@ -378,12 +359,15 @@ class _CapturedPass:
         if i == len(self.stages) - 1:
             outputs = [t for t in self._results if t is not None and t.requires_grad]
             grads = [t for t in self._grad_outputs if t is not None]
-            self._results = []  # what autograd recorded of the stage is to be free when its pass is over
         else:
             outputs, grads = [stage.end], [torch.zeros_like(stage.end)]
-            stage.end = None
         found = stage.run_back(outputs, grads)
-        return found[len(stage.begin) :] if i else found
+        if i:
+            count = len(found) - len(stage.weights.tensors)
+            self.stages[i - 1].passed_back[:] = found[:count]
+            stage.begins = []  # nobody needs them any more
+            return found[count:]
+        return found
 
     def replay(self, inputs: MaybeTensors) -> List[Optional[Tensor]]:
         for own, tensor in zip(self.inputs, inputs):

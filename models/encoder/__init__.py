@@ -265,13 +265,12 @@ class ImageEncoder:
         return self.image_input(img.flatten(0, 1), samples=img.shape[0])
 
     def features_of(self, images: Tensor, lidar2img: Tensor, ego2lidar: Tensor) -> ImageFeatures:
-        """Features, in a graph of training, of images that are prepared; matrices as ``SparseOcc.forward`` takes them.
+        """Features, in training, of images that are prepared; matrices as ``SparseOcc.forward`` takes them.
 
-        For :meth:`with_gradient_sum`. Where memory is saved, few images are encoded at a time, since in a graph more
-        kernels cost nothing to launch, and the graph holds what the pass takes at its peak.
+        For :meth:`with_gradient_sum`.
         """
-        maps = self._maps_of(images, lidar2img.shape[0], few=self._saves_memory)
-        return ImageFeatures(maps, _multiply(lidar2img, ego2lidar), tuple(images.shape[-2:]))
+        ego2img = _multiply(lidar2img, ego2lidar)
+        return ImageFeatures(self._maps_of(images, lidar2img.shape[0]), ego2img, tuple(images.shape[-2:]))
 
     def with_gradient_sum(self, features: ImageFeatures) -> ImageFeatures:
         """The same, with a sum of gradients where they have any."""
@@ -287,9 +286,9 @@ class ImageEncoder:
     def _encode(self, img: Tensor) -> List[Tensor]:
         return self._maps_of(self.image_input(img.flatten(0, 1), samples=img.shape[0]), img.shape[0])
 
-    def _maps_of(self, images: Tensor, batch: int, few: bool = False) -> List[Tensor]:
-        """images [B*n, 3, H', W'], prepared -> L feature maps [B, n, H_l, W_l, C]; few: see ``pieces_of``."""
-        pieces = [images] if self._fused_backbone is None else self._fused_backbone.pieces_of(images, few)
+    def _maps_of(self, images: Tensor, batch: int) -> List[Tensor]:
+        """images [B*n, 3, H', W'], prepared -> L feature maps [B, n, H_l, W_l, C]."""
+        pieces = [images] if self._fused_backbone is None else self._fused_backbone.pieces_of(images)
         del images
         of_pieces = [self._levels_of(pieces.pop(0)) for _ in range(len(pieces))]
         maps = of_pieces[0] if len(of_pieces) == 1 else [torch.cat(levels) for levels in zip(*of_pieces)]

@@ -35,8 +35,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The largest maps, after the stem and in the first stage, hold 16 / 3 times the values of the images, and
 # cuDNN's fused calls count in 32 bits.
 _MOST_VALUES = 2**31 * 3 // 16
-# Of images at a time where little memory is to be taken: more make a GPU hardly faster.
-_FEW_VALUES = 2**26
 
 
 class _Geometry(NamedTuple):
@@ -193,14 +191,9 @@ class FusedResNet:
         torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
         return tuple(stages)
 
-    def pieces_of(self, images: Tensor, few: bool = False) -> List[Tensor]:
-        """Images [n, 3, H, W] in as few pieces of about one size as can be encoded here; whole where none can.
-
-        Args:
-            few: at a time, which takes less memory and as many more kernels to launch.
-        """
-        values = min(_FEW_VALUES, _MOST_VALUES) if few else _MOST_VALUES
-        most = max(1, (values - 1) // images[0].numel())
+    def pieces_of(self, images: Tensor) -> List[Tensor]:
+        """Images [n, 3, H, W] in as few pieces of about one size as can be encoded here; whole where none can."""
+        most = max(1, (_MOST_VALUES - 1) // images[0].numel())
         pieces = list(images.tensor_split(-(-len(images) // most)))
         return pieces if self.serves(pieces[0]) else [images]
 

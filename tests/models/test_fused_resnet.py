@@ -360,26 +360,19 @@ def test_cuda_losses_are_those_of_the_model_with_its_modules():
 
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_cuda)])
-@pytest.mark.parametrize('limit', ['_MOST_VALUES', '_FEW_VALUES'])
-def test_more_images_than_cudnn_counts_are_encoded_in_pieces(device, limit, request, monkeypatch):
-    """Twelve where five fit: three pieces, and maps and gradients of all (other orders of sums; TF32 on a GPU). The
-    same in a graph where memory is saved."""
+def test_more_images_than_cudnn_counts_are_encoded_in_pieces(device, request, monkeypatch):
+    """Twelve where five fit: three pieces, and maps and gradients of all (other orders of sums; TF32 on a GPU)."""
     if device == 'cpu':
         request.getfixturevalue('plain_operations')
         monkeypatch.setattr(FusedResNet, 'serves', lambda self, images: images.numel() < fused._MOST_VALUES)
     model = small_model(small_task()).to(device)
-    model.img_backbone.with_cp = limit == '_FEW_VALUES'
     img = small_batch(model.task, 2)['img'].to(device)
     call, sizes, results = FusedResNet.__call__, [], []
     monkeypatch.setattr(FusedResNet, '__call__', lambda self, x: sizes.append(len(x)) or call(self, x))
-    for most in (getattr(fused, limit), 3 * 64 * 96 * 5 + 1):
-        monkeypatch.setattr(fused, limit, most)
+    for most in (fused._MOST_VALUES, 3 * 64 * 96 * 5 + 1):
+        monkeypatch.setattr(fused, '_MOST_VALUES', most)
         model.zero_grad()
-        matrices = torch.eye(4, device=device).expand(2, 6, 4, 4)
-        if limit == '_MOST_VALUES':
-            maps = model.encoder.encode(img)
-        else:
-            maps = model.encoder.features_of(model.encoder.prepare(img), matrices, matrices).maps
+        maps = model.encoder.encode(img)
         weights = [torch.linspace(-1, 1, level.numel(), device=device).view_as(level) for level in maps]
         sum((level * weight).sum() for level, weight in zip(maps, weights)).backward()
         learnt = model.img_backbone.conv1.weight, model.img_neck.fpn_convs[0].conv.weight
