@@ -50,15 +50,21 @@ class _Captured:
         memory.graphs.add(self)
 
     def replay(self, inputs: MaybeTensors) -> List[Optional[Tensor]]:
-        for static, tensor in zip(self.inputs, inputs):
-            if static is not None:
-                static.copy_(tensor)
+        _copy_all(*zip(*[pair for pair in zip(self.inputs, inputs) if pair[0] is not None]))
         self.graph.replay()
         return self.outputs
 
 
 def _captures_on(device: torch.device) -> bool:
     return device.type == 'cuda'
+
+
+def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    if hasattr(torch, '_foreach_copy_'):  # PyTorch 2.1 and later: one call
+        torch._foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources):
+        target.copy_(source)
 
 
 class GraphMemory:
@@ -142,9 +148,9 @@ class GraphedFunction:
             return list(self.function(*fixed, *inputs, *in_place))
         addresses = tuple(tensor.data_ptr() for tensor in in_place)
         key = (autocast_dtype('cuda'), fixed, _describe(inputs), _describe(in_place), addresses)
-        looks_later = self.last_state is not None and self.last_state() == self._captured_in
-        if looks_later and key in self._graphs:
-            results = self._replay(key, inputs)
+        known = self._graphs.get(key)
+        if known is not None and self.last_state is not None and self.last_state() == self._captured_in:
+            results = self._replay(known[0], inputs)
             if self.state() == self._captured_in:
                 return results
         state = None if self.state is None else self.state()
@@ -156,10 +162,10 @@ class GraphedFunction:
                 self._graphs.pop(next(iter(self._graphs)))
             # the tensors in place are kept, so that their memory is not given to others
             self._graphs[key] = self._capture(inputs, fixed, in_place), list(in_place)
-        return self._replay(key, inputs)
+        return self._replay(self._graphs[key][0], inputs)
 
-    def _replay(self, key: Hashable, inputs: MaybeTensors) -> List[Optional[Tensor]]:
-        results = self._graphs[key][0].replay(inputs)
+    def _replay(self, captured: _Captured, inputs: MaybeTensors) -> List[Optional[Tensor]]:
+        results = captured.replay(inputs)
         return [None if tensor is None else tensor.clone() for tensor in results] if self.clones else results
 
     def _capture(self, inputs: MaybeTensors, fixed: Tuple, in_place: Sequence[Tensor]) -> _Captured:

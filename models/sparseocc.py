@@ -164,12 +164,10 @@ class SparseOcc(MadeOfWeights):
 
     def _begin_replayed(self, img, lidar2img, ego2lidar, img_metas) -> Callable[[], Dict[str, np.ndarray]]:
         """The prediction of one sample, the encoder of its new frames and the head being one CUDA graph."""
-        known_by = img_metas if self.history == 'cached' else None
-        # where time is short, not memory
-        self.pts_bbox_head.transformer.voxel_decoder.keeps_matrices = not self.keeps_frames
-        with self.encoder.arriving(img, known_by) as (maps, frames, places, image_size):
-            inputs = places, lidar2img, ego2lidar, frames
-            results = self._replayed(*inputs, fixed=(image_size,), in_place=maps)
+        keeps_frames = self.keeps_frames
+        with self.encoder.arriving(img, img_metas if keeps_frames else None) as (maps, frames, places, image_size):
+            inputs, fixed = (places, lidar2img, ego2lidar, frames), (image_size, not keeps_frames)
+            results = self._replayed(*inputs, fixed=fixed, in_place=maps)
         names = self._names
         finish = begin_splitting(results[: -len(names)], results[-len(names) :])
         return lambda: dict(zip(names, finish()))
@@ -177,6 +175,7 @@ class SparseOcc(MadeOfWeights):
     def _predict_arrays(
         self,
         image_size: Tuple[int, int],
+        keeps_matrices: bool,
         places: Tensor,
         lidar2img: Tensor,
         ego2lidar: Tensor,
@@ -187,7 +186,9 @@ class SparseOcc(MadeOfWeights):
 
         Args:
             image_size, places, frames, maps: an ``Arrival``.
+            keeps_matrices: see ``SparseVoxelDecoder``; where all frames are encoded time is short, not memory.
         """
+        self.pts_bbox_head.transformer.voxel_decoder.keeps_matrices = keeps_matrices
         features = self.encoder.receive(Arrival(maps, frames, places, image_size), lidar2img, ego2lidar)
         arrays = self.pts_bbox_head.predict(features)[0].arrays(self._index_type)
         self._names = list(arrays)

@@ -78,7 +78,7 @@ class FeatureCache:
         Raises:
             ValueError: more different keys than the store has room for, or maps that differ among these keys.
         """
-        if len(set(keys)) > self.capacity:
+        if len(keys) > self.capacity and len(set(keys)) > self.capacity:
             raise ValueError(f'{len(set(keys))} different frames do not fit into a cache of {self.capacity}')
         for key in keys:
             if key in self._slots:
@@ -86,10 +86,11 @@ class FeatureCache:
         for t, key in enumerate(keys):
             if key not in self._slots:
                 self._store(key, t, encode, write)
-        if any(key not in self._slots for key in keys):
+        try:
+            return StoredFrames(self._maps, [self._slots[key] for key in keys])
+        except KeyError:
             self.clear()
-            raise ValueError('the frames of one sample have maps of different sizes, types or devices')
-        return StoredFrames(self._maps, [self._slots[key] for key in keys])
+            raise ValueError('the frames of one sample have maps of different sizes, types or devices') from None
 
     def overwrite(self, encode: Callable[[], Maps], write: Callable[[Maps], bool]) -> Maps:
         """The stored maps, filled with those of one sample, frame t in slot t; what was stored before is forgotten.

@@ -29,6 +29,21 @@ def test_tensors_on_the_cpu_call_the_function():
     assert double(torch.ones(3))[0].tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_cuda)])
+def test_inputs_of_several_types_are_copied(device, monkeypatch):
+    sources = [
+        torch.arange(6, device=device).view(2, 3).t(),
+        torch.rand(4, device=device),
+        torch.ones(3, device=device),
+    ]
+    sources[2] = sources[2].byte()
+    for _ in range(2):
+        targets = [torch.zeros_like(source) for source in sources]
+        cuda_graph._copy_all(targets, sources)
+        assert all(map(torch.equal, targets, sources))
+        monkeypatch.delattr(torch, '_foreach_copy_', raising=False)  # as before PyTorch 2.1
+
+
 @needs_cuda
 def test_a_replay_sees_new_inputs_and_new_weights():
     layer = torch.nn.Linear(4, 4).cuda()
