@@ -454,3 +454,21 @@ def test_modules_run_without_triton_and_with_gradients(monkeypatch):
         assert fused.kernels_for(values.cuda().double()) is None
         with torch.enable_grad():
             assert fused.kernels_for(values.cuda()) is None
+
+
+@runs
+def test_kept_matrices_of_the_first_mixing_change_no_bit(monkeypatch):
+    from models.decoders import kernels
+
+    task = small_task()
+    model = small_model(task).eval().to(DEVICE)
+    batch = to_device(small_batch(task, with_labels=False), DEVICE)
+    for module in (layers, mask_decoder, sparse_voxel_decoder, head):
+        monkeypatch.setattr(module, 'kernels_for', lambda values: kernels)
+    decoder, results = model.pts_bbox_head.transformer.voxel_decoder, []
+    for decoder.keeps_matrices in (False, True):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            results.append(model.predict_raw(batch['img'], batch['lidar2img'], batch['ego2lidar']).output)
+    assert [made.matrices is not None for made in decoder._placed.kept.values()] == [False, True]
+    for one, other in zip(results[0].stages, results[1].stages):
+        assert torch.equal(one.features, other.features) and torch.equal(one.coords, other.coords)
