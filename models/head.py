@@ -245,6 +245,11 @@ class SparseOccHead(BaseModule):
         self.loss_mask2former = build_part(terms.pop('loss_mask2former'), LOSSES, f'{where}.loss_mask2former', task)
         self.voxel_losses = VoxelLosses(task, self.transformer.voxel_decoder.scoring, terms, where)
 
+    @property
+    def index_type(self) -> torch.dtype:
+        """Of the voxel indices in predictions."""
+        return torch.uint8 if max(self.task.grid_shape) <= 256 else torch.int16
+
     def forward(self, features: ImageFeatures) -> TransformerOutput:
         """Predictions of every stage and layer."""
         return self.transformer(features)

@@ -3,7 +3,7 @@
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n; X, Y, Z the grid.
 """
 
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from lib.targets import OccupancyTargets
 from lib.task import Task
 from models import builder
 from models.csrc import describe_operators
-from models.cuda_graph import GraphedFunction, GraphMemory, MadeOfWeights
-from models.encoder import Arrival, ImageEncoder, ImageFeatures
+from models.cuda_graph import GraphMemory, MadeOfWeights
+from models.encoder import ImageEncoder, ImageFeatures
 from models.encoder.image_input import ImageInput
-from models.graphed_training import GraphedTraining
-from models.head import RawPrediction, begin_reading, begin_splitting, join_arrays
+from models.graphed_steps import GraphedPrediction, GraphedTraining
+from models.head import RawPrediction, begin_reading
 from models.losses import BEGINNING, TrainingPass, build_auxiliary_losses, check_targets
 
 _HEAD = 'model.pts_bbox_head'
@@ -81,11 +81,9 @@ class SparseOcc(MadeOfWeights):
         self.auxiliary_losses = tuple(auxiliary.values())
         parts, memory = (self.image_input, self.img_backbone, self.img_neck), GraphMemory()
         self.encoder = ImageEncoder(*parts, self.task.num_frames, self.task.num_cameras, fuse_backbone, memory)
-        versions = self._version, self._last_version
-        self._replayed = GraphedFunction(self._predict_arrays, 4, *versions, memory, clones=False)
-        self._names: List[str] = []  # of the arrays that it gives
         self._neck_cfg = dict(img_neck)
         self._graphed = GraphedTraining(self.encoder, self.pts_bbox_head, self.img_backbone, self.img_neck)
+        self._replayed = GraphedPrediction(self.encoder, self.pts_bbox_head, memory)
 
     def check_parts(self):
         """Raise ConfigError unless backbone, neck and head fit together; leaves the former in evaluation mode."""
@@ -156,53 +154,11 @@ class SparseOcc(MadeOfWeights):
 
     def _begin(self, img, lidar2img, ego2lidar, img_metas) -> Callable[[], List[Dict[str, np.ndarray]]]:
         if self.cuda_graph and self.encoder.can_replay(img):
-            begun = [self._begin_replayed(img, lidar2img, ego2lidar, img_metas)]
+            begun = [self._replayed(img, lidar2img, ego2lidar, img_metas, self.keeps_frames)]
         else:
             merged = self.pts_bbox_head.predict(self._features(img, lidar2img, ego2lidar, img_metas))
-            begun = [begin_reading(sample.arrays(self._index_type)) for sample in merged]
+            begun = [begin_reading(sample.arrays(self.pts_bbox_head.index_type)) for sample in merged]
         return lambda: [finish() for finish in begun]
-
-    def _begin_replayed(self, img, lidar2img, ego2lidar, img_metas) -> Callable[[], Dict[str, np.ndarray]]:
-        """The prediction of one sample, the encoder of its new frames and the head being one CUDA graph."""
-        keeps_frames = self.keeps_frames
-        with self.encoder.arriving(img, img_metas if keeps_frames else None) as (maps, frames, places, image_size):
-            inputs, fixed = (places, lidar2img, ego2lidar, frames), (image_size, not keeps_frames)
-            results = self._replayed(*inputs, fixed=fixed, in_place=maps)
-        names = self._names
-        finish = begin_splitting(results[: -len(names)], results[-len(names) :])
-        return lambda: dict(zip(names, finish()))
-
-    def _predict_arrays(
-        self,
-        image_size: Tuple[int, int],
-        keeps_matrices: bool,
-        places: Tensor,
-        lidar2img: Tensor,
-        ego2lidar: Tensor,
-        frames: Optional[Tensor],
-        *maps: Tensor,
-    ) -> List[Tensor]:
-        """``join_arrays`` of a sample's arrays, then these, by tensors alone, for graphs; their names are noted.
-
-        Args:
-            image_size, places, frames, maps: an ``Arrival``.
-            keeps_matrices: see ``SparseVoxelDecoder``; where all frames are encoded time is short, not memory.
-        """
-        self.pts_bbox_head.transformer.voxel_decoder.keeps_matrices = keeps_matrices
-        features = self.encoder.receive(Arrival(maps, frames, places, image_size), lidar2img, ego2lidar)
-        arrays = self.pts_bbox_head.predict(features)[0].arrays(self._index_type)
-        self._names = list(arrays)
-        return [*join_arrays(list(arrays.values())), *arrays.values()]
-
-    @property
-    def _index_type(self) -> torch.dtype:
-        return torch.uint8 if max(self.task.grid_shape) <= 256 else torch.int16
-
-    def _version(self) -> Tuple:
-        return self.encoder.version(), self.pts_bbox_head.transformer.version()
-
-    def _last_version(self) -> Tuple:
-        return self.encoder.last_version(), self.pts_bbox_head.transformer.last_version()
 
     def predict_raw(
         self, img: Tensor, lidar2img: Tensor, ego2lidar: Tensor, img_metas: Optional[Sequence[Mapping]] = None
@@ -216,8 +172,7 @@ class SparseOcc(MadeOfWeights):
 
     def _features(self, img, lidar2img, ego2lidar, img_metas) -> ImageFeatures:
         """What to predict from, with the history that the config asks for."""
-        known_by = img_metas if self.history == 'cached' else None
-        return self.encoder(img, lidar2img, ego2lidar, known_by)
+        return self.encoder(img, lidar2img, ego2lidar, img_metas if self.keeps_frames else None)
 
     @property
     def keeps_frames(self) -> bool:

@@ -163,7 +163,7 @@ def test_predictions_are_equal_with_and_without_graphs(device, precision, panopt
                 results[graphed].append(model(return_loss=False, **data)[0])
     if device == 'cpu':
         assert set(written) == {1 if history == 'cached' else task.num_frames}
-        assert len(model._replayed._graphs) == 2  # with new frames, and without
+        assert len(model._replayed.replayed._graphs) == 2  # with new frames, and without
     for plain, replayed in zip(results[False], results[True]):
         assert plain.keys() == replayed.keys()
         for name in plain:
@@ -262,7 +262,7 @@ class DoneAgain:
 @pytest.fixture
 def without_a_gpu(monkeypatch):
     monkeypatch.setattr(cuda_graph, '_Recorded', DoneAgain)
-    for module in ('models.cuda_graph', 'models.graphed_training'):
+    for module in ('models.cuda_graph', 'models.graphed_steps'):
         monkeypatch.setattr(f'{module}.can_capture', lambda device: True)
 
 

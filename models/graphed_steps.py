@@ -1,20 +1,21 @@
-"""A training step of the detector as CUDA graphs, up to its losses on voxels.
+"""Steps of the detector as CUDA graphs: of training, up to the losses on voxels, and of inference, at batch 1.
 
 Shapes: B batch, T frames newest first, N cameras, image index t*N + n.
 """
 
-from typing import Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lib.dist import counting_shares, world_size
 from lib.targets import OccupancyTargets
-from models.cuda_graph import GraphedPass, Stage, can_capture
+from models.cuda_graph import GraphedFunction, GraphedPass, GraphMemory, Stage, can_capture
 from models.decoders import TransformerOutput
 from models.decoders.draws import GivenDraws
-from models.encoder import ImageEncoder, ImageFeatures
-from models.head import SparseOccHead
+from models.encoder import Arrival, ImageEncoder, ImageFeatures
+from models.head import SparseOccHead, begin_splitting, join_arrays
 
 
 class GraphedTraining:
@@ -85,3 +86,71 @@ class GraphedTraining:
             losses = self._head.terms_on_voxels(output.stages, targets, of_graphs=True)
         self._names = list(losses)
         return [*losses.values(), *output.for_losses()]
+
+
+class GraphedPrediction:
+    """The prediction of one sample, the encoder of its new frames and the head being one CUDA graph.
+
+    Args:
+        encoder: images to features; it can replay the images that are given.
+        head: features to predictions.
+        memory: of graphs that are never replayed at the same time.
+    """
+
+    def __init__(self, encoder: ImageEncoder, head: SparseOccHead, memory: GraphMemory):
+        self._encoder, self._head = encoder, head
+        self._names: List[str] = []  # of the prediction's arrays
+        self.replayed = GraphedFunction(self._arrays, 4, self._version, self._last_version, memory, clones=False)
+
+    def __call__(
+        self,
+        img: Tensor,
+        lidar2img: Tensor,
+        ego2lidar: Tensor,
+        img_metas: Optional[Sequence[Mapping]],
+        keeps_frames: bool,
+    ) -> Callable[[], Dict[str, np.ndarray]]:
+        """Begin; what is given back waits for the arrays, and gives them by name.
+
+        Args:
+            img, lidar2img, ego2lidar, img_metas: of one sample, see ``SparseOcc.forward``.
+            keeps_frames: earlier frames are known by ``img_metas``; otherwise all are encoded.
+        """
+        with self._encoder.arriving(img, img_metas if keeps_frames else None) as (maps, frames, places, image_size):
+            inputs, fixed = (places, lidar2img, ego2lidar, frames), (image_size, not keeps_frames)
+            results = self.replayed(*inputs, fixed=fixed, in_place=maps)
+        names = self._names
+        finish = begin_splitting(results[: -len(names)], results[-len(names) :])
+        return lambda: dict(zip(names, finish()))
+
+    def clear(self) -> None:
+        """Drop the graphs."""
+        self.replayed.clear()
+
+    def _arrays(
+        self,
+        image_size: Tuple[int, int],
+        keeps_matrices: bool,
+        places: Tensor,
+        lidar2img: Tensor,
+        ego2lidar: Tensor,
+        frames: Optional[Tensor],
+        *maps: Tensor,
+    ) -> List[Tensor]:
+        """``join_arrays`` of the sample's arrays, then these, by tensors alone, for graphs; their names are noted.
+
+        Args:
+            image_size, places, frames, maps: an ``Arrival``.
+            keeps_matrices: see ``SparseVoxelDecoder``; where all frames are encoded time is short, not memory.
+        """
+        self._head.transformer.voxel_decoder.keeps_matrices = keeps_matrices
+        features = self._encoder.receive(Arrival(maps, frames, places, image_size), lidar2img, ego2lidar)
+        arrays = self._head.predict(features)[0].arrays(self._head.index_type)
+        self._names = list(arrays)
+        return [*join_arrays(list(arrays.values())), *arrays.values()]
+
+    def _version(self) -> Tuple:
+        return self._encoder.version(), self._head.transformer.version()
+
+    def _last_version(self) -> Tuple:
+        return self._encoder.last_version(), self._head.transformer.last_version()
