@@ -77,8 +77,10 @@ def finish_in_order(begun: Iterable[Callable[[], Any]], device: torch.device) ->
     while last is not None:
         try:
             coming = next(begun, None)
-        finally:  # what is ready is given before an error of the next one
+        except Exception:  # what is ready is given before an error of the next one
             yield last()
+            raise
+        yield last()
         last = coming
 
 

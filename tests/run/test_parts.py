@@ -79,6 +79,20 @@ def test_what_has_begun_before_an_error_arrives(device):
         next(results)
 
 
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_an_interrupt_waits_for_nothing(device):
+    def begun():
+        yield lambda: 0
+        yield lambda: 1
+        raise KeyboardInterrupt
+
+    found = []
+    with pytest.raises(KeyboardInterrupt):
+        for _, result in zip(range(3), finish_in_order(begun(), torch.device(device))):
+            found.append(result)
+    assert found == ([0, 1] if device == 'cpu' else [0])
+
+
 @pytest.mark.parametrize('seconds, text', [(0, '0:00:00'), (59.6, '0:01:00'), (3661, '1:01:01'), (90000, '1d 1:00:00')])
 def test_duration(seconds, text):
     assert duration(seconds) == text
