@@ -14,7 +14,7 @@ from small_model import small_batch, small_config, small_model, small_task
 import models.cuda_graph as cuda_graph
 from lib.dist import counting_shares, shared_draws
 from lib.errors import ConfigError
-from lib.run.evaluation import predict, predict_in_order
+from lib.run.evaluation import begin, finish_in_order, predict
 from lib.run.loading import to_device
 from lib.run.step import exchanging_gradients
 from models import build_model
@@ -182,7 +182,8 @@ def test_a_prediction_is_the_same_where_the_next_one_has_begun(device, graphed, 
     expected = [predict(model, batch, torch.device(device), None)[0] for batch in batches]
     assert any((one['sem_pred'] != expected[0]['sem_pred']).any() for one in expected[1:])
     model.reset_history()
-    found = [predictions[0] for predictions in predict_in_order(model, iter(batches), torch.device(device), None)]
+    begun = (begin(model, batch, torch.device(device), None) for batch in batches)
+    found = [predictions[0] for predictions in finish_in_order(begun, torch.device('cuda'))]  # ahead on the CPU as well
     assert len(found) == len(expected)
     for one, right in zip(found, expected):
         assert one.keys() == right.keys()
@@ -312,9 +313,12 @@ def test_gradients_of_several_passes_add_up(device, request):
     imitate_graphs(device, request)
     layer = torch.nn.Linear(2, 1, bias=False).to(device)
     graphed = GraphedPass(Stage(lambda x: [layer(x).sum()], [layer]))
-    for value in (1.0, 2.0, 4.0):
-        graphed(torch.full((2,), value, device=device))[0].backward()
+    given = [torch.full((2,), value, device=device) for value in (1.0, 2.0, 4.0)]
+    for x in given:
+        graphed(x)[0].backward()
     assert layer.weight.grad.tolist() == [[7.0, 7.0]]
+    kept = [torch.autograd.grad(graphed(x)[0], layer.weight)[0] for x in given]
+    assert [grad.tolist() for grad in kept] == [[x.tolist()] for x in given]
 
 
 @on_cpu_or_gpu
@@ -463,6 +467,17 @@ def test_losses_and_gradients_with_and_without_graphs(device, scoring, amp, chan
         torch.testing.assert_close(buffers[1][name], buffer, rtol=tolerance, atol=tolerance)
     learns = change is learning_norms
     assert all(int(value) == 3 * learns for name, value in buffers[0].items() if name.endswith('batches_tracked'))
+
+
+def test_terms_that_a_graph_holds_are_asked_once(without_a_gpu):
+    model, asked = small_model().train(), []
+    model.graphs_training = True
+    losses_and_gradients(model, small_batch(model.task, 1), 0)
+    head = model.pts_bbox_head
+    for term in head.voxel_losses.terms.values():
+        term.register_forward_hook(lambda *_: asked.append(1))
+    losses_and_gradients(model, small_batch(model.task, 1), 1)
+    assert len(asked) == len(head.voxel_losses.terms) * len(head.transformer.voxel_decoder.scales)
 
 
 @pytest.fixture
