@@ -168,9 +168,7 @@ class SparseVoxelDecoder(BaseModule):
     ):
         super().__init__()
         _check_options(sizes, topk_training, topk_testing, scoring, num_heads, keep_threshold)
-        self.keep_threshold, self._least_score = keep_threshold, keep_threshold
-        if keep_threshold is not None and scoring == 'occupancy':  # whose scores are logits
-            self._least_score = math.log(keep_threshold / (1 - keep_threshold))
+        self.keep_threshold, self._least_score = keep_threshold, _least_score(keep_threshold, scoring)
         self.topk_training, self.topk_testing = tuple(topk_training), tuple(topk_testing)
         task, embed_dims = sizes.task, sizes.embed_dims
         self.embed_dims, self.scoring = embed_dims, scoring
@@ -193,8 +191,7 @@ class SparseVoxelDecoder(BaseModule):
         )
         if scoring == 'occupancy':
             self.occ_pred_heads = ModuleList([nn.Linear(embed_dims, 1) for _ in self.intervals])
-        labels = task.label_set
-        classes = labels.num_occupied if scoring == 'occupancy' else labels.num_classes
+        classes = task.label_set.num_occupied if scoring == 'occupancy' else task.label_set.num_classes
         self.seg_pred_heads = ModuleList([nn.Linear(embed_dims, classes) for _ in self.intervals])
         self.register_buffer('start', _block_corners(task.grid_shape, self.intervals[0]), persistent=False)
         self.register_buffer('child_steps', torch.tensor(_CHILDREN), persistent=False)
@@ -355,6 +352,13 @@ def _check_options(sizes: DecoderSizes, topk_training, topk_testing, scoring, nu
         raise ConfigError(
             f'transformer.embed_dims {sizes.embed_dims} is not a multiple of num_heads {num_heads}; change one'
         )
+
+
+def _least_score(keep_threshold: Optional[float], scoring: str) -> Optional[float]:
+    """The threshold as a score, which with 'occupancy' is a logit."""
+    if keep_threshold is None or scoring != 'occupancy':
+        return keep_threshold
+    return math.log(keep_threshold / (1 - keep_threshold))
 
 
 def _check_divisible(task: Task, interval: int):

@@ -553,7 +553,7 @@ class _ConvolveReLU(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         grad, bias_grad = _through_relu([grad], y, of_bias)
-        return (*_through_convolution(grad, x, weight, ctx.geometry, of_x, of_weight), bias_grad, None)
+        return (*_through_convolution(grad, x, _Layer(weight, None, ctx.geometry), of_x, of_weight), bias_grad, None)
 
 
 class _Stage(torch.autograd.Function):
@@ -637,9 +637,7 @@ def _through_block(
     passed = [at_sum] if of_x and not projects else []
     if projects:
         found[2 * depth + 1] = of_bias
-        of_shortcut, found[2 * depth] = _through_convolution(
-            at_sum, x, layers[depth].weight, layers[depth].geometry, of_x, wanted[2 * depth]
-        )
+        of_shortcut, found[2 * depth] = _through_convolution(at_sum, x, layers[depth], of_x, wanted[2 * depth])
         passed = [of_shortcut] if of_x else []
     grad = at_sum
     for i in reversed(range(depth)):
@@ -647,9 +645,7 @@ def _through_block(
         further = of_x or any(wanted[: 2 * i])
         if i < depth - 1:
             grad, found[2 * i + 1] = _through_relu([grad], results[i], wanted[2 * i + 1])
-        grad, found[2 * i] = _through_convolution(
-            grad, given, layers[i].weight, layers[i].geometry, further, wanted[2 * i]
-        )
+        grad, found[2 * i] = _through_convolution(grad, given, layers[i], further, wanted[2 * i])
         if not further:
             break
     return ([grad, *passed] if of_x else []), [value if wants else None for value, wants in zip(found, wanted)]
@@ -670,13 +666,13 @@ def _through_relu(grads: Sequence[Tensor], result: Tensor, wants_bias: bool) -> 
 
 
 def _through_convolution(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry, of_x: bool, of_weight: bool
+    grad: Tensor, x: Tensor, layer: _Layer, of_x: bool, of_weight: bool
 ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-    """Gradients of x and weight, where they are wanted."""
+    """Gradients of x and of the layer's weight, where they are wanted."""
     if not (of_x or of_weight):
         return None, None
-    places = (*geometry[:3], False, [0, 0], geometry.groups)
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, *places, [of_x, of_weight, False])[:2]
+    places = (*layer.geometry[:3], False, [0, 0], layer.geometry.groups)
+    return torch.ops.aten.convolution_backward(grad, x, layer.weight, None, *places, [of_x, of_weight, False])[:2]
 
 
 def _is_usual_pool(pool: nn.MaxPool2d) -> bool:
