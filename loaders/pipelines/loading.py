@@ -12,6 +12,7 @@ from lib.errors import ConfigError
 from lib.geometry import invert_rigid
 from lib.infos import NOWHERE, current_lidar2img, frame_key, past_lidar2img, relocate, volume_from_lidar
 from lib.labels import read_labels
+from lib.registry import check_whole
 from lib.targets import NO_INSTANCE, OccupancyTargets
 from lib.task import Task
 
@@ -45,8 +46,7 @@ class LoadMultiViewImageFromMultiSweeps:
     makes = ('img', 'lidar2img', 'ego2lidar', 'frame_keys')
 
     def __init__(self, task: Task, decoder: str = 'cv2', fast_decode: bool = False, threads: int = 1):
-        if threads < 1:
-            raise ConfigError(f'LoadMultiViewImageFromMultiSweeps: threads must be at least 1, got {threads!r}')
+        check_whole(threads, 1, 'LoadMultiViewImageFromMultiSweeps: threads')
         check_decoder(decoder)
         self.task = task
         self.decoder = decoder

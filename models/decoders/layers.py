@@ -16,6 +16,7 @@ from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
 from lib.errors import ConfigError
+from lib.registry import check_whole
 from lib.task import Task
 from models.csrc import autocast_dtype, recompute
 from models.csrc.adaptive_mixing import adaptive_mix, mix_in_pieces
@@ -52,9 +53,7 @@ class DecoderSizes:
 
     def __post_init__(self):
         for name in ('embed_dims', 'num_groups', 'num_points', 'num_levels'):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f'{_WHERE}.{name} must be an integer of at least 1, got {value!r}')
+            check_whole(getattr(self, name), 1, f'{_WHERE}.{name}')
         if self.embed_dims % self.num_groups:
             raise ConfigError(
                 f'{_WHERE}.embed_dims {self.embed_dims} is not a multiple of num_groups {self.num_groups}; change one'

@@ -6,7 +6,7 @@ Block coordinates are the full-resolution voxel indices of a block's lower corne
 
 import math
 from dataclasses import dataclass, replace
-from typing import List, NamedTuple, Optional, Sequence
+from typing import List, Literal, NamedTuple, Optional, Sequence
 
 import torch
 from mmcv.cnn.bricks.transformer import FFN
@@ -14,6 +14,7 @@ from mmcv.runner import BaseModule, ModuleList
 from torch import Tensor, nn
 
 from lib.errors import ConfigError
+from lib.registry import check_value
 from lib.task import Task
 from models.decoders.draws import running_count
 from models.decoders.fused import MadeOnce, kernels_for, linear_relu, run_ffn, type_of_products, type_of_queries
@@ -341,8 +342,7 @@ def _check_options(sizes: DecoderSizes, topk_training, topk_testing, scoring, nu
         raise ConfigError(
             f'transformer.keep_threshold must be a probability between 0 and 1, or None, got {keep_threshold!r}'
         )
-    if scoring not in ('semantic', 'occupancy'):
-        raise ConfigError(f"transformer.scoring must be 'semantic' or 'occupancy', got {scoring!r}")
+    check_value(scoring, Literal['semantic', 'occupancy'], 'transformer.scoring')
     if len(topk_training) != len(topk_testing) or not topk_training:
         raise ConfigError(
             'transformer.topk_training and topk_testing need one number per stage, got '

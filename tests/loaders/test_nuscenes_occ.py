@@ -411,7 +411,10 @@ def test_evaluation_never_skips(source):
         (dict(pipelin=[]), 'pipelin'),
         (dict(pipeline=[dict(type='LoadOccGtFromFile')]), "'LoadOccGtFromFile'; did you mean 'LoadOccGTFromFile'"),
         (dict(pipeline=[dict(type='BEVAug', rot_limit=1)]), "BEVAug: unknown key 'rot_limit'; did you mean 'rot_lim'"),
-        (dict(pipeline=[dict(type='LoadMultiViewImageFromMultiSweeps', threads=0)]), 'threads must be at least 1'),
+        (
+            dict(pipeline=[dict(type='LoadMultiViewImageFromMultiSweeps', threads=0)]),
+            'threads must be an integer of at least 1, got 0',
+        ),
     ],
 )
 def test_wrong_options_are_named(source, options, message):
