@@ -159,13 +159,13 @@ def test_image_input(jittered, to_rgb, monkeypatch):
 
 
 @runs
-@pytest.mark.parametrize('to_rgb', [True, False])
-def test_images_as_squares(to_rgb, monkeypatch):
-    """To the bit what two passes give, padded images among them."""
+@pytest.mark.parametrize('to_rgb, height, width', [(True, 20, 40), (False, 20, 40), (True, 21, 39)])
+def test_images_as_squares(to_rgb, height, width, monkeypatch):
+    """To the bit what two passes give, padded images among them, and such of odd sizes."""
     from models.encoder.kernels import gather_squares
 
     layer = ImageInput([123.675, 116.28, 103.53], [58.395, 57.12, 57.375], to_rgb, 32, color_aug=True).to(DEVICE)
-    images = torch.randint(0, 256, (3, 3, 20, 40), dtype=torch.uint8).to(DEVICE)
+    images = torch.randint(0, 256, (3, 3, height, width), dtype=torch.uint8).to(DEVICE)
     assert layer.as_squares(images) is None  # in training
     layer.eval()
     monkeypatch.setattr('models.encoder.image_input.has_triton', lambda *_: True)
