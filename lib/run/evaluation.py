@@ -59,12 +59,24 @@ def predict(model: nn.Module, batch: Dict, device: torch.device, amp: Optional[s
 
 
 def begin(model: nn.Module, batch: Dict, device: torch.device, amp: Optional[str]) -> Callable[[], List[Dict]]:
-    """:func:`predict`, which what is given back does when it is called; a model with ``begin_prediction`` has begun by
-    then."""
-    if not hasattr(model, 'begin_prediction'):
-        return lambda: predict(model, batch, device, amp)
+    """What gives that of :func:`predict` when it is called; until then a model that can begin has begun, others are
+    done."""
+    if not can_begin(model):
+        predictions = predict(model, batch, device, amp)
+        return lambda: predictions
     with autocast(amp, device):
         return model.begin_prediction(**_inputs(batch, device))
+
+
+def can_begin(model: nn.Module) -> bool:
+    """Whether a model has a ``begin_prediction`` that gives what the model itself does: no class derived from the one
+    that has it predicts otherwise."""
+    for kind in type(model).__mro__:
+        if 'begin_prediction' in vars(kind):
+            return True
+        if {'forward', 'predict'} & set(vars(kind)):
+            return False
+    return False
 
 
 def finish_in_order(begun: Iterable[Callable[[], Any]], device: torch.device) -> Iterator[Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib.errors import CheckpointError, ConfigError, DataError, UserError
-from lib.run.evaluation import finish_in_order
+from lib.run.evaluation import begin, finish_in_order
 from lib.run.folder import (
     CheckpointKeeper,
     _with_own_switches,
@@ -91,6 +91,36 @@ def test_an_interrupt_waits_for_nothing(device):
         for _, result in zip(range(3), finish_in_order(begun(), torch.device(device))):
             found.append(result)
     assert found == ([0, 1] if device == 'cpu' else [0])
+
+
+class _Detector(torch.nn.Module):
+    def predict(self, number):
+        return [f'predicted {number}']
+
+    def forward(self, return_loss, img, **_):
+        return self.predict(int(img))
+
+
+class _Beginner(_Detector):
+    def begin_prediction(self, img, **_):
+        return lambda: [f'begun {int(img)}']
+
+
+class _Heir(_Beginner):
+    pass
+
+
+class _Otherwise(_Beginner):
+    def predict(self, number):
+        return [f'otherwise {number}']
+
+
+@pytest.mark.parametrize(
+    'kind, said', [(_Detector, 'predicted'), (_Beginner, 'begun'), (_Heir, 'begun'), (_Otherwise, 'otherwise')]
+)
+def test_a_model_that_predicts_otherwise_is_asked_itself(kind, said):
+    batch = dict(img=torch.tensor(3), lidar2img=torch.eye(4), ego2lidar=torch.eye(4), img_metas=[])
+    assert begin(kind(), batch, torch.device('cpu'), None)() == [f'{said} 3']
 
 
 @pytest.mark.parametrize('seconds, text', [(0, '0:00:00'), (59.6, '0:01:00'), (3661, '1:01:01'), (90000, '1d 1:00:00')])
