@@ -310,9 +310,10 @@ class FusedResNet:
         if _learns(conv, norm):
             return self._folded[conv]
         if (conv, dtype) not in self._kept:
+            may_be_folded = conv.weight.dtype == dtype and not torch.is_grad_enabled()  # see fold_in_place
             with torch.inference_mode(False), torch.no_grad():  # a later pass may need gradients through them
                 weight, bias = (value.to(dtype) for value in fold_norm(conv.weight, norm))
-                if conv.weight.dtype == dtype and torch.equal(weight, conv.weight):  # see fold_in_place
+                if may_be_folded and torch.equal(weight, conv.weight):
                     weight = conv.weight.detach()
                 self._kept[conv, dtype] = weight, bias
         return self._kept[conv, dtype]
