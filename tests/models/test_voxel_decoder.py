@@ -149,7 +149,10 @@ def test_attention_that_saves_memory_has_the_same_result_and_gradients():
         out = layer(query, positions)
         out.square().sum().backward()
         results.append([out, query.grad, layer.gen_tau.weight.grad])
-    assert all(torch.equal(kept, remade) for kept, remade in zip(*results))  # dropout repeats, too
+    (kept, *gradients), (remade, *others) = results
+    assert torch.equal(kept, remade)  # dropout repeats, too
+    for mine, other in zip(gradients, others):  # PyTorch 1.10 adds them up in another order
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('chunk', [0, 16])
